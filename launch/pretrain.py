@@ -1,0 +1,45 @@
+"""Pretrain: `python launch/pretrain.py --config configs/lfm_debug.yaml [key.path=value ...]`.
+
+Also under `torchrun --nproc-per-node 1` and `deepspeed --num_gpus 1`.  `--dry-run` says what the run would take.
+"""
+
+import os
+import sys
+
+from lfm.config import parse_command_line
+from lfm.errors import UserError, command
+from lfm.parallel.layout import check_layout
+from lfm.training.run import RunConfig
+
+
+@command
+def main() -> None:
+    run, flags = parse_command_line(
+        RunConfig,
+        "Pretrain a model.",
+        dry_run={"action": "store_true", "help": "print counts, FLOPs, memory and the resolved config, then end"},
+    )
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(run.model, run.parallel, world_size)
+    if flags.dry_run:
+        from lfm.training.plan import plan
+
+        print(plan(run), "\nresolved config:\n" + run.to_yaml(), sep="\n")
+        return
+    if world_size > 1 or run.parallel.zero_stage > 0:
+        raise UserError(
+            f"world size {world_size} with parallel.zero_stage={run.parallel.zero_stage} needs the parallel engine, which "
+            "this version does not have; start one process with zero_stage=0"
+        )
+    from lfm.training.engine import NonFiniteError
+    from lfm.training.loop import train
+
+    try:
+        train(run)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

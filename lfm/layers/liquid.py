@@ -1,0 +1,94 @@
+"""The liquid layer: sparse nonlinear leaky reservoirs between two projections."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from lfm.config import Config
+from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
+
+
+class LiquidConfig(Config):
+    interval: PositiveInt = 4
+    """Layers 0, interval, 2 * interval, ... carry reservoirs."""
+    num_reservoirs: PositiveInt = 3
+    reservoir_size: PositiveInt = 512
+    """Units of one reservoir."""
+    leak_rate: float = Field(default=0.3, gt=0, le=1)
+    spectral_radius: float = Field(default=0.99, gt=0)
+    """Largest eigenvalue modulus of each recurrent matrix at initialisation."""
+    input_scaling: float = Field(default=1.0, gt=0)
+    """Factor on the drive; 1.0 gives it an RMS of about 1 at initialisation."""
+    connectivity: float = Field(default=0.1, gt=0, le=1)
+    """Share of non-zero recurrent weights."""
+    norm: Literal["pre", "post"] = "pre"
+    """pre: x + W_out h(norm(x)); post: norm(x + W_out h(x)), which renormalises the residual stream."""
+    train_reservoir: bool = False
+    """Train the non-zero recurrent weights; zeros stay zero."""
+    backend: Literal["auto", "sequential", "chunked"] = "auto"
+    """auto: chunked with warm-up where that is shorter than the sequence, else sequential."""
+    chunk_length: PositiveInt = 128
+    """Steps of one chunk; fixed, so that results do not depend on the batch size."""
+    warmup: Literal[32, 64, 96, 128, 192, 256, 384] = 64
+    """Steps a chunk starts early, at the first training step; the residual guard moves it up and down from there."""
+    tolerance: float = Field(default=1e-2, gt=0)
+    """Largest relative chunk-boundary residual before repair passes, then the sequential path, take over."""
+
+
+class Liquid(nn.Module):
+    """`W_out h + b_out` with `h_t = (1-a) h_{t-1} + a tanh(R h_{t-1} + s_in (W_in u_t + b_in))` per reservoir.
+
+    Jaeger et al. 2007 (leaky-integrator echo state networks).  The recurrent matrices are stored dense in
+    `reservoirs [R, N, N]`, in at least fp32: a frozen buffer, or a parameter whose zeros are kept by `connections`.
+    """
+
+    reservoirs: Tensor
+    connections: Tensor
+
+    def __init__(self, hidden_size: int, config: LiquidConfig) -> None:
+        super().__init__()
+        self.config = config
+        R, N = config.num_reservoirs, config.reservoir_size
+        self.warmup: int = config.warmup
+        self.input = nn.Linear(hidden_size, R * N)
+        self.output = nn.Linear(R * N, hidden_size)
+        if config.train_reservoir:
+            self.reservoirs = nn.Parameter(torch.empty(R, N, N))
+            self.register_buffer("connections", torch.empty(R, N, N, dtype=torch.bool))
+        else:
+            self.register_buffer("reservoirs", torch.empty(R, N, N))
+
+    def fused_parameters(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Global name -> (run-time tensor, index of its part)."""
+        tensors = {"weight": "reservoirs", **({"connections": "connections"} if self.config.train_reservoir else {})}
+        R = range(self.config.num_reservoirs)
+        return {f"reservoirs.{j}.{suffix}": (name, (j,)) for suffix, name in tensors.items() for j in R}
+
+    def forward(
+        self,
+        u: Float[Tensor, "B T D"],
+        *,
+        state: Float[Tensor, "B R N"] | None = None,
+        starts: Bool[Tensor, "B T"] | None = None,
+        stats: RecurrenceStats | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R N"]]:
+        """`starts` marks the first token of each document; `stats` receives residual, saturation and repairs."""
+        c = self.config
+        drive = self.input(u) * c.input_scaling if c.norm == "pre" else self.input(u)
+        weight = self.reservoirs * self.connections if c.train_reservoir else self.reservoirs
+        states, final = reservoir_recurrence(
+            drive.unflatten(-1, (c.num_reservoirs, c.reservoir_size)),
+            weight,
+            state,
+            starts,
+            leak_rate=c.leak_rate,
+            backend=c.backend,
+            chunk_length=c.chunk_length,
+            warmup=self.warmup,
+            tolerance=c.tolerance,
+            stats=stats,
+        )
+        return self.output(states.flatten(-2)), final

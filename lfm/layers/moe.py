@@ -1,0 +1,136 @@
+"""Top-k mixture of SwiGLU experts with balance and z losses."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+@dataclass
+class Routing:
+    """Where tokens go.  `experts[n, i]` is -1 where capacity dropped the assignment (its weight is then 0)."""
+
+    experts: Int[Tensor, "n k"]
+    weights: Float[Tensor, "n k"]
+    balance_loss: Float[Tensor, " B"]
+    """Per row, 1 at perfect balance."""
+    z_loss: Float[Tensor, " B"]
+    """Per row, mean over its tokens of logsumexp(router logits)^2."""
+    load: Int[Tensor, " E"]
+    """Assignments each expert received, after dropping."""
+
+
+def route(
+    logits: Float[Tensor, "B T E"], *, top_k: int, capacity_factor: float | None, balance_over: str = "sequence"
+) -> Routing:
+    """Choose `top_k` experts per token; scores, weights and losses in at least fp32.
+
+    Balance loss: `E * sum_i f_i P_i` with f_i the share of assignments (no gradient) and P_i the mean probability of
+    expert i (Fedus et al. 2021, arXiv 2101.03961), per row of the batch.  z-loss: Zoph et al. 2022, arXiv 2202.08906.
+    """
+    B, T, E = logits.shape
+    probabilities = logits.softmax(-1)
+    top, experts = probabilities.topk(top_k, dim=-1)
+    weights = top / top.sum(-1, keepdim=True)
+
+    chosen = F.one_hot(experts, E).sum(2)  # [B, T, E], before dropping
+    share = chosen.sum(1).to(logits.dtype) / (T * top_k)
+    mean_probability = probabilities.mean(1)
+    if balance_over == "batch":
+        share, mean_probability = (part.mean(0, keepdim=True).expand(B, E) for part in (share, mean_probability))
+    balance_loss = E * (share * mean_probability).sum(-1)
+    z_loss = logits.logsumexp(-1).square().mean(-1)
+
+    if capacity_factor is not None:
+        # Per row, so that micro-batch and layout do not matter; earlier positions win, so that it stays causal.
+        capacity = math.ceil(capacity_factor * top_k * T / E)
+        place = chosen.cumsum(1).gather(2, experts)  # 1 for the first token of that expert
+        kept = place <= capacity
+        weights = weights * kept
+        experts = experts.masked_fill(~kept, -1)
+        chosen = chosen * (chosen.cumsum(1) <= capacity)
+    return Routing(experts.flatten(0, 1), weights.flatten(0, 1), balance_loss, z_loss, chosen.sum((0, 1)))
+
+
+class _Gather(torch.autograd.Function):
+    """`x[index // copies]`, whose backward is again a gather (by the inverse), deterministic and without atomics."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse, copies):  # type: ignore[override]
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x[index // copies]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse].view(-1, ctx.copies, grad.shape[-1]).sum(1), None, None, None
+
+
+class MoE(nn.Module):
+    """`sum_i w_i D_i(SiLU(G_i u) * (U_i u))` over the chosen experts, no biases.  Dropless unless `capacity_factor`.
+
+    Run-time storage is fused: `gate_up [E, 2F, D]` (gate first), `down [E, D, F]`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        ffn_hidden_size: int,
+        capacity_factor: float | None = None,
+        balance_over: str = "sequence",
+    ) -> None:
+        super().__init__()
+        self.top_k, self.capacity_factor, self.balance_over = top_k, capacity_factor, balance_over
+        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * ffn_hidden_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_hidden_size))
+
+    def fused_parameters(self) -> dict[str, tuple[str, tuple[int | slice, ...]]]:
+        """Global name -> (run-time parameter, index of its part)."""
+        F_, parts = self.down.shape[2], {}
+        for e in range(self.down.shape[0]):
+            parts[f"experts.{e}.gate.weight"] = ("gate_up", (e, slice(0, F_)))
+            parts[f"experts.{e}.up.weight"] = ("gate_up", (e, slice(F_, 2 * F_)))
+            parts[f"experts.{e}.down.weight"] = ("down", (e,))
+        return parts
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Routing]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.router.weight.to(wide))
+        # Dropping is a training device: evaluation and streaming are dropless, or they would depend on the split.
+        capacity_factor = self.capacity_factor if self.training else None
+        routing = route(logits, top_k=self.top_k, capacity_factor=capacity_factor, balance_over=self.balance_over)
+        flat = routing.experts.flatten()
+        # Dropped assignments sort last, behind every expert, and are computed by none.
+        order = torch.where(flat < 0, self.down.shape[0], flat).argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        inputs = _Gather.apply(x.flatten(0, 1), order, inverse, self.top_k)
+        outputs = self._experts(inputs, routing.load)
+        outputs = _Gather.apply(outputs, inverse, order, 1).view(-1, self.top_k, x.shape[-1])
+        y = (outputs * routing.weights.unsqueeze(-1).to(x.dtype)).sum(1)
+        return y.view_as(x), routing
+
+    def _experts(self, inputs: Float[Tensor, "m D"], load: Int[Tensor, " E"]) -> Float[Tensor, "m D"]:
+        """Expert e computes its `load[e]` rows; rows past the last expert (dropped) come out as 0."""
+        if inputs.is_cuda and inputs.dtype == torch.bfloat16:
+            ends = load.cumsum(0).to(torch.int32)
+            gate, up = F.grouped_mm(inputs, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+            outputs = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+            if self.training and self.capacity_factor is not None:  # rows past the last offset are never written
+                row = torch.arange(len(outputs), device=outputs.device)
+                outputs = torch.where((row < ends[-1])[:, None], outputs, 0)
+            return outputs
+        counts = load.tolist()
+        pieces = inputs.split([*counts, len(inputs) - sum(counts)])
+        outputs = []
+        for e, piece in enumerate(pieces[:-1]):
+            gate, up = F.linear(piece, self.gate_up[e]).chunk(2, dim=-1)
+            outputs.append(F.linear(F.silu(gate) * up, self.down[e]))
+        return torch.cat([*outputs, torch.zeros_like(pieces[-1])])

@@ -1,0 +1,16 @@
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension; statistics in at least fp32.  Zhang & Sennrich 2019."""
+
+    def __init__(self, hidden_size: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,23 @@
+"""Rotary position embedding, half-split pairing.  Su et al. 2021 (arXiv 2104.09864)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def rotary_tables(
+    positions: Int[Tensor, "B T"], *, head_size: int, base: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "B 1 T half"], Float[Tensor, "B 1 T half"]]:
+    """cos and sin of `position * base^(-2j / head_size)`, j < head_size / 2.
+
+    Angles are formed in float64, so that position 8191 is as exact as position 0, then rounded to `dtype`.
+    """
+    j = torch.arange(head_size // 2, dtype=torch.float64, device=positions.device)
+    angles = positions[:, None, :, None].double() * base ** (-2 * j / head_size)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Float[Tensor, "B H T K"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H T K"]:
+    """Rotate dimension j of the first half with dimension j + K/2; computed in the tables' dtype, returned in x's."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

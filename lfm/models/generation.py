@@ -1,0 +1,81 @@
+"""Sampling from any model with functional state: prefill each prompt, then decode all of them one token at a time."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from lfm.config import Config
+from lfm.errors import UserError
+from lfm.models.lfm import LFM, LFMState
+
+
+class SamplingConfig(Config):
+    max_new_tokens: PositiveInt = 100
+    greedy: bool = False
+    """Always the most likely token; the other sampling keys are then unused."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_k: NonNegativeInt = 50
+    """Sample among this many most likely tokens; 0: all."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Sample among the fewest tokens that hold this much probability."""
+    seed: int = 0
+
+
+@torch.no_grad()
+def generate(
+    model: LFM, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, end_of_document: int | None
+) -> Iterator[list[int | None]]:
+    """Yield, step by step, the next id of every prompt; None for one that has ended.
+
+    A prompt's continuation depends on (prompt, seed, its index) alone, not on the other prompts of the batch.
+    Raises UserError for an empty prompt, or one that leaves no room in the context.
+    """
+    limit = model.config.seq_length
+    for prompt in prompts:
+        if not prompt:
+            raise UserError("a prompt is empty; give it at least one token")
+        if len(prompt) >= limit:
+            raise UserError(
+                f"a prompt has {len(prompt)} tokens and the context is {limit}; shorten it to {limit - 1} or fewer"
+            )
+    device = model.embedding.weight.device
+    generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in range(len(prompts))]
+    states: list[LFMState] = []
+    last = []
+    for prompt in prompts:
+        hidden, state, _ = model.hidden(torch.tensor([list(prompt)], device=device), keep_state=True)
+        assert state is not None
+        states.append(state)
+        last.append(hidden[:, -1])
+    state, hidden = LFMState.stack(states), torch.cat(last)
+    lengths, alive = [len(prompt) for prompt in prompts], [True] * len(prompts)
+    for _ in range(sampling.max_new_tokens):
+        logits = (hidden @ model.head_weight.T).float().cpu()
+        chosen = [choose(logits[i], sampling, generators[i]) if alive[i] else None for i in range(len(prompts))]
+        for i, token in enumerate(chosen):
+            lengths[i] += alive[i]
+            if token == end_of_document or lengths[i] >= limit:
+                alive[i] = False
+        yield chosen
+        if not any(alive):
+            return
+        # Ended rows decode a dummy token, so that the batch keeps its shape; nobody reads it.
+        step = torch.tensor([[token if token is not None else 0] for token in chosen], device=device)
+        out, state, _ = model.hidden(step, state=state, keep_state=True)
+        assert state is not None
+        hidden = out[:, -1]
+
+
+def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
+    """One id from fp32 `logits [V]`: temperature, then top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751)."""
+    if sampling.greedy:
+        return int(logits.argmax())
+    probabilities, ids = (logits / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
+    if sampling.top_k:
+        probabilities, ids = probabilities[: sampling.top_k], ids[: sampling.top_k]
+    # A token stays when the ones before it hold less than top_p of what top-k left: the first always does.
+    before = probabilities.cumsum(0) - probabilities
+    kept = probabilities * (before < sampling.top_p * probabilities.sum())
+    return int(ids[torch.multinomial(kept, 1, generator=generator)])

@@ -1,0 +1,405 @@
+"""LFM: decoder of grouped-query attention, liquid reservoirs in every n-th layer and a mixture of experts in each."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
+
+from lfm.config import Config
+from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
+from lfm.layers.attention import Attention, KeyValueCache
+from lfm.layers.documents import Documents
+from lfm.layers.liquid import Liquid, LiquidConfig
+from lfm.layers.loss import linear_cross_entropy
+from lfm.layers.moe import MoE, Routing
+from lfm.layers.norm import RMSNorm
+from lfm.layers.rotary import rotary_tables
+from lfm.models.global_names import global_views
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class LFMConfig(Config):
+    kind: Literal["lfm"] = "lfm"
+    """Model family."""
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
+    """Key/value heads."""
+    seq_length: PositiveInt = 8192
+    """Context in tokens: the length of a training row and the most that prompt and continuation may reach."""
+    vocab_size: PositiveInt = 128_256
+    vocab_size_multiple: PositiveInt = 1024
+    """The embedding is stored with its rows padded to this multiple, so that every layout can split it."""
+    untie_embeddings_and_output_weights: bool = False
+    rotary_base: float = Field(default=10_000.0, gt=1)
+    layernorm_epsilon: float = Field(default=1e-5, gt=0)
+    init_method_std: float = Field(default=0.02, gt=0)
+    attention_backend: Literal["auto", "reference", "sdpa", "varlen", "flex"] = "auto"
+    num_moe_experts: PositiveInt = 8
+    moe_router_topk: PositiveInt = 2
+    moe_ffn_hidden_size: PositiveInt
+    """Width of one expert."""
+    moe_capacity_factor: float | None = Field(default=None, gt=0)
+    """null: dropless; else an expert takes at most ceil(factor * topk * seq_length / experts) tokens of a row."""
+    moe_aux_loss_coeff: float = Field(default=0.01, ge=0)
+    moe_aux_loss_scope: Literal["sequence", "batch"] = "sequence"
+    """batch: over the micro-batch, which makes the loss depend on the layout."""
+    moe_z_loss_coeff: float = Field(default=1e-3, ge=0)
+    liquid: LiquidConfig | None = LiquidConfig()
+    """null: no liquid layers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        h, n = self.hidden_size, self.num_attention_heads
+        if h % n or h // n % 2:
+            raise ValueError(
+                f"hidden_size={h} over num_attention_heads={n} is not an even head size; "
+                f"the nearest hidden_size is {max(2 * n, round(h / (2 * n)) * 2 * n)}"
+            )
+        if n % self.num_query_groups:
+            legal = [g for g in range(1, n + 1) if n % g == 0]
+            raise ValueError(f"num_query_groups={self.num_query_groups} does not divide {n} heads; choose from {legal}")
+        if self.moe_router_topk > self.num_moe_experts:
+            raise ValueError(
+                f"moe_router_topk={self.moe_router_topk} is more than num_moe_experts={self.num_moe_experts}"
+            )
+        return self
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+
+    @property
+    def liquid_layers(self) -> tuple[int, ...]:
+        return tuple(range(0, self.num_layers, self.liquid.interval)) if self.liquid else ()
+
+    def count_parameters(self) -> "ParameterCounts":
+        """Exact counts of the unpadded model; tied tensors once."""
+        D, L, E, F = self.hidden_size, self.num_layers, self.num_moe_experts, self.moe_ffn_hidden_size
+        embedding = self.vocab_size * D
+        head = embedding if self.untie_embeddings_and_output_weights else 0
+        attention = 2 * D * D + 2 * D * self.num_query_groups * self.head_size
+        expert = 3 * D * F
+        liquid = frozen = 0
+        if self.liquid is not None:
+            width = self.liquid.num_reservoirs * self.liquid.reservoir_size
+            liquid = len(self.liquid_layers) * (2 * width * D + width + 2 * D)
+            recurrent = len(self.liquid_layers) * width * self.liquid.reservoir_size
+            liquid, frozen = (liquid + recurrent, 0) if self.liquid.train_reservoir else (liquid, recurrent)
+        trainable = embedding + head + L * (attention + E * expert + E * D + 2 * D) + liquid + D
+        active = trainable - L * (E - self.moe_router_topk) * expert
+        return ParameterCounts(
+            total=trainable + frozen,
+            trainable=trainable,
+            frozen=frozen,
+            active=active,
+            active_non_embedding=active - embedding - head,
+            padding=(self.padded_vocab_size - self.vocab_size) * D * (2 if head else 1),
+        )
+
+    def flops_per_token(self, attended: float | None = None) -> float:
+        """Useful FLOPs of forward and backward per token, 2 per multiply-add.
+
+        `attended` is the mean number of keys a query attends; by default the causal mean (seq_length + 1) / 2 of rows
+        that are one document.  Recomputation is not counted; frozen reservoirs need no weight gradient.
+        """
+        D, L, V = self.hidden_size, self.num_layers, self.vocab_size
+        attended = (self.seq_length + 1) / 2 if attended is None else attended
+        projections = 2 * (2 * D * D + 2 * D * self.num_query_groups * self.head_size)
+        layer = projections + 4 * D * attended + self.moe_router_topk * 6 * D * self.moe_ffn_hidden_size
+        layer += 2 * D * self.num_moe_experts
+        forward = L * layer + 2 * V * D
+        frozen = 0.0
+        if self.liquid is not None:
+            width = self.liquid.num_reservoirs * self.liquid.reservoir_size
+            recurrence = len(self.liquid_layers) * 2 * width * self.liquid.reservoir_size
+            forward += len(self.liquid_layers) * 4 * width * D + recurrence
+            frozen = 0.0 if self.liquid.train_reservoir else recurrence
+        return 3 * forward - frozen
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """`active` is trainable parameters that one token uses; `padding` (unused vocabulary rows) is in no other count."""
+
+    total: int
+    trainable: int
+    frozen: int
+    active: int
+    active_non_embedding: int
+    padding: int
+
+    def report(self) -> str:
+        return (
+            f"parameters: total {self.total:,}  trainable {self.trainable:,}  frozen {self.frozen:,}  "
+            f"active {self.active:,} (non-embedding {self.active_non_embedding:,})  "
+            f"vocabulary padding {self.padding:,} (not counted)"
+        )
+
+
+@dataclass
+class LFMState:
+    """What streaming carries: `position [B]` tokens seen, a key/value cache a layer, `[B, R, N]` a liquid layer."""
+
+    position: Int[Tensor, " B"]
+    caches: list[KeyValueCache]
+    liquid: dict[int, Tensor]
+
+    @staticmethod
+    def stack(states: Sequence["LFMState"]) -> "LFMState":
+        """One batch from several states, prefixes of different lengths allowed."""
+        return LFMState(
+            torch.cat([state.position for state in states]),
+            [KeyValueCache.stack(list(caches)) for caches in zip(*(state.caches for state in states), strict=True)],
+            {layer: torch.cat([state.liquid[layer] for state in states]) for layer in states[0].liquid},
+        )
+
+
+@dataclass
+class Diagnostics:
+    """Auxiliary terms and measurements of one forward pass, by layer."""
+
+    balance: list[Float[Tensor, " B"]]
+    z: list[Float[Tensor, " B"]]
+    load: list[Int[Tensor, " E"]]
+    recurrence: dict[int, RecurrenceStats]
+
+
+@dataclass
+class Losses:
+    """Sums over one micro-batch, so that adding micro-batches and ranks, then dividing once, is exact."""
+
+    cross_entropy: Float[Tensor, ""]
+    """Sum over labelled positions, nats."""
+    balance: Float[Tensor, ""]
+    """Sum over rows of the mean over layers."""
+    z: Float[Tensor, ""]
+    """Sum over rows of the mean over layers."""
+    load: Int[Tensor, "L E"]
+    recurrence: dict[int, RecurrenceStats]
+
+
+class Block(nn.Module):
+    def __init__(self, config: LFMConfig, layer: int) -> None:
+        super().__init__()
+        c, norm = config, lambda: RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention_norm = norm()
+        self.attention = Attention(
+            c.hidden_size,
+            num_attention_heads=c.num_attention_heads,
+            num_query_groups=c.num_query_groups,
+            backend=c.attention_backend,
+        )
+        self.has_liquid = layer in c.liquid_layers
+        if c.liquid is not None and self.has_liquid:
+            self.liquid_norm = norm()
+            self.liquid = Liquid(c.hidden_size, c.liquid)
+            self.post_norm = c.liquid.norm == "post"
+        self.moe_norm = norm()
+        self.moe = MoE(
+            c.hidden_size,
+            num_experts=c.num_moe_experts,
+            top_k=c.moe_router_topk,
+            ffn_hidden_size=c.moe_ffn_hidden_size,
+            capacity_factor=c.moe_capacity_factor,
+            balance_over=c.moe_aux_loss_scope,
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        rotary: tuple[Tensor, Tensor],
+        documents: Documents | None,
+        cache: KeyValueCache | None,
+        liquid_state: Tensor | None,
+        stats: RecurrenceStats | None,
+        keep_cache: bool,
+        recompute: Recompute,
+    ) -> tuple[Float[Tensor, "B T D"], KeyValueCache | None, Tensor | None, Routing]:
+        # Selective recompute: the two parts whose activations are large and cheap to make again.
+        part = _checkpointed if recompute == "selective" else _plain
+        y, cache = self.attention(
+            self.attention_norm(x), rotary=rotary, documents=documents, cache=cache, keep_cache=keep_cache
+        )
+        x = x + y
+        if self.has_liquid:
+            starts = documents.starts if documents is not None else None
+            x, liquid_state = part(self._liquid, x, liquid_state, starts, stats)
+        y, routing = part(self._moe, x)
+        return x + y, cache, liquid_state, routing
+
+    def _liquid(self, x: Tensor, state: Tensor | None, starts: Tensor | None, stats: RecurrenceStats | None):
+        u = x if self.post_norm else self.liquid_norm(x)
+        y, state = self.liquid(u, state=state, starts=starts, stats=stats)
+        return (self.liquid_norm(x + y) if self.post_norm else x + y), state
+
+    def _moe(self, x: Tensor):
+        return self.moe(self.moe_norm(x))
+
+
+def _plain(fn, *args, **kwargs):
+    return fn(*args, **kwargs)
+
+
+def _checkpointed(fn, *args, **kwargs):
+    # There is no dropout: nothing random happens inside, so the RNG state need not be kept.
+    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+class LFM(nn.Module):
+    """Spec: pre-norm decoder; `x += Attention; x += Liquid (every n-th layer); x += MoE`; logits from the final norm."""
+
+    def __init__(self, config: LFMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if config.untie_embeddings_and_output_weights:
+            self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """The output projection without the padded rows: padded ids have no logits at all."""
+        tied = not self.config.untie_embeddings_and_output_weights
+        return (self.embedding if tied else self.head).weight[: self.config.vocab_size]
+
+    def forward(
+        self,
+        ids: Int[Tensor, "B T"],
+        state: LFMState | None = None,
+        doc_lengths: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Float[Tensor, "B T V"], LFMState]:
+        """Logits for every position, and the state after the last one.
+
+        `state=None` is the empty prefix.  `doc_lengths` (row by row, summing to T) packs documents that do not see
+        each other; it goes with `state=None` only, because a document cannot begin before the row does.
+        """
+        if state is not None and doc_lengths is not None:
+            raise ValueError("doc_lengths and state exclude each other: a streamed sequence is one document")
+        documents = Documents.from_lengths(doc_lengths, ids.device) if doc_lengths is not None else None
+        hidden, state, _ = self.hidden(ids, state=state, documents=documents, keep_state=True)
+        assert state is not None
+        return hidden @ self.head_weight.T, state
+
+    def losses(self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none") -> Losses:
+        """Next-token cross entropy and the auxiliary terms of packed rows, as sums."""
+        hidden, _, diagnostics = self.hidden(ids, documents=documents, recompute=recompute)
+        labels = documents.labels(ids)
+        return Losses(
+            cross_entropy=linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels.flatten()),
+            balance=torch.stack(diagnostics.balance).mean(0).sum(),
+            z=torch.stack(diagnostics.z).mean(0).sum(),
+            load=torch.stack(diagnostics.load),
+            recurrence=diagnostics.recurrence,
+        )
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "B T"],
+        *,
+        state: LFMState | None = None,
+        documents: Documents | None = None,
+        keep_state: bool = False,
+        recompute: Recompute = "none",
+    ) -> tuple[Float[Tensor, "B T D"], LFMState | None, Diagnostics]:
+        """Final normalised hidden states; `documents=None` without a state means one document a row."""
+        B, T = ids.shape
+        x = self.embedding(ids)
+        if state is None:
+            documents = documents or Documents.whole_rows(B, T, ids.device)
+            positions = documents.positions
+        else:
+            positions = state.position[:, None] + torch.arange(T, device=ids.device)
+        rotary = rotary_tables(
+            positions,
+            head_size=self.config.head_size,
+            base=self.config.rotary_base,
+            dtype=torch.promote_types(x.dtype, torch.float32),
+        )
+        found = Diagnostics([], [], [], {layer: RecurrenceStats() for layer in self.config.liquid_layers})
+        caches: list[KeyValueCache | None] = []
+        liquid: dict[int, Tensor] = {}
+        run = _checkpointed if recompute == "full" else _plain
+        for layer, block in enumerate(self.layers):
+            x, cache, liquid_state, routing = run(
+                block,
+                x,
+                rotary=rotary,
+                documents=documents,
+                cache=state.caches[layer] if state else None,
+                liquid_state=state.liquid.get(layer) if state else None,
+                stats=found.recurrence.get(layer),
+                keep_cache=keep_state,
+                recompute=recompute,
+            )
+            caches.append(cache)
+            if liquid_state is not None:
+                liquid[layer] = liquid_state
+            found.balance.append(routing.balance_loss)
+            found.z.append(routing.z_loss)
+            found.load.append(routing.load)
+        new_state = LFMState(positions[:, -1] + 1, caches, liquid) if keep_state else None  # type: ignore[arg-type]
+        return self.final_norm(x), new_state, found
+
+
+def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int) -> Tensor:
+    """The whole initial value of the tensor with this global name, fp32 on the CPU, from (seed, name) alone.
+
+    | tensor | distribution |
+    | --- | --- |
+    | gains | 1 |
+    | biases | 0 |
+    | attention o, expert down, liquid output | N(0, init_method_std / sqrt(2 num_layers)) |
+    | liquid input | N(0, 1 / sqrt(hidden_size)): a drive of RMS about 1 |
+    | reservoirs | sparse normal, scaled to the spectral radius |
+    | every other matrix, embedding | N(0, init_method_std) |
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(*shape)
+    if name.endswith(".bias"):
+        return torch.zeros(*shape)
+    # A reservoir and the mask of its connections are one draw.
+    draw = name.replace(".connections", ".weight")
+    digest = hashlib.blake2b(f"{seed}:{draw}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    if ".reservoirs." in name:
+        assert config.liquid is not None
+        radius = config.liquid.spectral_radius
+        weight = make_reservoir(config.liquid.reservoir_size, config.liquid.connectivity, radius, generator)
+        return (weight != 0) if name.endswith(".connections") else weight.float()
+    std = config.init_method_std
+    if name.endswith(("attention.o.weight", "down.weight", "liquid.output.weight")):
+        std /= (2 * config.num_layers) ** 0.5
+    elif name.endswith("liquid.input.weight"):
+        std = config.hidden_size**-0.5
+    return torch.empty(*shape).normal_(0, std, generator=generator)
+
+
+def initialize(model: LFM, seed: int, targets: dict[str, Tensor] | None = None) -> None:
+    """Fill `targets` (global name -> tensor; by default the model's own) with their initial values.
+
+    Threads draw several tensors at once; each has its own generator, so the result does not depend on them.
+    """
+    views = global_views(model, lambda _, tensor: tensor) if targets is None else targets
+
+    def fill(name: str) -> None:
+        views[name].copy_(initial_tensor(name, views[name].shape, model.config, seed))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, views))

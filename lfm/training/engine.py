@@ -1,0 +1,264 @@
+"""The local engine: one process, plain model, fp32 masters and gradient accumulation.
+
+It is the truth that other engines are compared with.  An engine offers `forward_backward, step, evaluate, tensors,
+counters, load_counters`; the loop knows nothing else.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfm.kernels.reservoir import RecurrenceStats, next_warmup
+from lfm.layers.documents import Documents
+from lfm.models.global_names import global_views
+from lfm.models.lfm import LFM, LFMConfig, Recompute, initialize
+from lfm.models.registry import build
+from lfm.training.optimizer import OptimizerConfig, adamw
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm is NaN or infinite; the update was not made."""
+
+
+@dataclass
+class StepResult:
+    """One optimizer step's losses (means over its labels, rows and layers) and measurements, on the host."""
+
+    loss: float
+    """cross_entropy + weighted auxiliary terms: what is differentiated."""
+    cross_entropy: float
+    """Nats per label."""
+    balance_loss: float
+    z_loss: float
+    num_labels: int
+    attended_pairs: int
+    load: list[list[int]]
+    """Assignments by layer and expert."""
+    residual: dict[int, float]
+    """Largest chunk-boundary residual of a liquid layer, forward and backward."""
+    saturation: dict[int, float]
+    """Share of reservoir activations with |tanh| > 0.95, by layer."""
+    repair_passes: int
+    fallbacks: int
+
+
+class LocalEngine:
+    """Working weights in `dtype`; when that is bf16, fp32 masters, fp32 gradients and fp32 moments beside them."""
+
+    def __init__(
+        self,
+        model: LFMConfig,
+        optimizer: OptimizerConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        micro_batch_size: int,
+        recompute: Recompute = "none",
+    ) -> None:
+        self.config, self.optimizer_config = model, optimizer
+        self.device, self.micro_batch_size, self.recompute = device, micro_batch_size, recompute
+        self.model, self.masters = materialize(model, device=device, dtype=dtype)
+        initialize(self.model, seed, self._views(self.masters))
+        self.publish_masters()
+        self._accumulate_in_fp32()
+        self.optimizer = adamw(optimizer, self.masters.items())
+        self.calm_steps = {layer: 0 for layer in model.liquid_layers}
+
+    def _views(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Global views of `tensors` (by run-time parameter name), frozen buffers included."""
+        return global_views(
+            self.model, lambda name, tensor: tensors.get(name, None if isinstance(tensor, nn.Parameter) else tensor)
+        )
+
+    def publish_masters(self) -> None:
+        """Copy the masters into the working weights (nothing to do where they are the same tensors)."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+
+    def _accumulate_in_fp32(self) -> None:
+        """Add each micro-batch's gradient to its master's fp32 one as soon as it is made, and free it."""
+        for name, parameter in self.model.named_parameters():
+            master = self.masters[name]
+            if master is parameter:
+                continue
+            master.grad = torch.zeros_like(master)
+
+            def accumulate(parameter: Tensor, total: Tensor = master.grad) -> None:
+                assert parameter.grad is not None
+                total.add_(parameter.grad)
+                parameter.grad = None
+
+            parameter.register_post_accumulate_grad_hook(accumulate)
+
+    def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
+        """Gradients of one optimizer step's rows `ids [R, T]` (host), in micro-batches.
+
+        Cross entropy is summed and divided by the labels of the whole step, balance loss by its rows: micro-batch
+        sizes do not matter.  Raises NonFiniteError naming the rows of the first bad micro-batch.
+        """
+        self.model.train()
+        documents = Documents.from_lengths(lengths, self.device)
+        ids = ids.to(self.device, non_blocking=True)
+        rows, labels = len(ids), max(1, documents.num_labels)
+        sums: list[Tensor] = []
+        loads: list[Tensor] = []
+        recurrences = []
+        for start in range(0, rows, self.micro_batch_size):
+            part = documents.slice_rows(start, start + self.micro_batch_size)
+            losses = self.model.losses(ids[start : start + self.micro_batch_size], part, recompute=self.recompute)
+            loss = losses.cross_entropy / labels + self._auxiliary(losses.balance, losses.z) / rows
+            loss.backward()
+            sums.append(torch.stack([losses.cross_entropy.detach(), losses.balance.detach(), losses.z.detach()]))
+            loads.append(losses.load)
+            recurrences.append(losses.recurrence)
+        table = torch.stack(sums).double().cpu()
+        for index, row in enumerate(table.isfinite().all(1).tolist()):
+            if not row:
+                first = index * self.micro_batch_size
+                raise NonFiniteError(
+                    f"loss is not finite in rows {first} to {min(first + self.micro_batch_size, rows) - 1} of the batch "
+                    f"(cross entropy {table[index, 0]:.4g}, balance {table[index, 1]:.4g}, z {table[index, 2]:.4g})"
+                )
+        cross_entropy, balance, z = table.sum(0).tolist()
+        return StepResult(
+            loss=cross_entropy / labels + self._auxiliary(balance, z) / rows,
+            cross_entropy=cross_entropy / labels,
+            balance_loss=balance / rows,
+            z_loss=z / rows,
+            num_labels=documents.num_labels,
+            attended_pairs=documents.attended_pairs,
+            load=torch.stack(loads).sum(0).tolist(),
+            **self._watch_reservoirs(recurrences),
+        )
+
+    def _auxiliary(self, balance: Any, z: Any) -> Any:
+        return self.config.moe_aux_loss_coeff * balance + self.config.moe_z_loss_coeff * z
+
+    def _watch_reservoirs(self, recurrences: list[dict]) -> dict[str, Any]:
+        """Residual and saturation by layer; moves each layer's warm-up for the next step."""
+        residual, saturation = {}, {}
+        for layer in self.config.liquid_layers:
+            stats = [found[layer] for found in recurrences]
+            residual[layer] = max(_largest_residual(s) for s in stats)
+            saturation[layer] = float(torch.stack([s.saturation for s in stats]).mean())
+            liquid = self.model.layers[layer].liquid
+            calm = self.calm_steps[layer] + 1 if residual[layer] < 1e-3 else 0
+            warmup = next_warmup(liquid.warmup, residual[layer], calm)
+            self.calm_steps[layer] = 0 if warmup != liquid.warmup else calm
+            liquid.warmup = warmup
+        every = [s for found in recurrences for s in found.values()]
+        return {
+            "residual": residual,
+            "saturation": saturation,
+            "repair_passes": sum(s.repair_passes + s.backward_repair_passes for s in every),
+            "fallbacks": sum(int(s.fell_back) + int(s.backward_fell_back) for s in every),
+        }
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """Clip, update the masters and the working weights; returns the gradient norm before clipping.
+
+        Raises NonFiniteError, without an update, when that norm is not finite.
+        """
+        grads = [master.grad for master in self.masters.values() if master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        value = float(norm)
+        if not torch.isfinite(norm):
+            bad = [name for name, m in self.masters.items() if m.grad is not None and not m.grad.isfinite().all()]
+            raise NonFiniteError(f"gradient norm is {value}; first non-finite gradient: {bad[0] if bad else 'none'}")
+        clip = self.optimizer_config.clip_grad
+        if clip and value > clip:
+            torch._foreach_mul_(grads, clip / value)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.dtype == torch.float32)
+        self.publish_masters()
+        return value
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embedding.weight.dtype
+
+    @torch.no_grad()
+    def evaluate(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
+        """(sum of cross entropy in nats, number of labels) of rows `ids [R, T]`, dropless."""
+        self.model.eval()
+        documents = Documents.from_lengths(lengths, self.device)
+        ids = ids.to(self.device)
+        total = 0.0
+        for start in range(0, len(ids), self.micro_batch_size):
+            part = documents.slice_rows(start, start + self.micro_batch_size)
+            total += float(self.model.losses(ids[start : start + self.micro_batch_size], part).cross_entropy)
+        return total, documents.num_labels
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint stores as tensors, by layout-free key; views, so that loading fills them in place."""
+        frozen = {n: t for n, t in self._views({}).items()}
+        found = {f"frozen.{name}": tensor for name, tensor in frozen.items()}
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = {name: self.optimizer.state[master][key] for name, master in self.masters.items()}
+            found |= {f"{key}.{n}": t for n, t in self._views(moments).items() if n not in frozen}
+        return {**found, **{f"master.{n}": t for n, t in self._views(self.masters).items() if n not in frozen}}
+
+    def counters(self) -> dict[str, Any]:
+        """Everything else of the engine's state, as JSON values."""
+        state = next(iter(self.optimizer.state.values()))
+        return {
+            "optimizer_step": int(state["step"]),
+            "reservoir_warmup": {str(i): self.model.layers[i].liquid.warmup for i in self.calm_steps},
+            "reservoir_calm_steps": {str(i): calm for i, calm in self.calm_steps.items()},
+        }
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Restore `counters()` after `tensors()` were filled."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(counters["optimizer_step"])
+        for layer, warmup in counters["reservoir_warmup"].items():
+            self.model.layers[int(layer)].liquid.warmup = warmup
+        self.calm_steps = {int(layer): calm for layer, calm in counters["reservoir_calm_steps"].items()}
+        self.publish_masters()
+
+    def memory_bytes(self) -> int:
+        """Peak memory: the device's allocator on a GPU, the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def synchronize(self) -> float:
+        """Wait for the device; the time, in seconds, of a monotonic clock."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _largest_residual(stats: RecurrenceStats) -> float:
+    backward = stats.backward_residual if stats.backward_residual is not None else stats.forward_residual
+    return max(float(stats.forward_residual.max()), float(backward.max()))
+
+
+def materialize(config: LFMConfig, *, device: torch.device, dtype: torch.dtype) -> tuple[LFM, dict[str, Tensor]]:
+    """The model with empty storage in `dtype` on `device`, and its masters by run-time parameter name.
+
+    Masters are at least fp32: the parameters themselves, or separate tensors where those are bf16.  Frozen reservoirs
+    stay fp32: they are few, and exact.
+    """
+    with torch.device("meta"):
+        model = build(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    masters = {
+        name: p if p.dtype != torch.bfloat16 else torch.empty_like(p, dtype=torch.float32)
+        for name, p in model.named_parameters()
+    }
+    return model, masters

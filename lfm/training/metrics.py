@@ -1,0 +1,158 @@
+"""What a run writes for people: metrics.jsonl, TensorBoard, wandb and the loss plot.  A failing logger never stops it."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+
+from lfm.config import Config
+from lfm.training.engine import StepResult
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12}
+"""Dense bf16 FLOP/s by the vendor's data sheet; MFU is a share of it."""
+
+
+class LoggingConfig(Config):
+    every_steps: PositiveInt = 10
+    tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; needs `pip install 'lfm[wandb]'`."""
+    wandb_project: str = "lfm"
+
+
+class Metrics:
+    """Writers of one run folder; each is dropped, with one message, when it fails."""
+
+    def __init__(self, config: LoggingConfig, folder: Path, *, name: str, resumed_step: int) -> None:
+        self.file = folder / "metrics.jsonl"
+        self.folder = folder
+        self.writers: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self._open("metrics.jsonl", lambda: self._open_jsonl(resumed_step))
+        if config.tensorboard:
+            self._open("tensorboard", lambda: self._open_tensorboard(resumed_step))
+        if config.wandb != "off":
+            self._open("wandb", lambda: self._open_wandb(config, name))
+
+    def _open(self, name: str, opener: Callable[[], Callable[[dict[str, Any]], None]]) -> None:
+        try:
+            self.writers[name] = opener()
+        except Exception as error:  # a logger's failure, whatever it is, must not stop training
+            _complain(name, error)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; it holds `step` and what was measured."""
+        for name, writer in list(self.writers.items()):
+            try:
+                writer(record)
+            except Exception as error:
+                _complain(name, error)
+                del self.writers[name]
+
+    def plot(self) -> None:
+        """Redraw plots/loss.png from metrics.jsonl."""
+        try:
+            from lfm.training.plots import plot_loss
+
+            plot_loss(self.file, self.folder / "plots" / "loss.png")
+        except Exception as error:
+            _complain("plots/loss.png", error)
+
+    def _open_jsonl(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
+        if self.file.exists():  # what was logged after the checkpoint that this run goes on from happens again
+            records = read_metrics(self.file)
+            kept = [json.dumps(r) + "\n" for r in records if r["step"] <= resumed_step]
+            self.file.write_text("".join(kept))
+
+        def write(record: dict[str, Any]) -> None:
+            with open(self.file, "a") as stream:
+                stream.write(json.dumps(record) + "\n")
+
+        return write
+
+    def _open_tensorboard(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resumed_step + 1)
+
+        def write(record: dict[str, Any]) -> None:
+            for key, value in _scalars(record).items():
+                writer.add_scalar(key, value, record["step"])
+            writer.flush()
+
+        return write
+
+    def _open_wandb(self, config: LoggingConfig, name: str) -> Callable[[dict[str, Any]], None]:
+        try:
+            import wandb
+        except ImportError:
+            raise ImportError("wandb is not installed: pip install 'lfm[wandb]'") from None
+        run = wandb.init(
+            project=config.wandb_project,
+            name=name,
+            id=name,
+            resume="allow",
+            dir=str(self.folder),
+            mode=config.wandb if config.wandb == "online" else "offline",
+        )
+        return lambda record: run.log(_scalars(record), step=record["step"])
+
+
+def _complain(name: str, error: Exception) -> None:
+    print(f"warning: logging to {name} is off from now on: {error!r}", file=sys.stderr, flush=True)
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The record's numbers by slash-joined name; lists of lists (per-expert load) become one number an entry."""
+    found: dict[str, float] = {}
+
+    def visit(key: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for inner, item in value.items():
+                visit(f"{key}/{inner}", item)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                visit(f"{key}/{index}", item)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[key] = value
+
+    for key, value in record.items():
+        if key != "step":
+            visit(key, value)
+    return found
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    records = []
+    for line in file.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def training_record(result: StepResult) -> dict[str, Any]:
+    """What one optimizer step contributes to metrics.jsonl, besides speed and memory."""
+    imbalance = [max(load) * len(load) / max(1, sum(load)) for load in result.load]
+    return {
+        "loss": result.loss,
+        "cross_entropy": result.cross_entropy,
+        "balance_loss": result.balance_loss,
+        "z_loss": result.z_loss,
+        "expert_load": [[count / max(1, sum(load)) for count in load] for load in result.load],
+        "expert_load_max_over_mean": max(imbalance),
+        "reservoir_residual": {str(layer): value for layer, value in result.residual.items()},
+        "reservoir_saturation": {str(layer): value for layer, value in result.saturation.items()},
+        "reservoir_repair_passes": result.repair_passes,
+        "reservoir_fallbacks": result.fallbacks,
+    }
+
+
+def peak_flops(device_name: str | None) -> float | None:
+    """Data-sheet FLOP/s of a GPU by its name; None where there is no figure, and then there is no MFU."""
+    matches = [flops for chip, flops in PEAK_FLOPS.items() if device_name and chip in device_name.split()]
+    return matches[0] if matches else None

@@ -1,0 +1,132 @@
+"""RunConfig: everything one training run is, as one tree; and the folder it leaves behind."""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from typing_extensions import Self
+
+from lfm.config import Config
+from lfm.data.stream import DataConfig
+from lfm.models.generation import SamplingConfig
+from lfm.models.registry import ModelConfig
+from lfm.parallel.layout import ParallelConfig
+from lfm.training.checkpoint import CheckpointConfig, write_atomically
+from lfm.training.metrics import LoggingConfig
+from lfm.training.optimizer import OptimizerConfig
+from lfm.training.schedule import ScheduleConfig
+
+
+class TrainingConfig(Config):
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    global_batch_size: PositiveInt
+    """Rows of one optimizer step."""
+    micro_batch_size: PositiveInt = 1
+    """Rows of one forward and backward pass."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations made again in backward: none; those of liquid and MoE; those of whole layers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Working weights and activations; auto: bfloat16 (with fp32 masters) on a GPU, float32 on a CPU."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}"
+            )
+        return self
+
+
+class ValidationConfig(Config):
+    every_steps: NonNegativeInt = 1000
+    """0: only at the end."""
+    max_rows: PositiveInt = 512
+    """Rows of the validation split that are scored, from its first on."""
+    patience: NonNegativeInt = 0
+    """Stop early after this many validations in a row without a better loss; 0: never."""
+
+
+class SamplesConfig(Config):
+    every_steps: NonNegativeInt = 0
+    """Generate from the prompts this often while training; 0: only at the end."""
+    prompts: tuple[str, ...] = ()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class RunConfig(Config):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Run folder under `output`."""
+    output: str = "runs"
+    seed: int = Field(default=1234, ge=0)
+    """Of initialisation and data order."""
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    validation: ValidationConfig = ValidationConfig()
+    samples: SamplesConfig = SamplesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name
+
+    @property
+    def device(self) -> torch.device:
+        name = self.training.device
+        return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        name = self.training.dtype
+        return getattr(torch, name if name != "auto" else "bfloat16" if self.device.type == "cuda" else "float32")
+
+
+def write_run_files(run: RunConfig) -> None:
+    """`config.yaml` (resolved) and `environment.json` (command, commit, versions, hardware) of the run folder."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.folder / "config.yaml", run.to_yaml())
+    write_atomically(run.folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """What a recorded number must be read with."""
+    packages = ("torch", "triton", "numpy", "mosaicml-streaming", "tokenizers", "megatron-core", "deepspeed")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "gpus": torch.cuda.device_count(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this code runs from, with `-dirty` when it has changes; None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
