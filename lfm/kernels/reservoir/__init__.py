@@ -1,0 +1,7 @@
+"""The leaky tanh reservoir: its recurrence over time, its initialisation and its warm-up policy."""
+
+from lfm.kernels.reservoir.initialization import make_reservoir
+from lfm.kernels.reservoir.op import RecurrenceStats, reservoir_recurrence
+from lfm.kernels.reservoir.warmup import WARMUP_NOTCHES, next_warmup
+
+__all__ = ["WARMUP_NOTCHES", "RecurrenceStats", "make_reservoir", "next_warmup", "reservoir_recurrence"]

@@ -1,0 +1,291 @@
+"""The reservoir recurrence and its adjoint as many chunks in parallel, in plain PyTorch.  No autograd, no checks.
+
+A reservoir forgets its start, so a sequence can be cut into C chunks of L positions, each begun w positions early
+from zero: by the time a chunk reaches its own first position, its state is right.  All B*C chunks are rows of one
+small matrix product per step, and w + L dependent steps take the place of T.  Every call measures how right the
+states were, repairs what was not, and takes the exact path (one chunk, no warm-up) if repairs do not help.
+
+Inside, a carried state is `[R, B, C, N]`: the columns C are chunks in order of time.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How to cut T positions, and when to believe the result."""
+
+    chunk_length: int
+    warmup: int
+    tolerance: float
+    """Largest boundary residual at which the result is used."""
+    max_repair_passes: int
+    """Repairs to try before the exact sequential path runs."""
+
+    def sequential(self, num_positions: int) -> "ChunkPlan":
+        return replace(self, chunk_length=num_positions, warmup=0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one sweep over time ended."""
+
+    final: Tensor
+    """Carried state past the last position, `[R, B, N]`, compute dtype."""
+    residual: Tensor
+    """fp32 `[R]`, of the first pass: what the warm-up alone achieved.  0 where nothing was cut."""
+    repair_passes: int
+    fell_back: bool
+
+
+class ChunkGrid:
+    """Where the chunks of one sweep lie.
+
+    Steps are counted within a chunk: -warmup .. -1 warm up, 0 .. length - 1 are the chunk's own.  Forward, chunks
+    align with the first position and the chain of chunks runs up in time; in reverse they align with the last
+    position and both steps and chain run down.  So it is always the end of the chain that may be padded.
+    """
+
+    def __init__(self, num_positions: int, plan: ChunkPlan, *, reverse: bool):
+        self.num_positions = num_positions
+        self.reverse = reverse
+        self.length = min(plan.chunk_length, num_positions)
+        self.num_chunks = math.ceil(num_positions / self.length)
+        self.padding = self.num_chunks * self.length - num_positions
+        # From here on, every chunk's warm-up would begin at or before the start of the chain: exact already.
+        self.warmup = min(plan.warmup, (self.num_chunks - 1) * self.length)
+
+    def chain(self, position: int) -> int:
+        """Column of the chunk at this position of the chain (0: starts from the given state; -1: ends it)."""
+        column = position % self.num_chunks
+        return self.num_chunks - 1 - column if self.reverse else column
+
+    def windows(self, x: Tensor) -> Tensor:
+        """View `[B, T, R, N]` (zeros beyond its ends) as `[warmup + length, R, B, C, N]`; `index` finds a step."""
+        front, back = (self.padding, self.warmup) if self.reverse else (self.warmup, self.padding)
+        if front or back:
+            x = F.pad(x, (0, 0, 0, 0, front, back))
+        return x.unfold(1, self.warmup + self.length, self.length).permute(4, 2, 0, 1, 3)
+
+    def index(self, step: int) -> int:
+        return self.length - 1 - step if self.reverse else self.warmup + step
+
+    def new_output(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """An unwritten `[B, T, R, N]`, and its slots `[length, R, B, C, N]` (padding included) by `slot`."""
+        batch, _, num_reservoirs, num_units = like.shape
+        padded = like.new_empty(batch, self.num_chunks * self.length, num_reservoirs, num_units)
+        front = self.padding if self.reverse else 0
+        slots = padded.unflatten(1, (self.num_chunks, self.length)).permute(2, 3, 0, 1, 4)
+        return padded[:, front : front + self.num_positions], slots
+
+    def slot(self, step: int) -> int:
+        return self.length - 1 - step if self.reverse else step
+
+    def handed_over(self, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        """At each of the C - 1 boundaries: the state one chunk started from, and the one its predecessor ended in."""
+        if self.reverse:
+            return start[:, :, :-1], end[:, :, 1:]
+        return start[:, :, 1:], end[:, :, :-1]
+
+    def boundary_is_cut(self, reset_windows: Tensor) -> Tensor:
+        """bool `[1, B, C - 1]`: the later side of the boundary starts a document."""
+        first_position = 0 if self.reverse else self.warmup
+        return reset_windows[first_position][:, :, 1:, 0]
+
+
+def forward_sweep(
+    drive: Tensor,
+    weight: Tensor,
+    initial: Tensor | None,
+    reset: Tensor | None,
+    leak_rate: float,
+    plan: ChunkPlan,
+    *,
+    with_gain: bool,
+) -> tuple[Tensor, Tensor | None, Outcome]:
+    """States and gain d = 1 - tanh^2, both `[B, T, R, N]` in drive's dtype (d is not derived from a stored tanh:
+    near saturation 1 - s^2 of a bf16 s has no correct digit).  Shapes as in `reference.py`."""
+    grid = ChunkGrid(drive.shape[1], plan, reverse=False)
+    drive_windows = grid.windows(drive)
+    reset_windows = None if reset is None else grid.windows(reset[:, :, None, None])
+    weight_transposed = exchange_weight(weight, drive).transpose(1, 2)
+    states, state_slots = grid.new_output(drive)
+    gain, gain_slots = grid.new_output(drive) if with_gain else (None, None)
+    one = torch.ones((), dtype=compute_dtype(drive), device=drive.device)
+
+    def advance(carry: Tensor, step: int, record: bool) -> Tensor:
+        index = grid.index(step)
+        if reset_windows is not None:
+            carry = carry.masked_fill(reset_windows[index], 0)
+        squashed = exchange_product(carry, weight_transposed, drive.dtype).add_(drive_windows[index]).tanh_()
+        carry = torch.lerp(carry, squashed, leak_rate)
+        if record:
+            state_slots[grid.slot(step)].copy_(carry)
+            if gain_slots is not None:
+                torch.addcmul(one, squashed, squashed, value=-1, out=gain_slots[grid.slot(step)])
+        return carry
+
+    outcome = solve(grid, advance, start_state(drive, initial), reset_windows, plan)
+    if outcome.fell_back:
+        exact_plan = plan.sequential(drive.shape[1])
+        states, gain, exact = forward_sweep(drive, weight, initial, reset, leak_rate, exact_plan, with_gain=with_gain)
+        outcome = replace(outcome, final=exact.final)
+    return states.contiguous(), None if gain is None else gain.contiguous(), outcome
+
+
+def backward_sweep(
+    grad_states: Tensor,
+    grad_final: Tensor,
+    gain: Tensor,
+    weight: Tensor,
+    reset: Tensor | None,
+    leak_rate: float,
+    plan: ChunkPlan,
+) -> tuple[Tensor, Outcome]:
+    """The gradient of drive, delta `[B, T, R, N]` in gain's dtype; the outcome's `final` is the gradient of the
+    initial state.  It runs down in time, is linear, and carries mu_t, the gradient of h_t from all later positions:
+
+        lambda_t = grad_states_t + mu_t,   delta_t = a d_t lambda_t,   mu_{T-1} = grad_final
+        mu_{t-1} = 0 where reset_t, else (1 - a) lambda_t + W^T delta_t
+    """
+    grid = ChunkGrid(gain.shape[1], plan, reverse=True)
+    grad_windows, gain_windows = grid.windows(grad_states), grid.windows(gain)
+    reset_windows = None if reset is None else grid.windows(reset[:, :, None, None])
+    weight_operand = exchange_weight(weight, gain)
+    delta_out, delta_slots = grid.new_output(gain)
+
+    def advance(carry: Tensor, step: int, record: bool) -> Tensor:
+        index = grid.index(step)
+        total = carry + grad_windows[index]
+        delta = (total * gain_windows[index]).mul_(leak_rate)
+        carry = exchange_product(delta, weight_operand, gain.dtype).add_(total, alpha=1 - leak_rate)
+        if reset_windows is not None:
+            carry.masked_fill_(reset_windows[index], 0)
+        if record:
+            delta_slots[grid.slot(step)].copy_(delta)
+        return carry
+
+    outcome = solve(grid, advance, start_state(gain, grad_final), reset_windows, plan)
+    if outcome.fell_back:
+        exact_plan = plan.sequential(gain.shape[1])
+        delta_out, exact = backward_sweep(grad_states, grad_final, gain, weight, reset, leak_rate, exact_plan)
+        outcome = replace(outcome, final=exact.final)
+    return delta_out.contiguous(), outcome
+
+
+def weight_gradient(delta: Tensor, states: Tensor, initial: Tensor | None, reset: Tensor | None) -> Tensor:
+    """dW = sum over b, t of delta_t c_t^T, `[R, N, N]` in the compute dtype: c_t is the state before t, zero at a
+    reset, the initial state at t = 0.  One product over views shifted by one position."""
+    cut = torch.zeros(delta.shape[:2], dtype=torch.bool, device=delta.device) if reset is None else reset.clone()
+    first = delta[:, 0].masked_fill(cut[:, 0, None, None], 0)
+    cut[:, 0] = True  # the shift must not cross from one sequence into the next
+    delta = delta.masked_fill(cut[:, :, None, None], 0)
+    left = delta.flatten(0, 1)[1:].permute(1, 2, 0)  # [R, N, B*T - 1]
+    right = states.flatten(0, 1)[:-1].permute(1, 0, 2)  # [R, B*T - 1, N]
+    wide = compute_dtype(delta)
+    if delta.is_cuda and delta.dtype != wide:
+        gradient = torch.bmm(left, right, out_dtype=wide)
+    else:
+        gradient = torch.bmm(left.to(wide), right.to(wide))
+    if initial is not None:
+        exchanged = initial.to(delta.dtype).to(wide)
+        gradient += torch.einsum("brn,brm->rnm", first.to(wide), exchanged)
+    return gradient
+
+
+def solve(
+    grid: ChunkGrid,
+    advance: Callable[[Tensor, int, bool], Tensor],
+    initial: Tensor,
+    reset_windows: Tensor | None,
+    plan: ChunkPlan,
+) -> Outcome:
+    """Warm up, run the chunks, and repair until the boundaries agree.
+
+    `advance(carry, step, record)` takes all chunks through one step and returns the new carry without changing the
+    old one; `initial` is `[R, B, N]`.  Reads one number back from the device per pass if there is a boundary.
+    """
+    first, last = grid.chain(0), grid.chain(-1)
+    start = initial.new_zeros(*initial.shape[:2], grid.num_chunks, initial.shape[2])
+    for step in range(-grid.warmup, 0):
+        if step % grid.length == 0:
+            # This chunk's warm-up passes the start of the sequence now; up to here it has seen only padding.
+            start[:, :, grid.chain(-step // grid.length)] = initial
+        start = advance(start, step, False)
+    start[:, :, first] = initial
+
+    first_residual, repair_passes = None, 0
+    last_step = grid.length - 1 - grid.padding
+    while True:
+        end, final = start, initial
+        for step in range(grid.length):
+            end = advance(end, step, True)
+            if step == last_step:
+                final = end[:, :, last]
+        residual = boundary_residual(grid, start, end, reset_windows)
+        first_residual = residual if first_residual is None else first_residual
+        # A NaN is not within the tolerance: what cannot be shown right is not used.
+        agreed = grid.num_chunks == 1 or bool((residual <= plan.tolerance).all())
+        if agreed or repair_passes == plan.max_repair_passes:
+            return Outcome(final, first_residual.float(), repair_passes, fell_back=not agreed)
+        start = start.clone()
+        received, sent = grid.handed_over(start, end)
+        received.copy_(sent)
+        repair_passes += 1
+
+
+def boundary_residual(grid: ChunkGrid, start: Tensor, end: Tensor, reset_windows: Tensor | None) -> Tensor:
+    """Per reservoir `[R]`: max ||x_start(j) - x_end(j-1)|| / mean ||x_end(j-1)|| over the boundaries inside documents.
+
+    In float64, because squares of small gradients leave the range of fp32 long before the gradients do.
+    """
+    if grid.num_chunks == 1:
+        return start.new_zeros(start.shape[0])
+    received, sent = grid.handed_over(start.double(), end.double())
+    error, size = (received - sent).norm(dim=-1), sent.norm(dim=-1)  # [R, B, C - 1]
+    count = error[0].numel()
+    if reset_windows is not None:
+        cut = grid.boundary_is_cut(reset_windows)
+        error, size = error.masked_fill(cut, 0), size.masked_fill(cut, 0)
+        count = (~cut).sum().clamp_min(1)
+    mean_size = size.sum(dim=(1, 2)) / count
+    return error.amax(dim=(1, 2)) / mean_size.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def compute_dtype(drive: Tensor) -> torch.dtype:
+    """Of carried states and accumulation: float64 if drive is, else float32."""
+    return torch.promote_types(drive.dtype, torch.float32)
+
+
+def start_state(drive: Tensor, initial: Tensor | None) -> Tensor:
+    """`[B, R, N]` as `[R, B, N]` in the compute dtype; zeros for None."""
+    if initial is None:
+        batch, _, num_reservoirs, num_units = drive.shape
+        return torch.zeros(num_reservoirs, batch, num_units, dtype=compute_dtype(drive), device=drive.device)
+    return initial.to(compute_dtype(drive)).transpose(0, 1)
+
+
+def exchange_weight(weight: Tensor, drive: Tensor) -> Tensor:
+    """W rounded to drive's dtype, stored as `exchange_product` multiplies it."""
+    rounded = weight.to(drive.dtype)
+    return rounded if drive.is_cuda else rounded.to(compute_dtype(drive))
+
+
+def exchange_product(carry: Tensor, weight: Tensor, exchange_dtype: torch.dtype) -> Tensor:
+    """`carry [R, B, C, N] @ weight [R, N, N]`: both operands rounded to the exchange dtype, fp32 accumulation and
+    result.  A CPU has no such product in bf16 (its result is rounded as well), so there the rounded values are
+    multiplied in fp32, which is the same arithmetic."""
+    rows = carry.flatten(1, 2)
+    if exchange_dtype == carry.dtype:
+        product = torch.bmm(rows, weight)
+    elif carry.is_cuda:
+        product = torch.bmm(rows.to(exchange_dtype), weight, out_dtype=carry.dtype)
+    else:
+        product = torch.bmm(rows.to(exchange_dtype).to(carry.dtype), weight)
+    return product.view_as(carry)

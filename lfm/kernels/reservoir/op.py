@@ -1,0 +1,174 @@
+"""`reservoir_recurrence`: checks, the choice of path, and the closed-form gradient."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lfm.kernels.reservoir.chunked import ChunkPlan, backward_sweep, compute_dtype, forward_sweep, weight_gradient
+
+SATURATED_BELOW = 0.0975
+"""Gain 1 - tanh^2 below which |tanh| > 0.95."""
+
+
+@dataclass
+class RecurrenceStats:
+    """What one call saw; pass a fresh one per call.  Tensors stay on the device, so nothing waits unless read."""
+
+    forward_residual: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """fp32 `[R]`: boundary residual of the first pass, before any repair.  0 where nothing was cut."""
+    saturation: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """fp32 `[]`: share of units and positions with |tanh| > 0.95."""
+    mean_gain: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """fp32 `[]`: mean of 1 - tanh^2."""
+    repair_passes: int = 0
+    fell_back: bool = False
+    """The repairs did not suffice and the exact sequential path ran."""
+
+    backward_residual: Tensor | None = None
+    """As `forward_residual`, of the gradients handed from chunk to chunk; None until the backward has run."""
+    backward_repair_passes: int = 0
+    backward_fell_back: bool = False
+
+
+def reservoir_recurrence(
+    drive: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    *,
+    leak_rate: float,
+    backend: Literal["auto", "sequential", "chunked"] = "auto",
+    chunk_length: int = 128,
+    warmup: int = 64,
+    tolerance: float = 1e-2,
+    max_repair_passes: int = 3,
+    stats: RecurrenceStats | None = None,
+) -> tuple[Tensor, Tensor]:
+    """R leaky tanh reservoirs of N units over T positions; the equation is in `reference.py`.
+
+    drive: `[B, T, R, N]`, the input already projected; its dtype is the one in which states and W are multiplied.
+    weight: `[R, N, N]`, dense storage; z[n] = sum over m of W[n, m] x[m].
+    state: `[B, R, N]`, the state before position 0; None is zero.
+    reset: bool `[B, T]` or None; True where a document starts: nothing is carried into that position.
+
+    Returns states `[B, T, R, N]` in drive's dtype and the final state `[B, R, N]`, fp32 (float64 if drive is).
+    Carried states are fp32 whatever drive is, products accumulate in fp32.  Both results carry gradients to drive,
+    weight and state.
+
+    "sequential" is exact; "chunked" cuts time into chunks of `chunk_length` with `warmup` extra steps each, and is
+    as exact as `tolerance` says; "auto" cuts only where that saves steps.  `chunk_length` must not follow the batch
+    size, or results would.
+    """
+    _check(drive, weight, state, reset, leak_rate, chunk_length, warmup, max_repair_passes)
+    num_positions = drive.shape[1]
+    plan = ChunkPlan(chunk_length, warmup, tolerance, max_repair_passes)
+    if backend == "sequential" or (backend == "auto" and num_positions <= chunk_length + warmup):
+        plan = plan.sequential(num_positions)
+    elif backend not in ("auto", "chunked"):
+        raise ValueError(f"backend={backend!r} is not one of 'auto', 'sequential', 'chunked'")
+
+    inputs = (drive, weight, state)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return _ReservoirRecurrence.apply(drive, weight, state, reset, leak_rate, plan, stats)
+    states, _, final = _forward(drive, weight, state, reset, leak_rate, plan, stats, with_gain=stats is not None)
+    return states, final
+
+
+class _ReservoirRecurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        drive: Tensor,
+        weight: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        leak_rate: float,
+        plan: ChunkPlan,
+        stats: RecurrenceStats | None,
+    ) -> tuple[Tensor, Tensor]:
+        states, gain, final = _forward(drive, weight, state, reset, leak_rate, plan, stats, with_gain=True)
+        ctx.save_for_backward(weight, state, reset, states, gain)
+        ctx.leak_rate, ctx.plan, ctx.stats = leak_rate, plan, stats
+        return states, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_states, grad_final = grad_outputs
+        weight, state, reset, states, gain = ctx.saved_tensors
+        delta, outcome = backward_sweep(grad_states, grad_final, gain, weight, reset, ctx.leak_rate, ctx.plan)
+        if ctx.stats is not None:
+            ctx.stats.backward_residual = outcome.residual
+            ctx.stats.backward_repair_passes = outcome.repair_passes
+            ctx.stats.backward_fell_back = outcome.fell_back
+
+        grad_weight = grad_state = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = weight_gradient(delta, states, state, reset).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_state = outcome.final.transpose(0, 1).to(state.dtype)
+        return delta, grad_weight, grad_state, None, None, None, None
+
+
+def _forward(
+    drive: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    leak_rate: float,
+    plan: ChunkPlan,
+    stats: RecurrenceStats | None,
+    *,
+    with_gain: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Run the sweep and fill `stats`; states, gain (or None) and the final state `[B, R, N]`."""
+    with torch.no_grad():
+        states, gain, outcome = forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
+        if stats is not None and gain is not None:
+            stats.forward_residual = outcome.residual
+            stats.saturation = torch.count_nonzero(gain < SATURATED_BELOW).float() / gain.numel()
+            stats.mean_gain = gain.mean(dtype=compute_dtype(gain)).float()
+            stats.repair_passes = outcome.repair_passes
+            stats.fell_back = outcome.fell_back
+        return states, gain, outcome.final.transpose(0, 1).contiguous()
+
+
+def _check(
+    drive: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    leak_rate: float,
+    chunk_length: int,
+    warmup: int,
+    max_repair_passes: int,
+) -> None:
+    if drive.dim() != 4 or drive.numel() == 0:
+        raise ValueError(f"drive has shape {tuple(drive.shape)}; it needs [B, T, R, N] with no empty dimension")
+    if not drive.is_floating_point():
+        raise ValueError(f"drive is {drive.dtype}; it must be a floating dtype")
+    batch, num_positions, num_reservoirs, num_units = drive.shape
+    expected = {
+        "weight": (weight, (num_reservoirs, num_units, num_units)),
+        "state": (state, (batch, num_reservoirs, num_units)),
+        "reset": (reset, (batch, num_positions)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; drive [B, T, R, N] has {tuple(drive.shape)}, so {name} needs {shape}"
+            )
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"reset is {reset.dtype}; it must be bool")
+    if state is not None and torch.promote_types(state.dtype, torch.float32) != state.dtype:
+        raise ValueError(f"state is {state.dtype}; carried states are at least float32")
+    if not 0 < leak_rate <= 1:
+        raise ValueError(f"leak_rate={leak_rate} must lie in (0, 1]")
+    if chunk_length < 1 or warmup < 0 or max_repair_passes < 0:
+        raise ValueError(
+            f"chunk_length={chunk_length} must be positive, warmup={warmup} and "
+            f"max_repair_passes={max_repair_passes} not negative"
+        )

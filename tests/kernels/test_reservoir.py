@@ -1,0 +1,415 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lfm.kernels.reservoir import WARMUP_NOTCHES, RecurrenceStats, make_reservoir, next_warmup, reservoir_recurrence
+from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
+
+LEAK_RATE = 0.3
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """In this mode torch.empty is filled with NaN, so an output that was never written fails its test."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(
+    shape=(2, 40, 2, 12), *, seed=0, dtype=torch.float64, with_state=True, resets=(), radius=0.9, scale=1.0
+):
+    """drive, weight, state, reset; `resets` holds (sequence, position) pairs."""
+    batch, num_positions, num_reservoirs, num_units = shape
+    generator = torch.Generator().manual_seed(seed)
+    drive = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    matrices = [make_reservoir(num_units, 0.3, radius, generator) for _ in range(num_reservoirs)]
+    state = torch.randn(batch, num_reservoirs, num_units, generator=generator, dtype=torch.float64).tanh()
+    reset = None
+    if resets:
+        reset = torch.zeros(batch, num_positions, dtype=torch.bool)
+        for sequence, position in resets:
+            reset[sequence, position] = True
+    state_dtype = torch.promote_types(dtype, torch.float32)
+    return drive.to(dtype), torch.stack(matrices).to(dtype), state.to(state_dtype) if with_state else None, reset
+
+
+def outputs_and_grads(recurrence, inputs, **options):
+    """Both outputs and every gradient by name, for a loss that weighs all of both outputs at random."""
+    drive, weight, state, reset = inputs
+    leaves = {"drive": drive, "weight": weight, "state": state}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items() if x is not None}
+    states, final = recurrence(
+        leaves["drive"], leaves["weight"], leaves.get("state"), reset, leak_rate=LEAK_RATE, **options
+    )
+    generator = torch.Generator().manual_seed(99)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (states, final)]
+    torch.autograd.backward([states, final], weights)
+    return {"states": states, "final": final} | {f"grad {name}": x.grad for name, x in leaves.items()}
+
+
+def relative_error(got, want):
+    difference = (got.double() - want.double()).norm()
+    return (difference / want.double().norm().clamp_min(1e-30)).item()
+
+
+def assert_close(got, want, limit):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert got[name].shape == want[name].shape
+        error = relative_error(got[name], want[name])
+        assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.0e}"
+
+
+def assert_same_bits(got, want):
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+@pytest.mark.parametrize("with_state", [False, True], ids=["zero start", "given start"])
+@pytest.mark.parametrize(
+    "shape, resets",
+    [
+        ((1, 1, 1, 1), []),
+        ((2, 1, 3, 5), [(0, 0)]),
+        ((3, 2, 1, 7), [(1, 1)]),
+        ((2, 37, 3, 13), []),
+        ((2, 37, 3, 13), [(0, 0), (0, 5), (0, 6), (1, 36)]),
+        ((1, 64, 1, 32), [(0, 31)]),
+    ],
+    ids=str,
+)
+def test_sequential_matches_reference(shape, resets, with_state):
+    inputs = make_inputs(shape, resets=resets, with_state=with_state)
+    want = outputs_and_grads(reservoir_recurrence_reference, inputs)
+    assert_close(outputs_and_grads(reservoir_recurrence, inputs, backend="sequential"), want, 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["sequential", "chunked"])
+def test_gradients_match_finite_differences(backend):
+    drive, weight, state, reset = make_inputs((2, 7, 2, 3), resets=[(0, 3), (1, 0)])
+
+    def recurrence(drive, weight, state):
+        return reservoir_recurrence(
+            drive,
+            weight,
+            state,
+            reset,
+            leak_rate=LEAK_RATE,
+            backend=backend,
+            chunk_length=2,
+            warmup=6,  # over the whole sequence, so that the chunks too are exact
+        )
+
+    leaves = [x.requires_grad_() for x in (drive, weight, state) if x is not None]
+    assert torch.autograd.gradcheck(recurrence, leaves)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_chunks_that_warm_up_over_everything_match_reference(data):
+    num_positions = data.draw(st.integers(1, 40))
+    chunk_length = data.draw(st.integers(1, 17))
+    positions = st.tuples(st.integers(0, 1), st.integers(0, num_positions - 1))
+    resets = data.draw(st.lists(positions, max_size=8))
+    inputs = make_inputs((2, num_positions, 2, 6), resets=resets, with_state=data.draw(st.booleans()))
+    stats = RecurrenceStats()
+    options = {"backend": "chunked", "chunk_length": chunk_length, "warmup": num_positions, "stats": stats}
+    got = outputs_and_grads(reservoir_recurrence, inputs, **options)
+    assert_close(got, outputs_and_grads(reservoir_recurrence_reference, inputs), 1e-12)
+    assert stats.repair_passes == stats.backward_repair_passes == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_chunks_of_any_warmup_agree_with_reference_to_the_tolerance(data):
+    num_positions = data.draw(st.integers(1, 60))
+    positions = st.tuples(st.integers(0, 1), st.integers(0, num_positions - 1))
+    inputs = make_inputs((2, num_positions, 2, 6), resets=data.draw(st.lists(positions, max_size=8)))
+    options = {
+        "chunk_length": data.draw(st.integers(1, 20)),
+        "warmup": data.draw(st.integers(0, 30)),
+        "tolerance": 1e-9,
+        "max_repair_passes": data.draw(st.integers(0, 4)),
+    }
+    got = outputs_and_grads(reservoir_recurrence, inputs, backend="chunked", **options)
+    assert_close(got, outputs_and_grads(reservoir_recurrence_reference, inputs), 1e-6)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-9), (torch.float32, 2e-6)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("resets", [[], [(0, 64), (1, 50), (1, 199)]], ids=["one document", "documents"])
+def test_a_usual_warmup_matches_reference(resets, dtype, limit):
+    inputs = make_inputs((2, 200, 3, 32), resets=resets, dtype=dtype)
+    exact = [x if x is None or x.dtype == torch.bool else x.double() for x in inputs]
+    stats = RecurrenceStats()
+    options = {"backend": "chunked", "chunk_length": 32, "warmup": 128, "stats": stats}
+    got = outputs_and_grads(reservoir_recurrence, inputs, **options)
+    assert_close(got, outputs_and_grads(reservoir_recurrence_reference, exact), limit)
+    assert got["states"].dtype == dtype and got["final"].dtype == dtype
+    assert stats.forward_residual.shape == (3,) and stats.forward_residual.dtype == torch.float32
+    assert stats.forward_residual.max() < limit
+    assert stats.backward_residual is not None and stats.backward_residual.max() < limit
+
+
+def test_the_residual_reports_a_short_warmup():
+    inputs = make_inputs((2, 200, 3, 32))
+    want = outputs_and_grads(reservoir_recurrence_reference, inputs)
+    residuals = []
+    for warmup in (0, 8, 16, 32):
+        stats = RecurrenceStats()
+        options = {"chunk_length": 25, "warmup": warmup, "tolerance": 1e9, "stats": stats}
+        got = outputs_and_grads(reservoir_recurrence, inputs, backend="chunked", **options)
+        assert stats.repair_passes == stats.backward_repair_passes == 0
+        assert not stats.fell_back and not stats.backward_fell_back
+
+        error = (got["states"] - want["states"]).norm(dim=-1).amax(dim=(0, 1)) / want["states"].norm(dim=-1).mean()
+        assert (stats.forward_residual > 0.7 * error).all()
+        assert stats.backward_residual is not None
+        residuals.append((stats.forward_residual.max().item(), stats.backward_residual.max().item()))
+    assert residuals[0][0] > 0.5 and residuals[0][1] > 0.5
+    assert all(later < earlier for pair in pairwise(residuals) for earlier, later in zip(*pair, strict=True))
+
+
+def test_repair_passes_bring_both_directions_within_the_tolerance():
+    inputs = make_inputs((2, 200, 2, 32), resets=[(1, 75), (1, 130)])
+    want = outputs_and_grads(reservoir_recurrence_reference, inputs)
+    stats = RecurrenceStats()
+    options = {"chunk_length": 25, "warmup": 8, "tolerance": 1e-3, "max_repair_passes": 4, "stats": stats}
+    got = outputs_and_grads(reservoir_recurrence, inputs, backend="chunked", **options)
+    assert stats.forward_residual.max() > 1e-3 and stats.backward_residual is not None
+    assert stats.backward_residual.max() > 1e-3
+    assert 1 <= stats.repair_passes <= 4 and not stats.fell_back
+    assert 1 <= stats.backward_repair_passes <= 4 and not stats.backward_fell_back
+    assert_close(got, want, 1e-3)
+
+
+def test_repairing_every_chunk_is_exact():
+    inputs = make_inputs((2, 50, 2, 12))
+    stats = RecurrenceStats()
+    options = {"chunk_length": 10, "warmup": 0, "tolerance": 0.0, "max_repair_passes": 4, "stats": stats}
+    got = outputs_and_grads(reservoir_recurrence, inputs, backend="chunked", **options)
+    assert_close(got, outputs_and_grads(reservoir_recurrence_reference, inputs), 1e-12)
+    assert stats.repair_passes == stats.backward_repair_passes == 4
+    assert not stats.fell_back and not stats.backward_fell_back
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+def test_the_fallback_is_the_sequential_path_and_says_so(dtype):
+    inputs = make_inputs((2, 50, 2, 12), dtype=dtype, resets=[(0, 17)])
+    stats = RecurrenceStats()
+    options = {"chunk_length": 7, "warmup": 3, "tolerance": 0.0, "max_repair_passes": 1, "stats": stats}
+    got = outputs_and_grads(reservoir_recurrence, inputs, backend="chunked", **options)
+    assert stats.fell_back and stats.backward_fell_back
+    assert stats.repair_passes == stats.backward_repair_passes == 1
+    assert stats.forward_residual.min() > 0
+    assert_same_bits(got, outputs_and_grads(reservoir_recurrence, inputs, backend="sequential"))
+
+
+def test_only_the_backward_falls_back_when_only_its_gradients_disagree():
+    drive, weight, _, _ = make_inputs((1, 60, 1, 8))
+    drive = torch.full_like(drive, 0.0).requires_grad_()  # states stay zero, so any forward warm-up is exact
+    stats = RecurrenceStats()
+    options = {"chunk_length": 10, "warmup": 2, "max_repair_passes": 0, "stats": stats}
+    states, _ = reservoir_recurrence(drive, weight, None, None, leak_rate=LEAK_RATE, backend="chunked", **options)
+    states.sum().backward()
+    assert not stats.fell_back and stats.forward_residual.max() == 0
+    assert stats.backward_fell_back
+
+
+def test_boundaries_between_documents_do_not_count():
+    resets = [(0, position) for position in range(10, 60, 10)]
+    inputs = make_inputs((1, 60, 2, 8), resets=resets)
+    stats = RecurrenceStats()
+    options = {"chunk_length": 10, "warmup": 0, "tolerance": 0.0, "stats": stats}
+    got = outputs_and_grads(reservoir_recurrence, inputs, backend="chunked", **options)
+    assert_close(got, outputs_and_grads(reservoir_recurrence_reference, inputs), 1e-12)
+    assert stats.forward_residual.max() == 0 and stats.repair_passes == 0
+    assert stats.backward_residual is not None and stats.backward_residual.max() == 0
+
+
+def test_gradients_below_the_range_of_fp32_squares_still_have_a_residual():
+    drive, weight, _, _ = make_inputs((1, 60, 1, 8), dtype=torch.float32)
+    stats = RecurrenceStats()
+    options = {"chunk_length": 10, "warmup": 0, "max_repair_passes": 0, "stats": stats}
+    states, _ = reservoir_recurrence(
+        drive.requires_grad_(), weight, None, None, leak_rate=LEAK_RATE, backend="chunked", **options
+    )
+    (states.sum() * 1e-25).backward()
+    assert stats.backward_fell_back
+
+
+@pytest.mark.parametrize("backend", ["sequential", "chunked"])
+def test_bf16_stays_within_its_norms(backend):
+    """Limits of norm ratio against float64 with the same bf16 W and drive; the worst position may be twice as far
+    off.  Exchanged values are rounded to bf16, products accumulate in fp32, on every device."""
+    drive, weight, _, reset = make_inputs((2, 400, 3, 96), dtype=torch.bfloat16, with_state=False, resets=[(0, 111)])
+    stats = RecurrenceStats()
+    got = outputs_and_grads(reservoir_recurrence, (drive, weight, None, reset), backend=backend, stats=stats)
+    want = outputs_and_grads(reservoir_recurrence_reference, (drive.double(), weight.double(), None, reset))
+    assert not stats.fell_back and not stats.backward_fell_back
+    assert got["states"].dtype == torch.bfloat16 and got["final"].dtype == torch.float32
+    for name, limit in {"states": 3e-3, "grad drive": 4e-3, "grad weight": 5e-3}.items():
+        assert relative_error(got[name], want[name]) <= limit, name
+    for name, limit in {"states": 6e-3, "grad drive": 8e-3}.items():
+        worst = (got[name].double() - want[name]).norm(dim=-1).max() / want[name].norm(dim=-1).mean()
+        assert worst <= limit, name
+
+
+def test_fp32_weights_are_used_in_the_drives_precision_and_keep_their_own_gradient():
+    drive, weight, state, reset = make_inputs((1, 20, 2, 8), dtype=torch.bfloat16)
+    master = outputs_and_grads(reservoir_recurrence, (drive, weight.float(), state, reset))
+    rounded = outputs_and_grads(reservoir_recurrence, (drive, weight, state, reset))
+    assert master["grad weight"].dtype == torch.float32
+    assert torch.equal(master["grad weight"].bfloat16(), rounded["grad weight"])
+    assert torch.equal(master["states"], rounded["states"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(cut=st.integers(1, 39), backend=st.sampled_from(["sequential", "chunked"]))
+def test_the_whole_equals_the_halves_with_the_state_handed_on(cut, backend):
+    drive, weight, state, reset = make_inputs((2, 40, 2, 6), resets=[(0, 13), (1, 30)])
+    assert reset is not None
+    options = {"leak_rate": LEAK_RATE, "backend": backend, "chunk_length": 8, "warmup": 40}
+    whole, whole_final = reservoir_recurrence(drive, weight, state, reset, **options)
+    first, between = reservoir_recurrence(drive[:, :cut], weight, state, reset[:, :cut], **options)
+    second, final = reservoir_recurrence(drive[:, cut:], weight, between, reset[:, cut:], **options)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(final, whole_final, rtol=1e-12, atol=1e-12)
+
+
+def test_packed_documents_do_not_see_each_other():
+    drive, weight, _, _ = make_inputs((1, 60, 2, 8))
+    reset = torch.zeros(1, 60, dtype=torch.bool)
+    reset[0, [0, 23]] = True
+    options = {"leak_rate": LEAK_RATE, "backend": "chunked", "chunk_length": 10, "warmup": 7, "tolerance": 1e-9}
+    packed, _ = reservoir_recurrence(drive, weight, None, reset, **options)
+    alone, _ = reservoir_recurrence(drive[:, 23:], weight, None, None, leak_rate=LEAK_RATE, backend="sequential")
+    torch.testing.assert_close(packed[:, 23:], alone, rtol=1e-8, atol=1e-8)
+
+
+def test_auto_cuts_only_where_that_saves_steps():
+    for num_positions, is_cut in [(1, False), (15, False), (16, True)]:
+        drive, weight, state, reset = make_inputs((1, num_positions, 1, 8))
+        stats = RecurrenceStats()
+        options = {"chunk_length": 10, "warmup": 5, "tolerance": 1e9, "stats": stats}
+        reservoir_recurrence(drive, weight, state, reset, leak_rate=LEAK_RATE, **options)
+        assert (stats.forward_residual.max() > 0) == is_cut
+
+
+def test_same_inputs_same_bits():
+    inputs = make_inputs((2, 70, 2, 12), dtype=torch.bfloat16, resets=[(1, 20)])
+    options = {"backend": "chunked", "chunk_length": 16, "warmup": 48}
+    once = outputs_and_grads(reservoir_recurrence, inputs, **options)
+    assert_same_bits(outputs_and_grads(reservoir_recurrence, inputs, **options), once)
+
+
+def test_permuting_the_batch_permutes_the_states():
+    drive, weight, state, reset = make_inputs((4, 50, 2, 8), resets=[(0, 9), (2, 40)])
+    assert state is not None and reset is not None
+    order = torch.tensor([2, 0, 3, 1])
+    options = {"leak_rate": LEAK_RATE, "backend": "chunked", "chunk_length": 8, "warmup": 40}
+    states, final = reservoir_recurrence(drive, weight, state, reset, **options)
+    permuted, permuted_final = reservoir_recurrence(drive[order], weight, state[order], reset[order], **options)
+    torch.testing.assert_close(permuted, states[order], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(permuted_final, final[order], rtol=1e-12, atol=1e-12)
+
+
+def test_the_stats_describe_the_gain():
+    drive, weight, state, reset = make_inputs((2, 30, 2, 8), scale=2.0)
+    stats = RecurrenceStats()
+    states, _ = reservoir_recurrence(drive, weight, state, reset, leak_rate=LEAK_RATE, stats=stats)
+    assert state is not None
+    before = torch.cat([state[:, None], states[:, :-1]], dim=1)
+    squashed = (states - (1 - LEAK_RATE) * before) / LEAK_RATE
+    assert stats.saturation.item() == pytest.approx((squashed.abs() > 0.95).double().mean().item(), abs=2e-3)
+    assert stats.mean_gain.item() == pytest.approx((1 - squashed**2).mean().item(), rel=1e-5)
+    assert stats.backward_residual is None
+
+
+def test_a_frozen_weight_gets_no_gradient():
+    drive, weight, _, _ = make_inputs((1, 5, 1, 4))
+    states, _ = reservoir_recurrence(drive.requires_grad_(), weight, None, None, leak_rate=LEAK_RATE)
+    states.sum().backward()
+    assert drive.grad is not None and weight.grad is None
+
+
+def test_two_starts_converge():
+    """Echo state property: the same drive makes a reservoir forget where it began."""
+    drive, weight, state, _ = make_inputs((1, 300, 3, 64), radius=0.99)
+    assert state is not None
+    _, from_state = reservoir_recurrence(drive, weight, state, None, leak_rate=LEAK_RATE, backend="sequential")
+    _, from_zero = reservoir_recurrence(drive, weight, None, None, leak_rate=LEAK_RATE, backend="sequential")
+    assert relative_error(from_zero, from_state) < 1e-9
+
+
+@pytest.mark.parametrize("num_units, connectivity", [(512, 0.1), (64, 0.1), (5, 0.1), (1, 0.5), (20, 1.0)])
+def test_reservoirs_have_the_connectivity_and_radius_asked_for(num_units, connectivity):
+    weight = make_reservoir(num_units, connectivity, 0.99, torch.Generator().manual_seed(3))
+    assert weight.dtype == torch.float64 and weight.shape == (num_units, num_units)
+    fan_in = (weight != 0).sum(dim=1)
+    assert fan_in.max() - fan_in.min() <= 1 and fan_in.min() >= 1
+    expected = max(connectivity, 1 / num_units)
+    assert fan_in.double().mean().item() / num_units == pytest.approx(expected, rel=0.05)
+    assert torch.linalg.eigvals(weight).abs().max().item() == pytest.approx(0.99, abs=1e-3)
+
+
+def test_reservoirs_follow_their_generator():
+    draw = [make_reservoir(16, 0.2, 0.9, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+
+
+def test_tiny_reservoirs_are_redrawn_until_they_can_be_scaled():
+    generator = torch.Generator().manual_seed(0)
+    draws = [make_reservoir(3, 0.1, 0.9, generator) for _ in range(200)]
+    assert max(weight.norm().item() for weight in draws) < 0.9 * 10 * 3**0.5
+
+
+def test_warmup_follows_the_residual():
+    assert next_warmup(64, 1.5e-3, 10_000) == 64
+    assert next_warmup(64, 3e-3, 0) == 96
+    assert next_warmup(64, 5e-2, 0) == 96
+    assert next_warmup(64, float("nan"), 0) == 96
+    assert next_warmup(64, 9e-4, 499) == 64
+    assert next_warmup(64, 9e-4, 500) == 32
+    assert next_warmup(WARMUP_NOTCHES[0], 0.0, 500) == WARMUP_NOTCHES[0]
+    assert next_warmup(WARMUP_NOTCHES[-1], 1.0, 0) == WARMUP_NOTCHES[-1]
+    assert next_warmup(50, 1.0, 0) == 64
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"drive": torch.zeros(2, 4, 3)}, "drive has shape"),
+        ({"weight": torch.zeros(2, 3, 4)}, "weight has shape"),
+        ({"state": torch.zeros(2, 3)}, "state has shape"),
+        ({"state": torch.zeros(1, 2, 3, dtype=torch.bfloat16)}, "at least float32"),
+        ({"reset": torch.zeros(1, 4)}, "must be bool"),
+        ({"leak_rate": 0.0}, "leak_rate"),
+        ({"chunk_length": 0}, "chunk_length"),
+        ({"backend": "triton"}, "backend"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_named(change, message):
+    arguments = {"drive": torch.zeros(1, 4, 2, 3), "weight": torch.zeros(2, 3, 3), "state": None, "reset": None}
+    with pytest.raises(ValueError, match=message):
+        reservoir_recurrence(**(arguments | {"leak_rate": LEAK_RATE} | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    "dtype, limit",
+    [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 5e-3)],
+    ids=["fp64", "fp32", "bf16"],
+)
+@pytest.mark.parametrize("backend", ["sequential", "chunked"])
+def test_cuda_matches_the_cpu(backend, dtype, limit):
+    inputs = make_inputs((2, 300, 3, 64), dtype=dtype, resets=[(0, 77), (1, 128)])
+    options = {"backend": backend, "chunk_length": 64, "warmup": 192}
+    want = outputs_and_grads(reservoir_recurrence, inputs, **options)
+    got = outputs_and_grads(reservoir_recurrence, [None if x is None else x.cuda() for x in inputs], **options)
+    assert_close({name: None if x is None else x.cpu() for name, x in got.items()}, want, limit)
