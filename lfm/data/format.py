@@ -1,0 +1,187 @@
+"""The data set on disk, and the writer of one split.
+
+    <path>/tokenizer.json     the tokenizer that made the ids
+    <path>/train/             MDS shards and their index.json
+    <path>/validation/        the same
+
+A row is exactly `seq_length` ids and the lengths of the documents, or pieces of documents, that fill it:
+
+    ids          uint16 or uint32 [seq_length]
+    doc_lengths  int32 [number of pieces], each >= 1, their sum is seq_length
+
+A document ends with the end-of-document id; one too long for the rest of a row goes on in the next row as a new piece.
+The label of a position is the next id of the same piece, so padding (the end-of-document id, only at the tail of the
+last row of a split, each position a piece of its own) has no labels and needs no mask.
+
+index.json is MDSWriter's, with one more top-level key, "lfm": a `SplitIndex`.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lfm.data import streaming_shim
+from lfm.errors import UserError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+TOKENIZER_NAME = "tokenizer.json"
+SPLITS = ("train", "validation")
+HASH = "xxh64"
+
+Split = Literal["train", "validation"]
+
+
+class SplitIndex(BaseModel):
+    """What index.json says about a split beyond the list of its shards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    format_version: int
+    split: Split
+    seq_length: int
+    vocab_size: int
+    dtype: Literal["uint16", "uint32"]
+    eod_id: int
+    tokenizer_sha256: str
+    """Of the bytes of the data set's tokenizer.json."""
+    num_rows: int
+    num_tokens: int
+    """Ids of text and ends of documents, without padding."""
+    num_padding: int
+    num_documents: int
+    text_bytes: int
+    """UTF-8 bytes of the text in the split; with a loss per token this gives bits per byte."""
+    checksum: str
+    """sha256 of the rest of this record and of the shard list, so that a damaged index.json is noticed too."""
+
+
+def id_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The narrower of the two stored dtypes that holds ids 0 .. vocab_size - 1."""
+    return "uint16" if vocab_size <= 65536 else "uint32"
+
+
+def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
+    """The record of the split in `folder`, and MDS's description of each shard in row order.
+
+    Raises UserError if index.json is missing, damaged, of another format version or not made by data_pipeline.prepare.
+    """
+    path = folder / INDEX_NAME
+    again = "prepare the data set again or restore the file"
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist, so {folder} is no split of a data set; {again}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is not valid JSON; {again}") from None
+    if not (isinstance(tree, dict) and isinstance(tree.get("lfm"), dict)):
+        raise UserError(f"{path} was not made by data_pipeline.prepare: it has no `lfm` record; {again}")
+    version = tree["lfm"].get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format_version={version}, this lfm reads {FORMAT_VERSION}; prepare it again")
+    damaged = UserError(f"{path} is damaged: its checksum does not match its contents; {again}")
+    try:
+        index, shards = SplitIndex.model_validate(tree["lfm"]), tree["shards"]
+    except (ValidationError, KeyError):
+        raise damaged from None
+    if index.checksum != _checksum(tree["lfm"], shards):
+        raise damaged
+    return index, shards
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step: after a crash the file is the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the list of names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RowWriter:
+    """Writes one split.  Until `finish` returns, the folder has no valid index and no reader takes it for a split."""
+
+    def __init__(
+        self, folder: Path, *, seq_length: int, vocab_size: int, shard_bytes: int, compression: str | None
+    ) -> None:
+        """Raises UserError if `shard_bytes` (size of a raw shard file) does not hold one row."""
+        self.folder = folder
+        self._dtype = id_dtype(vocab_size)
+        self._seq_length = seq_length
+        self._vocab_size = vocab_size
+        self._num_rows = 0
+        longest_row = seq_length * (np.dtype(self._dtype).itemsize + 4) + 1024  # with every piece of length 1; header
+        if shard_bytes < longest_row:
+            raise UserError(
+                f"shard_bytes={shard_bytes} does not hold a row of seq_length={seq_length}; set it to {longest_row} "
+                "or more (tens of millions are usual)"
+            )
+        columns = {"ids": f"ndarray:{self._dtype}:{seq_length}", "doc_lengths": "ndarray:int32"}
+        self._writer = streaming_shim.make_writer(
+            folder, columns, compression=compression, hashes=[HASH], shard_bytes=shard_bytes
+        )
+
+    def write(self, ids: np.ndarray, doc_lengths: list[int]) -> None:
+        """Append a row: integer ids `[seq_length]` and the lengths of its pieces."""
+        assert ids.shape == (self._seq_length,) and 0 <= ids.min() and ids.max() < self._vocab_size
+        assert min(doc_lengths) >= 1 and sum(doc_lengths) == self._seq_length
+        self._writer.write({"ids": ids.astype(self._dtype), "doc_lengths": np.array(doc_lengths, np.int32)})
+        self._num_rows += 1
+
+    def finish(
+        self,
+        *,
+        split: Split,
+        eod_id: int,
+        tokenizer_sha256: str,
+        num_tokens: int,
+        num_padding: int,
+        num_documents: int,
+        text_bytes: int,
+    ) -> SplitIndex:
+        """Write the last shard, force all shards to the disk, then write the index.  The folder is then a split."""
+        self._writer.finish()
+        path = self.folder / INDEX_NAME
+        tree = json.loads(path.read_bytes())
+        record = {
+            "format_version": FORMAT_VERSION,
+            "split": split,
+            "seq_length": self._seq_length,
+            "vocab_size": self._vocab_size,
+            "dtype": self._dtype,
+            "eod_id": eod_id,
+            "tokenizer_sha256": tokenizer_sha256,
+            "num_rows": self._num_rows,
+            "num_tokens": num_tokens,
+            "num_padding": num_padding,
+            "num_documents": num_documents,
+            "text_bytes": text_bytes,
+        }
+        record["checksum"] = _checksum(record, tree["shards"])
+        for shard in self.folder.iterdir():
+            sync(shard)
+        write_durably(path, json.dumps({**tree, "lfm": record}, sort_keys=True).encode())
+        return SplitIndex.model_validate(record)
+
+
+def _checksum(record: dict[str, Any], shards: list[dict[str, Any]]) -> str:
+    content = [{key: value for key, value in record.items() if key != "checksum"}, shards]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
