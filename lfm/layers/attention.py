@@ -207,7 +207,5 @@ def _attend_cached(q: Tensor, cache: KeyValueCache) -> Tensor:
         queries = torch.arange(S - T + start, S - T + stop, device=q.device)
         mask = (keys <= queries[:, None]) & (keys >= cache.padding[:, None, None, None])
         k, v = cache.key[:, :, : len(keys)], cache.value[:, :, : len(keys)]
-        outputs.append(
-            F.scaled_dot_product_attention(q[:, :, start:stop], k, v, attn_mask=mask, enable_gqa=True)
-        )
+        outputs.append(F.scaled_dot_product_attention(q[:, :, start:stop], k, v, attn_mask=mask, enable_gqa=True))
     return torch.cat(outputs, dim=2)

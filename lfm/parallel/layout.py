@@ -45,7 +45,9 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) 
             if value % size:
                 legal = [n for n in range(1, value + 1) if all(v % n == 0 for v in sizes.values())]
                 nearest = min(legal, key=lambda n: abs(n - size))
-                raise UserError(f"parallel.{axis}={size} does not divide {name}={value}; the nearest legal is {nearest}")
+                raise UserError(
+                    f"parallel.{axis}={size} does not divide {name}={value}; the nearest legal is {nearest}"
+                )
     if pp * parallel.virtual_pipeline > model.num_layers:
         raise UserError(
             f"parallel.pipeline={pp} times virtual_pipeline={parallel.virtual_pipeline} needs that many layers and "

@@ -113,7 +113,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {checkpoint} has no readable manifest.json ({error}); {_way_out(checkpoint)}") from None
+        raise UserError(
+            f"checkpoint {checkpoint} has no readable manifest.json ({error}); {_way_out(checkpoint)}"
+        ) from None
     if manifest.get("format") != FORMAT:
         raise UserError(f"checkpoint {checkpoint} has format {manifest.get('format')}; this version reads {FORMAT}")
     return manifest

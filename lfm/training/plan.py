@@ -19,7 +19,9 @@ def memory_estimate(run: RunConfig) -> dict[str, float]:
     D, k, F = m.hidden_size, m.moe_router_topk, m.moe_ffn_hidden_size
     kv = 2 * m.num_query_groups * m.head_size
     residual = 2 * D  # stream and norm output
-    attention = residual + (D + kv) * 3 + 2 * D  # q k v before and after rotary and laid out, attention out, projection in
+    attention = (
+        residual + (D + kv) * 3 + 2 * D
+    )  # q k v before and after rotary and laid out, attention out, projection in
     moe = residual + k * (D + 2 * F + 2 * F + D) + D
     width = m.liquid.num_reservoirs * m.liquid.reservoir_size if m.liquid else 0
     liquid = (residual + 3 * width) * len(m.liquid_layers) / m.num_layers
