@@ -72,7 +72,7 @@ def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
     Raises UserError if index.json is missing, damaged, of another format version or not made by data_pipeline.prepare.
     """
     path = folder / INDEX_NAME
-    again = "prepare the data set again or restore the file"
+    again = "restore the file or prepare the data set again with overwrite=true"
     try:
         tree = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -85,7 +85,7 @@ def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
         raise UserError(f"{path} was not made by data_pipeline.prepare: it has no `lfm` record; {again}")
     version = tree["lfm"].get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format_version={version}, this lfm reads {FORMAT_VERSION}; prepare it again")
+        raise UserError(f"{path} has format_version={version} and this lfm reads {FORMAT_VERSION}; {again}")
     damaged = UserError(f"{path} is damaged: its checksum does not match its contents; {again}")
     try:
         index, shards = SplitIndex.model_validate(tree["lfm"]), tree["shards"]

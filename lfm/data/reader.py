@@ -173,7 +173,7 @@ class RowReader:
 
     def _damaged(self, path: Path, what: str, *, fetched: bool = False) -> UserError:
         if self._remote is None:
-            way_out = "restore it from a copy or prepare the data set again"
+            way_out = "restore it from a copy or prepare the data set again with overwrite=true"
         elif fetched:
             way_out = f"it came like that from {self._remote}, so restore it there"
         else:

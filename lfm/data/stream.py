@@ -73,7 +73,7 @@ def open_split(config: DataConfig, split: Split, *, seq_length: int, vocab_size:
     if Tokenizer.from_file(root / TOKENIZER_NAME).sha256 != index.tokenizer_sha256:
         raise UserError(
             f"the shards in {folder} are of another tokenizer than {root / TOKENIZER_NAME}; "
-            "restore that file or prepare the data set again"
+            "restore that file or prepare the data set again with overwrite=true"
         )
     return reader
 
