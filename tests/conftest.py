@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,3 +24,20 @@ def deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory) -> Path:
+    """A data set of real text: two packages of the standard library, 512 ids, rows of 64."""
+    from data_pipeline.prepare import PrepareConfig, prepare
+
+    folder = tmp_path_factory.mktemp("text") / "data"
+    tree = {
+        "output": str(folder),
+        "sources": [{"kind": "code", "paths": ["{stdlib}/json/*.py", "{stdlib}/email/*.py"]}],
+        "tokenizer": {"train_vocab_size": 512},
+        "seq_length": 64,
+        "validation_fraction": 0.2,
+    }
+    prepare(PrepareConfig.from_tree(tree, source="the text_data fixture"))
+    return folder

@@ -17,6 +17,7 @@ from lfm.layers.documents import Documents
 from lfm.models.global_names import global_views
 from lfm.models.lfm import LFM, LFMConfig, Recompute, initialize
 from lfm.models.registry import build
+from lfm.training.evaluate import score
 from lfm.training.optimizer import OptimizerConfig, adamw
 
 
@@ -187,17 +188,9 @@ class LocalEngine:
     def dtype(self) -> torch.dtype:
         return self.model.embedding.weight.dtype
 
-    @torch.no_grad()
     def evaluate(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
         """(sum of cross entropy in nats, number of labels) of rows `ids [R, T]`, dropless."""
-        self.model.eval()
-        documents = Documents.from_lengths(lengths, self.device)
-        ids = ids.to(self.device)
-        total = 0.0
-        for start in range(0, len(ids), self.micro_batch_size):
-            part = documents.slice_rows(start, start + self.micro_batch_size)
-            total += float(self.model.losses(ids[start : start + self.micro_batch_size], part).cross_entropy)
-        return total, documents.num_labels
+        return score(self.model, ids, lengths)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint stores as tensors, by layout-free key; views, so that loading fills them in place."""

@@ -22,6 +22,7 @@ from lfm.errors import UserError
 from lfm.models.generation import generate
 from lfm.training import checkpoint
 from lfm.training.engine import LocalEngine, NonFiniteError
+from lfm.training.evaluate import evaluate
 from lfm.training.metrics import Metrics, peak_flops, training_record
 from lfm.training.run import RunConfig, write_run_files
 from lfm.training.schedule import lr_factor
@@ -182,13 +183,9 @@ def _restore(run: RunConfig, engine: LocalEngine, start: tuple[Path, dict[str, A
 
 def _validate(run: RunConfig, engine: LocalEngine, held_out: RowReader, progress: Progress) -> dict[str, Any]:
     """Mean cross entropy over the first rows of the validation split; keeps count for early stopping."""
-    total, labels = 0.0, 0
-    count, step = min(run.validation.max_rows, len(held_out)), run.training.micro_batch_size
-    for first in range(0, count, step):
-        ids, lengths = held_out.read(range(first, min(first + step, count)))
-        nats, n = engine.evaluate(ids, lengths)
-        total, labels = total + nats, labels + n
-    loss = total / max(1, labels)
+    batch = run.training.micro_batch_size
+    found = evaluate(engine.evaluate, held_out, max_rows=run.validation.max_rows, batch_rows=batch)
+    loss = found.loss
     if loss < progress.best_validation:
         progress.best_validation, progress.validations_without_gain = loss, 0
     else:
@@ -199,7 +196,7 @@ def _validate(run: RunConfig, engine: LocalEngine, held_out: RowReader, progress
         "tokens": progress.tokens,
         "validation_loss": loss,
         "validation_perplexity": math.exp(min(loss, 700)),
-        "validation_labels": labels,
+        "validation_labels": found.labels,
     }
 
 

@@ -1,0 +1,56 @@
+"""`make demo`: shards from the Python standard library, a trained `lfm_debug`, what it learnt, and where to look.
+
+    python launch/demo.py [key.path=value ...]      overrides of configs/lfm_debug.yaml
+"""
+
+import functools
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from data_pipeline.prepare import PrepareConfig, prepare
+from lfm.data.stream import open_split
+from lfm.data.tokenizer import Tokenizer
+from lfm.errors import command
+from lfm.models.generation import SamplingConfig, generate
+from lfm.training.checkpoint import load_model
+from lfm.training.evaluate import compressor_bits_per_byte, evaluate, score
+from lfm.training.loop import train
+from lfm.training.run import RunConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@command
+def main() -> None:
+    run = RunConfig.load(ROOT / "configs/lfm_debug.yaml", ["name=demo", *sys.argv[1:]])
+    prepare(PrepareConfig.load(ROOT / "configs/data/stdlib_8k.yaml", [f"output={run.data.path}"]))
+    shutil.rmtree(run.folder, ignore_errors=True)  # the demo trains anew each time
+    train(run)
+
+    model, _, checkpoint = load_model(run.folder, device=torch.device("cpu"), dtype=torch.float32)
+    rows = open_split(run.data, "validation", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
+    text = (Path(run.data.path) / "validation.txt").read_bytes()
+    found = evaluate(functools.partial(score, model), rows)
+    sizes = {
+        "LFM, held out": found.bits_per_byte(len(text), run.model.vocab_size),
+        "unigram entropy of the same tokens": found.unigram_bits_per_byte(len(text)),
+        **compressor_bits_per_byte(text),
+    }
+    print(f"\nbits per byte on {len(text):,} bytes of text that training never saw:")
+    for name, bits in sizes.items():
+        print(f"  {name:36} {bits:.3f}")
+
+    tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
+    prompt = tokenizer.encode("def __init__(self, ")
+    sampling = SamplingConfig(max_new_tokens=80, temperature=0.7)
+    tokens = [t for (t,) in generate(model, [prompt], sampling, end_of_document=tokenizer.eod_id) if t is not None]
+    print("\na sample:\n" + tokenizer.decode([*prompt, *tokens]))
+    print(f"\nloss curve: {run.folder}/plots/loss.png   checkpoint: {checkpoint}")
+    print(f'more text:  .venv/bin/python launch/generate.py --checkpoint {run.folder} --prompt "class "')
+
+
+if __name__ == "__main__":
+    main()

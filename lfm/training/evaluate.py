@@ -1,0 +1,82 @@
+"""Held-out loss of a model as a compressor: bits per byte, next to general compressors on the same text."""
+
+import gzip
+import lzma
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lfm.data.reader import RowReader
+from lfm.layers.documents import Documents
+from lfm.models.lfm import LFM
+
+@torch.no_grad()
+def score(model: LFM, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """(sum of cross entropy in nats, number of labels) of packed rows `ids [R, T]`; the model is left in eval mode."""
+    model.eval()
+    device = model.embedding.weight.device
+    documents = Documents.from_lengths(lengths, device)
+    return float(model.losses(ids.to(device), documents).cross_entropy), documents.num_labels
+
+
+Score = Callable[[Tensor, Sequence[Sequence[int]]], tuple[float, int]]
+"""An engine's `evaluate`: rows and document lengths to (sum of nats, number of labels)."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sums over rows of a validation split."""
+
+    nats: float
+    labels: int
+    tokens: int
+    """Text and end-of-document tokens, padding left out."""
+    token_counts: np.ndarray
+    """How often each id occurs, padding left out."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy, nats per label."""
+        return self.nats / max(1, self.labels)
+
+    def bits_per_byte(self, text_bytes: int, vocab_size: int) -> float:
+        """Total code length over the UTF-8 bytes of the text.
+
+        A token without a label (the first of each document piece) is charged log2(vocab_size) bits, as if sent raw:
+        every byte of the text is paid for.
+        """
+        unlabelled = self.tokens - self.labels
+        return (self.nats / math.log(2) + unlabelled * math.log2(vocab_size)) / text_bytes
+
+    def unigram_bits_per_byte(self, text_bytes: int) -> float:
+        """Entropy of the held-out tokens' own frequencies: no model of single tokens can do better."""
+        counts = self.token_counts[self.token_counts > 0]
+        return float(-(counts * np.log2(counts / counts.sum())).sum() / text_bytes)
+
+
+def evaluate(score: Score, rows: RowReader, *, max_rows: int | None = None, batch_rows: int = 8) -> HeldOut:
+    """Score the first `max_rows` rows of a split (all by default), in order."""
+    count = min(max_rows or len(rows), len(rows))
+    nats, labels, tokens = 0.0, 0, 0
+    histogram = np.zeros(rows.index.vocab_size, dtype=np.int64)
+    for first in range(0, count, batch_rows):
+        ids, lengths = rows.read(range(first, min(first + batch_rows, count)))
+        batch_nats, batch_labels = score(ids, lengths)
+        nats, labels = nats + batch_nats, labels + batch_labels
+        # Padding is the tail of the last row of the split: documents of one end-of-document token.
+        padding = rows.index.num_padding if first + batch_rows >= len(rows) else 0
+        flat = ids.flatten().numpy()
+        flat = flat[: len(flat) - padding]
+        tokens += len(flat)
+        histogram += np.bincount(flat, minlength=len(histogram))
+    return HeldOut(nats, labels, tokens, histogram)
+
+
+def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
+    """What `gzip -9` and `xz -9e` need for the same bytes."""
+    sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
+    return {name: 8 * size / len(text) for name, size in sizes.items()}

@@ -1,0 +1,135 @@
+import pytest
+import torch
+from tests.comparison import assert_close
+from tests.models.test_lfm import small_config
+
+from lfm.models.global_names import global_views
+from lfm.training.engine import LocalEngine, NonFiniteError
+from lfm.training.optimizer import OptimizerConfig
+
+LENGTHS = [[20], [3, 17], [1] * 20, [9, 11]]
+
+
+def _engine(micro_batch_size=4, dtype=torch.float64, recompute="none", **changes) -> LocalEngine:
+    return LocalEngine(
+        small_config(**changes),
+        OptimizerConfig(lr=1e-2),
+        seed=7,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        micro_batch_size=micro_batch_size,
+        recompute=recompute,
+    )
+
+
+def _rows():
+    return torch.randint(0, 40, (4, 20), generator=torch.Generator().manual_seed(1))
+
+
+def _grads(engine):
+    grads = {n: m.grad for n, m in engine.masters.items()}
+    return {n: g.clone() for n, g in global_views(engine.model, lambda n, _: grads.get(n)).items()}
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_micro_batches_change_neither_losses_nor_gradients(micro_batch_size):
+    # The rows have 19, 18, 0 and 18 labels: averaging micro-batch means would be wrong.
+    whole, split = _engine(), _engine(micro_batch_size)
+    a, b = whole.forward_backward(_rows(), LENGTHS), split.forward_backward(_rows(), LENGTHS)
+    assert a.num_labels == b.num_labels == 55
+    for name in ("loss", "cross_entropy", "balance_loss", "z_loss"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-12)
+    assert a.load == b.load
+    assert_close(_grads(split), _grads(whole), 1e-10)
+    assert split.step(1e-2) == pytest.approx(whole.step(1e-2), rel=1e-12)
+
+
+def test_bf16_weights_follow_fp32_masters_with_fp32_accumulation():
+    engine = _engine(micro_batch_size=1, dtype=torch.bfloat16)
+    start = {n: m.clone() for n, m in engine.masters.items()}
+    engine.forward_backward(_rows(), LENGTHS)
+    assert all(m.dtype == m.grad.dtype == torch.float32 for m in engine.masters.values())
+    assert all(p.grad is None for p in engine.model.parameters()), "a micro-batch's gradient was kept"
+    engine.step(1e-6)  # far below bf16's resolution: only masters can move
+    assert all((engine.masters[n] != start[n]).any() for n in start if "norm" not in n)
+    for name, parameter in engine.model.named_parameters():
+        assert torch.equal(parameter, engine.masters[name].bfloat16())
+    state = engine.optimizer.state[engine.masters["embedding.weight"]]
+    assert state["exp_avg"].dtype == torch.float32
+
+
+def test_frozen_reservoirs_are_bit_identical_after_training():
+    engine = _engine()
+    before = {n: t.clone() for n, t in engine.tensors().items() if n.startswith("frozen.")}
+    assert len(before) == 4
+    for _ in range(3):
+        engine.forward_backward(_rows(), LENGTHS)
+        engine.step(1e-2)
+    after = engine.tensors()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any("reservoirs" in name for name in engine.masters)
+
+
+def test_trained_reservoirs_move_and_keep_their_zeros():
+    engine = _engine(liquid={"train_reservoir": True})
+    before = engine.masters["layers.0.liquid.reservoirs"].detach().clone()
+    for _ in range(3):
+        engine.forward_backward(_rows(), LENGTHS)
+        engine.step(1e-2)
+    after = engine.masters["layers.0.liquid.reservoirs"]
+    assert torch.equal(after == 0, before == 0) and (after[before != 0] != before[before != 0]).all()
+
+
+def test_the_update_is_clipped_adamw():
+    engine = _engine()
+    engine.forward_backward(_rows(), LENGTHS)
+    masters = {n: m.detach().clone() for n, m in engine.masters.items()}
+    grads = {n: m.grad.clone() for n, m in engine.masters.items()}
+    norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
+    assert engine.step(3e-3) == pytest.approx(float(norm), rel=1e-9)
+    for name, start in masters.items():
+        g = grads[name] * min(1.0, 1.0 / float(norm))
+        decay = 0.1 if start.dim() > 1 else 0.0
+        want = start * (1 - 3e-3 * decay) - 3e-3 * g / (g.abs() + 1e-8)  # first step: m / sqrt(v) is g / |g|
+        assert torch.allclose(engine.masters[name], want, atol=1e-12), name
+
+
+def test_a_non_finite_loss_names_its_rows_and_stops_before_the_update():
+    engine = _engine(micro_batch_size=2)
+    start = {n: m.detach().clone() for n, m in engine.masters.items()}
+    with torch.no_grad():
+        engine.model.embedding.weight[39] = torch.nan
+        start["embedding.weight"][39] = torch.nan
+    rows = _rows() % 39
+    engine.forward_backward(rows, LENGTHS)
+    rows[3, 4] = 39
+    with pytest.raises(NonFiniteError, match=r"rows 2 to 3 of the batch"):
+        engine.forward_backward(rows, LENGTHS)
+    assert all(torch.equal(m.nan_to_num(), start[n].nan_to_num()) for n, m in engine.masters.items())
+
+
+def test_a_non_finite_gradient_stops_before_the_update():
+    engine = _engine()
+    engine.forward_backward(_rows(), LENGTHS)
+    start = {n: m.detach().clone() for n, m in engine.masters.items()}
+    engine.masters["final_norm.weight"].grad[0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"final_norm\.weight"):
+        engine.step(1e-2)
+    assert all(torch.equal(m, start[n]) for n, m in engine.masters.items())
+
+
+def test_evaluation_does_not_drop_tokens():
+    engine = _engine(moe_capacity_factor=0.5)
+    assert sum(map(sum, engine.forward_backward(_rows(), LENGTHS).load)) < 3 * 2 * 80
+    nats, labels = engine.evaluate(_rows(), LENGTHS)
+    dropless = _engine()
+    assert (nats, labels) == pytest.approx(dropless.evaluate(_rows(), LENGTHS), rel=1e-12)
+
+
+def test_warmup_rises_when_the_residual_does():
+    liquid = {"backend": "chunked", "chunk_length": 4, "warmup": 32, "leak_rate": 0.02, "tolerance": 0.5}
+    engine = _engine(liquid=liquid)
+    rows = torch.randint(0, 40, (2, 64))
+    result = engine.forward_backward(rows, [[64], [64]])
+    assert result.residual[0] > 2e-3
+    assert engine.counters()["reservoir_warmup"]["0"] == 64

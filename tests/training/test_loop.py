@@ -1,0 +1,293 @@
+"""Runs of seconds on real text; the interrupted ones are real processes, killed for real."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from tests.training.tiny_run import pretrain_command, tiny_run
+
+from lfm.errors import UserError
+from lfm.training import checkpoint, metrics
+from lfm.training.loop import train
+from lfm.training.metrics import read_metrics
+
+
+def _tensors(path):
+    manifest = json.loads((path / "manifest.json").read_text())
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    return tensors, manifest
+
+
+def assert_same_checkpoint(a, b):
+    (tensors_a, manifest_a), (tensors_b, manifest_b) = _tensors(a), _tensors(b)
+    assert tensors_a.keys() == tensors_b.keys()
+    for name, tensor in tensors_a.items():
+        assert torch.equal(tensor, tensors_b[name]), f"{name} differs"
+    for key in ("step", "progress", "counters", "data", "rng", "frozen"):
+        assert manifest_a[key] == manifest_b[key], key
+
+
+def losses(folder):
+    return [(r["step"], r["cross_entropy"]) for r in read_metrics(folder / "metrics.jsonl") if "cross_entropy" in r]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, text_data):
+    """Six steps without a stop: what every interrupted run must equal, bit for bit."""
+    run = tiny_run(tmp_path_factory.mktemp("whole"), text_data, "checkpoint.keep=9")
+    train(run)
+    return run.folder
+
+
+def test_loss_falls_and_a_run_leaves_its_files(tmp_path, text_data):
+    run = tiny_run(
+        tmp_path,
+        text_data,
+        "training.steps=40",
+        "optimizer.lr=1e-2",
+        "logging.tensorboard=true",
+        "logging.every_steps=5",
+        "checkpoint.every_steps=15",
+        "checkpoint.keep=2",
+        "samples.every_steps=20",
+        "validation.every_steps=20",
+    )
+    train(run)
+    records = read_metrics(run.folder / "metrics.jsonl")
+    training = [r for r in records if "cross_entropy" in r]
+    assert training[-1]["cross_entropy"] < training[0]["cross_entropy"] - 0.5
+    validation = [r["validation_loss"] for r in records if "validation_loss" in r]
+    assert len(validation) == 2 and validation[-1] < validation[0]
+    assert {"tokens_per_second", "memory_gib", "lr", "grad_norm", "balance_loss", "mfu", "eta_seconds"} <= training[0].keys()
+    assert all(abs(sum(layer) - 1) < 1e-9 for r in training for layer in r["expert_load"])
+    assert [p.name for p in checkpoint.whole_checkpoints(run.folder / "checkpoints")] == ["step_00000030", "step_00000040"]
+    assert (run.folder / "plots/loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert any((run.folder / "tensorboard").iterdir())
+    assert "import" in (run.folder / "samples/step_00000040.txt").read_text()
+    assert json.loads((run.folder / "environment.json").read_text())["versions"]["torch"] == torch.__version__
+    from lfm.training.run import RunConfig
+
+    assert RunConfig.load(run.folder / "config.yaml") == run
+
+
+def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, text_data):
+    for _ in range(3):  # the run is stopped by a signal after two steps, twice
+        process = subprocess.Popen(
+            pretrain_command(tmp_path, text_data, "checkpoint.keep=9", "logging.every_steps=1"),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for line in process.stdout:
+            if line.startswith("step "):
+                process.send_signal(signal.SIGUSR1)
+                break
+        rest = process.stdout.read()
+        assert process.wait() == 0, rest
+        if "stopped by SIGUSR1" not in rest:
+            break
+    resumed = tmp_path / "lfm_debug"
+    if not (resumed / "checkpoints/step_00000006").exists():
+        train(tiny_run(tmp_path, text_data, "checkpoint.keep=9"))
+    assert_same_checkpoint(resumed / "checkpoints/step_00000006", uninterrupted / "checkpoints/step_00000006")
+    assert losses(resumed) == losses(uninterrupted)
+
+
+def test_kill_in_the_middle_of_a_save_loses_nothing_and_changes_nothing(uninterrupted, tmp_path, text_data):
+    # A checkpoint folder under its temporary name is a save in progress: kill -9 exactly then.
+    killed = 0
+    for _ in range(4):
+        process = subprocess.Popen(pretrain_command(tmp_path, text_data, "checkpoint.keep=9"), stdout=subprocess.DEVNULL)
+        folder = tmp_path / "lfm_debug/checkpoints"
+        before = len(checkpoint.whole_checkpoints(folder)) if folder.exists() else 0
+        while process.poll() is None:
+            # Let one save of this process finish, and kill it in the next.
+            saving = folder.exists() and any(folder.glob(".writing-*"))
+            if saving and killed < 2 and len(checkpoint.whole_checkpoints(folder)) >= before + killed:
+                process.kill()
+                break
+            time.sleep(0.0005)
+        if process.wait() == 0:
+            break
+        killed += 1
+        for whole in checkpoint.whole_checkpoints(folder):
+            checkpoint.verify(whole, checkpoint.read_manifest(whole))
+    assert killed == 2
+    resumed = tmp_path / "lfm_debug"
+    assert not list(folder.glob(".writing-*"))
+    assert_same_checkpoint(folder / "step_00000006", uninterrupted / "checkpoints/step_00000006")
+    assert losses(resumed) == losses(uninterrupted)
+
+
+def test_resuming_a_finished_run_trains_no_further(uninterrupted, text_data, capsys):
+    before = (uninterrupted / "metrics.jsonl").read_text()
+    train(tiny_run(uninterrupted.parent, text_data, "checkpoint.keep=9"))
+    assert "resuming" in capsys.readouterr().out
+    assert (uninterrupted / "metrics.jsonl").read_text() == before
+
+
+def test_a_new_run_starts_from_weights_alone(uninterrupted, tmp_path, text_data):
+    run = tiny_run(tmp_path, text_data, f"checkpoint.init_from={uninterrupted}", "training.steps=1", "optimizer.lr=1e-12")
+    train(run)
+    tensors, manifest = _tensors(run.folder / "checkpoints/step_00000001")
+    weights, _ = _tensors(uninterrupted / "checkpoints/step_00000006")
+    assert manifest["progress"]["step"] == 1 and manifest["data"]["position"] == 4
+    for name, tensor in weights.items():
+        if name.startswith("master."):
+            assert torch.allclose(tensors[name], tensor, atol=1e-10)
+
+
+def test_patience_ends_a_run_early(tmp_path, text_data, capsys):
+    run = tiny_run(tmp_path, text_data, "optimizer.lr=1e-12", "validation.every_steps=1", "validation.patience=2", "training.steps=50")
+    assert train(run).step < 50
+    assert "stopped early" in capsys.readouterr().out
+
+
+def test_a_failing_logger_never_stops_training(tmp_path, text_data, monkeypatch, capsys):
+    monkeypatch.setattr(metrics.Metrics, "_open_wandb", lambda *_: 1 / 0)
+    run = tiny_run(tmp_path, text_data, "logging.wandb=offline", "logging.tensorboard=true", "training.steps=2")
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").mkdir()  # cannot be opened as a file
+    (run.folder / "tensorboard").write_text("in the way")
+    train(run)
+    complaints = capsys.readouterr().err
+    for name in ("metrics.jsonl", "tensorboard", "wandb"):
+        assert f"logging to {name} is off" in complaints
+    assert (run.folder / "checkpoints/step_00000002").exists()
+
+
+@pytest.mark.slow
+def test_wandb_writes_an_offline_run(tmp_path, text_data):
+    pytest.importorskip("wandb", reason="needs wandb: pip install 'lfm[wandb]'")
+    run = tiny_run(tmp_path, text_data, "logging.wandb=offline", "training.steps=2")
+    train(run)
+    assert list((run.folder / "wandb").glob("offline-run-*"))
+
+
+def test_a_non_finite_loss_names_step_and_batch(tmp_path, text_data, monkeypatch):
+    from lfm.training.engine import LocalEngine, NonFiniteError
+
+    forward_backward = LocalEngine.forward_backward
+
+    def poisoned(self, ids, lengths):
+        if self.counters()["optimizer_step"] == 2:
+            with torch.no_grad():
+                self.model.final_norm.weight[0] = math.nan
+        return forward_backward(self, ids, lengths)
+
+    monkeypatch.setattr(LocalEngine, "forward_backward", poisoned)
+    run = tiny_run(tmp_path, text_data)
+    with pytest.raises(NonFiniteError, match=r"step 3: loss is not finite in rows 0 to 1 .* the batch is data rows \["):
+        train(run)
+    assert checkpoint.whole_checkpoints(run.folder / "checkpoints")[-1].name == "step_00000002"
+
+
+# Checkpoints that must be refused.
+
+
+@pytest.fixture
+def saved(uninterrupted, tmp_path):
+    """A copy of the finished run, to damage."""
+    import shutil
+
+    return shutil.copytree(uninterrupted, tmp_path / "lfm_debug")
+
+
+def _data_file(folder):
+    return max((folder / "checkpoints/step_00000006").glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped": (lambda folder: _flip(_data_file(folder)), "is corrupt"),
+    "cut": (lambda folder: os.truncate(_data_file(folder), 100), "has 100 bytes instead of"),
+    "missing": (lambda folder: _data_file(folder).unlink(), "is missing"),
+    "metadata": (lambda folder: _flip(folder / "checkpoints/step_00000006/.metadata"), "is corrupt"),
+    "manifest": (
+        lambda folder: os.truncate(folder / "checkpoints/step_00000006/manifest.json", 50),
+        "no readable manifest",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name(damage, saved, text_data):
+    harm, words = DAMAGE[damage]
+    harm(saved)
+    with pytest.raises(UserError, match=words):
+        train(tiny_run(saved.parent, text_data))
+
+
+def test_an_earlier_checkpoint_can_be_named_instead(saved, text_data, uninterrupted):
+    _flip(_data_file(saved))
+    earlier = saved / "checkpoints/step_00000004"
+    train(tiny_run(saved.parent, text_data, f"checkpoint.resume={earlier}", "checkpoint.keep=9"))
+    assert_same_checkpoint(saved / "checkpoints/step_00000006", uninterrupted / "checkpoints/step_00000006")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["model.hidden_size=64"], "another architecture: model.hidden_size is 32 there and 64 in the config"),
+        (["model.liquid.leak_rate=0.5"], "another architecture: model.liquid.leak_rate"),
+        (["seed=9"], "seed=1234"),
+        (["checkpoint.resume=never"], "give another name"),
+        (["checkpoint.resume=/no/such/run"], "neither a checkpoint nor a run folder"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(change, words, saved, text_data):
+    with pytest.raises(UserError, match=words):
+        train(tiny_run(saved.parent, text_data, *change))
+
+
+def test_a_changed_frozen_tensor_is_found_by_its_hash(saved, text_data):
+    path = saved / "checkpoints/step_00000006"
+    manifest = json.loads((path / "manifest.json").read_text())
+    name = next(iter(manifest["frozen"]))
+    manifest["frozen"][name] = "0" * 16
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="does not match its hash"):
+        train(tiny_run(saved.parent, text_data))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB, really full once a checkpoint or two are on it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs (root)")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["seen_before", "met_while_writing"])
+def test_a_full_disk_leaves_the_previous_checkpoint_intact(announced, small_disk, text_data, monkeypatch):
+    if not announced:  # space that others take between the look and the write
+        import shutil
+
+        usage = shutil.disk_usage(small_disk)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=2**40))
+    run = tiny_run(small_disk, text_data, "checkpoint.every_steps=1", "checkpoint.keep=9", "training.steps=40")
+    with pytest.raises(UserError, match="earlier checkpoints are intact"):
+        train(run)
+    folder = run.folder / "checkpoints"
+    left = checkpoint.whole_checkpoints(folder)
+    assert left and not list(folder.glob(".writing-*"))
+    for path in left:
+        checkpoint.verify(path, checkpoint.read_manifest(path))
+
+
