@@ -44,11 +44,11 @@ class TokenizerConfig(Config):
     """How a .tiktoken file's text is cut into words; null: recognise the published files, gpt2 for others."""
 
     @model_validator(mode="after")
-    def _one_way(self) -> "TokenizerConfig":
+    def _trained_or_read(self) -> "TokenizerConfig":
         if (self.train_vocab_size is None) == (self.file is None):
             raise ValueError(
-                f"train_vocab_size={self.train_vocab_size} and file={self.file} exclude each other; "
-                "set one and make the other null"
+                f"train_vocab_size={self.train_vocab_size} and file={self.file}: "
+                "set exactly one of the two and make the other null"
             )
         return self
 
@@ -89,10 +89,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     if report is not None and report["fingerprint"] == fingerprint and not config.overwrite:
         print(f"{config.output} is already prepared: same config, same inputs")
         return report
-    _check_replaceable(output, config, is_data_set=report is not None)
 
     partial = output.with_name(f".{output.name}.partial")
     with _alone(output.with_name(f".{output.name}.lock"), config.output):
+        _check_replaceable(output, config)
         shutil.rmtree(partial, ignore_errors=True)  # a killed run's
         partial.mkdir()
         try:
@@ -136,6 +136,9 @@ def _build(config: PrepareConfig, files: Sequence[InputFile], found: Counter[str
                 f"validation_fraction={config.validation_fraction} of {stages['limit']['documents']} documents leaves "
                 f"the {split} split empty; change it or add text"
             )
+    sources = stages["sources"]
+    files_left_out = sum(sources[f"files_{why}"] for why in ("repeated", "too_large", "unreadable", "not_utf8"))
+    sources["files_not_reached"] = sources["files_found"] - sources["files_read"] - files_left_out
     _check_sums(stages, indices)
     return {
         "config": _lasting(config),
@@ -200,8 +203,6 @@ def _expected_bytes(config: PrepareConfig, files: Sequence[InputFile]) -> int:
 def _check_sums(stages: dict[str, Counter[str]], indices: dict[str, SplitIndex]) -> None:
     """What goes into a stage comes out of it or is counted as left out."""
     sources, dedup, limit = stages["sources"], stages["dedup"], stages["limit"]
-    files_left_out = sum(sources[f"files_{why}"] for why in ("repeated", "too_large", "unreadable", "not_utf8"))
-    sources["files_not_reached"] = sources["files_found"] - sources["files_read"] - files_left_out
     assert sources["files_not_reached"] == 0 or limit["over_limit"] == 1, sources
     assert sources["documents"] == dedup["documents"] + dedup["duplicates"], stages
     assert sources["bytes"] == dedup["bytes"] + dedup["duplicate_bytes"], stages
@@ -250,7 +251,8 @@ def _finished_report(output: Path) -> dict[str, Any] | None:
     return report if isinstance(report, dict) and "fingerprint" in report else None
 
 
-def _check_replaceable(output: Path, config: PrepareConfig, *, is_data_set: bool) -> None:
+def _check_replaceable(output: Path, config: PrepareConfig) -> None:
+    is_data_set = _finished_report(output) is not None
     if is_data_set and not config.overwrite:
         raise UserError(
             f"output={config.output} holds a data set of another config or of inputs that have changed since; "
@@ -258,16 +260,17 @@ def _check_replaceable(output: Path, config: PrepareConfig, *, is_data_set: bool
         )
     if not is_data_set and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"output={config.output} exists and is no data set of this program; choose another output")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={config.output} cannot be made: {error}; choose another output") from None
 
 
 @contextmanager
 def _alone(lock: Path, output: str) -> Iterator[None]:
     """Hold `lock`, which the system releases however this process ends.  Raises UserError if another one holds it."""
-    with open(lock, "w") as file:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")
+    except OSError as error:
+        raise UserError(f"output={output} cannot be made: {error}; choose another output") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

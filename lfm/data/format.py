@@ -58,7 +58,7 @@ class SplitIndex(BaseModel):
     text_bytes: int
     """UTF-8 bytes of the text in the split; with a loss per token this gives bits per byte."""
     checksum: str
-    """sha256 of the rest of this record and of the shard list, so that a damaged index.json is noticed too."""
+    """sha256 of everything else in index.json, so that damage to it is noticed too."""
 
 
 def id_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
@@ -91,7 +91,7 @@ def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
         index, shards = SplitIndex.model_validate(tree["lfm"]), tree["shards"]
     except (ValidationError, KeyError):
         raise damaged from None
-    if index.checksum != _checksum(tree["lfm"], shards):
+    if index.checksum != _checksum(tree):
         raise damaged
     return index, shards
 
@@ -127,7 +127,6 @@ class RowWriter:
         self._dtype = id_dtype(vocab_size)
         self._seq_length = seq_length
         self._vocab_size = vocab_size
-        self._num_rows = 0
         longest_row = seq_length * (np.dtype(self._dtype).itemsize + 4) + 1024  # with every piece of length 1; header
         if shard_bytes < longest_row:
             raise UserError(
@@ -144,7 +143,6 @@ class RowWriter:
         assert ids.shape == (self._seq_length,) and 0 <= ids.min() and ids.max() < self._vocab_size
         assert min(doc_lengths) >= 1 and sum(doc_lengths) == self._seq_length
         self._writer.write({"ids": ids.astype(self._dtype), "doc_lengths": np.array(doc_lengths, np.int32)})
-        self._num_rows += 1
 
     def finish(
         self,
@@ -169,19 +167,21 @@ class RowWriter:
             "dtype": self._dtype,
             "eod_id": eod_id,
             "tokenizer_sha256": tokenizer_sha256,
-            "num_rows": self._num_rows,
+            "num_rows": sum(shard["samples"] for shard in tree["shards"]),
             "num_tokens": num_tokens,
             "num_padding": num_padding,
             "num_documents": num_documents,
             "text_bytes": text_bytes,
         }
-        record["checksum"] = _checksum(record, tree["shards"])
+        tree["lfm"] = record
+        record["checksum"] = _checksum(tree)
         for shard in self.folder.iterdir():
             sync(shard)
-        write_durably(path, json.dumps({**tree, "lfm": record}, sort_keys=True).encode())
+        write_durably(path, json.dumps(tree, sort_keys=True).encode())
         return SplitIndex.model_validate(record)
 
 
-def _checksum(record: dict[str, Any], shards: list[dict[str, Any]]) -> str:
-    content = [{key: value for key, value in record.items() if key != "checksum"}, shards]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _checksum(tree: dict[str, Any]) -> str:
+    """Of the content of an index.json, leaving out the checksum in it."""
+    record = {key: value for key, value in tree["lfm"].items() if key != "checksum"}
+    return hashlib.sha256(json.dumps({**tree, "lfm": record}, sort_keys=True).encode()).hexdigest()

@@ -130,7 +130,7 @@ class BatchStream:
         return {"position": self.position, "seed": self._seed, "data_checksum": self._reader.index.checksum}
 
     def close(self) -> None:
-        """Stop reading ahead.  The stream cannot be used afterwards."""
+        """Stop reading ahead, after the reads under way.  The stream cannot be used afterwards."""
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
