@@ -13,8 +13,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ def save(
         raise _disk_full(final, need, free)
     try:
         writer = dcp.FileSystemWriter(temporary, thread_count=_threads(), sync_files=True)
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+        with _one_process():
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
         shutil.copyfile(tokenizer, temporary / "tokenizer.json")
         manifest = {
             "format": FORMAT,
@@ -160,7 +163,8 @@ def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[st
     missing = targets.keys() - dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
     if missing:
         raise UserError(f"checkpoint {checkpoint} lacks {sorted(missing)[0]} (and {len(missing) - 1} more)")
-    dcp.load(dict(targets), checkpoint_id=checkpoint, no_dist=True)
+    with _one_process():
+        dcp.load(dict(targets), checkpoint_id=checkpoint, no_dist=True)
     for name, expected in manifest["frozen"].items():
         if name in targets and targets[name].dtype in (torch.float32, torch.bool):
             if _tensor_hash(targets[name]) != expected:
@@ -183,6 +187,14 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple
     for layer, warmup in manifest["counters"]["reservoir_warmup"].items():
         model.layers[int(layer)].liquid.warmup = warmup
     return model.eval(), manifest, checkpoint
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Without DCP's warning that it assumes what `no_dist=True` says."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _way_out(checkpoint: Path) -> str:

@@ -47,6 +47,7 @@ def train(run: RunConfig) -> Progress:
     write_run_files(run)
     print(run.model.count_parameters().report(), flush=True)
 
+    torch.manual_seed(run.seed)
     engine = LocalEngine(
         run.model,
         run.optimizer,

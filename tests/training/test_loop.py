@@ -51,7 +51,7 @@ def test_loss_falls_and_a_run_leaves_its_files(tmp_path, text_data):
     run = tiny_run(
         tmp_path,
         text_data,
-        "training.steps=40",
+        "training.steps=60",
         "optimizer.lr=1e-2",
         "logging.tensorboard=true",
         "logging.every_steps=5",
@@ -65,13 +65,13 @@ def test_loss_falls_and_a_run_leaves_its_files(tmp_path, text_data):
     training = [r for r in records if "cross_entropy" in r]
     assert training[-1]["cross_entropy"] < training[0]["cross_entropy"] - 0.5
     validation = [r["validation_loss"] for r in records if "validation_loss" in r]
-    assert len(validation) == 2 and validation[-1] < validation[0]
+    assert len(validation) == 3 and validation[-1] < validation[0]
     assert {"tokens_per_second", "memory_gib", "lr", "grad_norm", "balance_loss", "mfu", "eta_seconds"} <= training[0].keys()
     assert all(abs(sum(layer) - 1) < 1e-9 for r in training for layer in r["expert_load"])
-    assert [p.name for p in checkpoint.whole_checkpoints(run.folder / "checkpoints")] == ["step_00000030", "step_00000040"]
+    assert [p.name for p in checkpoint.whole_checkpoints(run.folder / "checkpoints")] == ["step_00000045", "step_00000060"]
     assert (run.folder / "plots/loss.png").read_bytes()[:4] == b"\x89PNG"
     assert any((run.folder / "tensorboard").iterdir())
-    assert "import" in (run.folder / "samples/step_00000040.txt").read_text()
+    assert "import" in (run.folder / "samples/step_00000060.txt").read_text()
     assert json.loads((run.folder / "environment.json").read_text())["versions"]["torch"] == torch.__version__
     from lfm.training.run import RunConfig
 
