@@ -241,6 +241,16 @@ def test_gradients_below_the_range_of_fp32_squares_still_have_a_residual():
     assert stats.backward_fell_back
 
 
+def test_a_residual_that_is_no_number_is_not_within_the_tolerance():
+    drive, weight, _, _ = make_inputs((1, 60, 1, 8))
+    drive[0, 31] = torch.nan
+    stats = RecurrenceStats()
+    options = {"chunk_length": 10, "warmup": 60, "tolerance": 1e9, "stats": stats}
+    states, _ = reservoir_recurrence(drive, weight, None, None, leak_rate=LEAK_RATE, backend="chunked", **options)
+    assert stats.fell_back and stats.forward_residual.isnan().all()
+    assert not states[:, :31].isnan().any() and states[:, 31:].isnan().all()
+
+
 @pytest.mark.parametrize("backend", ["sequential", "chunked"])
 def test_bf16_stays_within_its_norms(backend):
     """Limits of norm ratio against float64 with the same bf16 W and drive; the worst position may be twice as far
