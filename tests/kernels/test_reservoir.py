@@ -219,11 +219,12 @@ def test_only_the_backward_falls_back_when_only_its_gradients_disagree():
     assert stats.backward_fell_back
 
 
-def test_boundaries_between_documents_do_not_count():
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_boundaries_between_documents_do_not_count(warmup):
     resets = [(0, position) for position in range(10, 60, 10)]
     inputs = make_inputs((1, 60, 2, 8), resets=resets)
     stats = RecurrenceStats()
-    options = {"chunk_length": 10, "warmup": 0, "tolerance": 0.0, "stats": stats}
+    options = {"chunk_length": 10, "warmup": warmup, "tolerance": 0.0, "stats": stats}
     got = outputs_and_grads(reservoir_recurrence, inputs, backend="chunked", **options)
     assert_close(got, outputs_and_grads(reservoir_recurrence_reference, inputs), 1e-12)
     assert stats.forward_residual.max() == 0 and stats.repair_passes == 0
@@ -239,6 +240,17 @@ def test_gradients_below_the_range_of_fp32_squares_still_have_a_residual():
     )
     (states.sum() * 1e-25).backward()
     assert stats.backward_fell_back
+    assert stats.backward_residual is not None and 0.1 < stats.backward_residual.item() < 10
+
+
+def test_a_residual_that_is_no_number_is_not_within_the_tolerance():
+    drive, weight, _, _ = make_inputs((1, 60, 1, 8))
+    drive[0, 31] = torch.nan
+    stats = RecurrenceStats()
+    options = {"chunk_length": 10, "warmup": 60, "tolerance": 1e9, "stats": stats}
+    states, _ = reservoir_recurrence(drive, weight, None, None, leak_rate=LEAK_RATE, backend="chunked", **options)
+    assert stats.fell_back and stats.forward_residual.isnan().all()
+    assert not states[:, :31].isnan().any() and states[:, 31:].isnan().all()
 
 
 @pytest.mark.parametrize("backend", ["sequential", "chunked"])
@@ -256,6 +268,14 @@ def test_bf16_stays_within_its_norms(backend):
     for name, limit in {"states": 6e-3, "grad drive": 8e-3}.items():
         worst = (got[name].double() - want[name]).norm(dim=-1).max() / want[name].norm(dim=-1).mean()
         assert worst <= limit, name
+
+
+def test_bf16_multiplies_the_rounded_state_but_carries_the_exact_one():
+    state = torch.full((1, 1, 4), 0.5 + 2**-12)  # 0.5 in bf16
+    drive = torch.zeros(1, 1, 1, 4, dtype=torch.bfloat16)
+    _, final = reservoir_recurrence(drive, torch.eye(4)[None], state, None, leak_rate=LEAK_RATE)
+    want = (1 - LEAK_RATE) * state + LEAK_RATE * torch.tensor(0.5).tanh()
+    torch.testing.assert_close(final, want, rtol=0, atol=1e-6)
 
 
 def test_fp32_weights_are_used_in_the_drives_precision_and_keep_their_own_gradient():

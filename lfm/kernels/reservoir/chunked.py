@@ -234,7 +234,6 @@ def solve(
         agreed = grid.num_chunks == 1 or bool((residual <= plan.tolerance).all())
         if agreed or repair_passes == plan.max_repair_passes:
             return Outcome(final, first_residual.float(), repair_passes, fell_back=not agreed)
-        start = start.clone()
         received, sent = grid.handed_over(start, end)
         received.copy_(sent)
         repair_passes += 1

@@ -124,16 +124,16 @@ def _forward(
     *,
     with_gain: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Run the sweep and fill `stats`; states, gain (or None) and the final state `[B, R, N]`."""
-    with torch.no_grad():
-        states, gain, outcome = forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
-        if stats is not None and gain is not None:
-            stats.forward_residual = outcome.residual
-            stats.saturation = torch.count_nonzero(gain < SATURATED_BELOW).float() / gain.numel()
-            stats.mean_gain = gain.mean(dtype=compute_dtype(gain)).float()
-            stats.repair_passes = outcome.repair_passes
-            stats.fell_back = outcome.fell_back
-        return states, gain, outcome.final.transpose(0, 1).contiguous()
+    """Run the sweep and fill `stats`, which need the gain; states, gain and the final state `[B, R, N]`."""
+    states, gain, outcome = forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
+    if stats is not None:
+        assert gain is not None
+        stats.forward_residual = outcome.residual
+        stats.saturation = torch.count_nonzero(gain < SATURATED_BELOW).float() / gain.numel()
+        stats.mean_gain = gain.mean(dtype=compute_dtype(gain)).float()
+        stats.repair_passes = outcome.repair_passes
+        stats.fell_back = outcome.fell_back
+    return states, gain, outcome.final.transpose(0, 1).contiguous()
 
 
 def _check(
@@ -159,7 +159,7 @@ def _check(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; drive [B, T, R, N] has {tuple(drive.shape)}, so {name} needs {shape}"
+                f"{name} has shape {tuple(tensor.shape)}, but drive [B, T, R, N] of {tuple(drive.shape)} needs {shape}"
             )
     if reset is not None and reset.dtype != torch.bool:
         raise ValueError(f"reset is {reset.dtype}; it must be bool")
