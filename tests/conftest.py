@@ -4,6 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
+# Tensors here are tiny: threads would wait for each other longer than they compute.  Subprocesses inherit it, so that
+# their results have the same bits.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any test imports triton
 
