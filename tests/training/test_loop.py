@@ -52,7 +52,7 @@ def test_loss_falls_and_a_run_leaves_its_files(tmp_path, text_data):
         tmp_path,
         text_data,
         "training.steps=60",
-        "optimizer.lr=1e-2",
+        "optimizer.lr=3e-3",
         "logging.tensorboard=true",
         "logging.every_steps=5",
         "checkpoint.every_steps=15",
