@@ -73,7 +73,7 @@ def main() -> None:
     for pattern, lengths in PATTERNS.items():
         documents = Documents.from_lengths([lengths], "cuda")
         floor = 14 * documents.attended_pairs * HEADS * K / PEAK * 1e3
-        for backend in ("sdpa", "varlen", "flex"):
+        for backend in ("sdpa", "flex"):
             error = worst_error(backend, lengths)
             row = {"documents": pattern, "backend": backend, "relative_error": error, "floor_ms": floor}
             rows.append(row)

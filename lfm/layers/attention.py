@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lfm.layers.documents import Documents
 from lfm.layers.rotary import rotate
 
-Backend = Literal["auto", "reference", "sdpa", "varlen", "flex"]
+Backend = Literal["auto", "reference", "sdpa", "flex"]
 
 # With a cache, queries go in blocks of this many, so that the mask is [block, keys] and never [T, T].
 _QUERY_BLOCK = 512
@@ -92,10 +92,11 @@ class Attention(nn.Module):
 
 
 def choose_backend(q: Tensor, documents: Documents) -> Backend:
-    """The fastest path by measurement on an H200 (docs/attention.md); on a CPU one SDPA call for each document."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or documents.row_is_one_document:
-        return "sdpa"
-    return "flex" if q.shape[2] % _FLEX_BLOCK == 0 else "varlen"
+    """By measurement on an H200 (benchmarks/results/attention.json): cuDNN for rows that are one document, flex_attention
+    for packed rows.  On a CPU, in fp32, or where 128 does not divide the row, one SDPA call for each document."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    packed = not documents.row_is_one_document and q.shape[2] % _FLEX_BLOCK == 0
+    return "flex" if q.is_cuda and half and packed else "sdpa"
 
 
 def attend(
@@ -111,8 +112,6 @@ def attend(
         backend = choose_backend(q, documents)
     if backend == "reference":
         return _reference(q, k, v, documents)
-    if backend == "varlen":
-        return _varlen(q, k, v, documents)
     if backend == "flex":
         return _flex(q, k, v, documents)
     if documents.row_is_one_document:
@@ -143,18 +142,6 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     same = document[:, None, :, None] == document[:, None, None, :]
     causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     return (scores.masked_fill(~(same & causal), -torch.inf).softmax(-1) @ v.to(wide)).to(q.dtype)
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    flat_lengths = [length for row in documents.lengths for length in row]
-    bounds = torch.tensor([0, *flat_lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    bounds = bounds.to(q.device, non_blocking=True)
-    longest = max(flat_lengths)
-    flat = [part.transpose(1, 2).flatten(0, 1) for part in (q, k, v)]
-    y = varlen_attn(*flat, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True)
-    return y.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

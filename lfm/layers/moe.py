@@ -121,12 +121,13 @@ class MoE(nn.Module):
         """Expert e computes its `load[e]` rows; rows past the last expert (dropped) come out as 0."""
         if inputs.is_cuda and inputs.dtype == torch.bfloat16:
             ends = load.cumsum(0).to(torch.int32)
+            dropping = self.training and self.capacity_factor is not None
+            # grouped_mm never writes the rows past its last offset, nor their gradients: `where` keeps both out.
+            computed = (torch.arange(len(inputs), device=inputs.device) < ends[-1])[:, None] if dropping else None
+            inputs = inputs if computed is None else torch.where(computed, inputs, 0)
             gate, up = F.grouped_mm(inputs, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
             outputs = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
-            if self.training and self.capacity_factor is not None:  # rows past the last offset are never written
-                row = torch.arange(len(outputs), device=outputs.device)
-                outputs = torch.where((row < ends[-1])[:, None], outputs, 0)
-            return outputs
+            return outputs if computed is None else torch.where(computed, outputs, 0)
         counts = load.tolist()
         pieces = inputs.split([*counts, len(inputs) - sum(counts)])
         outputs = []

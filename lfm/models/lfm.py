@@ -44,7 +44,7 @@ class LFMConfig(Config):
     rotary_base: float = Field(default=10_000.0, gt=1)
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     init_method_std: float = Field(default=0.02, gt=0)
-    attention_backend: Literal["auto", "reference", "sdpa", "varlen", "flex"] = "auto"
+    attention_backend: Literal["auto", "reference", "sdpa", "flex"] = "auto"
     num_moe_experts: PositiveInt = 8
     moe_router_topk: PositiveInt = 2
     moe_ffn_hidden_size: PositiveInt
