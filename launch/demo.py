@@ -1,6 +1,6 @@
 """`make demo`: shards from the Python standard library, a trained `lfm_debug`, what it learnt, and where to look.
 
-    python launch/demo.py [key.path=value ...]      overrides of configs/lfm_debug.yaml
+python launch/demo.py [key.path=value ...]      overrides of configs/lfm_debug.yaml
 """
 
 import functools

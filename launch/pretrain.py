@@ -28,8 +28,8 @@ def main() -> None:
         return
     if world_size > 1 or run.parallel.zero_stage > 0:
         raise UserError(
-            f"world size {world_size} with parallel.zero_stage={run.parallel.zero_stage} needs the parallel engine, which "
-            "this version does not have; start one process with zero_stage=0"
+            f"world size {world_size} with parallel.zero_stage={run.parallel.zero_stage} needs the parallel engine, "
+            "which this version does not have; start one process with zero_stage=0"
         )
     from lfm.training.engine import NonFiniteError
     from lfm.training.loop import train

@@ -5,7 +5,7 @@ import difflib
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -56,7 +56,12 @@ class Config(BaseModel):
         return "\n".join(lines)
 
 
-def parse_command_line(config: type[Config], description: str, argv: Sequence[str] | None = None, **flags: dict):
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def parse_command_line(
+    config: type[AnyConfig], description: str, argv: Sequence[str] | None = None, **flags: dict[str, Any]
+) -> tuple[AnyConfig, argparse.Namespace]:
     """Parse `--config FILE [key.path=value ...]` plus `flags` (name -> argparse keywords).
 
     Returns `(config.load(...), namespace)`.  `--help` lists every key of `config`.  The `--local_rank` that the
@@ -188,7 +193,7 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         sentence = f"key {path} is missing in {source}; add it (--help describes every key)"
     elif problem["type"] == "value_error":
         where = f"{path}: " if path else ""
-        sentence = f"{where}{problem['ctx']['error']} (in {source})"
+        sentence = f"{where}{problem.get('ctx', {}).get('error')} (in {source})"
     else:
         reason = problem["msg"][0].lower() + problem["msg"][1:]
         sentence = f"{path} = {value!r} in {source} is not legal: {reason}"

@@ -20,7 +20,7 @@ _FLEX_BLOCK = 128
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, `[B, K, S, head_size]`, rotary already applied; never written in place.
+    """Keys and values of the tokens seen so far, `[B, G, S, K]`, rotary already applied; never written in place.
 
     `padding[b]` slots at the left of row `b` hold no token, so that prompts of several lengths share one batch.
     """
@@ -92,8 +92,11 @@ class Attention(nn.Module):
 
 
 def choose_backend(q: Tensor, documents: Documents) -> Backend:
-    """By measurement on an H200 (benchmarks/results/attention.json): cuDNN for rows that are one document, flex_attention
-    for packed rows.  On a CPU, in fp32, or where 128 does not divide the row, one SDPA call for each document."""
+    """The faster path, measured on an H200 (benchmarks/results/attention.json).
+
+    cuDNN for rows that are one document, flex_attention for packed rows; on a CPU, in fp32, or where 128 does not
+    divide the row, one SDPA call for each document.
+    """
     half = q.dtype in (torch.bfloat16, torch.float16)
     packed = not documents.row_is_one_document and q.shape[2] % _FLEX_BLOCK == 0
     return "flex" if q.is_cuda and half and packed else "sdpa"

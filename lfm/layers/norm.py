@@ -5,7 +5,10 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension; statistics in at least fp32.  Zhang & Sennrich 2019."""
+    """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension, statistics in at least fp32.
+
+    Zhang & Sennrich 2019, arXiv 1910.07467.
+    """
 
     def __init__(self, hidden_size: int, *, eps: float) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ Initialisation, checkpoints and comparisons between layouts all go through these
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ def global_index(model: nn.Module) -> dict[str, tuple[str, Index]]:
     """Global name -> (run-time name of the parameter or buffer, index of the part), in parameter order."""
     fused: dict[str, list[tuple[str, Index]]] = {}
     for prefix, module in model.named_modules():
-        parts = module.fused_parameters() if hasattr(module, "fused_parameters") else {}
+        parts = cast(Any, module).fused_parameters() if hasattr(module, "fused_parameters") else {}
         dot = prefix + "." if prefix else ""
         for name, (tensor, index) in parts.items():
             fused.setdefault(dot + tensor, []).append((dot + name, index))

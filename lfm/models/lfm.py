@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -262,7 +262,7 @@ def _checkpointed(fn, *args, **kwargs):
 
 
 class LFM(nn.Module):
-    """Spec: pre-norm decoder; `x += Attention; x += Liquid (every n-th layer); x += MoE`; logits from the final norm."""
+    """Pre-norm decoder: `x += Attention; x += Liquid (every n-th layer); x += MoE`; logits from the final norm."""
 
     def __init__(self, config: LFMConfig) -> None:
         super().__init__()
@@ -278,6 +278,11 @@ class LFM(nn.Module):
         """The output projection without the padded rows: padded ids have no logits at all."""
         tied = not self.config.untie_embeddings_and_output_weights
         return (self.embedding if tied else self.head).weight[: self.config.vocab_size]
+
+    @property
+    def liquids(self) -> dict[int, Liquid]:
+        """Liquid layers by layer index."""
+        return {layer: cast(Liquid, self.layers[layer].liquid) for layer in self.config.liquid_layers}
 
     def forward(
         self,
@@ -354,7 +359,9 @@ class LFM(nn.Module):
             found.balance.append(routing.balance_loss)
             found.z.append(routing.z_loss)
             found.load.append(routing.load)
-        new_state = LFMState(positions[:, -1] + 1, caches, liquid) if keep_state else None  # type: ignore[arg-type]
+        new_state = None
+        if keep_state:
+            new_state = LFMState(positions[:, -1] + 1, [cache for cache in caches if cache is not None], liquid)
         return self.final_norm(x), new_state, found
 
 

@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from lfm.config import Config
 from lfm.errors import UserError
+from lfm.models.global_names import global_views
 from lfm.models.lfm import LFM, LFMConfig
 from lfm.training.engine import materialize
 
@@ -43,7 +46,7 @@ class CheckpointConfig(Config):
     keep: PositiveInt = 2
     """Newest checkpoints kept; older ones are removed after a newer one is whole."""
     resume: str = "auto"
-    """auto: go on from the run's newest checkpoint if there is one; never: refuse a run folder that has one; or a path."""
+    """auto: go on from the run's newest checkpoint, if any; never: refuse a run folder that has one; or a path."""
     init_from: str | None = None
     """Run or checkpoint whose weights alone start this run (continued pre-training); optimizer and data start anew."""
 
@@ -62,9 +65,9 @@ def save(
     if need > free:
         raise _disk_full(final, need, free)
     try:
-        writer = dcp.FileSystemWriter(temporary, thread_count=_threads(), sync_files=True)
+        writer = FileSystemWriter(temporary, thread_count=_threads(), sync_files=True)
         with _one_process():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+            dcp_save(dict(tensors), storage_writer=writer, no_dist=True)
         shutil.copyfile(tokenizer, temporary / "tokenizer.json")
         manifest = {
             "format": FORMAT,
@@ -160,11 +163,11 @@ _MAY_DIFFER = {
 
 def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[str, Tensor]) -> None:
     """Fill `targets` (key -> tensor, any dtype and device) in place; frozen ones are checked against their hashes."""
-    missing = targets.keys() - dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
+    missing = targets.keys() - FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
     if missing:
         raise UserError(f"checkpoint {checkpoint} lacks {sorted(missing)[0]} (and {len(missing) - 1} more)")
     with _one_process():
-        dcp.load(dict(targets), checkpoint_id=checkpoint, no_dist=True)
+        dcp_load(dict(targets), checkpoint_id=checkpoint, no_dist=True)
     for name, expected in manifest["frozen"].items():
         if name in targets and targets[name].dtype in (torch.float32, torch.bool):
             if _tensor_hash(targets[name]) != expected:
@@ -177,15 +180,13 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple
     manifest = read_manifest(checkpoint)
     verify(checkpoint, manifest)
     config = LFMConfig.from_tree(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))
-    from lfm.models.global_names import global_views
-
     model, _ = materialize(config, device=device, dtype=dtype)
     views = global_views(model, lambda _, tensor: tensor)
     frozen = {name.removeprefix("frozen.") for name in manifest["frozen"]}
     keys = {f"{'frozen' if name in frozen else 'master'}.{name}": tensor for name, tensor in views.items()}
     load_tensors(checkpoint, manifest, keys)
     for layer, warmup in manifest["counters"]["reservoir_warmup"].items():
-        model.layers[int(layer)].liquid.warmup = warmup
+        model.liquids[int(layer)].warmup = warmup
     return model.eval(), manifest, checkpoint
 
 
@@ -206,7 +207,7 @@ def _threads() -> int:
 
 
 def _is_out_of_space(error: BaseException | None) -> bool:
-    """Whether an out-of-space OSError is anywhere behind `error`, also inside DCP's wrapper, which keeps its own list."""
+    """Whether an out-of-space OSError is anywhere behind `error`, also inside DCP's wrapper with its own list."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _OUT_OF_SPACE:
             return True

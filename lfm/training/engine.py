@@ -62,7 +62,8 @@ class LocalEngine:
         recompute: Recompute = "none",
     ) -> None:
         self.config, self.optimizer_config = model, optimizer
-        self.device, self.micro_batch_size, self.recompute = device, micro_batch_size, recompute
+        self.device, self.micro_batch_size = device, micro_batch_size
+        self.recompute: Recompute = recompute
         self.model, self.masters = materialize(model, device=device, dtype=dtype)
         initialize(self.model, seed, self._views(self.masters))
         self.publish_masters()
@@ -123,10 +124,9 @@ class LocalEngine:
         for index, row in enumerate(table.isfinite().all(1).tolist()):
             if not row:
                 first = index * self.micro_batch_size
-                raise NonFiniteError(
-                    f"loss is not finite in rows {first} to {min(first + self.micro_batch_size, rows) - 1} of the batch "
-                    f"(cross entropy {table[index, 0]:.4g}, balance {table[index, 1]:.4g}, z {table[index, 2]:.4g})"
-                )
+                last = min(first + self.micro_batch_size, rows) - 1
+                terms = dict(zip(("cross entropy", "balance", "z"), table[index].tolist(), strict=True))
+                raise NonFiniteError(f"loss is not finite in rows {first} to {last} of the batch ({terms})")
         cross_entropy, balance, z = table.sum(0).tolist()
         return StepResult(
             loss=cross_entropy / labels + self._auxiliary(balance, z) / rows,
@@ -149,7 +149,7 @@ class LocalEngine:
             stats = [found[layer] for found in recurrences]
             residual[layer] = max(_largest_residual(s) for s in stats)
             saturation[layer] = float(torch.stack([s.saturation for s in stats]).mean())
-            liquid = self.model.layers[layer].liquid
+            liquid = self.model.liquids[layer]
             calm = self.calm_steps[layer] + 1 if residual[layer] < 1e-3 else 0
             warmup = next_warmup(liquid.warmup, residual[layer], calm)
             self.calm_steps[layer] = 0 if warmup != liquid.warmup else calm
@@ -176,7 +176,8 @@ class LocalEngine:
             raise NonFiniteError(f"gradient norm is {value}; first non-finite gradient: {bad[0] if bad else 'none'}")
         clip = self.optimizer_config.clip_grad
         if clip and value > clip:
-            torch._foreach_mul_(grads, clip / value)
+            for grad in grads:
+                grad.mul_(clip / value)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -206,7 +207,7 @@ class LocalEngine:
         state = next(iter(self.optimizer.state.values()))
         return {
             "optimizer_step": int(state["step"]),
-            "reservoir_warmup": {str(i): self.model.layers[i].liquid.warmup for i in self.calm_steps},
+            "reservoir_warmup": {str(i): liquid.warmup for i, liquid in self.model.liquids.items()},
             "reservoir_calm_steps": {str(i): calm for i, calm in self.calm_steps.items()},
         }
 
@@ -215,7 +216,7 @@ class LocalEngine:
         for state in self.optimizer.state.values():
             state["step"].fill_(counters["optimizer_step"])
         for layer, warmup in counters["reservoir_warmup"].items():
-            self.model.layers[int(layer)].liquid.warmup = warmup
+            self.model.liquids[int(layer)].warmup = warmup
         self.calm_steps = {int(layer): calm for layer, calm in counters["reservoir_calm_steps"].items()}
         self.publish_masters()
 

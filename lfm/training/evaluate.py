@@ -14,6 +14,7 @@ from lfm.data.reader import RowReader
 from lfm.layers.documents import Documents
 from lfm.models.lfm import LFM
 
+
 @torch.no_grad()
 def score(model: LFM, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
     """(sum of cross entropy in nats, number of labels) of packed rows `ids [R, T]`; the model is left in eval mode."""

@@ -40,6 +40,8 @@ class Progress:
 
 def train(run: RunConfig) -> Progress:
     """Train to `run.training.steps`, or to a signal, from the newest checkpoint or from the start."""
+    if run.device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("training.device=cuda and no GPU is visible; use training.device=cpu or auto")
     rows = open_split(run.data, "train", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
     held_out = open_split(run.data, "validation", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
     tokenizer_file = Path(run.data.path) / "tokenizer.json"

@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard, wandb and the loss plot.  A failing logger never stops it."""
+"""What a run writes for people: metrics.jsonl, TensorBoard, wandb, the loss plot.  A failing logger never stops it."""
 
 import json
 import sys

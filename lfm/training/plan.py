@@ -55,6 +55,7 @@ def plan(run: RunConfig) -> str:
         f"work: {tokens:,} tokens per optimizer step, {tokens * t.steps:,} in {t.steps:,} steps, "
         f"{flops * tokens * t.steps:.3g} FLOP",
         "memory of one process: " + ", ".join(f"{name} {value / _GIB:.1f}" for name, value in memory.items()),
-        f"memory in all: {total / _GIB:.1f} GiB; one checkpoint {12 * (counts.trainable + counts.padding) / _GIB:.1f} GiB",
+        f"memory in all: {total / _GIB:.1f} GiB",
+        f"one checkpoint: {12 * (counts.trainable + counts.padding) / _GIB:.1f} GiB",
     ]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 from lfm.training.metrics import read_metrics
 
@@ -47,10 +48,9 @@ def plot_loss(metrics: Path, image: Path) -> None:
     axis.set_title(metrics.parent.name)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
-    for side in ("top",):
-        axis.spines[side].set_visible(False)
-        rate.spines[side].set_visible(False)
-    axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    axis.spines["top"].set_visible(False)
+    rate.spines["top"].set_visible(False)
+    axis.xaxis.set_major_formatter(EngFormatter())
     figure.tight_layout()
     image.parent.mkdir(parents=True, exist_ok=True)
     temporary = image.with_name(f".{image.name}.{os.getpid()}.png")
@@ -59,8 +59,9 @@ def plot_loss(metrics: Path, image: Path) -> None:
     os.replace(temporary, image)
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential moving average over about a twentieth of the curve, corrected for its start."""
+    weight = 1 - 1 / max(2, len(values) // 20)
     smoothed, average, total = [], 0.0, 0.0
     for value in values:
         average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)

@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.comparison import assert_close
 
 from lfm.layers.attention import Attention, _block_mask, attend
 from lfm.layers.documents import Documents
 from lfm.layers.rotary import rotary_tables
+from tests.comparison import assert_close
 
 
 def _outputs_and_grads(backend, q, k, v, documents):

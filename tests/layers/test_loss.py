@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.comparison import assert_close
 
 from lfm.layers import loss as loss_module
 from lfm.layers.documents import IGNORED_LABEL
 from lfm.layers.loss import linear_cross_entropy
+from tests.comparison import assert_close
 
 
 def _outputs_and_grads(fn, hidden, weight, labels):

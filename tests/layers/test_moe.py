@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.comparison import assert_close
 
 from lfm.layers.moe import MoE, route
+from tests.comparison import assert_close
 
 
 def _layer(**changes):

@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.comparison import assert_close
-from tests.models.reference_lfm import document_forward, step_loss
 
 from lfm.errors import UserError
 from lfm.layers.documents import Documents
 from lfm.models.generation import SamplingConfig, generate
 from lfm.models.global_names import global_index, global_views
 from lfm.models.lfm import LFM, LFMConfig, LFMState, initial_tensor, initialize
+from tests.comparison import assert_close
+from tests.models.reference_lfm import document_forward, step_loss
 
 
 def small_config(**changes) -> LFMConfig:

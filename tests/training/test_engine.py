@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tests.comparison import assert_close
-from tests.models.test_lfm import small_config
 
 from lfm.models.global_names import global_views
 from lfm.training.engine import LocalEngine, NonFiniteError
 from lfm.training.optimizer import OptimizerConfig
+from tests.comparison import assert_close
+from tests.models.test_lfm import small_config
 
 LENGTHS = [[20], [3, 17], [1] * 20, [9, 11]]
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from lfm.training.schedule import ScheduleConfig, lr_factor
@@ -14,7 +16,7 @@ def test_warmup_is_linear_and_starts_above_zero(kind):
 
 def test_cosine_ends_at_the_ratio_and_never_rises():
     curve = _curve(kind="cosine", warmup_steps=10, min_lr_ratio=0.1)[10:]
-    assert curve[-1] == pytest.approx(0.1) and all(a >= b for a, b in zip(curve, curve[1:], strict=False))
+    assert curve[-1] == pytest.approx(0.1) and all(a >= b for a, b in itertools.pairwise(curve))
     assert curve[44] == pytest.approx(0.55, abs=0.01)
 
 

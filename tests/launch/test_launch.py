@@ -1,0 +1,162 @@
+"""The commands as a user starts them."""
+
+import importlib
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from lfm.training.loop import train
+from tests.training.tiny_run import PYTHON, ROOT, pretrain_command, tiny_run
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Run a command's `main` in this process, with its real command line; gives exit code and stderr."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(part) for part in (script, *arguments)])
+        code = 0
+        try:
+            importlib.import_module(f"launch.{script}").main()
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
+
+    return call
+
+
+def run(*command):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_data):
+    config = tiny_run(tmp_path_factory.mktemp("trained"), text_data, "training.steps=2")
+    train(config)
+    return config.folder
+
+
+def assert_refused(process, words):
+    """One sentence on stderr, exit code 2, no traceback."""
+    assert process.returncode == 2, process.stderr
+    lines = [line for line in process.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
+    assert re.search(words, lines[0]), lines[0]
+
+
+def test_dry_run_of_the_flagship_prints_exact_figures_in_little_memory():
+    limit = 4 * 10**9
+
+    def cap():
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    command = [PYTHON, "launch/pretrain.py", "--config", "configs/lfm_3b.yaml", "--dry-run"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=cap, timeout=60)
+    assert found.returncode == 0, found.stderr
+    for figure in ("total 3,025,273,344", "trainable 3,021,341,184", "active 1,464,205,824", "11.82 GFLOP per token"):
+        assert figure in found.stdout
+
+
+BAD_RUNS = {
+    "unknown_key": (["model.hiden_size=3"], r"unknown key model\.hiden_size .* did you mean model\.hidden_size\?"),
+    "wrong_type": (["training.steps=many"], r"training\.steps = 'many'"),
+    "out_of_range": (["optimizer.lr=-1"], r"optimizer\.lr = -1 .* greater than 0"),
+    "micro_batch": (["training.micro_batch_size=3"], "micro_batch_size=3 does not divide global_batch_size=4"),
+    "tensor_parallel": (["parallel.tensor=3"], r"parallel\.tensor=3 does not divide .* nearest legal is"),
+    "expert_parallel": (["parallel.expert=3"], r"parallel\.expert=3 does not divide num_moe_experts=4"),
+    "stage_layers": (["parallel.pipeline=2", "parallel.stage_layers=[1,2]"], r"stage_layers=\[1, 2\] must be 2"),
+    "world": (["parallel.pipeline=2"], r"does not fit on 1 process"),
+    "zero": (["parallel.zero_stage=1"], "needs the parallel engine"),
+    "missing_data": (["data.path=/no/such/folder"], r"data\.path=/no/such/folder does not exist; make it with"),
+    "vocabulary": (["model.vocab_size=256"], r"512.*256|256.*512"),
+    "larger_vocabulary": (["model.vocab_size=1024"], r"512.*1024|1024.*512"),
+    "row_length": (["model.seq_length=32"], "seq_length=64"),
+    "cuda": (["training.device=cuda"], "no GPU is visible"),
+    "bad_name": (["name=a/b"], "name = 'a/b'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_a_bad_run_is_refused_in_one_sentence(case, tmp_path, text_data, main):
+    overrides, words = BAD_RUNS[case]
+    if case == "cuda" and __import__("torch").cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    assert_refused(main("pretrain", *pretrain_command(tmp_path, text_data, *overrides)[2:]), words)
+    assert not list(tmp_path.rglob("step_*"))
+
+
+def test_shards_of_another_tokenizer_are_refused(tmp_path, text_data, main):
+    import shutil
+
+    copy = shutil.copytree(text_data, tmp_path / "data")
+    tokenizer = copy / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert_refused(main("pretrain", *pretrain_command(tmp_path, copy)[2:]), "tokenizer")
+
+
+def test_a_corrupt_checkpoint_is_refused_in_one_sentence(tmp_path, text_data, trained):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "lfm_debug")
+    os.truncate(tmp_path / "lfm_debug/checkpoints/step_00000002/.metadata", 10)
+    assert_refused(run(*pretrain_command(tmp_path, text_data)), r"\.metadata has 10 bytes instead of")
+    generate = ["launch/generate.py", "--checkpoint", tmp_path / "lfm_debug", "--prompt", "x"]
+    assert_refused(run(PYTHON, *generate), r"\.metadata has 10 bytes instead of")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_in_one_sentence(text_data, trained, main):
+    command = pretrain_command(trained.parent, text_data, "model.num_layers=3")[2:]
+    assert_refused(main("pretrain", *command), r"another architecture: model\.num_layers is 2 there and 3")
+
+
+def test_several_processes_are_refused_until_there_is_an_engine_for_them(tmp_path, text_data, main, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(main("pretrain", *pretrain_command(tmp_path, text_data)[2:]), "world size 2")
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "1"],
+        [PYTHON, f"{sys.prefix}/bin/deepspeed", "--num_gpus", "1"],
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_one_process_trains_under_each_launcher(launcher, tmp_path, text_data):
+    if "deepspeed" in launcher[1]:
+        pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'lfm[parallel]'")
+    shared = set(os.listdir("/dev/shm"))
+    found = run(*launcher, *pretrain_command(tmp_path, text_data, "training.steps=1")[1:])
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "lfm_debug/checkpoints/step_00000001").exists()
+    assert set(os.listdir("/dev/shm")) <= shared, "shared memory was left behind"
+
+
+def test_generate_streams_one_prompt_and_separates_several(trained):
+    one = run(PYTHON, "launch/generate.py", "--checkpoint", trained, "--prompt", "import ", "--max-new-tokens", 5)
+    assert one.returncode == 0 and one.stdout.startswith("import "), one.stderr
+    step = trained / "checkpoints/step_00000002"
+    command = [PYTHON, "launch/generate.py", "--checkpoint", step, "--prompt", "def ", "--prompt", "class ", "--greedy"]
+    several = run(*command, "--max-new-tokens", 5).stdout
+    first, second = several.split("\n--------\n")
+    assert first.startswith("def ") and second.startswith("class ")
+    assert run(*command, "--max-new-tokens", 5).stdout == several
+
+
+BAD_PROMPTS = {
+    "too_long": (["--prompt", "x " * 200], r"tokens and the context is 64; shorten it to 63"),
+    "empty": (["--prompt", ""], "empty"),
+    "no_checkpoint": (["--checkpoint", "/no/run", "--prompt", "x"], "neither a checkpoint nor a run folder"),
+    "temperature": (["--prompt", "x", "--temperature", "0"], r"temperature = '0'"),
+    "top_p": (["--prompt", "x", "--top-p", "2"], "top_p = '2'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+def test_a_bad_generation_is_refused_in_one_sentence(case, trained, main):
+    arguments, words = BAD_PROMPTS[case]
+    assert_refused(main("generate", "--checkpoint", trained, *arguments), words)
