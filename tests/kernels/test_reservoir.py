@@ -6,6 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm.kernels.reservoir import WARMUP_NOTCHES, RecurrenceStats, make_reservoir, next_warmup, reservoir_recurrence
+from lfm.kernels.reservoir.chunked import (
+    ChunkPlan,
+    backward_sweep,
+    forward_sweep,
+    graphed_backward_sweep,
+    graphed_forward_sweep,
+)
 from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
 
 LEAK_RATE = 0.3
@@ -417,6 +424,38 @@ def test_mistakes_are_named(change, message):
     arguments = {"drive": torch.zeros(1, 4, 2, 3), "weight": torch.zeros(2, 3, 3), "state": None, "reset": None}
     with pytest.raises(ValueError, match=message):
         reservoir_recurrence(**(arguments | {"leak_rate": LEAK_RATE} | change))
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_has_the_bits_of_the_launched_loop():
+    plan = ChunkPlan(chunk_length=32, warmup=64, tolerance=1e-2, max_repair_passes=3)
+    for seed in range(3):  # the first captures, the others replay with other values
+        drive, weight, _, reset = make_inputs((2, 300, 3, 64), seed=seed, dtype=torch.bfloat16, resets=[(0, 77 + seed)])
+        drive, weight, reset = drive.cuda(), weight.cuda(), reset.cuda()
+        states, gain, outcome = graphed_forward_sweep(drive, weight, None, reset, LEAK_RATE, plan)
+        want = forward_sweep(drive, weight, None, reset, LEAK_RATE, plan, with_gain=True)
+        assert torch.equal(states, want[0]) and torch.equal(gain, want[1])
+        assert torch.equal(outcome.final, want[2].final) and torch.equal(outcome.residual, want[2].residual)
+        grad_final = torch.zeros(2, 3, 64, device="cuda")
+        args = (torch.randn_like(drive), grad_final, gain, weight, reset, LEAK_RATE, plan)
+        delta, outcome = graphed_backward_sweep(*args)
+        want = backward_sweep(*args)
+        assert torch.equal(delta, want[0]) and torch.equal(outcome.final, want[1].final)
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_whose_residual_is_too_large_is_repaired():
+    drive, weight, _, _ = make_inputs((1, 400, 2, 32), dtype=torch.float32, scale=0.01, radius=0.99)
+    drive, weight = drive.cuda().requires_grad_(), weight.cuda()
+    found = []
+    for backend in ("chunked", "sequential"):
+        stats = RecurrenceStats()
+        states, _ = reservoir_recurrence(
+            drive, weight, None, None, leak_rate=LEAK_RATE, backend=backend, chunk_length=64, warmup=4, stats=stats
+        )
+        found.append((states, stats))
+    assert found[0][1].repair_passes > 0 or found[0][1].fell_back
+    assert (found[0][0] - found[1][0]).norm() / found[1][0].norm() < 3e-2
 
 
 @pytest.mark.gpu

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lfm.kernels.reservoir.chunked import ChunkPlan, backward_sweep, compute_dtype, forward_sweep, weight_gradient
+from lfm.kernels.reservoir.chunked import (
+    ChunkPlan,
+    backward_sweep,
+    compute_dtype,
+    forward_sweep,
+    graphed_backward_sweep,
+    weight_gradient,
+)
 
 SATURATED_BELOW = 0.0975
 """Gain 1 - tanh^2 below which |tanh| > 0.95."""
@@ -89,7 +96,9 @@ class _ReservoirRecurrence(torch.autograd.Function):
         plan: ChunkPlan,
         stats: RecurrenceStats | None,
     ) -> tuple[Tensor, Tensor]:
-        states, gain, final = _forward(drive, weight, state, reset, leak_rate, plan, stats, with_gain=True)
+        states, gain, final = _forward(
+            drive, weight, state, reset, leak_rate, plan, stats, with_gain=True, training=True
+        )
         ctx.save_for_backward(weight, state, reset, states, gain)
         ctx.leak_rate, ctx.plan, ctx.stats = leak_rate, plan, stats
         return states, final
@@ -99,7 +108,8 @@ class _ReservoirRecurrence(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_states, grad_final = grad_outputs
         weight, state, reset, states, gain = ctx.saved_tensors
-        delta, outcome = backward_sweep(grad_states, grad_final, gain, weight, reset, ctx.leak_rate, ctx.plan)
+        sweep = graphed_backward_sweep if _graphed(gain, ctx.plan) else backward_sweep
+        delta, outcome = sweep(grad_states, grad_final, gain, weight, reset, ctx.leak_rate, ctx.plan)
         if ctx.stats is not None:
             ctx.stats.backward_residual = outcome.residual
             ctx.stats.backward_repair_passes = outcome.repair_passes
@@ -123,9 +133,13 @@ def _forward(
     stats: RecurrenceStats | None,
     *,
     with_gain: bool,
+    training: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Run the sweep and fill `stats`, which need the gain; states, gain and the final state `[B, R, N]`."""
-    states, gain, outcome = forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
+    if training and _graphed(drive, plan):
+        states, gain, outcome = graphed_forward_sweep(drive, weight, state, reset, leak_rate, plan)
+    else:
+        states, gain, outcome = forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
     if stats is not None:
         assert gain is not None
         stats.forward_residual = outcome.residual
@@ -134,6 +148,11 @@ def _forward(
         stats.repair_passes = outcome.repair_passes
         stats.fell_back = outcome.fell_back
     return states, gain, outcome.final.transpose(0, 1).contiguous()
+
+
+def _graphed(x: Tensor, plan: ChunkPlan) -> bool:
+    """Whether one step loop is worth a CUDA graph: on a GPU, chunked (the sequential loop would be a huge graph)."""
+    return x.is_cuda and x.shape[1] > plan.chunk_length
 
 
 def _check(
