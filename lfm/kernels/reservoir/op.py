@@ -13,6 +13,7 @@ from lfm.kernels.reservoir.chunked import (
     compute_dtype,
     forward_sweep,
     graphed_backward_sweep,
+    graphed_forward_sweep,
     weight_gradient,
 )
 
