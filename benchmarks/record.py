@@ -22,7 +22,9 @@ def summarise(folder: Path, *, skip_steps: int) -> dict:
     rates = [r["tokens_per_second"] for r in windows]
     rate = statistics.median(rates)
     peak = peak_flops(environment["gpu"])
+    compression = folder / "bits_per_byte.json"
     return {
+        **({"bits_per_byte": json.loads(compression.read_text())} if compression.exists() else {}),
         "run": run.name,
         "date": date.today().isoformat(),
         "environment": environment,

@@ -9,6 +9,7 @@ A checkpoint is written under a temporary name, synced, given its manifest, and 
 whole or was damaged later, which the hashes find.
 """
 
+import base64
 import errno
 import json
 import os
@@ -188,6 +189,22 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple
     for layer, warmup in manifest["counters"]["reservoir_warmup"].items():
         model.liquids[int(layer)].warmup = warmup
     return model.eval(), manifest, checkpoint
+
+
+def rng_state(device: torch.device) -> dict[str, str]:
+    """torch's generators, by device type, as base64."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_rng_state(saved: dict[str, str], device: torch.device) -> None:
+    """Restore `rng_state()`."""
+    states = {n: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for n, text in saved.items()}
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 @contextmanager

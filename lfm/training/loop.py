@@ -1,10 +1,8 @@
 """The training loop: read a step's rows, update, log, validate, sample, save; stop on a signal; resume exactly."""
 
-import base64
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +21,7 @@ from lfm.models.generation import generate
 from lfm.training import checkpoint
 from lfm.training.engine import LocalEngine, NonFiniteError
 from lfm.training.evaluate import evaluate
-from lfm.training.metrics import Metrics, peak_flops, training_record
+from lfm.training.metrics import Metrics, Speed, show, training_record
 from lfm.training.run import RunConfig, write_run_files
 from lfm.training.schedule import lr_factor
 
@@ -69,7 +67,7 @@ def train(run: RunConfig) -> Progress:
         prefetch_threads=run.data.prefetch_threads,
         prefetch_steps=run.data.prefetch_steps,
     )
-    speed = _Speed(run, engine)
+    speed = Speed(run.model, engine)
     saved_step = progress.step if start is not None else -1
 
     def save() -> None:
@@ -82,7 +80,7 @@ def train(run: RunConfig) -> Progress:
             "progress": asdict(progress) | {"best_validation": _finite(progress.best_validation)},
             "counters": engine.counters(),
             "data": stream.state(),
-            "rng": _rng_state(run.device),
+            "rng": checkpoint.rng_state(run.device),
         }
         folder = run.folder / "checkpoints"
         checkpoint.save(
@@ -114,7 +112,7 @@ def train(run: RunConfig) -> Progress:
                 remaining = (run.training.steps - progress.step) * ids.numel()
                 record |= training_record(result) | speed.measure(remaining)
                 log.write(record)
-                _show(bar, record)
+                show(bar, record)
             if _due(progress.step, run.validation.every_steps) or last:
                 log.write(_validate(run, engine, held_out, progress))
                 log.plot()
@@ -167,7 +165,7 @@ def _restore(run: RunConfig, engine: LocalEngine, start: tuple[Path, dict[str, A
         path, manifest = start
         checkpoint.load_tensors(path, manifest, engine.tensors())
         engine.load_counters(manifest["counters"])
-        _set_rng_state(manifest["rng"], run.device)
+        checkpoint.set_rng_state(manifest["rng"], run.device)
         saved = manifest["progress"]
         best = saved["best_validation"]
         print(f"resuming from {path} at step {saved['step']}", flush=True)
@@ -220,56 +218,6 @@ def _sample(run: RunConfig, engine: LocalEngine, tokenizer_file: Path, step: int
     checkpoint.write_atomically(folder / f"step_{step:08d}.txt", whole)
 
 
-class _Speed:
-    """Tokens/s and MFU over the window since the last measurement, memory, ETA; validation and saving are left out."""
-
-    def __init__(self, run: RunConfig, engine: LocalEngine) -> None:
-        self.run, self.engine = run, engine
-        device = run.device
-        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.restart()
-
-    def restart(self) -> None:
-        self.start, self.tokens, self.pairs = self.engine.synchronize(), 0, 0
-
-    def add(self, tokens: int, attended_pairs: int) -> None:
-        self.tokens += tokens
-        self.pairs += attended_pairs
-
-    def measure(self, remaining_tokens: int) -> dict[str, Any]:
-        seconds = self.engine.synchronize() - self.start
-        if not self.tokens:
-            return {}
-        rate = self.tokens / seconds
-        flops = self.run.model.flops_per_token(attended=self.pairs / self.tokens) * rate
-        found = {
-            "tokens_per_second": rate,
-            "tflops": flops / 1e12,
-            "mfu": flops / self.peak if self.peak else None,
-            "memory_gib": self.engine.memory_bytes() / 2**30,
-            "eta_seconds": remaining_tokens / rate,
-            "time": time.time(),
-        }
-        self.restart()
-        return found
-
-
-def _show(bar: tqdm, record: dict[str, Any]) -> None:
-    speed = f"{record['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in record else ""
-    mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") else ""
-    memory = f"  {record['memory_gib']:.1f} GiB" if "memory_gib" in record else ""
-    text = f"loss {record['cross_entropy']:.4f}  norm {record['grad_norm']:.2f}  {speed}{mfu}{memory}"
-    if record["reservoir_fallbacks"]:
-        text += f"  {record['reservoir_fallbacks']} sequential fallbacks"
-    bar.set_postfix_str(text)
-    if bar.disable:
-        print(f"step {record['step']}/{bar.total}  {text}  ETA {_minutes(record.get('eta_seconds'))}", flush=True)
-
-
-def _minutes(seconds: float | None) -> str:
-    return "?" if seconds is None else f"{seconds / 60:.1f} min"
-
-
 def _progress_bar(run: RunConfig, progress: Progress) -> tqdm:
     # disable=None: no bar where stderr is not a terminal; _show then prints a line each time instead.
     return tqdm(total=run.training.steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
@@ -297,17 +245,3 @@ def _stop_on_signal() -> Iterator[Callable[[], str | None]]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _rng_state(device: torch.device) -> dict[str, str]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
-
-
-def _set_rng_state(saved: dict[str, str], device: torch.device) -> None:
-    states = {n: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for n, text in saved.items()}
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)

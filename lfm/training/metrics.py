@@ -2,14 +2,18 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import PositiveInt
+from tqdm import tqdm
 
 from lfm.config import Config
-from lfm.training.engine import StepResult
+from lfm.models.registry import ModelConfig
+from lfm.training.engine import LocalEngine, StepResult
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12}
 """Dense bf16 FLOP/s by the vendor's data sheet; MFU is a share of it."""
@@ -156,3 +160,54 @@ def peak_flops(device_name: str | None) -> float | None:
     """Data-sheet FLOP/s of a GPU by its name; None where there is no figure, and then there is no MFU."""
     matches = [flops for chip, flops in PEAK_FLOPS.items() if device_name and chip in device_name.split()]
     return matches[0] if matches else None
+
+
+class Speed:
+    """Tokens/s and MFU over the window since the last measurement, memory, ETA; validation and saving are left out."""
+
+    def __init__(self, model: ModelConfig, engine: LocalEngine) -> None:
+        self.model, self.engine = model, engine
+        device = engine.device
+        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.tokens, self.pairs = self.engine.synchronize(), 0, 0
+
+    def add(self, tokens: int, attended_pairs: int) -> None:
+        self.tokens += tokens
+        self.pairs += attended_pairs
+
+    def measure(self, remaining_tokens: int) -> dict[str, Any]:
+        seconds = self.engine.synchronize() - self.start
+        if not self.tokens:
+            return {}
+        rate = self.tokens / seconds
+        flops = self.model.flops_per_token(attended=self.pairs / self.tokens) * rate
+        found = {
+            "tokens_per_second": rate,
+            "tflops": flops / 1e12,
+            "mfu": flops / self.peak if self.peak else None,
+            "memory_gib": self.engine.memory_bytes() / 2**30,
+            "eta_seconds": remaining_tokens / rate,
+            "time": time.time(),
+        }
+        self.restart()
+        return found
+
+
+def show(bar: tqdm, record: dict[str, Any]) -> None:
+    """Put one logged step on the progress bar; where there is no terminal for a bar, print it as a line."""
+    speed = f"{record['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in record else ""
+    mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") else ""
+    memory = f"  {record['memory_gib']:.1f} GiB" if "memory_gib" in record else ""
+    text = f"loss {record['cross_entropy']:.4f}  norm {record['grad_norm']:.2f}  {speed}{mfu}{memory}"
+    if record["reservoir_fallbacks"]:
+        text += f"  {record['reservoir_fallbacks']} sequential fallbacks"
+    bar.set_postfix_str(text)
+    if bar.disable:
+        print(f"step {record['step']}/{bar.total}  {text}  ETA {_minutes(record.get('eta_seconds'))}", flush=True)
+
+
+def _minutes(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{seconds / 60:.1f} min"

@@ -1,0 +1,67 @@
+"""Write the results table of README.md from benchmarks/results/*.json: `python benchmarks/table.py [--check]`."""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- results: python benchmarks/table.py -->", "<!-- /results -->"
+
+
+def load(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())
+
+
+def table() -> str:
+    big, attention, demo = load("lfm_3b_h200"), load("attention"), load("demo")
+    best = {}
+    for row in attention["rows"]:
+        known = best.get(row["documents"])
+        if known is None or row["forward_backward_ms"] < known["forward_backward_ms"]:
+            best[row["documents"]] = row
+    slow, fast = big["tokens_per_second_range"]
+    lines = [
+        "| what | result | on |",
+        "| --- | --- | --- |",
+        f"| LFM-3B, {big['parameters']:,} parameters, 8192 context, packed real text, {big['steps']} steps of "
+        f"{big['tokens_per_step']:,} tokens | loss {big['first_logged_loss']:.2f} (step 5) to {big['last_loss']:.2f}; "
+        f"{big['tokens_per_second']:,.0f} tokens/s ({slow:,.0f} to {fast:,.0f}), MFU {big['mfu_attended']:.1%} of 989 "
+        f"TFLOP/s counting attended pairs ({big['mfu_if_rows_were_one_document']:.1%} if rows were one document), "
+        f"peak {big['peak_memory_gib']:.1f} GiB | {_where(big)} |",
+        f"| the same, resumed from step 100 in a new process | loss after 110 steps "
+        f"{big['resumed_in_a_new_process']['loss'][-1][1]:.4f}, uninterrupted "
+        f"{big['resumed_in_a_new_process']['uninterrupted'][-1][1]:.4f} | {_where(big)} |",
+        f"| `lfm_debug` (the demo), {demo['parameters']:,} parameters, {demo['steps']} steps of "
+        f"{demo['tokens_per_step']:,} tokens | held out {demo['bits_per_byte']['LFM, held out']:.3f} bits per byte "
+        f"(unigram {demo['bits_per_byte']['unigram entropy of the same tokens']:.3f}, gzip -9 "
+        f"{demo['bits_per_byte']['gzip -9']:.3f}, xz -9e {demo['bits_per_byte']['xz -9e']:.3f}); "
+        f"{demo['tokens_per_second']:,.0f} tokens/s | 2 CPU cores, {demo['date']}, {demo['runs']} run |",
+    ]
+    for row in best.values():
+        lines.append(
+            f"| attention, 8192 tokens, {row['documents']} | {row['forward_ms']:.2f} ms forward, "
+            f"{row['forward_backward_ms']:.2f} ms with backward by `{row['backend']}` "
+            f"({row['forward_backward_ms'] / row['floor_ms']:.1f} x the floor of {row['floor_ms']:.2f} ms); "
+            f"error {row['relative_error']:.1e} | {_where(attention)} |"
+        )
+    return "\n".join(lines)
+
+
+def _where(result: dict) -> str:
+    torch = result["environment"]["versions"]["torch"]
+    return f"one {result['environment']['gpu']}, torch {torch}, {result['date']}, {result['runs']} run(s)"
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    if "--check" in sys.argv:
+        sys.exit(0 if wanted == text else "README.md's table differs from benchmarks/results; run benchmarks/table.py")
+    readme.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()
