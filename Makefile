@@ -1,5 +1,7 @@
 # `make` alone prints what there is.
 PY := .venv/bin/python
+# The shapes and types written in the layers' and models' signatures are checked while their tests run.
+TYPED := --jaxtyping-packages=lfm.layers,lfm.models,beartype.beartype
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check test test-full test-gpu bench
@@ -20,10 +22,10 @@ check: setup ## lint, types, import contracts
 	@.venv/bin/lint-imports
 
 test: setup ## the CPU tests that take minutes
-	@$(PY) -m pytest -q -m "not slow"
+	@$(PY) -m pytest -q $(TYPED) -m "not slow"
 
 test-full: setup ## everything a CPU can run
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q $(TYPED)
 
 test-gpu: setup ## the tests that need a GPU
 	@$(PY) -m pytest -q -m gpu

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from typing_extensions import Self
 
 from lfm.config import Config
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
@@ -59,7 +58,7 @@ class LFMConfig(Config):
     """null: no liquid layers."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "LFMConfig":
         h, n = self.hidden_size, self.num_attention_heads
         if h % n or h // n % 2:
             raise ValueError(

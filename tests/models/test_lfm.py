@@ -96,7 +96,7 @@ def test_exact_counts_of_the_flagship():
     assert config.padded_vocab_size == 129_024
     assert round(config.flops_per_token() / 1e9, 2) == 11.82
     # 14.85 GFLOP is what counting the attention core without the causal saving would give.
-    assert round(config.flops_per_token(attended=8193) / 1e9, 2) == 14.84
+    assert round(config.flops_per_token(attended=8193.0) / 1e9, 2) == 14.84
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
