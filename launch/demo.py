@@ -26,14 +26,15 @@ ROOT = Path(__file__).parent.parent
 
 @command
 def main() -> None:
-    run = RunConfig.load(ROOT / "configs/lfm_debug.yaml", ["name=demo", *sys.argv[1:]])
+    run = RunConfig.load(ROOT / "configs/lfm_debug.yaml", [*sys.argv[1:], "name=demo"])
     prepare(PrepareConfig.load(ROOT / "configs/data/stdlib_8k.yaml", [f"output={run.data.path}"]))
-    shutil.rmtree(run.folder, ignore_errors=True)  # the demo trains anew each time
-    train(run)
+    shutil.rmtree(run.folder, ignore_errors=True)  # runs/demo is the demo's own, and trained anew each time
+    if train(run).step < run.training.steps:
+        return
 
     model, _, checkpoint = load_model(run.folder, device=torch.device("cpu"), dtype=torch.float32)
     rows = open_split(run.data, "validation", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
-    text = (Path(run.data.path) / "validation.txt").read_bytes()
+    text = (Path(run.data.path).expanduser() / "validation.txt").read_bytes()
     found = evaluate(functools.partial(score, model), rows)
     sizes = {
         "LFM, held out": found.bits_per_byte(len(text), run.model.vocab_size),

@@ -31,6 +31,11 @@ def main() -> None:
     from lfm.data.tokenizer import Tokenizer
     from lfm.training.checkpoint import load_model
 
+    for prompt in flags.prompt:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {prompt!r} is not valid UTF-8; give it in UTF-8") from None
     cuda = torch.cuda.is_available() if flags.device == "auto" else flags.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for and no GPU is visible; use --device cpu")

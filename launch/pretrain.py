@@ -4,7 +4,6 @@ Also under `torchrun --nproc-per-node 1` and `deepspeed --num_gpus 1`.  `--dry-r
 """
 
 import os
-import sys
 
 from lfm.config import parse_command_line
 from lfm.errors import UserError, command
@@ -31,14 +30,9 @@ def main() -> None:
             f"world size {world_size} with parallel.zero_stage={run.parallel.zero_stage} needs the parallel engine, "
             "which this version does not have; start one process with zero_stage=0"
         )
-    from lfm.training.engine import NonFiniteError
     from lfm.training.loop import train
 
-    try:
-        train(run)
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(3)
+    train(run)
 
 
 if __name__ == "__main__":

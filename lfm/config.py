@@ -21,7 +21,7 @@ class Config(BaseModel):
     `base:` files in order, the file itself, then `key.path=value` overrides in order.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
@@ -33,7 +33,7 @@ class Config(BaseModel):
         tree = _read(Path(path), seen=())
         for override in overrides:
             tree = _merge(tree, _parse_override(override))
-        return cls.from_tree(tree, source=str(path))
+        return cls.from_tree(tree, source=f"{path} with the command line" if overrides else str(path))
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any], *, source: str) -> Self:
@@ -85,6 +85,7 @@ class _Loader(yaml.SafeLoader):
     """YAML that refuses a key given twice (plain PyYAML keeps the last one in silence)."""
 
     def construct_mapping(self, node, deep=False):
+        self.flatten_mapping(node)  # `<<: *anchor`
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -103,7 +104,7 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"config file {path} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, say
         raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(own, dict):
         raise UserError(f"config file {path} holds a {type(own).__name__} where key: value pairs are needed")
@@ -122,7 +123,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise UserError(f"override {override!r} is not of the form key.path=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"override {override!r}: the value {text!r} is not valid YAML; quote it") from None
     for key in reversed(dotted.split(".")):
         value = {key: value}

@@ -1,29 +1,30 @@
-"""The user's mistakes: one sentence that names the thing, its value and the way out; exit code 2."""
+"""How commands end: the user's mistake as one sentence that names thing, value and way out, and exit code 2."""
 
 import functools
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 
 class UserError(ValueError):
     """Something the user typed, or a file the user pointed at, is wrong.  `str(error)` is one clear sentence."""
 
 
-def fail(error: UserError) -> NoReturn:
-    """Print `error` and end the process with exit code 2."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm is NaN or infinite; the update was not made.  Exit code 3."""
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command's `main`: a `UserError` becomes one line on stderr and exit code 2; bugs keep their traceback."""
+    """Wrap a command's `main`: expected ends become one line on stderr and an exit code; bugs keep their traceback."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
         try:
             main(*args, **kwargs)
-        except UserError as error:
-            fail(error)
+        except (UserError, NonFiniteError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2 if isinstance(error, UserError) else 3)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
 
     return run

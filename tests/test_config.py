@@ -45,14 +45,16 @@ def test_a_config_survives_yaml(file, tmp_path):
 @pytest.mark.parametrize(
     "override, sentence",
     [
-        ("inner.rl=1", "unknown key inner.rl (value 1) in {file}; did you mean inner.lr?"),
-        ("lr=1", "unknown key lr (value 1) in {file}; did you mean inner.lr?"),
-        ("maybe.lrr=1", "unknown key maybe.lrr (value 1) in {file}; did you mean maybe.lr?"),
-        ("size=abc", "size = 'abc' in {file} is not legal: input should be a valid integer"),
-        ("size=0", "size = 0 in {file} is not legal: input should be greater than 0"),
-        ("inner.kind=c", "inner.kind = 'c' in {file} is not legal: input should be 'a' or 'b'"),
+        ("inner.rl=1", "unknown key inner.rl (value 1) in {file} with the command line; did you mean inner.lr?"),
+        ("lr=1", "unknown key lr (value 1) in {file} with the command line; did you mean inner.lr?"),
+        ("maybe.lrr=1", "unknown key maybe.lrr (value 1) in {file} with the command line; did you mean maybe.lr?"),
+        ("size=abc", "size = 'abc' in {file} with the command line is not legal: input should be a valid integer"),
+        ("size=0", "size = 0 in {file} with the command line is not legal: input should be greater than 0"),
+        ("inner.kind=c", "inner.kind = 'c' in {file} with the command line is not legal"),
         ("size", "override 'size' is not of the form key.path=value"),
         ("size=[", "the value '[' is not valid YAML"),
+        ("size=2024-99-99", "the value '2024-99-99' is not valid YAML"),
+        ("inner.lr=.inf", "input should be a finite number"),
     ],
 )
 def test_a_wrong_override_is_one_sentence(file, override, sentence):
@@ -70,6 +72,8 @@ def test_a_wrong_override_is_one_sentence(file, override, sentence):
         ("base: other.yaml\n", "is not a list of file names"),
         ("base: [run.yaml]\n", "lists itself"),
         ("base: [missing.yaml]\n", "does not exist"),
+        ("size: 2024-99-99\n", "is not valid YAML"),
+        ("[" * 3000, "is not valid YAML"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path, content, sentence):

@@ -115,7 +115,7 @@ def attend(
         backend = choose_backend(q, documents)
     if backend == "reference":
         return _reference(q, k, v, documents)
-    if backend == "flex":
+    if backend == "flex" and q.is_cuda and q.shape[2] % _FLEX_BLOCK == 0:
         return _flex(q, k, v, documents)
     if documents.row_is_one_document:
         return _causal(q, k, v)

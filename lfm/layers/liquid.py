@@ -21,7 +21,7 @@ class LiquidConfig(Config):
     spectral_radius: float = Field(default=0.99, gt=0)
     """Largest eigenvalue modulus of each recurrent matrix at initialisation."""
     input_scaling: float = Field(default=1.0, gt=0)
-    """Factor on the drive; 1.0 gives it an RMS of about 1 at initialisation."""
+    """Factor on the drive, with norm: pre only; 1.0 gives it an RMS of about 1 at initialisation."""
     connectivity: float = Field(default=0.1, gt=0, le=1)
     """Share of non-zero recurrent weights."""
     norm: Literal["pre", "post"] = "pre"
@@ -42,7 +42,8 @@ class Liquid(nn.Module):
     """`W_out h + b_out` with `h_t = (1-a) h_{t-1} + a tanh(R h_{t-1} + s_in (W_in u_t + b_in))` per reservoir.
 
     Jaeger et al. 2007 (leaky-integrator echo state networks).  The recurrent matrices are stored dense in
-    `reservoirs [R, N, N]`, in at least fp32: a frozen buffer, or a parameter whose zeros are kept by `connections`.
+    `reservoirs [R, N, N]`: a frozen buffer in at least fp32, or a parameter, whose zeros `connections` keeps.  With
+    norm: post there is no s_in.
     """
 
     reservoirs: Tensor

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from lfm.config import Config
@@ -15,12 +15,19 @@ class SamplingConfig(Config):
     max_new_tokens: PositiveInt = 100
     greedy: bool = False
     """Always the most likely token; the other sampling keys are then unused."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = 1.0
+    """At least 0.001; for the most likely token use greedy."""
     top_k: NonNegativeInt = 50
     """Sample among this many most likely tokens; 0: all."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Sample among the fewest tokens that hold this much probability."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**40)
+
+    @model_validator(mode="after")
+    def _check(self) -> "SamplingConfig":
+        if self.temperature < 1e-3:
+            raise ValueError(f"temperature={self.temperature} is below 0.001; for the most likely token use greedy")
+        return self
 
 
 @torch.no_grad()
@@ -33,13 +40,7 @@ def generate(
     Raises UserError for an empty prompt, or one that leaves no room in the context.
     """
     limit = model.config.seq_length
-    for prompt in prompts:
-        if not prompt:
-            raise UserError("a prompt is empty; give it at least one token")
-        if len(prompt) >= limit:
-            raise UserError(
-                f"a prompt has {len(prompt)} tokens and the context is {limit}; shorten it to {limit - 1} or fewer"
-            )
+    check_prompts(prompts, limit)
     device = model.embedding.weight.device
     generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in range(len(prompts))]
     states: list[LFMState] = []
@@ -66,6 +67,18 @@ def generate(
         out, state, _ = model.hidden(step, state=state, keep_state=True)
         assert state is not None
         hidden = out[:, -1]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], seq_length: int) -> None:
+    """Raise UserError for a prompt that is empty or leaves no room in the context of `seq_length` tokens."""
+    for prompt in prompts:
+        if not prompt:
+            raise UserError("a prompt is empty; give it at least one token")
+        if len(prompt) >= seq_length:
+            raise UserError(
+                f"a prompt has {len(prompt)} tokens and the context is {seq_length}; "
+                f"shorten it to {seq_length - 1} or fewer"
+            )
 
 
 def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:

@@ -44,6 +44,7 @@ class LFMConfig(Config):
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     init_method_std: float = Field(default=0.02, gt=0)
     attention_backend: Literal["auto", "reference", "sdpa", "flex"] = "auto"
+    """flex applies on a GPU to rows that 128 divides, elsewhere it means sdpa; reference is dense, for tests."""
     num_moe_experts: PositiveInt = 8
     moe_router_topk: PositiveInt = 2
     moe_ffn_hidden_size: PositiveInt
@@ -68,6 +69,8 @@ class LFMConfig(Config):
         if n % self.num_query_groups:
             legal = [g for g in range(1, n + 1) if n % g == 0]
             raise ValueError(f"num_query_groups={self.num_query_groups} does not divide {n} heads; choose from {legal}")
+        if self.liquid is not None and self.liquid.norm == "post" and self.liquid.input_scaling != 1.0:
+            raise ValueError(f"liquid.input_scaling={self.liquid.input_scaling} needs liquid.norm=pre; post has none")
         if self.moe_router_topk > self.num_moe_experts:
             raise ValueError(
                 f"moe_router_topk={self.moe_router_topk} is more than num_moe_experts={self.num_moe_experts}"

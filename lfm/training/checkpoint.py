@@ -13,6 +13,7 @@ import base64
 import errno
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from lfm.config import Config
+from lfm.data.format import sync, write_durably
 from lfm.errors import UserError
 from lfm.models.global_names import global_views
 from lfm.models.lfm import LFM, LFMConfig
@@ -53,7 +55,7 @@ class CheckpointConfig(Config):
 
 
 def save(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], manifest: dict[str, Any], *, keep: int, tokenizer: Path
+    folder: Path, step: int, tensors: Mapping[str, Tensor], manifest: dict[str, Any], *, keep: int, tokenizer: bytes
 ) -> Path:
     """Write `folder/step_N` and drop all but the newest `keep` checkpoints.
 
@@ -69,7 +71,7 @@ def save(
         writer = FileSystemWriter(temporary, thread_count=_threads(), sync_files=True)
         with _one_process():
             dcp_save(dict(tensors), storage_writer=writer, no_dist=True)
-        shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+        write_durably(temporary / "tokenizer.json", tokenizer)
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -77,26 +79,34 @@ def save(
             "frozen": {name: _tensor_hash(t) for name, t in tensors.items() if name.startswith("frozen.")},
             "files": _hash_files(temporary),
         }
-        _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-        _sync(temporary / "tokenizer.json")
-        _sync(temporary)
+        write_durably(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+        sync(temporary)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_out_of_space(error):
             raise _disk_full(final, need, shutil.disk_usage(folder).free) from error
         raise
-    if final.exists():  # a resumed run that comes by the same step again
-        _remove(final)
     os.rename(temporary, final)
-    _sync(folder)
+    sync(folder)
     for old in whole_checkpoints(folder)[:-keep]:
         _remove(old)
     return final
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, oldest first.  Unfinished ones have another name and are not seen."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    """Checkpoints in `folder`, oldest first.  Unfinished ones, and copies under other names, are not seen."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def set_newer_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints after `step` to `abandoned_*`: a run that goes on from `step` leaves their branch."""
+    for path in whole_checkpoints(folder):
+        if int(path.name.removeprefix("step_")) > step:
+            aside = path.with_name(f"abandoned_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            print(f"{path.name} is now {aside.name}: this run goes on from step {step}", flush=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -109,7 +119,8 @@ def find(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of the run folder it names."""
     if (path / "manifest.json").exists() or path.name.startswith("step_"):
         return path
-    found = whole_checkpoints(path / "checkpoints")
+    path = path.expanduser()
+    found = whole_checkpoints(path / "checkpoints") or whole_checkpoints(path)
     if not found:
         raise UserError(f"{path} is neither a checkpoint nor a run folder with one; give runs/NAME or a step_* folder")
     return found[-1]
@@ -151,7 +162,7 @@ def check_architecture(checkpoint: Path, manifest: dict[str, Any], model: LFMCon
         if key not in _MAY_DIFFER and stored.get(key) != wanted.get(key):
             raise UserError(
                 f"checkpoint {checkpoint} is of another architecture: model.{key} is {stored.get(key)!r} there and "
-                f"{wanted.get(key)!r} in the config; set it alike, or start a run with another name"
+                f"{wanted.get(key)!r} in the config; set it alike, or start a new run (name=NAME)"
             )
 
 
@@ -181,7 +192,7 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple
     manifest = read_manifest(checkpoint)
     verify(checkpoint, manifest)
     config = LFMConfig.from_tree(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))
-    model, _ = materialize(config, device=device, dtype=dtype)
+    model = materialize(config, device=device, dtype=dtype)
     views = global_views(model, lambda _, tensor: tensor)
     frozen = {name.removeprefix("frozen.") for name in manifest["frozen"]}
     keys = {f"{'frozen' if name in frozen else 'master'}.{name}": tensor for name, tensor in views.items()}
@@ -216,7 +227,7 @@ def _one_process() -> Iterator[None]:
 
 
 def _way_out(checkpoint: Path) -> str:
-    return f"restore or delete {checkpoint.name}, or name another one (checkpoint.resume=PATH)"
+    return f"restore it, or use another checkpoint and delete {checkpoint.name}"
 
 
 def _threads() -> int:
@@ -274,25 +285,3 @@ def _remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f"{_TEMPORARY}old_{checkpoint.name}")
     os.rename(checkpoint, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _write_synced(file: Path, content: bytes) -> None:
-    with open(file, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def write_atomically(file: Path, content: str) -> None:
-    """Replace `file` whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    _write_synced(temporary, content.encode())
-    os.replace(temporary, file)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,6 @@
 """The local engine: one process, plain model, fp32 masters and gradient accumulation.
 
-It is the truth that other engines are compared with.  An engine offers `forward_backward, step, evaluate, tensors,
-counters, load_counters`; the loop knows nothing else.
+It is the truth that other engines are compared with.
 """
 
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lfm.errors import NonFiniteError
 from lfm.kernels.reservoir import RecurrenceStats, next_warmup
 from lfm.layers.documents import Documents
 from lfm.models.global_names import global_views
@@ -19,10 +19,6 @@ from lfm.models.lfm import LFM, LFMConfig, Recompute, initialize
 from lfm.models.registry import build
 from lfm.training.evaluate import score
 from lfm.training.optimizer import OptimizerConfig, adamw
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm is NaN or infinite; the update was not made."""
 
 
 @dataclass
@@ -64,7 +60,11 @@ class LocalEngine:
         self.config, self.optimizer_config = model, optimizer
         self.device, self.micro_batch_size = device, micro_batch_size
         self.recompute: Recompute = recompute
-        self.model, self.masters = materialize(model, device=device, dtype=dtype)
+        self.model = materialize(model, device=device, dtype=dtype)
+        self.masters: dict[str, Tensor] = {
+            name: p if p.dtype != torch.bfloat16 else torch.empty_like(p, dtype=torch.float32, requires_grad=False)
+            for name, p in self.model.named_parameters()
+        }
         initialize(self.model, seed, self._views(self.masters))
         self.publish_masters()
         self._accumulate_in_fp32()
@@ -240,19 +240,10 @@ def _largest_residual(stats: RecurrenceStats) -> float:
     return max(float(stats.forward_residual.max()), float(backward.max()))
 
 
-def materialize(config: LFMConfig, *, device: torch.device, dtype: torch.dtype) -> tuple[LFM, dict[str, Tensor]]:
-    """The model with empty storage in `dtype` on `device`, and its masters by run-time parameter name.
-
-    Masters are at least fp32: the parameters themselves, or separate tensors where those are bf16.  Frozen reservoirs
-    stay fp32: they are few, and exact.
-    """
+def materialize(config: LFMConfig, *, device: torch.device, dtype: torch.dtype) -> LFM:
+    """The model with empty parameters in `dtype` on `device`.  Frozen reservoirs stay fp32: they are few, and exact."""
     with torch.device("meta"):
         model = build(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.to_empty(device=device)
-    masters = {
-        name: p if p.dtype != torch.bfloat16 else torch.empty_like(p, dtype=torch.float32)
-        for name, p in model.named_parameters()
-    }
-    return model, masters
+    return model.to_empty(device=device)

@@ -69,7 +69,7 @@ def evaluate(score: Score, rows: RowReader, *, max_rows: int | None = None, batc
         batch_nats, batch_labels = score(ids, lengths)
         nats, labels = nats + batch_nats, labels + batch_labels
         # Padding is the tail of the last row of the split: documents of one end-of-document token.
-        padding = rows.index.num_padding if first + batch_rows >= len(rows) else 0
+        padding = rows.index.num_padding if first + len(ids) == len(rows) else 0
         flat = ids.flatten().numpy()
         flat = flat[: len(flat) - padding]
         tokens += len(flat)

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lfm.data.format import write_durably
 from lfm.data.order import row_order
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_split, resume_row
 from lfm.data.tokenizer import Tokenizer
-from lfm.errors import UserError
-from lfm.models.generation import generate
+from lfm.errors import NonFiniteError, UserError
+from lfm.models.generation import check_prompts, generate
 from lfm.training import checkpoint
-from lfm.training.engine import LocalEngine, NonFiniteError
+from lfm.training.engine import LocalEngine
 from lfm.training.evaluate import evaluate
-from lfm.training.metrics import Metrics, Speed, show, training_record
-from lfm.training.run import RunConfig, write_run_files
+from lfm.training.metrics import Metrics, Speed, say, show, training_record
+from lfm.training.run import RunConfig, owning_folder, write_run_files
 from lfm.training.schedule import lr_factor
 
 
@@ -38,12 +39,19 @@ class Progress:
 
 def train(run: RunConfig) -> Progress:
     """Train to `run.training.steps`, or to a signal, from the newest checkpoint or from the start."""
+    with owning_folder(run):
+        return _train(run)
+
+
+def _train(run: RunConfig) -> Progress:
     if run.device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("training.device=cuda and no GPU is visible; use training.device=cpu or auto")
     rows = open_split(run.data, "train", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
     held_out = open_split(run.data, "validation", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
-    tokenizer_file = Path(run.data.path) / "tokenizer.json"
-    start = _starting_point(run, rows)
+    tokenizer = Tokenizer.from_file(Path(run.data.path).expanduser() / "tokenizer.json")
+    prompts = [tokenizer.encode(prompt) for prompt in run.samples.prompts]
+    check_prompts(prompts, run.model.seq_length)
+    start, weights = _starting_point(run, rows), _starting_weights(run)
     write_run_files(run)
     print(run.model.count_parameters().report(), flush=True)
 
@@ -57,7 +65,7 @@ def train(run: RunConfig) -> Progress:
         micro_batch_size=run.training.micro_batch_size,
         recompute=run.training.recompute,
     )
-    progress = _restore(run, engine, start)
+    progress = _restore(run, engine, start, weights)
     log = Metrics(run.logging, run.folder, name=run.name, resumed_step=progress.step)
     stream = BatchStream(
         rows,
@@ -83,15 +91,17 @@ def train(run: RunConfig) -> Progress:
             "rng": checkpoint.rng_state(run.device),
         }
         folder = run.folder / "checkpoints"
+        definition = tokenizer.definition
         checkpoint.save(
-            folder, progress.step, engine.tensors(), manifest, keep=run.checkpoint.keep, tokenizer=tokenizer_file
+            folder, progress.step, engine.tensors(), manifest, keep=run.checkpoint.keep, tokenizer=definition
         )
         saved_step = progress.step
 
     with _stop_on_signal() as stopped_by, _progress_bar(run, progress) as bar:
         while progress.step < run.training.steps and not stopped_by() and not _patience_is_over(run, progress):
             first_row = stream.position
-            ids, lengths = stream.next()
+            with _saving_on_damage(save):
+                ids, lengths = stream.next()
             lr = run.optimizer.lr * lr_factor(run.schedule, progress.step, run.training.steps)
             try:
                 result = engine.forward_backward(ids, lengths)
@@ -114,11 +124,13 @@ def train(run: RunConfig) -> Progress:
                 log.write(record)
                 show(bar, record)
             if _due(progress.step, run.validation.every_steps) or last:
-                log.write(_validate(run, engine, held_out, progress))
+                with _saving_on_damage(save):
+                    log.write(_validate(run, engine, held_out, progress))
                 log.plot()
                 speed.restart()
-            if _due(progress.step, run.samples.every_steps) or last:
-                _sample(run, engine, tokenizer_file, progress.step)
+            if _due(progress.step, run.samples.every_steps) or last or _patience_is_over(run, progress):
+                with _saving_on_damage(save):
+                    _sample(run, engine, tokenizer, prompts, progress.step)
                 speed.restart()
             if _due(progress.step, run.checkpoint.every_steps):
                 save()
@@ -128,10 +140,21 @@ def train(run: RunConfig) -> Progress:
         stream.close()
     log.plot()
     if stopped_by():
-        print(f"stopped by {stopped_by()} after step {progress.step}; saved, the same command goes on", flush=True)
+        how = "the same command" if run.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
+        print(f"stopped by {stopped_by()} after step {progress.step}; saved, {how} goes on", flush=True)
     elif _patience_is_over(run, progress):
         print(f"stopped early after step {progress.step}: validation.patience={run.validation.patience} reached")
     return progress
+
+
+@contextmanager
+def _saving_on_damage(save: Callable[[], None]) -> Iterator[None]:
+    """Data that is damaged or gone ends the run; the steps already made are saved first."""
+    try:
+        yield
+    except (UserError, OSError):
+        save()
+        raise
 
 
 def _due(step: int, every: int) -> bool:
@@ -156,11 +179,33 @@ def _starting_point(run: RunConfig, rows: RowReader) -> tuple[Path, dict[str, An
     checkpoint.check_architecture(path, manifest, run.model)
     resume_row(manifest["data"], rows, seed=run.seed)
     checkpoint.verify(path, manifest)
+    step = manifest["progress"]["step"]
+    checkpoint.set_newer_aside(folder, step)
+    if step >= run.training.steps:
+        print(
+            f"step {step} of training.steps={run.training.steps} is reached already; raise it to train on", flush=True
+        )
     return path, manifest
 
 
-def _restore(run: RunConfig, engine: LocalEngine, start: tuple[Path, dict[str, Any]] | None) -> Progress:
-    """Fill the engine from `start`, or its weights alone from `checkpoint.init_from`, or leave it fresh."""
+def _starting_weights(run: RunConfig) -> tuple[Path, dict[str, Any]] | None:
+    """The verified checkpoint of `checkpoint.init_from` and its manifest, if that is set.  Raises UserError."""
+    if run.checkpoint.init_from is None:
+        return None
+    path = checkpoint.find(Path(run.checkpoint.init_from))
+    manifest = checkpoint.read_manifest(path)
+    checkpoint.check_architecture(path, manifest, run.model)
+    checkpoint.verify(path, manifest)
+    return path, manifest
+
+
+def _restore(
+    run: RunConfig,
+    engine: LocalEngine,
+    start: tuple[Path, dict[str, Any]] | None,
+    weights: tuple[Path, dict[str, Any]] | None,
+) -> Progress:
+    """Fill the engine from `start`, else with the weights alone of `weights`, else leave it fresh."""
     if start is not None:
         path, manifest = start
         checkpoint.load_tensors(path, manifest, engine.tensors())
@@ -170,13 +215,10 @@ def _restore(run: RunConfig, engine: LocalEngine, start: tuple[Path, dict[str, A
         best = saved["best_validation"]
         print(f"resuming from {path} at step {saved['step']}", flush=True)
         return Progress(**(saved | {"best_validation": math.inf if best is None else best}))
-    if run.checkpoint.init_from is not None:
-        path = checkpoint.find(Path(run.checkpoint.init_from))
-        manifest = checkpoint.read_manifest(path)
-        checkpoint.check_architecture(path, manifest, run.model)
-        checkpoint.verify(path, manifest)
-        weights = {k: t for k, t in engine.tensors().items() if k.startswith(("master.", "frozen."))}
-        checkpoint.load_tensors(path, manifest, weights)
+    if weights is not None:
+        path, manifest = weights
+        targets = {k: t for k, t in engine.tensors().items() if k.startswith(("master.", "frozen."))}
+        checkpoint.load_tensors(path, manifest, targets)
         engine.publish_masters()
         print(f"starting from the weights of {path}", flush=True)
     return Progress()
@@ -191,7 +233,7 @@ def _validate(run: RunConfig, engine: LocalEngine, held_out: RowReader, progress
         progress.best_validation, progress.validations_without_gain = loss, 0
     else:
         progress.validations_without_gain += 1
-    tqdm.write(f"step {progress.step}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f})")
+    say(f"step {progress.step}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f})")
     return {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -201,25 +243,22 @@ def _validate(run: RunConfig, engine: LocalEngine, held_out: RowReader, progress
     }
 
 
-def _sample(run: RunConfig, engine: LocalEngine, tokenizer_file: Path, step: int) -> None:
+def _sample(run: RunConfig, engine: LocalEngine, tokenizer: Tokenizer, prompts: list[list[int]], step: int) -> None:
     """Continue the configured prompts; the training RNG is not touched."""
-    if not run.samples.prompts:
+    if not prompts:
         return
-    tokenizer = Tokenizer.from_file(tokenizer_file)
-    prompts = [tokenizer.encode(prompt) for prompt in run.samples.prompts]
     texts = [list(prompt) for prompt in prompts]
     engine.model.eval()
     for tokens in generate(engine.model, prompts, run.samples.sampling, end_of_document=tokenizer.eod_id):
         for text, token in zip(texts, tokens, strict=True):
             text += [] if token is None else [token]
-    folder = run.folder / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
     whole = "\n\n--------\n\n".join(tokenizer.decode(text) for text in texts) + "\n"
-    checkpoint.write_atomically(folder / f"step_{step:08d}.txt", whole)
+    (run.folder / "samples").mkdir(exist_ok=True)
+    write_durably(run.folder / "samples" / f"step_{step:08d}.txt", whole.encode())
 
 
 def _progress_bar(run: RunConfig, progress: Progress) -> tqdm:
-    # disable=None: no bar where stderr is not a terminal; _show then prints a line each time instead.
+    # disable=None: no bar where stderr is not a terminal; `show` then prints a line each time instead.
     return tqdm(total=run.training.steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
 
 
@@ -234,7 +273,7 @@ def _stop_on_signal() -> Iterator[Callable[[], str | None]]:
         received.append(signal.Signals(number).name)
         print(f"{received[0]}: saving after this step", file=sys.stderr, flush=True)
 
-    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in handled}
     try:
         yield lambda: received[0] if received else None

@@ -1,6 +1,7 @@
 """What a run writes for people: metrics.jsonl, TensorBoard, wandb, the loss plot.  A failing logger never stops it."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pydantic import PositiveInt
 from tqdm import tqdm
 
 from lfm.config import Config
+from lfm.data.format import write_durably
 from lfm.models.registry import ModelConfig
 from lfm.training.engine import LocalEngine, StepResult
 
@@ -68,7 +70,7 @@ class Metrics:
         if self.file.exists():  # what was logged after the checkpoint that this run goes on from happens again
             records = read_metrics(self.file)
             kept = [json.dumps(r) + "\n" for r in records if r["step"] <= resumed_step]
-            self.file.write_text("".join(kept))
+            write_durably(self.file, "".join(kept).encode())
 
         def write(record: dict[str, Any]) -> None:
             with open(self.file, "a") as stream:
@@ -129,13 +131,15 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """Records of a metrics.jsonl; a line that is none, such as a last one that a crash cut short, is left out."""
     records = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
     return records
 
 
@@ -206,7 +210,17 @@ def show(bar: tqdm, record: dict[str, Any]) -> None:
         text += f"  {record['reservoir_fallbacks']} sequential fallbacks"
     bar.set_postfix_str(text)
     if bar.disable:
-        print(f"step {record['step']}/{bar.total}  {text}  ETA {_minutes(record.get('eta_seconds'))}", flush=True)
+        say(f"step {record['step']}/{bar.total}  {text}  ETA {_minutes(record.get('eta_seconds'))}")
+
+
+def say(line: str) -> None:
+    """Print a line beside the progress bar; a closed pipe or full disk behind stdout does not stop training."""
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except OSError:
+        # Nothing can be said any more: let later prints, and Python's own flush at exit, go nowhere.
+        sys.stdout = open(os.devnull, "w")
 
 
 def _minutes(seconds: float | None) -> str:

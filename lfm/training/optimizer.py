@@ -1,6 +1,7 @@
 """AdamW with its parameter groups, and the moments laid out for checkpoints."""
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -8,11 +9,14 @@ from torch import Tensor
 
 from lfm.config import Config
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Config):
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of the first and second moment's running means."""
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled; not on gains and biases."""

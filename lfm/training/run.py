@@ -1,9 +1,12 @@
 """RunConfig: everything one training run is, as one tree; and the folder it leaves behind."""
 
+import fcntl
 import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +16,13 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from typing_extensions import Self
 
 from lfm.config import Config
+from lfm.data.format import write_durably
 from lfm.data.stream import DataConfig
+from lfm.errors import UserError
 from lfm.models.generation import SamplingConfig
 from lfm.models.registry import ModelConfig
 from lfm.parallel.layout import ParallelConfig
-from lfm.training.checkpoint import CheckpointConfig, write_atomically
+from lfm.training.checkpoint import CheckpointConfig
 from lfm.training.metrics import LoggingConfig
 from lfm.training.optimizer import OptimizerConfig
 from lfm.training.schedule import ScheduleConfig
@@ -65,7 +70,7 @@ class RunConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Run folder under `output`."""
     output: str = "runs"
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=2**63)
     """Of initialisation and data order."""
     model: ModelConfig
     data: DataConfig
@@ -80,7 +85,7 @@ class RunConfig(Config):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output) / self.name
+        return Path(self.output).expanduser() / self.name
 
     @property
     def device(self) -> torch.device:
@@ -95,9 +100,24 @@ class RunConfig(Config):
 
 def write_run_files(run: RunConfig) -> None:
     """`config.yaml` (resolved) and `environment.json` (command, commit, versions, hardware) of the run folder."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.folder / "config.yaml", run.to_yaml())
-    write_atomically(run.folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    write_durably(run.folder / "config.yaml", run.to_yaml().encode())
+    write_durably(run.folder / "environment.json", json.dumps(environment(), indent=1).encode() + b"\n")
+
+
+@contextmanager
+def owning_folder(run: RunConfig) -> Iterator[None]:
+    """Make the run folder and hold it alone.  Raises UserError when it cannot be written or another process has it."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run.folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"run folder {run.folder} cannot be written ({error.strerror}); set output=DIR") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process trains in {run.folder}; wait for it, or give name=NAME") from None
+        yield
 
 
 def environment() -> dict[str, Any]:

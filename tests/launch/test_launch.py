@@ -77,6 +77,15 @@ BAD_RUNS = {
     "row_length": (["model.seq_length=32"], "seq_length=64"),
     "cuda": (["training.device=cuda"], "no GPU is visible"),
     "bad_name": (["name=a/b"], "name = 'a/b'"),
+    "output_is_a_file": (["output=README.md"], "run folder README.md/lfm_debug cannot be written"),
+    "betas": (["optimizer.betas=[0.9,1.5]"], "optimizer.betas.1 = 1.5"),
+    "empty_sample": (['samples.prompts=[""]'], "a prompt is empty"),
+    "long_sample": ([f"samples.prompts=['{'x ' * 200}']"], "the context is 64"),
+    "init_from": (["checkpoint.init_from=/no/run"], "neither a checkpoint nor a run folder"),
+    "post_scaling": (
+        ["model.liquid.norm=post", "model.liquid.input_scaling=2"],
+        "input_scaling=2.0 needs liquid.norm=pre",
+    ),
 }
 
 
@@ -151,8 +160,10 @@ BAD_PROMPTS = {
     "too_long": (["--prompt", "x " * 200], r"tokens and the context is 64; shorten it to 63"),
     "empty": (["--prompt", ""], "empty"),
     "no_checkpoint": (["--checkpoint", "/no/run", "--prompt", "x"], "neither a checkpoint nor a run folder"),
-    "temperature": (["--prompt", "x", "--temperature", "0"], r"temperature = '0'"),
+    "temperature": (["--prompt", "x", "--temperature", "0"], r"temperature=0.0 is below 0.001; .* use greedy"),
     "top_p": (["--prompt", "x", "--top-p", "2"], "top_p = '2'"),
+    "seed": (["--prompt", "x", "--seed", "-1"], "seed = '-1'"),
+    "not_utf8": (["--prompt", "\udcff"], "is not valid UTF-8"),
 }
 
 

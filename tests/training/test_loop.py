@@ -16,6 +16,7 @@ from lfm.errors import UserError
 from lfm.training import checkpoint, metrics
 from lfm.training.loop import train
 from lfm.training.metrics import read_metrics
+from lfm.training.run import owning_folder
 from tests.training.tiny_run import pretrain_command, tiny_run
 
 
@@ -179,7 +180,8 @@ def test_wandb_writes_an_offline_run(tmp_path, text_data):
 
 
 def test_a_non_finite_loss_names_step_and_batch(tmp_path, text_data, monkeypatch):
-    from lfm.training.engine import LocalEngine, NonFiniteError
+    from lfm.errors import NonFiniteError
+    from lfm.training.engine import LocalEngine
 
     forward_backward = LocalEngine.forward_backward
 
@@ -237,10 +239,12 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage, saved, text_data):
         train(tiny_run(saved.parent, text_data))
 
 
-def test_an_earlier_checkpoint_can_be_named_instead(saved, text_data, uninterrupted):
+def test_an_earlier_checkpoint_can_be_named_and_leaves_the_later_branch_aside(saved, text_data, uninterrupted):
     _flip(_data_file(saved))
     earlier = saved / "checkpoints/step_00000004"
-    train(tiny_run(saved.parent, text_data, f"checkpoint.resume={earlier}", "checkpoint.keep=9"))
+    train(tiny_run(saved.parent, text_data, f"checkpoint.resume={earlier}", "checkpoint.keep=1"))
+    assert (saved / "checkpoints/abandoned_step_00000006").exists()
+    assert [path.name for path in checkpoint.whole_checkpoints(saved / "checkpoints")] == ["step_00000006"]
     assert_same_checkpoint(saved / "checkpoints/step_00000006", uninterrupted / "checkpoints/step_00000006")
 
 
@@ -257,6 +261,50 @@ def test_an_earlier_checkpoint_can_be_named_instead(saved, text_data, uninterrup
 def test_a_checkpoint_that_does_not_fit_is_refused(change, words, saved, text_data):
     with pytest.raises(UserError, match=words):
         train(tiny_run(saved.parent, text_data, *change))
+
+
+def test_a_copy_beside_the_checkpoints_is_neither_resumed_from_nor_deleted(saved, text_data, capsys):
+    import shutil
+
+    copy = shutil.copytree(saved / "checkpoints/step_00000002", saved / "checkpoints/step_backup")
+    train(tiny_run(saved.parent, text_data, "training.steps=8", "checkpoint.keep=1"))
+    assert "step_00000006 at step 6" in capsys.readouterr().out and copy.exists()
+
+
+def test_two_processes_never_train_in_one_folder(saved, text_data):
+    run = tiny_run(saved.parent, text_data)
+    with owning_folder(run), pytest.raises(UserError, match="another process trains in"):
+        train(run)
+
+
+def test_data_that_vanishes_ends_the_run_after_saving_its_steps(tmp_path, text_data, monkeypatch):
+    import shutil
+
+    data = shutil.copytree(text_data, tmp_path / "data")
+    run = tiny_run(tmp_path, data, "checkpoint.every_steps=0", "validation.every_steps=3")
+
+    def vanish(*arguments, **keywords):
+        shutil.rmtree(data)
+        raise UserError("the data are gone")
+
+    monkeypatch.setattr("lfm.training.loop.evaluate", vanish)
+    with pytest.raises(UserError, match="gone"):
+        train(run)
+    assert [path.name for path in checkpoint.whole_checkpoints(run.folder / "checkpoints")] == ["step_00000003"]
+
+
+def test_a_closed_pipe_behind_stdout_does_not_stop_training(tmp_path, text_data):
+    process = subprocess.Popen(pretrain_command(tmp_path, text_data), stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert (tmp_path / "lfm_debug/checkpoints/step_00000006").exists()
+
+
+def test_odd_lines_in_metrics_are_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n[1]\n{}\n\xff\n{"step": 2}\n{"ste')
+    assert read_metrics(file) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_changed_frozen_tensor_is_found_by_its_hash(saved, text_data):
