@@ -182,9 +182,7 @@ def _starting_point(run: RunConfig, rows: RowReader) -> tuple[Path, dict[str, An
     step = manifest["progress"]["step"]
     checkpoint.set_newer_aside(folder, step)
     if step >= run.training.steps:
-        print(
-            f"step {step} of training.steps={run.training.steps} is reached already; raise it to train on", flush=True
-        )
+        say(f"step {step} is reached already: raise training.steps={run.training.steps} to train on")
     return path, manifest
 
 
