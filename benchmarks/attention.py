@@ -90,7 +90,7 @@ def main() -> None:
             times = f"{row['forward_ms']:8.2f}  {both:8.2f}  {floor:6.2f}  {both / floor:7.1f}x"
             print(f"{pattern:16} {backend:8} {error:8.1e} {times}", flush=True)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps({"environment": environment(), "runs": 30, "rows": rows}, indent=1) + "\n")
+    flags.out.write_text(json.dumps({"environment": environment(), "calls": 30, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

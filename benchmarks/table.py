@@ -49,7 +49,8 @@ def table() -> str:
 
 def _where(result: dict) -> str:
     torch = result["environment"]["versions"]["torch"]
-    return f"one {result['environment']['gpu']}, torch {torch}, {result['date']}, {result['runs']} run(s)"
+    how_often = f"median of {result['calls']} calls" if "calls" in result else f"{result['runs']} run"
+    return f"one {result['environment']['gpu']}, torch {torch}, {result['date']}, {how_often}"
 
 
 def main() -> None:
