@@ -117,9 +117,9 @@ def remove_unfinished(folder: Path) -> None:
 
 def find(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of the run folder it names."""
+    path = path.expanduser()
     if (path / "manifest.json").exists() or path.name.startswith("step_"):
         return path
-    path = path.expanduser()
     found = whole_checkpoints(path / "checkpoints") or whole_checkpoints(path)
     if not found:
         raise UserError(f"{path} is neither a checkpoint nor a run folder with one; give runs/NAME or a step_* folder")

@@ -5,6 +5,12 @@ from lfm.training.run import RunConfig
 _GIB = 2**30
 
 
+def _half(run: RunConfig) -> bool:
+    """Whether the plan is for bf16 weights: `auto` plans for a GPU, wherever the plan is made."""
+    t = run.training
+    return t.dtype == "bfloat16" or (t.dtype == "auto" and t.device != "cpu")
+
+
 def memory_estimate(run: RunConfig) -> dict[str, float]:
     """Bytes by purpose for the local engine.
 
@@ -12,7 +18,7 @@ def memory_estimate(run: RunConfig) -> dict[str, float]:
     one micro-batch, counted per layer from the shapes in the forward pass.
     """
     m, t = run.model, run.training
-    half = t.dtype == "bfloat16" or (t.dtype == "auto" and t.device != "cpu")
+    half = _half(run)
     size = 2 if half else 4
     stored = m.count_parameters().trainable + m.count_parameters().padding
     tokens = t.micro_batch_size * m.seq_length
@@ -54,7 +60,8 @@ def plan(run: RunConfig) -> str:
         f"FLOPs: {flops / 1e9:.2f} GFLOP per token at {m.seq_length} (forward + backward, causal attention)",
         f"work: {tokens:,} tokens per optimizer step, {tokens * t.steps:,} in {t.steps:,} steps, "
         f"{flops * tokens * t.steps:.3g} FLOP",
-        "memory of one process: " + ", ".join(f"{name} {value / _GIB:.1f}" for name, value in memory.items()),
+        f"memory of one process, weights in {'bfloat16, as on a GPU' if _half(run) else 'float32'}: "
+        + ", ".join(f"{name} {value / _GIB:.1f}" for name, value in memory.items()),
         f"memory in all: {total / _GIB:.1f} GiB",
         f"one checkpoint: {12 * (counts.trainable + counts.padding) / _GIB:.1f} GiB",
     ]
