@@ -6,14 +6,12 @@ Everything is written to a hidden folder beside the output, which takes the outp
 a killed run leaves nothing that looks like a data set, and running again starts over.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,9 +24,10 @@ from data_pipeline.sources import Document, InputFile, SourceConfig, find_files,
 from data_pipeline.split import in_tokenizer_sample, split_of
 from data_pipeline.write_shards import SplitWriter
 from lfm.config import Config, parse_command_line
-from lfm.data.format import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, SplitIndex, sync, write_durably
+from lfm.data.format import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, SplitIndex
 from lfm.data.tokenizer import TiktokenPattern, Tokenizer, from_tiktoken, train_bpe
 from lfm.errors import UserError, command
+from lfm.files import held_alone, sync, write_durably
 
 REPORT_NAME = "report.json"
 
@@ -91,7 +90,11 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         return report
 
     partial = output.with_name(f".{output.name}.partial")
-    with _alone(output.with_name(f".{output.name}.lock"), config.output):
+    with held_alone(
+        output.with_name(f".{output.name}.lock"),
+        unwritable=f"output={config.output} cannot be made; choose another output",
+        taken=f"another process is preparing output={config.output}; wait for it or choose another",
+    ):
         _check_replaceable(output, config)
         shutil.rmtree(partial, ignore_errors=True)  # a killed run's
         partial.mkdir()
@@ -260,22 +263,6 @@ def _check_replaceable(output: Path, config: PrepareConfig) -> None:
         )
     if not is_data_set and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"output={config.output} exists and is no data set of this program; choose another output")
-
-
-@contextmanager
-def _alone(lock: Path, output: str) -> Iterator[None]:
-    """Hold `lock`, which the system releases however this process ends.  Raises UserError if another one holds it."""
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
-    except OSError as error:
-        raise UserError(f"output={output} cannot be made: {error}; choose another output") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is preparing output={output}; wait for it or choose another") from None
-        yield
 
 
 def _publish(partial: Path, output: Path) -> None:

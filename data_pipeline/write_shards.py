@@ -6,8 +6,9 @@ import numpy as np
 
 from data_pipeline.pack import Packer
 from data_pipeline.sources import Document
-from lfm.data.format import RowWriter, Split, SplitIndex, sync
+from lfm.data.format import RowWriter, Split, SplitIndex
 from lfm.data.tokenizer import Tokenizer
+from lfm.files import sync
 
 
 class SplitWriter:

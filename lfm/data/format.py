@@ -18,7 +18,6 @@ index.json is MDSWriter's, with one more top-level key, "lfm": a `SplitIndex`.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lfm.data import streaming_shim
 from lfm.errors import UserError
+from lfm.files import sync, write_durably
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -94,26 +94,6 @@ def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
     if index.checksum != _checksum(tree):
         raise damaged
     return index, shards
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step: after a crash the file is the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the list of names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RowWriter:

@@ -10,8 +10,8 @@ from typing import Literal
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lfm.data.format import write_durably
 from lfm.errors import UserError
+from lfm.files import write_durably
 
 END_OF_DOCUMENT = "<|endoftext|>"
 END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>")

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from lfm.config import Config
-from lfm.data.format import sync, write_durably
 from lfm.errors import UserError
+from lfm.files import sync, write_durably
 from lfm.models.global_names import global_views
 from lfm.models.lfm import LFM, LFMConfig
 from lfm.training.engine import materialize

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lfm.data.format import write_durably
 from lfm.data.order import row_order
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_split, resume_row
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import NonFiniteError, UserError
+from lfm.files import write_durably
 from lfm.models.generation import check_prompts, generate
 from lfm.training import checkpoint
 from lfm.training.engine import LocalEngine

@@ -13,7 +13,7 @@ from pydantic import PositiveInt
 from tqdm import tqdm
 
 from lfm.config import Config
-from lfm.data.format import write_durably
+from lfm.files import write_durably
 from lfm.models.registry import ModelConfig
 from lfm.training.engine import LocalEngine, StepResult
 

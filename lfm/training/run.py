@@ -1,12 +1,10 @@
 """RunConfig: everything one training run is, as one tree; and the folder it leaves behind."""
 
-import fcntl
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +14,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from typing_extensions import Self
 
 from lfm.config import Config
-from lfm.data.format import write_durably
 from lfm.data.stream import DataConfig
-from lfm.errors import UserError
+from lfm.files import held_alone, write_durably
 from lfm.models.generation import SamplingConfig
 from lfm.models.registry import ModelConfig
 from lfm.parallel.layout import ParallelConfig
@@ -104,20 +101,13 @@ def write_run_files(run: RunConfig) -> None:
     write_durably(run.folder / "environment.json", json.dumps(environment(), indent=1).encode() + b"\n")
 
 
-@contextmanager
-def owning_folder(run: RunConfig) -> Iterator[None]:
+def owning_folder(run: RunConfig) -> AbstractContextManager[None]:
     """Make the run folder and hold it alone.  Raises UserError when it cannot be written or another process has it."""
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(run.folder / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"run folder {run.folder} cannot be written ({error.strerror}); set output=DIR") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process trains in {run.folder}; wait for it, or give name=NAME") from None
-        yield
+    return held_alone(
+        run.folder / ".lock",
+        unwritable=f"run folder {run.folder} cannot be written; set output=DIR",
+        taken=f"another process trains in {run.folder}; wait for it, or give name=NAME",
+    )
 
 
 def environment() -> dict[str, Any]:

@@ -6,12 +6,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lfm.data.format import read_index, write_durably
+from lfm.data.format import read_index
 from lfm.data.order import row_order
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, DataConfig, open_split, resume_row
 from lfm.data.tokenizer import train_bpe
 from lfm.errors import UserError
+from lfm.files import write_durably
 from tests.data.corpus import SEQ_LENGTH, VOCAB_SIZE, make_data_set, texts
 
 SIZES = {"seq_length": SEQ_LENGTH, "vocab_size": VOCAB_SIZE}
