@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lfm.layers.documents import Documents
+from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.rotary import rotate
 
 Backend = Literal["auto", "reference", "sdpa", "flex"]
@@ -50,14 +51,21 @@ class Attention(nn.Module):
     """Query head i reads key/value head i // (H / K).  No biases.  Ainslie et al. 2023 (GQA, arXiv 2305.13245)."""
 
     def __init__(
-        self, hidden_size: int, *, num_attention_heads: int, num_query_groups: int, backend: Backend = "auto"
+        self,
+        hidden_size: int,
+        *,
+        num_attention_heads: int,
+        num_query_groups: int,
+        backend: Backend = "auto",
+        parts: Parts = PLAIN,
     ) -> None:
         super().__init__()
         self.head_size = hidden_size // num_attention_heads
-        self.widths = (hidden_size, num_query_groups * self.head_size, num_query_groups * self.head_size)
+        widths = (hidden_size, num_query_groups * self.head_size, num_query_groups * self.head_size)
+        self.widths = tuple(width // parts.tensor_size for width in widths)
         self.backend: Backend = backend
-        self.qkv = nn.Linear(hidden_size, sum(self.widths), bias=False)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.qkv = parts.column_linear(hidden_size, sum(widths))
+        self.out = parts.row_linear(hidden_size, hidden_size)
 
     def fused_parameters(self) -> dict[str, tuple[str, tuple[slice, ...]]]:
         """Global name -> (run-time parameter, index of its part)."""
@@ -77,10 +85,9 @@ class Attention(nn.Module):
         keep_cache: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache | None]:
         """Attend within `documents` (training, prefill), or over `cache` followed by x (streaming)."""
-        B, T, _ = x.shape
-        q, k, v = (
-            part.view(B, T, -1, self.head_size).transpose(1, 2) for part in self.qkv(x).split(self.widths, dim=-1)
-        )
+        qkv = self.qkv(x)
+        B, T, _ = qkv.shape
+        q, k, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in qkv.split(self.widths, dim=-1))
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is None:
             y = attend(q, k, v, documents or Documents.whole_rows(B, T, x.device), backend=self.backend)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lfm.config import Config
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
+from lfm.layers.parts import PLAIN, Parts
 
 
 class LiquidConfig(Config):
@@ -49,13 +50,13 @@ class Liquid(nn.Module):
     reservoirs: Tensor
     connections: Tensor
 
-    def __init__(self, hidden_size: int, config: LiquidConfig) -> None:
+    def __init__(self, hidden_size: int, config: LiquidConfig, parts: Parts = PLAIN) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.parts = config, parts
         R, N = config.num_reservoirs, config.reservoir_size
         self.warmup: int = config.warmup
-        self.input = nn.Linear(hidden_size, R * N)
-        self.output = nn.Linear(R * N, hidden_size)
+        self.input = parts.column_linear(hidden_size, R * N, bias=True)
+        self.output = parts.row_linear(R * N, hidden_size, bias=True)
         if config.train_reservoir:
             self.reservoirs = nn.Parameter(torch.empty(R, N, N))
             self.register_buffer("connections", torch.empty(R, N, N, dtype=torch.bool))
@@ -78,7 +79,10 @@ class Liquid(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R N"]]:
         """`starts` marks the first token of each document; `stats` receives residual, saturation and repairs."""
         c = self.config
-        drive = self.input(u) * c.input_scaling if c.norm == "pre" else self.input(u)
+        # The recurrence runs whole on every tensor-parallel process: three reservoirs do not divide, and its time is
+        # that of its steps, not of its units.
+        drive = self.parts.gather_units(self.input(u))
+        drive = drive * c.input_scaling if c.norm == "pre" else drive
         weight = self.reservoirs * self.connections if c.train_reservoir else self.reservoirs
         states, final = reservoir_recurrence(
             drive.unflatten(-1, (c.num_reservoirs, c.reservoir_size)),
@@ -92,4 +96,4 @@ class Liquid(nn.Module):
             tolerance=c.tolerance,
             stats=stats,
         )
-        return self.output(states.flatten(-2)), final
+        return self.output(self.parts.own_units(states.flatten(-2))), final

@@ -1,6 +1,9 @@
 """Cross entropy fused with the output projection, a chunk of tokens at a time."""
 
+from dataclasses import dataclass
+
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -10,35 +13,61 @@ from lfm.layers.documents import IGNORED_LABEL
 _CHUNK_ELEMENTS = {"cuda": 2**29, "cpu": 2**24}
 
 
+@dataclass(frozen=True)
+class VocabularyShard:
+    """This process's rows of an output projection whose vocabulary is cut over `group`."""
+
+    group: dist.ProcessGroup
+    first_id: int
+    stored_rows: int
+    """Of every process; the last ones may be padding, which no process multiplies."""
+
+
 def linear_cross_entropy(
-    hidden: Float[Tensor, "n D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, " n"]
+    hidden: Float[Tensor, "n D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, " n"],
+    *,
+    shard: VocabularyShard | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over labelled positions of -log softmax(hidden weight^T)[label], in nats, at least fp32.
 
     Positions labelled IGNORED_LABEL count nothing.  Never holds [n, V]: gradients are formed with the logits.
+
+    With `shard`, `weight` holds the rows of ids `first_id` on (V may be 0); the sum is the same on all processes, and
+    each one's gradient of `hidden` is a summand.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, labels, shard, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, needs_grad):  # type: ignore[override]
+    def forward(ctx, hidden, weight, labels, shard, needs_grad):  # type: ignore[override]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_grad = needs_grad and (hidden.requires_grad or weight.requires_grad)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_grad else None
-        for chunk in torch.arange(len(hidden)).split(max(1, _CHUNK_ELEMENTS[hidden.device.type] // len(weight))):
+        rows = len(weight) if shard is None else shard.stored_rows
+        for chunk in torch.arange(len(hidden)).split(max(1, _CHUNK_ELEMENTS[hidden.device.type] // rows)):
             part = slice(int(chunk[0]), int(chunk[-1]) + 1)
             kept = labels[part] != IGNORED_LABEL
-            label = labels[part].masked_fill(~kept, 0)[:, None]
             logits = (hidden[part] @ weight.T).to(wide)
-            log_normalizer = logits.logsumexp(-1)
-            total += ((log_normalizer - logits.gather(1, label)[:, 0]) * kept).sum()
+            if shard is None:
+                here, label = kept, labels[part].masked_fill(~kept, 0)[:, None]
+                log_normalizer = logits.logsumexp(-1)
+                label_logit = logits.gather(1, label)[:, 0]
+            else:
+                label = labels[part] - shard.first_id
+                here = kept & (label >= 0) & (label < len(weight))
+                label = label.masked_fill(~here, 0)[:, None]
+                log_normalizer, label_logit = _vocabulary_parallel(logits, label, here, shard.group)
+            total += ((log_normalizer - label_logit) * kept).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
             grad = logits.sub_(log_normalizer[:, None]).exp_()  # softmax, in place
-            grad.scatter_add_(1, label, grad.new_full(label.shape, -1.0))
+            if len(weight):
+                grad.scatter_add_(1, label, -here.to(wide)[:, None])
             grad = grad.mul_(kept[:, None]).to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[part])
             if grad.is_cuda and grad.dtype != wide:
@@ -52,4 +81,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None
+
+
+def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
+    dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def _vocabulary_parallel(
+    logits: Tensor, label: Tensor, here: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Log normalizer and label logit `[n]` of logits whose columns are cut over `group`."""
+    n, V = logits.shape
+    top = _reduced(logits.amax(-1) if V else logits.new_full((n,), -torch.inf), dist.ReduceOp.MAX, group)
+    mine = logits.gather(1, label)[:, 0] * here if V else logits.new_zeros(n)
+    sums = torch.stack([(logits - top[:, None]).exp().sum(-1), mine])
+    normalizer, label_logit = _reduced(sums, dist.ReduceOp.SUM, group)
+    return normalizer.log() + top, label_logit

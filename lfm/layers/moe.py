@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lfm.layers.parts import PLAIN, Parts
+
 
 @dataclass
 class Routing:
@@ -55,8 +57,26 @@ def route(
     return Routing(experts.flatten(0, 1), weights.flatten(0, 1), balance_loss, z_loss, chosen.sum((0, 1)))
 
 
+def invert(order: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+    """The permutation that undoes `order`."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def count(values: Int[Tensor, " m"], num: int) -> Int[Tensor, " num"]:
+    """How often each of `0..num` occurs, without waiting for the device; `num` itself may occur and is not counted."""
+    ones = torch.ones_like(values)
+    return torch.zeros(num + 1, dtype=values.dtype, device=values.device).scatter_add_(0, values, ones)[:num]
+
+
+def gather_rows(
+    x: Float[Tensor, "n D"], order: Int[Tensor, " m"], inverse: Int[Tensor, " m"], copies: int = 1
+) -> Float[Tensor, "m D"]:
+    """`x[order // copies]`, where `order` is a permutation of n * copies and `inverse` its inverse."""
+    return _Gather.apply(x, order, inverse, copies)
+
+
 class _Gather(torch.autograd.Function):
-    """`x[index // copies]`, whose backward is again a gather (by the inverse), deterministic and without atomics."""
+    """Its backward is again a gather, by the inverse: deterministic and without atomics."""
 
     @staticmethod
     def forward(ctx, x, index, inverse, copies):  # type: ignore[override]
@@ -73,7 +93,7 @@ class _Gather(torch.autograd.Function):
 class MoE(nn.Module):
     """`sum_i w_i D_i(SiLU(G_i u) * (U_i u))` over the chosen experts, no biases.  Dropless unless `capacity_factor`.
 
-    Run-time storage is fused: `gate_up [E, 2F, D]` (gate first), `down [E, D, F]`.
+    Run-time storage is fused: `gate_up [E, 2F, D]` (gate first), `down [E, D, F]`, of the experts that are here.
     """
 
     def __init__(
@@ -85,41 +105,52 @@ class MoE(nn.Module):
         ffn_hidden_size: int,
         capacity_factor: float | None = None,
         balance_over: str = "sequence",
+        parts: Parts = PLAIN,
     ) -> None:
         super().__init__()
-        self.top_k, self.capacity_factor, self.balance_over = top_k, capacity_factor, balance_over
+        self.top_k, self.capacity_factor, self.balance_over, self.parts = top_k, capacity_factor, balance_over, parts
         self.router = nn.Linear(hidden_size, num_experts, bias=False)
-        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * ffn_hidden_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_hidden_size))
+        self.transport = parts.expert_transport(num_experts)
+        width = ffn_hidden_size // self.transport.width_parts
+        self.gate_up = nn.Parameter(torch.empty(self.transport.count, 2 * width, hidden_size))
+        self.down = nn.Parameter(torch.empty(self.transport.count, hidden_size, width))
 
     def fused_parameters(self) -> dict[str, tuple[str, tuple[int | slice, ...]]]:
         """Global name -> (run-time parameter, index of its part)."""
-        F_, parts = self.down.shape[2], {}
-        for e in range(self.down.shape[0]):
-            parts[f"experts.{e}.gate.weight"] = ("gate_up", (e, slice(0, F_)))
-            parts[f"experts.{e}.up.weight"] = ("gate_up", (e, slice(F_, 2 * F_)))
-            parts[f"experts.{e}.down.weight"] = ("down", (e,))
-        return parts
+        F_, names = self.down.shape[2], {}
+        for i in range(self.transport.count):
+            e = self.transport.first + i
+            names[f"experts.{e}.gate.weight"] = ("gate_up", (i, slice(0, F_)))
+            names[f"experts.{e}.up.weight"] = ("gate_up", (i, slice(F_, 2 * F_)))
+            names[f"experts.{e}.down.weight"] = ("down", (i,))
+        return names
 
     def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Routing]:
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.router.weight.to(wide))
+        logits = F.linear(x.to(wide), self.parts.shared(self.router.weight).to(wide))
+        # Balance losses and capacity are of whole rows, wherever their tokens are.
+        logits = self.parts.whole_sequence(logits, partial_gradients=False)
         # Dropping is a training device: evaluation and streaming are dropless, or they would depend on the split.
         capacity_factor = self.capacity_factor if self.training else None
         routing = route(logits, top_k=self.top_k, capacity_factor=capacity_factor, balance_over=self.balance_over)
-        flat = routing.experts.flatten()
+        x, experts, weights = self.transport.prepare(x, routing.experts, routing.weights)
+        flat = experts.flatten()
         # Dropped assignments sort last, behind every expert, and are computed by none.
-        order = torch.where(flat < 0, self.down.shape[0], flat).argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        inputs = _Gather.apply(x.flatten(0, 1), order, inverse, self.top_k)
-        outputs = self._experts(inputs, routing.load)
-        outputs = _Gather.apply(outputs, inverse, order, 1).view(-1, self.top_k, x.shape[-1])
-        y = (outputs * routing.weights.unsqueeze(-1).to(x.dtype)).sum(1)
-        return y.view_as(x), routing
+        E = self.transport.num_experts
+        flat = torch.where(flat < 0, E, flat)
+        load = routing.load if len(experts) == len(routing.experts) else count(flat, E)
+        order = flat.argsort(stable=True)
+        inverse = invert(order)
+        inputs = gather_rows(x.flatten(0, 1), order, inverse, self.top_k)
+        outputs = self.transport.run(inputs, load, self._experts)
+        outputs = gather_rows(outputs, inverse, order).view(-1, self.top_k, x.shape[-1])
+        y = (outputs * weights.unsqueeze(-1).to(x.dtype)).sum(1)
+        return self.transport.finish(y.view_as(x)), routing
 
     def _experts(self, inputs: Float[Tensor, "m D"], load: Int[Tensor, " E"]) -> Float[Tensor, "m D"]:
         """Expert e computes its `load[e]` rows; rows past the last expert (dropped) come out as 0."""
-        if inputs.is_cuda and inputs.dtype == torch.bfloat16:
+        # Without any row (experts of another process took them all) the loop still gives every weight a gradient.
+        if inputs.is_cuda and inputs.dtype == torch.bfloat16 and len(inputs):
             ends = load.cumsum(0).to(torch.int32)
             dropping = self.training and self.capacity_factor is not None
             # grouped_mm never writes the rows past its last offset, nor their gradients: `where` keeps both out.

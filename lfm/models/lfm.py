@@ -17,9 +17,10 @@ from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
 from lfm.layers.attention import Attention, KeyValueCache
 from lfm.layers.documents import Documents
 from lfm.layers.liquid import Liquid, LiquidConfig
-from lfm.layers.loss import linear_cross_entropy
+from lfm.layers.loss import VocabularyShard, linear_cross_entropy
 from lfm.layers.moe import MoE, Routing
 from lfm.layers.norm import RMSNorm
+from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.rotary import rotary_tables
 from lfm.models.global_names import global_views
 
@@ -196,20 +197,21 @@ class Losses:
 
 
 class Block(nn.Module):
-    def __init__(self, config: LFMConfig, layer: int) -> None:
+    def __init__(self, config: LFMConfig, layer: int, parts: Parts) -> None:
         super().__init__()
-        c, norm = config, lambda: RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        c, norm = config, lambda: RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
         self.attention_norm = norm()
         self.attention = Attention(
             c.hidden_size,
             num_attention_heads=c.num_attention_heads,
             num_query_groups=c.num_query_groups,
             backend=c.attention_backend,
+            parts=parts,
         )
         self.has_liquid = layer in c.liquid_layers
         if c.liquid is not None and self.has_liquid:
             self.liquid_norm = norm()
-            self.liquid = Liquid(c.hidden_size, c.liquid)
+            self.liquid = Liquid(c.hidden_size, c.liquid, parts)
             self.post_norm = c.liquid.norm == "post"
         self.moe_norm = norm()
         self.moe = MoE(
@@ -219,6 +221,7 @@ class Block(nn.Module):
             ffn_hidden_size=c.moe_ffn_hidden_size,
             capacity_factor=c.moe_capacity_factor,
             balance_over=c.moe_aux_loss_scope,
+            parts=parts,
         )
 
     def forward(
@@ -264,27 +267,41 @@ def _checkpointed(fn, *args, **kwargs):
 
 
 class LFM(nn.Module):
-    """Pre-norm decoder: `x += Attention; x += Liquid (every n-th layer); x += MoE`; logits from the final norm."""
+    """Pre-norm decoder: `x += Attention; x += Liquid (every n-th layer); x += MoE`; logits from the final norm.
 
-    def __init__(self, config: LFMConfig) -> None:
+    `layers` makes it a piece of the model: those layers alone, with the embedding if they begin at the first and the
+    head if they end at the last.  Modules carry global layer numbers, so a piece's names are the whole model's.
+    """
+
+    def __init__(self, config: LFMConfig, *, parts: Parts = PLAIN, layers: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        if config.untie_embeddings_and_output_weights:
-            self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.config, self.parts = config, parts
+        layers = range(config.num_layers) if layers is None else layers
+        self.is_first, self.is_last = layers[0] == 0, layers[-1] == config.num_layers - 1
+        tied = not config.untie_embeddings_and_output_weights
+        if self.is_first or (self.is_last and tied):
+            self.embedding = parts.vocabulary_embedding(config.padded_vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict({str(layer): Block(config, layer, parts) for layer in layers})
+        if self.is_last:
+            self.final_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
+            if not tied:
+                self.head = parts.output_projection(config.hidden_size, config.padded_vocab_size)
 
     @property
     def head_weight(self) -> Float[Tensor, "V D"]:
         """The output projection without the padded rows: padded ids have no logits at all."""
         tied = not self.config.untie_embeddings_and_output_weights
-        return (self.embedding if tied else self.head).weight[: self.config.vocab_size]
+        stored = (self.embedding if tied else self.head).weight
+        return stored[: max(0, self.config.vocab_size - self.parts.tensor_rank * len(stored))]
 
     @property
     def liquids(self) -> dict[int, Liquid]:
         """Liquid layers by layer index."""
-        return {layer: cast(Liquid, self.layers[layer].liquid) for layer in self.config.liquid_layers}
+        return {
+            int(layer): cast(Liquid, block.liquid)
+            for layer, block in self.layers.items()
+            if int(layer) in self.config.liquid_layers
+        }
 
     def forward(
         self,
@@ -306,15 +323,32 @@ class LFM(nn.Module):
 
     def losses(self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none") -> Losses:
         """Next-token cross entropy and the auxiliary terms of packed rows, as sums."""
-        hidden, _, diagnostics = self.hidden(ids, documents=documents, recompute=recompute)
-        labels = documents.labels(ids)
+        x, _, diagnostics = self.run_layers(self.embedding(ids), documents=documents, recompute=recompute)
+        losses = self.layer_losses(diagnostics)
+        losses.cross_entropy = self.cross_entropy(x, ids, documents)
+        return losses
+
+    def layer_losses(self, diagnostics: "Diagnostics") -> Losses:
+        """What the layers that are here contribute, with a cross entropy of 0."""
+        balance, z = torch.stack(diagnostics.balance), torch.stack(diagnostics.z)
         return Losses(
-            cross_entropy=linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels.flatten()),
-            balance=torch.stack(diagnostics.balance).mean(0).sum(),
-            z=torch.stack(diagnostics.z).mean(0).sum(),
+            cross_entropy=balance.new_zeros(()),
+            balance=balance.sum() / self.config.num_layers,
+            z=z.sum() / self.config.num_layers,
             load=torch.stack(diagnostics.load),
             recurrence=diagnostics.recurrence,
         )
+
+    def cross_entropy(
+        self, x: Float[Tensor, "B T D"], ids: Int[Tensor, "B whole_T"], documents: Documents
+    ) -> Float[Tensor, ""]:
+        """Sum over labels, nats, from the last layer's output."""
+        hidden = self.parts.whole_sequence(self.final_norm(x), partial_gradients=True)
+        labels, shard = documents.labels(ids), None
+        if self.parts.tensor_group is not None:
+            rows = self.config.padded_vocab_size // self.parts.tensor_size
+            shard = VocabularyShard(self.parts.tensor_group, self.parts.tensor_rank * rows, rows)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels.flatten(), shard=shard)
 
     def hidden(
         self,
@@ -326,24 +360,39 @@ class LFM(nn.Module):
         recompute: Recompute = "none",
     ) -> tuple[Float[Tensor, "B T D"], LFMState | None, Diagnostics]:
         """Final normalised hidden states; `documents=None` without a state means one document a row."""
-        B, T = ids.shape
-        x = self.embedding(ids)
         if state is None:
-            documents = documents or Documents.whole_rows(B, T, ids.device)
-            positions = documents.positions
+            documents = documents or Documents.whole_rows(*ids.shape, ids.device)
+        x, state, found = self.run_layers(
+            self.embedding(ids), state=state, documents=documents, keep_state=keep_state, recompute=recompute
+        )
+        return self.final_norm(x), state, found
+
+    def run_layers(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        documents: Documents | None,
+        state: LFMState | None = None,
+        keep_state: bool = False,
+        recompute: Recompute = "none",
+    ) -> tuple[Float[Tensor, "B T D"], LFMState | None, Diagnostics]:
+        """The layers that are here, after the prefix of `state`, or over whole rows of `documents`."""
+        if state is not None:
+            positions = state.position[:, None] + torch.arange(x.shape[1], device=x.device)
         else:
-            positions = state.position[:, None] + torch.arange(T, device=ids.device)
+            assert documents is not None
+            positions = documents.positions
         rotary = rotary_tables(
             positions,
             head_size=self.config.head_size,
             base=self.config.rotary_base,
             dtype=torch.promote_types(x.dtype, torch.float32),
         )
-        found = Diagnostics([], [], [], {layer: RecurrenceStats() for layer in self.config.liquid_layers})
+        found = Diagnostics([], [], [], {layer: RecurrenceStats() for layer in self.liquids})
         caches: list[KeyValueCache | None] = []
         liquid: dict[int, Tensor] = {}
         run = _checkpointed if recompute == "full" else _plain
-        for layer, block in enumerate(self.layers):
+        for layer, block in ((int(name), block) for name, block in self.layers.items()):
             x, cache, liquid_state, routing = run(
                 block,
                 x,
@@ -364,7 +413,7 @@ class LFM(nn.Module):
         new_state = None
         if keep_state:
             new_state = LFMState(positions[:, -1] + 1, [cache for cache in caches if cache is not None], liquid)
-        return self.final_norm(x), new_state, found
+        return x, new_state, found
 
 
 def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int) -> Tensor:

@@ -261,7 +261,7 @@ def test_the_drive_of_a_fresh_model_has_rms_near_one():
     initialize(model, 0)
     u = torch.randn(4, 32, 256)
     u = u / u.square().mean(-1, keepdim=True).sqrt()
-    assert 0.9 < model.layers[0].liquid.input(u).square().mean().sqrt() < 1.1
+    assert 0.9 < model.liquids[0].input(u).square().mean().sqrt() < 1.1
 
 
 def test_greedy_generation_is_the_argmax_of_the_whole_prefix():

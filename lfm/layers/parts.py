@@ -1,0 +1,84 @@
+"""What a layer takes from outside, so that a parallel build can swap it: linears, shared weights, expert transport."""
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Parts:
+    """The plain parts: one process holds every weight and every token.
+
+    `tensor_size` processes share the heads, the widths and the vocabulary.  Their activations between layers are cut
+    along the sequence: `T` below is then this process's share, `[B, T / tensor_size, D]`.
+    """
+
+    tensor_size: int = 1
+    tensor_rank: int = 0
+    tensor_group: dist.ProcessGroup | None = None
+    """None where tensor_size is 1."""
+
+    def column_linear(self, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
+        """`[B, T, in]` -> `[B, whole T, out / tensor_size]`."""
+        return nn.Linear(in_features, out_features, bias=bias)
+
+    def row_linear(self, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
+        """`[B, whole T, in / tensor_size]` -> `[B, T, out]`, summed over the processes."""
+        return nn.Linear(in_features, out_features, bias=bias)
+
+    def vocabulary_embedding(self, num_embeddings: int, hidden_size: int) -> nn.Embedding:
+        """Ids `[B, whole T]` -> `[B, T, D]`."""
+        return nn.Embedding(num_embeddings, hidden_size)
+
+    def output_projection(self, hidden_size: int, num_embeddings: int) -> nn.Linear:
+        """Holder of the untied head's weight `[V / tensor_size, D]`."""
+        return nn.Linear(hidden_size, num_embeddings, bias=False)
+
+    def shared(self, weight: Tensor) -> Tensor:
+        """A weight that every process holds whole and applies to its own tokens: its gradient is their sum."""
+        return weight
+
+    def whole_sequence(self, x: Tensor, *, partial_gradients: bool) -> Tensor:
+        """`[B, T, ...]` -> `[B, whole T, ...]`.
+
+        `partial_gradients`: each process's gradient of the result is a summand, else each has the whole of it.
+        """
+        return x
+
+    def gather_units(self, x: Tensor) -> Tensor:
+        """`[..., n / tensor_size]` -> `[..., n]`; every process then computes the same."""
+        return x
+
+    def own_units(self, x: Tensor) -> Tensor:
+        """`[..., n]`, equal on all processes, -> this process's `[..., n / tensor_size]`."""
+        return x
+
+    def expert_transport(self, num_experts: int) -> "Transport":
+        return Transport(num_experts)
+
+
+class Transport(nn.Module):
+    """How tokens reach the experts; plain: experts `0..num_experts` are all here, and tokens stay."""
+
+    width_parts: int = 1
+    """Into how many parts each expert's width is cut."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.first, self.count = 0, num_experts
+
+    def prepare(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens `[B, T, D]` and the routing of whole rows, `[B * whole T, k]` each -> both for the same tokens."""
+        return x, experts, weights
+
+    def run(self, inputs: Tensor, load: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`compute(rows, load)` at the experts' home for `inputs [m, D]`, sorted by expert, dropped rows last."""
+        return compute(inputs, load)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What `prepare` brought together, cut again: `[B, ..., D]` -> `[B, T, D]`."""
+        return y
+
+
+PLAIN = Parts()
