@@ -90,21 +90,33 @@ class LFMConfig(Config):
     def liquid_layers(self) -> tuple[int, ...]:
         return tuple(range(0, self.num_layers, self.liquid.interval)) if self.liquid else ()
 
+    def layer_parameters(self, layer: int) -> "LayerParameters":
+        D = self.hidden_size
+        sharded = 2 * D * D + 2 * D * self.num_query_groups * self.head_size
+        replicated = self.num_moe_experts * D + 2 * D
+        reservoirs = 0
+        if self.liquid is not None and layer in self.liquid_layers:
+            width = self.liquid.num_reservoirs * self.liquid.reservoir_size
+            sharded += 2 * width * D + width
+            replicated += 2 * D
+            reservoirs = width * self.liquid.reservoir_size
+        trained = self.liquid is not None and self.liquid.train_reservoir
+        return LayerParameters(
+            sharded=sharded,
+            experts=self.num_moe_experts * 3 * D * self.moe_ffn_hidden_size,
+            replicated=replicated + (reservoirs if trained else 0),
+            frozen=0 if trained else reservoirs,
+        )
+
     def count_parameters(self) -> "ParameterCounts":
         """Exact counts of the unpadded model; tied tensors once."""
-        D, L, E, F = self.hidden_size, self.num_layers, self.num_moe_experts, self.moe_ffn_hidden_size
+        D, E = self.hidden_size, self.num_moe_experts
         embedding = self.vocab_size * D
         head = embedding if self.untie_embeddings_and_output_weights else 0
-        attention = 2 * D * D + 2 * D * self.num_query_groups * self.head_size
-        expert = 3 * D * F
-        liquid = frozen = 0
-        if self.liquid is not None:
-            width = self.liquid.num_reservoirs * self.liquid.reservoir_size
-            liquid = len(self.liquid_layers) * (2 * width * D + width + 2 * D)
-            recurrent = len(self.liquid_layers) * width * self.liquid.reservoir_size
-            liquid, frozen = (liquid + recurrent, 0) if self.liquid.train_reservoir else (liquid, recurrent)
-        trainable = embedding + head + L * (attention + E * expert + E * D + 2 * D) + liquid + D
-        active = trainable - L * (E - self.moe_router_topk) * expert
+        layers = [self.layer_parameters(layer) for layer in range(self.num_layers)]
+        trainable = embedding + head + sum(layer.trainable for layer in layers) + D
+        frozen = sum(layer.frozen for layer in layers)
+        active = trainable - sum(layer.experts for layer in layers) // E * (E - self.moe_router_topk)
         return ParameterCounts(
             total=trainable + frozen,
             trainable=trainable,
@@ -114,25 +126,49 @@ class LFMConfig(Config):
             padding=(self.padded_vocab_size - self.vocab_size) * D * (2 if head else 1),
         )
 
+    def layer_flops(self, layer: int, attended: float | None = None) -> float:
+        """The part of `flops_per_token` that one layer takes."""
+        D = self.hidden_size
+        attended = (self.seq_length + 1) / 2 if attended is None else attended
+        projections = 2 * (2 * D * D + 2 * D * self.num_query_groups * self.head_size)
+        forward = projections + 4 * D * attended + self.moe_router_topk * 6 * D * self.moe_ffn_hidden_size
+        forward += 2 * D * self.num_moe_experts
+        if self.liquid is None or layer not in self.liquid_layers:
+            return 3 * forward
+        width = self.liquid.num_reservoirs * self.liquid.reservoir_size
+        recurrence = 2 * width * self.liquid.reservoir_size
+        return 3 * (forward + 4 * width * D + recurrence) - (0 if self.liquid.train_reservoir else recurrence)
+
+    @property
+    def head_flops(self) -> float:
+        """The part of `flops_per_token` that the output projection takes."""
+        return 6 * self.vocab_size * self.hidden_size
+
     def flops_per_token(self, attended: float | None = None) -> float:
         """Useful FLOPs of forward and backward per token, 2 per multiply-add.
 
         `attended` is the mean number of keys a query attends; by default the causal mean (seq_length + 1) / 2 of rows
         that are one document.  Recomputation is not counted; frozen reservoirs need no weight gradient.
         """
-        D, L, V = self.hidden_size, self.num_layers, self.vocab_size
-        attended = (self.seq_length + 1) / 2 if attended is None else attended
-        projections = 2 * (2 * D * D + 2 * D * self.num_query_groups * self.head_size)
-        layer = projections + 4 * D * attended + self.moe_router_topk * 6 * D * self.moe_ffn_hidden_size
-        layer += 2 * D * self.num_moe_experts
-        forward = L * layer + 2 * V * D
-        frozen = 0.0
-        if self.liquid is not None:
-            width = self.liquid.num_reservoirs * self.liquid.reservoir_size
-            recurrence = len(self.liquid_layers) * 2 * width * self.liquid.reservoir_size
-            forward += len(self.liquid_layers) * 4 * width * D + recurrence
-            frozen = 0.0 if self.liquid.train_reservoir else recurrence
-        return 3 * forward - frozen
+        return sum(self.layer_flops(layer, attended) for layer in range(self.num_layers)) + self.head_flops
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """Counts of one layer by what a parallel layout does with them."""
+
+    sharded: int
+    """Cut by tensor parallelism: attention and the liquid layer's projections."""
+    experts: int
+    """Cut by expert parallelism, or without it by tensor parallelism."""
+    replicated: int
+    """Whole on every tensor rank: gains, router, output bias, trained reservoirs."""
+    frozen: int
+    """Reservoirs that are not trained, fp32, whole on every tensor rank."""
+
+    @property
+    def trainable(self) -> int:
+        return self.sharded + self.experts + self.replicated
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,23 @@
-"""How a run is spread over processes, and which spreads are legal.  Pure arithmetic: nothing here touches a device."""
+"""How a run is spread over processes, and which spreads are legal.  Pure arithmetic: nothing here touches a device.
+
+`python -m lfm.parallel.layout docs/parallelism.md` writes that page's table.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
 from lfm.config import Config
 from lfm.errors import UserError
-from lfm.models.registry import ModelConfig
+from lfm.parallel.rules import Request, first_broken, refusal
+from lfm.parallel.stages import balance, balanced_sizes, stage_loads
+
+if TYPE_CHECKING:  # the model's module needs torch, its arithmetic does not
+    from lfm.models.registry import ModelConfig
 
 
 class ParallelConfig(Config):
@@ -17,52 +30,164 @@ class ParallelConfig(Config):
     expert: PositiveInt = 1
     """Expert-parallel size."""
     sequence_parallel: bool = False
-    """Split activations outside the tensor-parallel regions along the sequence."""
+    """Split activations outside the tensor-parallel regions along the sequence; goes with tensor > 1."""
     stage_layers: tuple[PositiveInt, ...] | None = None
-    """Layers of each stage, first to last; null: balanced automatically."""
+    """Layers of each of the pipeline * virtual_pipeline chunks, first to last; null: balanced automatically."""
     zero_stage: int = Field(default=0, ge=0, le=3)
     """DeepSpeed ZeRO stage; 0 on one process is the local engine."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory (ZeRO-2 and 3)."""
+    heartbeat_timeout_seconds: float = Field(default=15, gt=0)
+    """Seconds: a rank without a sign of life for this long ends all."""
+    hang_timeout_seconds: float = Field(default=900, gt=0)
+    """Seconds: longest time in one phase before the run is taken to hang."""
 
 
-def check_layout(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
-    """Raise UserError, naming the nearest legal value, unless `model` divides over this layout of `world_size`."""
-    tp, pp, ep = parallel.tensor, parallel.pipeline, parallel.expert
-    divided = {
-        "tensor": {
-            "num_attention_heads": model.num_attention_heads,
-            "num_query_groups": model.num_query_groups,
-            **({"moe_ffn_hidden_size": model.moe_ffn_hidden_size} if ep == 1 else {}),
-            **({"seq_length": model.seq_length} if parallel.sequence_parallel else {}),
-        },
-        "expert": {"num_moe_experts": model.num_moe_experts},
+@dataclass(frozen=True)
+class Layout:
+    """A legal spread of one model over `world` processes; sizes are numbers of ranks."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    expert: int
+    expert_tensor: int
+    """Ranks that cut one expert by width."""
+    data: int
+    expert_data: int
+    """Ranks that hold the same experts."""
+    sequence_parallel: bool
+    zero_stage: int
+    offload_optimizer: bool
+    num_micro_batches: int
+    """Of one optimizer step on one data rank."""
+    chunk_layers: tuple[tuple[int, ...], ...]
+    """Layer numbers of every chunk, in model order; chunk `v * pipeline + r` is chunk `v` of pipeline rank `r`."""
+    balance: float
+    """Mean FLOPs of a pipeline stage over those of the most loaded one."""
+
+    def stage_chunks(self, pipeline_rank: int) -> tuple[tuple[int, ...], ...]:
+        """Layer numbers of each chunk of one pipeline rank."""
+        return self.chunk_layers[pipeline_rank :: self.pipeline]
+
+    @property
+    def name(self) -> str:
+        """Short form, such as `TP2+SP x PP2 x DP2 Z1`."""
+        tensor = [f"TP{self.tensor}" + ("+SP" if self.sequence_parallel else "")] if self.tensor > 1 else []
+        chunks = f"/VP{self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
+        pipeline = [f"PP{self.pipeline}{chunks}"] if self.pipeline > 1 else []
+        data = [f"DP{self.data}"] if self.data > 1 or self.world == 1 else []
+        expert = f" EP{self.expert}" if self.expert > 1 else ""
+        offload = "+offload" if self.offload_optimizer else ""
+        return " x ".join([*tensor, *pipeline, *data]) + f"{expert} Z{self.zero_stage}{offload}"
+
+    def describe(self) -> str:
+        """The layout in one line, with its pipeline stages and their balance if there are several."""
+        if self.zero_stage == 0:
+            return f"world 1, local engine, {self.num_micro_batches} micro-batches"
+        parts = [f"world {self.world} = tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"]
+        if self.sequence_parallel:
+            parts.append("sequence parallel")
+        if self.expert > 1:
+            parts.append(f"expert {self.expert} (expert-data {self.expert_data})")
+        parts.append(
+            f"ZeRO-{self.zero_stage}" + (" with optimizer state in host memory" if self.offload_optimizer else "")
+        )
+        parts.append(f"{self.num_micro_batches} micro-batches")
+        text = ", ".join(parts)
+        if self.pipeline > 1:
+            stages = ["+".join(str(len(chunk)) for chunk in self.stage_chunks(r)) for r in range(self.pipeline)]
+            text += f"; stages {' | '.join(stages)} + head, balance {self.balance:.2f}"
+        return text
+
+
+def check_layout(
+    model: "ModelConfig",
+    parallel: ParallelConfig,
+    world_size: int,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+) -> Layout:
+    """The layout of `model` over `world_size` processes.
+
+    Raises UserError where it is not legal, naming the keys in conflict and the nearest legal layout of as many
+    processes, or the nearest number of processes that has one.
+    """
+    r = Request(model, parallel, world_size, global_batch_size, micro_batch_size)
+    rule = first_broken(r)
+    if rule is not None:
+        raise UserError(refusal(rule, r))
+    p = parallel
+    costs = [model.layer_flops(layer) for layer in range(model.num_layers)]
+    sizes = p.stage_layers or balanced_sizes(costs, model.head_flops, p.pipeline, p.virtual_pipeline)
+    ends = list(itertools.accumulate(sizes))
+    return Layout(
+        world=world_size,
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        virtual_pipeline=p.virtual_pipeline,
+        expert=p.expert,
+        expert_tensor=p.tensor if p.expert == 1 else 1,
+        data=r.data,
+        expert_data=r.data if p.expert == 1 else world_size // (p.pipeline * p.expert),
+        sequence_parallel=p.sequence_parallel,
+        zero_stage=p.zero_stage,
+        offload_optimizer=p.offload_optimizer,
+        num_micro_batches=r.num_micro_batches,
+        chunk_layers=tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)),
+        balance=balance(stage_loads(costs, model.head_flops, sizes, p.pipeline)),
+    )
+
+
+BEGIN, END = "<!-- layouts: python -m lfm.parallel.layout docs/parallelism.md -->", "<!-- /layouts -->"
+
+
+def compatibility_table() -> str:
+    """Which layouts go with which ZeRO stages, as Markdown: the rules, asked about a small model."""
+    from lfm.models.registry import ModelConfig
+
+    model = ModelConfig(
+        hidden_size=32, num_layers=4, num_attention_heads=4, num_query_groups=2, seq_length=64, moe_ffn_hidden_size=32
+    )
+    tensor, pipeline, expert = {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"expert": 2}
+    interleaved = {**pipeline, "virtual_pipeline": 2}
+    rows = {
+        "one process": (1, {}),
+        "DP": (2, {}),
+        "TP+SP": (4, tensor),
+        "PP": (4, pipeline),
+        "PP interleaved": (4, interleaved),
+        "EP": (4, expert),
+        "TP+SP x PP": (8, tensor | pipeline),
+        "TP+SP x PP interleaved": (8, tensor | interleaved),
+        "TP+SP x EP": (8, tensor | expert),
+        "PP x EP": (8, pipeline | expert),
+        "PP interleaved x EP": (8, interleaved | expert),
+        "TP+SP x PP x EP": (16, tensor | pipeline | expert),
     }
-    if model.liquid is not None:
-        width = model.liquid.num_reservoirs * model.liquid.reservoir_size
-        divided["tensor"]["liquid.num_reservoirs * liquid.reservoir_size"] = width
-    for axis, sizes in divided.items():
-        size = getattr(parallel, axis)
-        for name, value in sizes.items():
-            if value % size:
-                legal = [n for n in range(1, value + 1) if all(v % n == 0 for v in sizes.values())]
-                nearest = min(legal, key=lambda n: abs(n - size))
-                raise UserError(
-                    f"parallel.{axis}={size} does not divide {name}={value}; the nearest legal is {nearest}"
-                )
-    if pp * parallel.virtual_pipeline > model.num_layers:
-        raise UserError(
-            f"parallel.pipeline={pp} times virtual_pipeline={parallel.virtual_pipeline} needs that many layers and "
-            f"num_layers is {model.num_layers}; use pipeline={max(1, model.num_layers // parallel.virtual_pipeline)}"
-        )
-    if parallel.stage_layers is not None:
-        chunks = pp * parallel.virtual_pipeline
-        if len(parallel.stage_layers) != chunks or sum(parallel.stage_layers) != model.num_layers:
-            raise UserError(
-                f"parallel.stage_layers={list(parallel.stage_layers)} must be {chunks} numbers "
-                f"that sum to num_layers={model.num_layers}"
-            )
-    smallest = max(tp * pp, pp * ep if tp == 1 else tp * pp * max(1, ep // tp))
-    if world_size % (tp * pp) or world_size % (pp * ep):
-        raise UserError(
-            f"parallel.tensor={tp} x pipeline={pp} with expert={ep} does not fit on {world_size} process(es); "
-            f"start a multiple of {smallest}, or lower the sizes"
-        )
+    columns = {f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)}
+    columns |= {f"{name} + offload": {**keys, "offload_optimizer": True} for name, keys in list(columns.items())[1:]}
+    reasons: list[str] = []
+    lines = ["| layout | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for name, (world, sizes) in rows.items():
+        cells = []
+        for zero in columns.values():
+            rule = first_broken(Request(model, ParallelConfig(**{**sizes, **zero}), world, 16, 1))
+            if rule is not None and rule.why not in reasons:
+                reasons.append(rule.why)
+            cells.append("yes" if rule is None else f"no ({reasons.index(rule.why) + 1})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))])
+
+
+def main() -> None:
+    page = Path(sys.argv[1])
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n{compatibility_table()}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
