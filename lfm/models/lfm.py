@@ -397,7 +397,7 @@ class LFM(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], LFMState | None, Diagnostics]:
         """Final normalised hidden states; `documents=None` without a state means one document a row."""
         if state is None:
-            documents = documents or Documents.whole_rows(*ids.shape, ids.device)
+            documents = documents or Documents.whole_rows(ids.shape[0], ids.shape[1], ids.device)
         x, state, found = self.run_layers(
             self.embedding(ids), state=state, documents=documents, keep_state=keep_state, recompute=recompute
         )

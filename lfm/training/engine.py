@@ -1,10 +1,11 @@
-"""The local engine: one process, plain model, fp32 masters and gradient accumulation.
+"""Engines turn rows into updates.  The local one: one process, plain model, fp32 masters and gradient accumulation.
 
-It is the truth that other engines are compared with.
+It is the truth that the parallel engine is compared with.
 """
 
+import abc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from lfm.errors import NonFiniteError
 from lfm.kernels.reservoir import RecurrenceStats, next_warmup
 from lfm.layers.documents import Documents
+from lfm.layers.liquid import Liquid
+from lfm.layers.parts import PLAIN, Parts
 from lfm.models.global_names import global_views
 from lfm.models.lfm import LFM, LFMConfig, Recompute, initialize
 from lfm.models.registry import build
@@ -43,7 +46,125 @@ class StepResult:
     fallbacks: int
 
 
-class LocalEngine:
+Read = Callable[[Mapping[str, Tensor]], None]
+"""Fills tensors (plain ones or DTensors), given by checkpoint key, in place."""
+
+STATE = ("master", "exp_avg", "exp_avg_sq", "frozen")
+"""What a checkpoint holds of an engine: keys are these, a dot, and a global name."""
+
+
+class Engine(abc.ABC):
+    """What the training loop drives.  Every method is called on every process of the run, in the same order."""
+
+    config: LFMConfig
+    device: torch.device
+    calm_steps: dict[int, int]
+    warmups: dict[int, int]
+    is_main = True
+    """Whether this process speaks for the run: writes metrics, plots, and lines."""
+    share_is_fresh = False
+    """Whether `share` returns copies, that later steps leave alone."""
+
+    @abc.abstractmethod
+    def rows_of_step(self, global_batch_size: int) -> slice:
+        """Which rows of each optimizer step this process wants."""
+
+    @abc.abstractmethod
+    def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
+        """Gradients of one optimizer step, from this process's rows of it, `[R, T]` on the host.
+
+        Cross entropy is summed and divided by the labels of the whole step, auxiliary losses by its rows: neither
+        micro-batches nor processes matter.  Raises NonFiniteError naming the rows of the first bad micro-batch.
+        """
+
+    @abc.abstractmethod
+    def step(self, lr: float) -> float:
+        """Clip, update, publish; returns the norm of the whole gradient before clipping.
+
+        Raises NonFiniteError, without an update, when that norm is not finite.
+        """
+
+    @abc.abstractmethod
+    def evaluate(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
+        """(sum of cross entropy in nats, number of labels) of rows `ids [R, T]`, dropless; all give all rows."""
+
+    @abc.abstractmethod
+    def share(self) -> Mapping[str, Tensor]:
+        """This process's part of a checkpoint, by key; a DTensor where it has a slice of the whole."""
+
+    @abc.abstractmethod
+    def fill(self, read: Read, kinds: Iterable[str] = STATE) -> None:
+        """Take the named kinds of state from a checkpoint of any engine and layout."""
+
+    @property
+    @abc.abstractmethod
+    def optimizer_step(self) -> int:
+        """Updates that the moments have seen."""
+
+    @optimizer_step.setter
+    @abc.abstractmethod
+    def optimizer_step(self, value: int) -> None: ...
+
+    @property
+    @abc.abstractmethod
+    def liquids(self) -> Mapping[int, Liquid]:
+        """Liquid layers of this process by layer number."""
+
+    def agree(self, code: int) -> int:
+        """The largest of all processes' numbers."""
+        return code
+
+    def counters(self) -> dict[str, Any]:
+        """Everything else of the engine's state, as JSON values."""
+        return {
+            "optimizer_step": self.optimizer_step,
+            "reservoir_warmup": {str(i): warmup for i, warmup in self.warmups.items()},
+            "reservoir_calm_steps": {str(i): calm for i, calm in self.calm_steps.items()},
+        }
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Restore `counters()`."""
+        self.optimizer_step = counters["optimizer_step"]
+        self.calm_steps = {int(layer): calm for layer, calm in counters["reservoir_calm_steps"].items()}
+        self.warmups = {int(layer): warmup for layer, warmup in counters["reservoir_warmup"].items()}
+        for layer, liquid in self.liquids.items():
+            liquid.warmup = self.warmups[layer]
+
+    def start_warmups(self) -> None:
+        """Bookkeeping of the reservoirs' warm-ups, alike on all processes whatever layers they hold."""
+        liquid, layers = self.config.liquid, self.config.liquid_layers
+        self.calm_steps = {layer: 0 for layer in layers}
+        self.warmups = {layer: liquid.warmup for layer in layers} if liquid else {}
+
+    def move_warmups(self, residual: Mapping[int, float]) -> None:
+        """Set each layer's warm-up for the next step from this step's largest residual on any process."""
+        for layer, value in residual.items():
+            calm = self.calm_steps[layer] + 1 if value < 1e-3 else 0
+            warmup = next_warmup(self.warmups[layer], value, calm)
+            self.calm_steps[layer] = 0 if warmup != self.warmups[layer] else calm
+            self.warmups[layer] = warmup
+            if layer in self.liquids:
+                self.liquids[layer].warmup = warmup
+
+    def auxiliary(self, balance: Any, z: Any) -> Any:
+        return self.config.moe_aux_loss_coeff * balance + self.config.moe_z_loss_coeff * z
+
+    def memory_bytes(self) -> int:
+        """Peak memory: the device's allocator on a GPU, the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def synchronize(self) -> float:
+        """Wait for the device; the time, in seconds, of a monotonic clock."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class LocalEngine(Engine):
     """Working weights in `dtype`; when that is bf16, fp32 masters, fp32 gradients and fp32 moments beside them."""
 
     def __init__(
@@ -69,7 +190,14 @@ class LocalEngine:
         self.publish_masters()
         self._accumulate_in_fp32()
         self.optimizer = adamw(optimizer, self.masters.items())
-        self.calm_steps = {layer: 0 for layer in model.liquid_layers}
+        self.start_warmups()
+
+    @property
+    def liquids(self) -> Mapping[int, Liquid]:
+        return self.model.liquids
+
+    def rows_of_step(self, global_batch_size: int) -> slice:
+        return slice(0, global_batch_size)
 
     def _views(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Global views of `tensors` (by run-time parameter name), frozen buffers included."""
@@ -100,11 +228,6 @@ class LocalEngine:
             parameter.register_post_accumulate_grad_hook(accumulate)
 
     def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
-        """Gradients of one optimizer step's rows `ids [R, T]` (host), in micro-batches.
-
-        Cross entropy is summed and divided by the labels of the whole step, balance loss by its rows: micro-batch
-        sizes do not matter.  Raises NonFiniteError naming the rows of the first bad micro-batch.
-        """
         self.model.train()
         documents = Documents.from_lengths(lengths, self.device)
         ids = ids.to(self.device, non_blocking=True)
@@ -115,7 +238,7 @@ class LocalEngine:
         for start in range(0, rows, self.micro_batch_size):
             part = documents.slice_rows(start, start + self.micro_batch_size)
             losses = self.model.losses(ids[start : start + self.micro_batch_size], part, recompute=self.recompute)
-            loss = losses.cross_entropy / labels + self._auxiliary(losses.balance, losses.z) / rows
+            loss = losses.cross_entropy / labels + self.auxiliary(losses.balance, losses.z) / rows
             loss.backward()
             sums.append(torch.stack([losses.cross_entropy.detach(), losses.balance.detach(), losses.z.detach()]))
             loads.append(losses.load)
@@ -129,7 +252,7 @@ class LocalEngine:
                 raise NonFiniteError(f"loss is not finite in rows {first} to {last} of the batch ({terms})")
         cross_entropy, balance, z = table.sum(0).tolist()
         return StepResult(
-            loss=cross_entropy / labels + self._auxiliary(balance, z) / rows,
+            loss=cross_entropy / labels + self.auxiliary(balance, z) / rows,
             cross_entropy=cross_entropy / labels,
             balance_loss=balance / rows,
             z_loss=z / rows,
@@ -139,35 +262,23 @@ class LocalEngine:
             **self._watch_reservoirs(recurrences),
         )
 
-    def _auxiliary(self, balance: Any, z: Any) -> Any:
-        return self.config.moe_aux_loss_coeff * balance + self.config.moe_z_loss_coeff * z
-
-    def _watch_reservoirs(self, recurrences: list[dict]) -> dict[str, Any]:
+    def _watch_reservoirs(self, recurrences: list[dict[int, RecurrenceStats]]) -> dict[str, Any]:
         """Residual and saturation by layer; moves each layer's warm-up for the next step."""
-        residual, saturation = {}, {}
-        for layer in self.config.liquid_layers:
-            stats = [found[layer] for found in recurrences]
-            residual[layer] = max(_largest_residual(s) for s in stats)
-            saturation[layer] = float(torch.stack([s.saturation for s in stats]).mean())
-            liquid = self.model.liquids[layer]
-            calm = self.calm_steps[layer] + 1 if residual[layer] < 1e-3 else 0
-            warmup = next_warmup(liquid.warmup, residual[layer], calm)
-            self.calm_steps[layer] = 0 if warmup != liquid.warmup else calm
-            liquid.warmup = warmup
+        layers = self.config.liquid_layers
+        residual = {i: max(largest_residual(found[i]) for found in recurrences) for i in layers}
+        self.move_warmups(residual)
         every = [s for found in recurrences for s in found.values()]
         return {
             "residual": residual,
-            "saturation": saturation,
+            "saturation": {
+                i: float(torch.stack([found[i].saturation for found in recurrences]).mean()) for i in layers
+            },
             "repair_passes": sum(s.repair_passes + s.backward_repair_passes for s in every),
             "fallbacks": sum(int(s.fell_back) + int(s.backward_fell_back) for s in every),
         }
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """Clip, update the masters and the working weights; returns the gradient norm before clipping.
-
-        Raises NonFiniteError, without an update, when that norm is not finite.
-        """
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads, foreach=True)
         value = float(norm)
@@ -190,7 +301,6 @@ class LocalEngine:
         return self.model.embedding.weight.dtype
 
     def evaluate(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
-        """(sum of cross entropy in nats, number of labels) of rows `ids [R, T]`, dropless."""
         return score(self.model, ids, lengths)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -202,48 +312,43 @@ class LocalEngine:
             found |= {f"{key}.{n}": t for n, t in self._views(moments).items() if n not in frozen}
         return {**found, **{f"master.{n}": t for n, t in self._views(self.masters).items() if n not in frozen}}
 
-    def counters(self) -> dict[str, Any]:
-        """Everything else of the engine's state, as JSON values."""
-        state = next(iter(self.optimizer.state.values()))
-        return {
-            "optimizer_step": int(state["step"]),
-            "reservoir_warmup": {str(i): liquid.warmup for i, liquid in self.model.liquids.items()},
-            "reservoir_calm_steps": {str(i): calm for i, calm in self.calm_steps.items()},
-        }
+    def share(self) -> Mapping[str, Tensor]:
+        return self.tensors()
 
-    def load_counters(self, counters: dict[str, Any]) -> None:
-        """Restore `counters()` after `tensors()` were filled."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(counters["optimizer_step"])
-        for layer, warmup in counters["reservoir_warmup"].items():
-            self.model.liquids[int(layer)].warmup = warmup
-        self.calm_steps = {int(layer): calm for layer, calm in counters["reservoir_calm_steps"].items()}
+    def fill(self, read: Read, kinds: Iterable[str] = STATE) -> None:
+        chosen = tuple(f"{kind}." for kind in kinds)
+        read({key: tensor for key, tensor in self.tensors().items() if key.startswith(chosen)})
         self.publish_masters()
 
-    def memory_bytes(self) -> int:
-        """Peak memory: the device's allocator on a GPU, the process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        import resource
+    @property
+    def optimizer_step(self) -> int:
+        return int(next(iter(self.optimizer.state.values()))["step"])
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def synchronize(self) -> float:
-        """Wait for the device; the time, in seconds, of a monotonic clock."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    @optimizer_step.setter
+    def optimizer_step(self, value: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(value)
 
 
-def _largest_residual(stats: RecurrenceStats) -> float:
+def largest_residual(stats: RecurrenceStats) -> float:
     backward = stats.backward_residual if stats.backward_residual is not None else stats.forward_residual
     return max(float(stats.forward_residual.max()), float(backward.max()))
 
 
-def materialize(config: LFMConfig, *, device: torch.device, dtype: torch.dtype) -> LFM:
-    """The model with empty parameters in `dtype` on `device`.  Frozen reservoirs stay fp32: they are few, and exact."""
+def materialize(
+    config: LFMConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: Parts = PLAIN,
+    layers: Sequence[int] | None = None,
+) -> LFM:
+    """The model, or its piece `layers`, with empty parameters in `dtype` on `device`.
+
+    Frozen reservoirs stay fp32: they are few, and exact.
+    """
     with torch.device("meta"):
-        model = build(config)
+        model = build(config, parts=parts, layers=layers)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.to_empty(device=device)

@@ -1,0 +1,246 @@
+"""megatron-core's tensor parallelism and expert exchange as parts of the plain model.
+
+Layers are batch-first; megatron-core gathers and scatters the first dimension, so the sequence goes first around each
+of its calls (free for one row, a copy for more).
+"""
+
+import warnings
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lfm.layers.moe import count, gather_rows, invert
+from lfm.layers.parts import Parts, Transport
+from lfm.models.lfm import LFMConfig
+from lfm.parallel.groups import Groups
+from lfm.parallel.layout import Layout
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mappings
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def transformer_config(model: LFMConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's config, whole: its layers and schedules read nothing else of ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return TransformerConfig(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups,
+            ffn_hidden_size=model.moe_ffn_hidden_size,
+            moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+            num_moe_experts=model.num_moe_experts,
+            moe_router_topk=model.moe_router_topk,
+            moe_token_dispatcher_type="alltoall",
+            layernorm_epsilon=model.layernorm_epsilon,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            # The stages are ours and may be uneven; megatron-core would otherwise insist on equal ones.
+            pipeline_model_parallel_layout=None,
+            num_layers_in_first_pipeline_stage=None,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+            sequence_parallel=layout.sequence_parallel,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            # Weights are made where the caller says (the meta device) and filled by `initial_tensor`.
+            use_cpu_initialization=True,
+            perform_initialization=False,
+            add_bias_linear=False,
+            gated_linear_unit=True,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            gradient_accumulation_fusion=False,
+            variable_seq_lengths=False,
+            # Batched, gloo pairs up the messages of two chunks of a stage wrongly.
+            batch_p2p_comm=False,
+        )
+
+
+class MegatronParts(Parts):
+    def __init__(self, groups: Groups, config: TransformerConfig) -> None:
+        layout = groups.layout
+        self.groups, self.config = groups, config
+        self.tensor_size, self.tensor_rank = layout.tensor, groups.tensor.rank()
+        self.tensor_group = groups.tensor if layout.tensor > 1 else None
+
+    def column_linear(self, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
+        if self.tensor_group is None:
+            return super().column_linear(in_features, out_features, bias=bias)
+        return _Column(
+            in_features,
+            out_features,
+            config=self.config,
+            init_method=_no_init,
+            bias=bias,
+            gather_output=False,
+            tp_group=self.tensor_group,
+        )
+
+    def row_linear(self, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
+        if self.tensor_group is None:
+            return super().row_linear(in_features, out_features, bias=bias)
+        return _Row(
+            in_features,
+            out_features,
+            config=self.config,
+            init_method=_no_init,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=self.tensor_group,
+        )
+
+    def vocabulary_embedding(self, num_embeddings: int, hidden_size: int) -> nn.Embedding:
+        if self.tensor_group is None:
+            return super().vocabulary_embedding(num_embeddings, hidden_size)
+        embedding = _Embedding(
+            num_embeddings,
+            hidden_size,
+            init_method=_no_init,
+            config=self.config,
+            reduce_scatter_embeddings=True,
+            tp_group=self.tensor_group,
+        )
+        return cast(nn.Embedding, embedding)
+
+    def output_projection(self, hidden_size: int, num_embeddings: int) -> nn.Linear:
+        return super().output_projection(hidden_size, num_embeddings // self.tensor_size)
+
+    def shared(self, weight: Tensor) -> Tensor:
+        if self.tensor_group is None:
+            return weight
+        return mappings.copy_to_tensor_model_parallel_region(weight, group=self.tensor_group)
+
+    def whole_sequence(self, x: Tensor, *, partial_gradients: bool) -> Tensor:
+        if self.tensor_group is None:
+            return x
+        whole = mappings.gather_from_sequence_parallel_region(
+            _sequence_first(x), tensor_parallel_output_grad=partial_gradients, group=self.tensor_group
+        )
+        return whole.transpose(0, 1)
+
+    def gather_units(self, x: Tensor) -> Tensor:
+        if self.tensor_group is None:
+            return x
+        return mappings.gather_from_tensor_model_parallel_region(x, group=self.tensor_group)
+
+    def own_units(self, x: Tensor) -> Tensor:
+        if self.tensor_group is None:
+            return x
+        return mappings.scatter_to_tensor_model_parallel_region(x, group=self.tensor_group)
+
+    def expert_transport(self, num_experts: int) -> Transport:
+        if self.groups.layout.expert > 1:
+            return AllToAll(num_experts, self.groups)
+        if self.tensor_group is not None:
+            return CutByWidth(num_experts, self)
+        return Transport(num_experts)
+
+
+class CutByWidth(Transport):
+    """Each tensor-parallel process has a slice of every expert's width and computes it for the whole rows."""
+
+    def __init__(self, num_experts: int, parts: MegatronParts) -> None:
+        super().__init__(num_experts)
+        self.parts, self.width_parts = parts, parts.tensor_size
+
+    def prepare(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Outputs are summands, so each process sees a summand of the routing weights' gradient.
+        return self.parts.whole_sequence(x, partial_gradients=True), experts, self.parts.shared(weights)
+
+    def finish(self, y: Tensor) -> Tensor:
+        own = mappings.reduce_scatter_to_sequence_parallel_region(_sequence_first(y), group=self.parts.tensor_group)
+        return own.transpose(0, 1)
+
+
+class AllToAll(Transport):
+    """Experts are divided over the expert group; rows travel to their expert and back, routing weights stay at home.
+
+    Rows arrive grouped by source and, within it, by expert.  Rows are exchanged rather than weighted expert outputs,
+    so that a token's sum is formed in the plain model's order.
+    """
+
+    def __init__(self, num_experts: int, groups: Groups) -> None:
+        super().__init__(num_experts)
+        self.group = groups.expert
+        self.tensor_size, self.tensor_rank = groups.layout.tensor, groups.tensor.rank()
+        self.count = num_experts // groups.layout.expert
+        self.first = self.group.rank() * self.count
+
+    def prepare(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, self._own_tokens(x, experts), self._own_tokens(x, weights)
+
+    def _own_tokens(self, x: Tensor, routing: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        rows = routing.view(B, self.tensor_size, T, -1)
+        return rows[:, self.tensor_rank].reshape(B * T, -1)
+
+    def run(self, inputs: Tensor, load: Tensor, compute: Any) -> Tensor:
+        sent = load.view(-1, self.count)  # [destination, its experts]
+        arriving = torch.empty_like(sent)  # [source, my experts]
+        dist.all_to_all_single(arriving, sent.contiguous(), group=self.group)
+        # The one wait of a layer for the device: the exchange needs its sizes on the host.
+        to_each, from_each = torch.stack([sent.sum(1), arriving.sum(1)]).tolist()
+        kept, num_arriving = sum(to_each), sum(from_each)
+        rows = mappings.all_to_all(self.group, inputs[:kept], from_each, to_each)
+        experts = torch.arange(self.count, device=load.device).repeat(len(from_each))
+        experts = experts.repeat_interleave(arriving.flatten(), output_size=num_arriving)
+        order = experts.argsort(stable=True)
+        inverse = invert(order)
+        rows = compute(gather_rows(rows, order, inverse), count(experts, self.count))
+        rows = mappings.all_to_all(self.group, gather_rows(rows, inverse, order), to_each, from_each)
+        dropped = len(inputs) - kept
+        return torch.cat([rows, rows.new_zeros(dropped, rows.shape[1])]) if dropped else rows
+
+
+class _Column(ColumnParallelLinear):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(_sequence_first(x))[0].transpose(0, 1)
+
+
+class _Row(RowParallelLinear):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y, bias = super().forward(_sequence_first(x))
+        y = y.transpose(0, 1)
+        # Every process adds the bias to its own tokens alone.
+        return y if bias is None else y + mappings.copy_to_tensor_model_parallel_region(bias, group=self.tp_group)
+
+
+class _Embedding(VocabParallelEmbedding):
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(ids).transpose(0, 1)
+
+
+def _sequence_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous()
+
+
+def _no_init(weight: Tensor) -> Tensor:
+    return weight
+
+
+_CUT = {
+    0: (
+        *("attention.q.weight", "attention.k.weight", "attention.v.weight", "gate.weight", "up.weight"),
+        *("liquid.input.weight", "liquid.input.bias", "embedding.weight", "head.weight"),
+    ),
+    1: ("attention.o.weight", "liquid.output.weight", "down.weight"),
+}
+
+
+def tensor_parallel_dim(global_name: str, layout: Layout) -> int | None:
+    """The dimension along which tensor parallelism cuts this tensor; None: every process has it whole."""
+    if layout.tensor == 1 or (".experts." in global_name and layout.expert_tensor == 1):
+        return None
+    return next((dim for dim, names in _CUT.items() if global_name.endswith(names)), None)

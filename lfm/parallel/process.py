@@ -1,0 +1,65 @@
+"""Which process this is: rank, world size and rendezvous, from `torchrun`, `deepspeed` or `srun` alike."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lfm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Process:
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Among the processes of this machine: its GPU."""
+    local_world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+    """Rendezvous, of rank 0's machine."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Process":
+        """One process where no launcher left its variables.  Raises UserError for incomplete or malformed ones."""
+        if "WORLD_SIZE" in environment:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in environment:
+            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        else:
+            return cls()
+        numbers = [_number(environment, name) for name in names]
+        if numbers[1] == 1:
+            # The deepspeed launcher sets these for one process too; DeepSpeed itself may still want a rendezvous.
+            return cls(address=environment.get("MASTER_ADDR", "127.0.0.1"), port=int(environment.get("MASTER_PORT", 0)))
+        if not environment.get("MASTER_ADDR"):
+            raise UserError(
+                f"{names[1]}={numbers[1]} but MASTER_ADDR is not set; use slurm/train_3b.sh, or export MASTER_ADDR and "
+                "MASTER_PORT of the first node"
+            )
+        local = [v for k in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE") if (v := environment.get(k))]
+        return cls(
+            rank=numbers[0],
+            world_size=numbers[1],
+            local_rank=numbers[2],
+            local_world_size=int(local[0]) if local and local[0].isdigit() else numbers[1],
+            address=environment["MASTER_ADDR"],
+            port=_number(environment, "MASTER_PORT"),
+        )
+
+
+def prepare_environment(device_type: str) -> None:
+    """What megatron-core and DeepSpeed read when they are imported, or CUDA when it starts: call it before."""
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # megatron-core decorates helpers with torch.compile, which CPU ranks have no use for.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    else:
+        # Sequence parallelism overlaps communication with matrix products only when kernels run in launch order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    if not text.isdigit():
+        raise UserError(f"variable {name}={text!r} is not a number; start through torchrun, deepspeed or srun")
+    return int(text)

@@ -1,0 +1,114 @@
+"""Model chunks under megatron-core's pipeline schedules."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfm.layers.documents import Documents
+from lfm.models.lfm import LFM, Losses, Recompute
+from lfm.parallel.layout import Layout
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core.enums import ModelType
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+MicroBatch = tuple[Tensor, Documents]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Factors that make this process's micro-batch sums its share of the step's loss."""
+
+    cross_entropy: float
+    balance: float
+    z: float
+
+
+class Stage(nn.Module):
+    """One chunk of the model: what a schedule calls once a micro-batch, and where its losses are kept."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, piece: LFM, config: TransformerConfig, *, virtual_stage: int | None, recompute: Recompute):
+        super().__init__()
+        self.piece, self.config, self.vp_stage = piece, config, virtual_stage
+        self.recompute: Recompute = recompute
+        self.weights: LossWeights | None = None
+        """None: evaluation."""
+        self.losses: list[Losses] = []
+        """Of each micro-batch since the last `clear`; cross entropy on the last chunk alone."""
+        self.received: Tensor | None = None
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        self.received = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, ids: Tensor, documents: Documents) -> Tensor:
+        """Hidden states `[T, B, D]` for the next stage, or the weighted cross entropy at the end of the model."""
+        if self.piece.is_first:
+            x = self.piece.embedding(ids)
+        else:
+            assert self.received is not None
+            x = self.received.transpose(0, 1)
+        recompute = self.recompute if self.weights is not None else "none"
+        x, _, diagnostics = self.piece.run_layers(x, documents=documents, recompute=recompute)
+        losses = self.piece.layer_losses(diagnostics)
+        if self.weights is not None:
+            x = _Attach.apply(x, self.weights.balance * losses.balance + self.weights.z * losses.z)
+        if self.piece.is_last:
+            cross_entropy = self.piece.cross_entropy(x, ids, documents)
+            losses.cross_entropy = cross_entropy.detach().clone()
+            x = cross_entropy if self.weights is None else cross_entropy * self.weights.cross_entropy
+        else:
+            x = x.transpose(0, 1).contiguous()
+        losses.balance, losses.z = losses.balance.detach(), losses.z.detach()
+        self.losses.append(losses)
+        return x
+
+
+class _Attach(torch.autograd.Function):
+    """`x`, in whose backward the scalar `term` is differentiated too: how a loss of an early stage takes part."""
+
+    @staticmethod
+    def forward(ctx, x, term):  # type: ignore[override]
+        ctx.save_for_backward(term)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        (term,) = ctx.saved_tensors
+        return grad, torch.ones_like(term)
+
+
+def run_schedule(
+    stages: Sequence[nn.Module],
+    layout: Layout,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    seq_length: int,
+    forward_only: bool,
+    on_micro_batch: Callable[[int], None] = lambda index: None,
+) -> None:
+    """1F1B, interleaved or plain, over this process's chunks; gradients are left where the stages put them."""
+
+    def forward_step(iterator: Iterator[tuple[int, MicroBatch]], stage: nn.Module, *_: Any):
+        index, micro_batch = next(iterator)
+        on_micro_batch(index)
+        # The schedule divides a loss by the number of micro-batches, in place; the stage keeps its own copy.
+        return stage(*micro_batch), lambda output: (output, {})
+
+    iterators = [iter(list(enumerate(micro_batches))) for _ in stages]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(stages) > 1 else iterators[0],
+        model=list(stages) if len(stages) > 1 else stages[0],
+        num_microbatches=len(micro_batches),
+        seq_length=seq_length,
+        micro_batch_size=len(micro_batches[0][0]),
+        forward_only=forward_only,
+    )

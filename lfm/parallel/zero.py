@@ -1,0 +1,261 @@
+"""DeepSpeed ZeRO: the optimizer side of a parallel run, and where each weight's fp32 state lies in it."""
+
+import logging
+import os
+import types
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lfm.parallel.groups import Groups
+
+# DeepSpeed takes any GPU it sees; a run on CPU ranks says so before this import (`prepare_environment`).
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.moe.layer import MoE as DeepSpeedMoE
+    from deepspeed.utils import groups as deepspeed_groups
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def leave_shared_memory_alone() -> None:
+    """On CPUs DeepSpeed compiles an all-reduce over /dev/shm whose buffers no process removes: do without."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.pop("LOCAL_SIZE", None)
+
+
+class _ModelParallelUnit:
+    """DeepSpeed's view of the groups.  Its `model parallel` is tensor x pipeline."""
+
+    def __init__(self, groups: Groups) -> None:
+        named = {
+            "model_parallel": groups.model,
+            "tensor_model_parallel": groups.tensor,
+            "pipeline_model_parallel": groups.pipeline,
+            "data_parallel": groups.data,
+        }
+        for name, group in named.items():
+            setattr(self, f"get_{name}_group", types.MethodType(lambda _, g=group: g, self))
+            setattr(self, f"get_{name}_rank", types.MethodType(lambda _, g=group: g.rank(), self))
+            setattr(self, f"get_{name}_world_size", types.MethodType(lambda _, g=group: g.size(), self))
+        self.get_data_parallel_group_ranks = lambda: dist.get_process_group_ranks(groups.data)
+
+
+class _ExpertMarker(DeepSpeedMoE):
+    """Tells DeepSpeed, which looks for its own layer in the module tree, that experts have groups of their own."""
+
+    def __init__(self, groups: Groups, num_experts: int) -> None:
+        nn.Module.__init__(self)
+        self.groups, self.num_experts = groups, num_experts
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        name = _expert_group_name(self.groups)
+        for kind, group in (("EXPERT_PARALLEL", self.groups.expert), ("EXPERT_DATA_PARALLEL", self.groups.expert_data)):
+            getattr(deepspeed_groups, f"_{kind}_GROUP")[name] = group
+            getattr(deepspeed_groups, f"_{kind}_GROUP_RANKS")[name] = dist.get_process_group_ranks(group)
+
+
+def _expert_group_name(groups: Groups) -> str:
+    return f"ep_size_{groups.layout.expert}"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of this process and what the optimizer must know of it."""
+
+    name: str
+    parameter: nn.Parameter
+    decays: bool
+    is_expert: bool
+    """Divided over the expert group: reduced over `expert_data` instead of `data`."""
+    is_cut: bool
+    """Tensor-parallel processes hold different parts."""
+    is_copy: bool
+    """The last stage's copy of a tied embedding; the first stage's is the one that counts."""
+
+
+def make_engine(
+    module: nn.Module,
+    weights: Iterable[Weight],
+    groups: Groups,
+    *,
+    optimizer: Mapping[str, Any],
+    weight_decay: float,
+    clip_grad: float,
+    micro_batch_size: int,
+) -> Any:
+    """The DeepSpeed engine over `module`; `optimizer` holds torch AdamW's own arguments.  Collective."""
+    layout, weights = groups.layout, list(weights)
+    if groups.device.type == "cpu":
+        leave_shared_memory_alone()
+    for weight in weights:
+        p = cast(Any, weight.parameter)
+        p.tensor_model_parallel = weight.is_cut or (weight.is_expert and layout.tensor > 1)
+        p.ds_pipe_replicated = weight.is_copy
+        if weight.is_expert:
+            p.allreduce, p.group_name = False, _expert_group_name(groups)
+    if any(weight.is_expert for weight in weights):
+        module.add_module("expert_marker", _ExpertMarker(groups, num_experts=len(weights)))
+    options = dict(optimizer)
+    if layout.offload_optimizer:
+        options["fused"] = False
+    parameter_groups = _parameter_groups(weights, groups, weight_decay)
+    engine: Any
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=torch.optim.AdamW(parameter_groups, **options),
+        mpu=_ModelParallelUnit(groups),
+        config=_config(groups, weights, clip_grad, micro_batch_size),
+        dist_init_required=False,
+    )
+    for flat in _flat_partitions(engine):
+        engine.optimizer.optimizer.state[flat] = {
+            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+            **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
+        }
+    return engine
+
+
+def _parameter_groups(weights: list[Weight], groups: Groups, weight_decay: float) -> list[dict[str, Any]]:
+    """Decaying and other dense weights, and experts: alike on every process, because ZeRO meets once for each."""
+    found = []
+    for name, chosen, decay, extra in (
+        ("matrices", lambda w: w.decays and not w.is_expert, weight_decay, {}),
+        ("vectors", lambda w: not w.decays and not w.is_expert, 0.0, {}),
+        (_expert_group_name(groups), lambda w: w.is_expert, weight_decay, {"moe": True}),
+    ):
+        parameters = [w.parameter for w in weights if chosen(w)]
+        if parameters:
+            found.append({"params": parameters, "name": name, "weight_decay": decay, **extra})
+    names = [None] * dist.get_world_size()
+    dist.all_gather_object(names, [group["name"] for group in found])
+    assert all(other == names[0] for other in names), f"parameter groups differ between processes: {names}"
+    return found
+
+
+def _config(groups: Groups, weights: list[Weight], clip_grad: float, micro_batch_size: int) -> dict[str, Any]:
+    layout = groups.layout
+    half = weights[0].parameter.dtype == torch.bfloat16
+    # Buckets are allocated at their full size, so a small model gets small ones.
+    sizes = [w.parameter.numel() for w in weights]
+    bucket = min(200_000_000, max(sizes) + sum(sizes) // 8)
+    zero: dict[str, Any] = {
+        "stage": layout.zero_stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if layout.zero_stage == 3:
+        # Small weights are partitioned like all others, so that one rule says where every weight's state lies.
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": bucket}
+    if layout.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": groups.device.type == "cuda"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": clip_grad,
+        "steps_per_print": 2**62,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        # Otherwise gradients would be rounded to bf16 at every hop of the reduction.
+        "communication_data_type": "fp32",
+    }
+    if half:
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _flat_partitions(engine: Any) -> list[Tensor]:
+    """The fp32 tensors that the inner optimizer updates: this process's partition of each parameter group."""
+    for name in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        if hasattr(engine.optimizer, name):
+            return list(getattr(engine.optimizer, name))
+    raise AssertionError(f"{type(engine.optimizer).__name__} holds no fp32 partitions")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of a parameter whose fp32 state this process keeps: `numel` elements from `start` on, flattened."""
+
+    start: int
+    numel: int
+    flat: Tensor
+    """The partition that holds it, from `offset` on."""
+    offset: int
+
+    def view(self, of: Tensor) -> Tensor:
+        """This fragment of a tensor laid out like `flat`: the master itself, its gradient or a moment."""
+        return of.detach()[self.offset : self.offset + self.numel]
+
+
+def fragments(engine: Any, weights: Iterable[Weight]) -> dict[str, Fragment | None]:
+    """By weight name; None where other processes of the data-parallel group keep all of it."""
+    optimizer, found = engine.optimizer, {}
+    flats = _flat_partitions(engine)
+    for weight in weights:
+        p = cast(Any, weight.parameter)
+        if hasattr(p, "ds_id"):  # ZeRO-3
+            group, offset, size = optimizer.grad_position[p.ds_id]
+            start = dist.get_rank(p.ds_process_group) * size
+            numel = max(0, min(size, p.ds_numel - start))
+            found[weight.name] = Fragment(start, numel, flats[group], offset) if numel else None
+        elif p._hp_mapping is None:
+            found[weight.name] = None
+        else:
+            here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+            found[weight.name] = Fragment(here.start, here.numel, flats[p._hp_mapping.param_group_index], there.start)
+    return found
+
+
+def publish_masters(engine: Any, weights: Iterable[Weight], where: Mapping[str, Fragment | None]) -> None:
+    """Copy the fp32 masters into the working weights, everywhere.  Collective."""
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer.update_lp_params()
+        return
+    for weight in weights:
+        fragment, partition = where[weight.name], cast(Any, weight.parameter).ds_tensor
+        if fragment is not None:
+            partition.data[: fragment.numel].copy_(fragment.view(fragment.flat))
+
+
+def gradient_buffers(engine: Any) -> dict[int, Tensor]:
+    """Where bf16 runs at stage 1 accumulate gradients in fp32, by `id` of the parameter; others use `.grad`."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp32_groups_gradients"):
+        return {}
+    pairs = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+    return {id(p): gradient for ps, gradients in pairs for p, gradient in zip(ps, gradients, strict=True)}
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """torch's AdamW over the fp32 partitions."""
+    return engine.optimizer.optimizer
+
+
+class EngineAsModule(nn.Module):
+    """What a schedule calls at ZeRO-2 and 3, where each pass must go through the DeepSpeed engine and its hooks."""
+
+    def __init__(self, engine: Any, stage: nn.Module) -> None:
+        super().__init__()
+        self.config, self.model_type = stage.config, stage.model_type
+        # Not as a submodule: the weights belong to the engine's own tree.
+        object.__setattr__(self, "engine", engine)
+        object.__setattr__(self, "stage", stage)
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        cast(Any, self).stage.set_input_tensor(tensor)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return cast(Any, self).engine(*inputs)

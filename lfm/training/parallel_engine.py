@@ -1,0 +1,412 @@
+"""The parallel engine: megatron-core's schedule fills gradients of the plain model's pieces, DeepSpeed ZeRO updates.
+
+Same losses, gradients and updates as the local engine, under any layout that `lfm.parallel.layout` calls legal.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from lfm.errors import NonFiniteError
+from lfm.layers.documents import Documents
+from lfm.layers.liquid import Liquid
+from lfm.models.global_names import Index, global_index
+from lfm.models.lfm import LFM, LFMConfig, Recompute, initial_tensor
+from lfm.parallel.groups import Groups
+from lfm.parallel.megatron import MegatronParts, tensor_parallel_dim, transformer_config
+from lfm.parallel.stage import LossWeights, MicroBatch, Stage, run_schedule
+from lfm.parallel.zero import (
+    MOMENTS,
+    EngineAsModule,
+    Fragment,
+    Weight,
+    fragments,
+    gradient_buffers,
+    inner_optimizer,
+    make_engine,
+    publish_masters,
+)
+from lfm.training.engine import STATE, Engine, Read, StepResult, largest_residual, materialize
+from lfm.training.optimizer import OptimizerConfig
+
+_BATCH_BYTES = 2**30
+"""Host memory for tensors on their way from a checkpoint into the partitions."""
+
+
+class ParallelEngine(Engine):
+    """One process of a run over `groups`.  `phase` is told what the process is about to do."""
+
+    share_is_fresh = True
+
+    def __init__(
+        self,
+        model: LFMConfig,
+        optimizer: OptimizerConfig,
+        groups: Groups,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        micro_batch_size: int,
+        recompute: Recompute = "none",
+        phase: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.config, self.groups, self.layout = model, groups, groups.layout
+        self.device, self.dtype, self.micro_batch_size = groups.device, dtype, micro_batch_size
+        self.is_main, self.phase = groups.rank == 0, phase
+        config = transformer_config(model, self.layout, dtype)
+        parts = MegatronParts(groups, config)
+        self.pieces = [
+            materialize(model, device=self.device, dtype=dtype, parts=parts, layers=layers)
+            for layers in self.layout.stage_chunks(groups.pipeline.rank())
+        ]
+        interleaved = len(self.pieces) > 1
+        self.stages = [
+            Stage(piece, config, virtual_stage=i if interleaved else None, recompute=recompute)
+            for i, piece in enumerate(self.pieces)
+        ]
+        self.weights = [weight for piece in self.pieces for weight in self._weights(piece)]
+        # Run-time name of a parameter or buffer -> (global name, index) of its parts; now, while shapes are whole.
+        self.global_parts = {name: parts for piece in self.pieces for name, parts in _by_tensor(piece).items()}
+        self.deepspeed = make_engine(
+            nn.ModuleList(self.stages) if interleaved else self.stages[0],
+            self.weights,
+            groups,
+            optimizer={"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps, "fused": True},
+            weight_decay=optimizer.weight_decay,
+            clip_grad=optimizer.clip_grad,
+            micro_batch_size=micro_batch_size,
+        )
+        self.fragments = fragments(self.deepspeed, self.weights)
+        # Stages hand gradients to ZeRO themselves from stage 2 on: then each pass goes through its engine.
+        through_engine = self.layout.zero_stage > 1
+        self.scheduled: list[nn.Module] = (
+            [EngineAsModule(self.deepspeed, self.stages[0])] if through_engine else [*self.stages]
+        )
+        self._sum_tied_embedding_gradients(config)
+        self.start_warmups()
+        self.fill(lambda targets: self._initialize(targets, seed), kinds=("master", "frozen"))
+
+    # What each process holds, by global name.
+
+    def _weights(self, piece: LFM) -> list[Weight]:
+        index = _by_tensor(piece)
+        tied_copy = not piece.is_first and not self.config.untie_embeddings_and_output_weights
+        return [
+            Weight(
+                name=name,
+                parameter=parameter,
+                decays=parameter.dim() > 1,
+                is_expert=self.layout.expert > 1 and ".experts." in index[name][0][0],
+                is_cut=tensor_parallel_dim(index[name][0][0], self.layout) is not None,
+                is_copy=tied_copy and name == "embedding.weight",
+            )
+            for name, parameter in piece.named_parameters()
+        ]
+
+    @property
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: buffer for piece in self.pieces for name, buffer in piece.named_buffers()}
+
+    def _as_global(self, name: str, local: Tensor) -> Tensor:
+        """This process's slice of a global tensor as a DTensor, where tensor parallelism cuts it."""
+        dim = tensor_parallel_dim(name, self.layout)
+        if dim is None:
+            return local
+        mesh = DeviceMesh.from_group(self.groups.tensor, "cpu", mesh=dist.get_process_group_ranks(self.groups.tensor))
+        return DTensor.from_local(local, mesh, [Shard(dim)], run_check=False)
+
+    def _data_group(self, weight: Weight) -> dist.ProcessGroup:
+        return self.groups.expert_data if weight.is_expert else self.groups.data
+
+    def _initialize(self, targets: Mapping[str, Tensor], seed: int) -> None:
+        """Initial values, each tensor drawn whole and cut, so that all layouts start alike."""
+        for key, target in targets.items():
+            name = key.partition(".")[2]
+            whole = initial_tensor(name, target.shape, self.config, seed)
+            if isinstance(target, DTensor):
+                dim = cast(Shard, target.placements[0]).dim
+                part = whole.chunk(self.layout.tensor, dim)[self.groups.tensor.rank()]
+                target.to_local().copy_(part)
+            else:
+                target.copy_(whole)
+
+    @torch.no_grad()
+    def fill(self, read: Read, kinds: Iterable[str] = STATE) -> None:
+        kinds, parts = tuple(kinds), self.global_parts
+        state = inner_optimizer(self.deepspeed).state
+        batch: list[tuple[Fragment, str, Tensor]] = []
+        targets: dict[str, Tensor] = {}
+
+        def flush() -> None:
+            read(targets)
+            for fragment, kind, whole in batch:
+                of = fragment.flat if kind == "master" else state[fragment.flat][kind]
+                fragment.view(of).copy_(whole.flatten()[fragment.start : fragment.start + fragment.numel])
+            batch.clear()
+            targets.clear()
+
+        for weight in self.weights:
+            fragment = self.fragments[weight.name]
+            for kind in ("master", *MOMENTS):
+                if fragment is None or kind not in kinds:
+                    continue
+                whole = torch.empty(self._shape(weight), dtype=torch.float32)
+                batch.append((fragment, kind, whole))
+                targets |= {f"{kind}.{n}": self._as_global(n, _part(whole, i)) for n, i in parts[weight.name]}
+            if sum(whole.numel() * 4 for _, _, whole in batch) > _BATCH_BYTES:
+                flush()
+        if "frozen" in kinds:
+            targets |= {f"frozen.{n}": _part(b, i) for name, b in self._buffers.items() for n, i in parts[name]}
+        flush()
+        publish_masters(self.deepspeed, self.weights, self.fragments)
+
+    @torch.no_grad()
+    def share(self) -> Mapping[str, Tensor]:
+        """Copies on the host.  The processes of a data-parallel group each give some of their common weights."""
+        state, parts, found = inner_optimizer(self.deepspeed).state, self.global_parts, {}
+        given = {id(group): [0] * group.size() for group in (self.groups.data, self.groups.expert_data)}
+        for weight in self.weights:
+            group = self._data_group(weight)
+            sizes, shape = given[id(group)], self._shape(weight)
+            owner = sizes.index(min(sizes))
+            sizes[owner] += shape.numel()
+            names = parts[weight.name]
+            whole_here = tensor_parallel_dim(names[0][0], self.layout) is None and not weight.is_expert
+            gives = owner == group.rank() and not weight.is_copy and not (whole_here and self.groups.tensor.rank() > 0)
+            for kind in ("master", *MOMENTS):
+                pick = (lambda flat: flat) if kind == "master" else (lambda flat, kind=kind: state[flat][kind])
+                whole = self._gathered(weight, pick)
+                if gives:
+                    host = whole.cpu()
+                    found |= {f"{kind}.{n}": self._as_global(n, _part(host, i)) for n, i in names}
+        if self.groups.data.rank() == 0 and self.groups.tensor.rank() == 0:
+            found |= {f"frozen.{n}": _part(b, i).cpu() for name, b in self._buffers.items() for n, i in parts[name]}
+        return found
+
+    def _shape(self, weight: Weight) -> torch.Size:
+        """The parameter's own shape; ZeRO-3 leaves an empty one in its place."""
+        return torch.Size(getattr(weight.parameter, "ds_shape", weight.parameter.shape))
+
+    def _gathered(self, weight: Weight, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """fp32 tensor of a weight's local shape from its fragments; `pick` gives the flat tensor beside `flat`."""
+        shape, fragment = self._shape(weight), self.fragments[weight.name]
+        whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.device)
+        if fragment is not None:
+            part = whole[fragment.start : fragment.start + fragment.numel]
+            part.copy_(fragment.view(pick(fragment.flat)))
+        dist.all_reduce(whole, group=self._data_group(weight))
+        return whole.view(shape)
+
+    # One optimizer step.
+
+    def rows_of_step(self, global_batch_size: int) -> slice:
+        rows = global_batch_size // self.layout.data
+        return slice(self.groups.data.rank() * rows, (self.groups.data.rank() + 1) * rows)
+
+    def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
+        layout = self.layout
+        micro_batches, documents = self._micro_batches(ids, lengths)
+        labels = max(1, self._sum_over_data(documents.num_labels))
+        rows = len(ids) * layout.data
+        for stage in self.stages:
+            stage.piece.train()
+            # DeepSpeed divides by the data-parallel size, the schedule the cross entropy by the micro-batches.
+            stage.weights = LossWeights(
+                cross_entropy=layout.data * len(micro_batches) / labels,
+                balance=layout.data * self.config.moe_aux_loss_coeff / rows,
+                z=layout.data * self.config.moe_z_loss_coeff / rows,
+            )
+        self._run(micro_batches, forward_only=False)
+        return self._result(documents, labels, rows)
+
+    def _micro_batches(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[list[MicroBatch], Documents]:
+        documents = Documents.from_lengths(lengths, self.device)
+        ids = ids.to(self.device, non_blocking=True)
+        starts = range(0, len(ids), self.micro_batch_size)
+        pieces = [(i, i + self.micro_batch_size) for i in starts]
+        return [(ids[a:b], documents.slice_rows(a, b)) for a, b in pieces], documents
+
+    def _run(self, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> None:
+        for stage in self.stages:
+            stage.losses.clear()
+        run_schedule(
+            self.scheduled,
+            self.layout,
+            micro_batches,
+            seq_length=self.config.seq_length,
+            forward_only=forward_only,
+            on_micro_batch=lambda index: self.phase(f"micro-batch {index + 1} of {len(micro_batches)}"),
+        )
+
+    def _sum_over_data(self, value: int) -> int:
+        total = torch.tensor(value, device=self.device)
+        dist.all_reduce(total, group=self.groups.data)
+        return int(total)
+
+    def _result(self, documents: Documents, labels: int, rows: int) -> StepResult:
+        self.phase("sums over all processes")
+        config, L, E = self.config, self.config.num_layers, self.config.num_moe_experts
+        table = self._loss_table().double().cpu()
+        bad = self._first_bad_micro_batch(table)
+        load = torch.zeros(L, E, dtype=torch.float64)
+        for stage in self.stages:
+            layers = [int(name) for name in stage.piece.layers]
+            load[layers] = torch.stack([losses.load for losses in stage.losses]).sum(0).double().cpu()
+        residual = torch.zeros(len(config.liquid_layers), dtype=torch.float64)
+        saturation = torch.zeros_like(residual)
+        every = []
+        for position, layer in enumerate(config.liquid_layers):
+            stats = [losses.recurrence[layer] for s in self.stages for losses in s.losses if layer in losses.recurrence]
+            every += stats
+            if stats:
+                residual[position] = max(largest_residual(s) for s in stats)
+                saturation[position] = float(torch.stack([s.saturation for s in stats]).mean()) / self.layout.data
+        is_first_stage = self.groups.pipeline.rank() == 0
+        sums = torch.cat(
+            [
+                table.sum(0),
+                torch.tensor(
+                    [
+                        documents.attended_pairs * is_first_stage,
+                        sum(s.repair_passes + s.backward_repair_passes for s in every),
+                        sum(int(s.fell_back) + int(s.backward_fell_back) for s in every),
+                    ],
+                    dtype=torch.float64,
+                ),
+                saturation,
+                load.flatten(),
+            ]
+        )
+        # Tensor-parallel processes have the same of everything: one of them counts.
+        sums = sums.to(self.device) * (self.groups.tensor.rank() == 0)
+        most = torch.cat([residual, torch.tensor([float(bad is not None)])]).to(self.device)
+        dist.all_reduce(sums)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        sums, most = sums.cpu(), most.tolist()
+        if most.pop():
+            self._refuse(bad)
+        (cross_entropy, balance, z, pairs, repairs, fallbacks), rest = sums[:6].tolist(), sums[6:]
+        residual = dict(zip(config.liquid_layers, most, strict=True))
+        self.move_warmups(residual)
+        return StepResult(
+            loss=cross_entropy / labels + self.auxiliary(balance, z) / rows,
+            cross_entropy=cross_entropy / labels,
+            balance_loss=balance / rows,
+            z_loss=z / rows,
+            num_labels=labels,
+            attended_pairs=int(pairs),
+            load=rest[len(residual) :].view(L, E).long().tolist(),
+            residual=residual,
+            saturation=dict(zip(config.liquid_layers, rest[: len(residual)].tolist(), strict=True)),
+            repair_passes=int(repairs),
+            fallbacks=int(fallbacks),
+        )
+
+    def _loss_table(self) -> Tensor:
+        """`[micro-batches, 3]`: cross entropy, balance and z of this process's chunks."""
+        chunks = [
+            torch.stack([torch.stack([losses.cross_entropy, losses.balance, losses.z]) for losses in stage.losses])
+            for stage in self.stages
+        ]
+        return torch.stack(chunks).sum(0)
+
+    def _first_bad_micro_batch(self, table: Tensor) -> str | None:
+        for index, row in enumerate(table.isfinite().all(1).tolist()):
+            if not row:
+                first = self.groups.data.rank() * len(table) * self.micro_batch_size + index * self.micro_batch_size
+                terms = dict(zip(("cross entropy", "balance", "z"), table[index].tolist(), strict=True))
+                return (
+                    f"loss is not finite in rows {first} to {first + self.micro_batch_size - 1} of the batch ({terms})"
+                )
+        return None
+
+    def _refuse(self, bad: str | None) -> None:
+        """Raise the lowest-ranked process's finding, alike everywhere."""
+        found: list[str | None] = [None] * self.layout.world
+        dist.all_gather_object(found, bad)
+        rank, text = next((rank, text) for rank, text in enumerate(found) if text is not None)
+        raise NonFiniteError(f"rank {rank}: {text}")
+
+    def step(self, lr: float) -> float:
+        self.phase("optimizer step")
+        optimizer = self.deepspeed.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        norm = float(self.deepspeed.get_global_grad_norm())
+        if optimizer.overflow or not torch.isfinite(torch.tensor(norm)):
+            raise NonFiniteError(f"gradient norm is not finite ({norm})")
+        return norm
+
+    def _sum_tied_embedding_gradients(self, config: Any) -> None:
+        """After each schedule: the first stage's lookup and the last stage's head share one gradient."""
+        copies = [w.parameter for w in self.weights if w.name == "embedding.weight"]
+        if self.groups.embedding is None or self.config.untie_embeddings_and_output_weights or not copies:
+            return
+        buffers, group = gradient_buffers(self.deepspeed), self.groups.embedding
+
+        def add_up(*_: Any, **__: Any) -> None:
+            for parameter in copies:
+                gradient = buffers.get(id(parameter), parameter.grad)
+                assert gradient is not None
+                dist.all_reduce(gradient, group=group)
+
+        config.finalize_model_grads_func = add_up
+
+    @torch.no_grad()
+    def evaluate(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
+        """Rows are dealt to the data-parallel processes; rows without labels fill the last round."""
+        T, layout = ids.shape[1], self.layout
+        a_round = self.micro_batch_size * layout.data * (layout.pipeline if layout.virtual_pipeline > 1 else 1)
+        missing = -len(ids) % a_round
+        ids = torch.cat([ids, ids[:1].expand(missing, T)])
+        lengths = [*lengths, *[[1] * T] * missing]
+        own = self.rows_of_step(len(ids))
+        micro_batches, documents = self._micro_batches(ids[own], lengths[own])
+        for stage in self.stages:
+            stage.piece.eval()
+            stage.weights = None
+        self._run(micro_batches, forward_only=True)
+        nats = self._loss_table().sum(0)[0].double() * (self.groups.tensor.rank() == 0)
+        found = torch.stack([nats, torch.tensor(float(documents.num_labels), device=self.device).double()])
+        found[1] *= self.groups.tensor.rank() == 0 and self.groups.pipeline.rank() == 0
+        dist.all_reduce(found)
+        total, labels = found.tolist()
+        return total, int(labels)
+
+    # Agreement and state.
+
+    def agree(self, code: int) -> int:
+        largest = torch.tensor(code, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    @property
+    def liquids(self) -> Mapping[int, Liquid]:
+        return {layer: liquid for piece in self.pieces for layer, liquid in piece.liquids.items()}
+
+    @property
+    def optimizer_step(self) -> int:
+        return int(next(iter(inner_optimizer(self.deepspeed).state.values()))["step"])
+
+    @optimizer_step.setter
+    def optimizer_step(self, value: int) -> None:
+        for state in inner_optimizer(self.deepspeed).state.values():
+            state["step"].fill_(value)
+
+
+def _by_tensor(piece: LFM) -> dict[str, list[tuple[str, Index]]]:
+    """Run-time name of a parameter or buffer -> its parts."""
+    found: dict[str, list[tuple[str, Index]]] = {}
+    for name, (tensor, index) in global_index(piece).items():
+        found.setdefault(tensor, []).append((name, index))
+    return found
+
+
+def _part(tensor: Tensor, index: Index) -> Tensor:
+    return tensor[index] if index else tensor
