@@ -1,6 +1,7 @@
 """Pretrain: `python launch/pretrain.py --config configs/lfm_debug.yaml [key.path=value ...]`.
 
-Also under `torchrun --nproc-per-node 1` and `deepspeed --num_gpus 1`.  `--dry-run` says what the run would take.
+Also under `torchrun --nproc-per-node 1` and `deepspeed --num_gpus 1`.  `--dry-run` says what the run would take, with
+`--world-size N` on N processes.
 """
 
 import os
@@ -17,13 +18,24 @@ def main() -> None:
         RunConfig,
         "Pretrain a model.",
         dry_run={"action": "store_true", "help": "print counts, FLOPs, memory and the resolved config, then end"},
+        world_size={"type": int, "metavar": "N", "help": "with --dry-run: plan for N processes"},
     )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_layout(run.model, run.parallel, world_size)
+    if flags.world_size is not None:
+        if not flags.dry_run or flags.world_size < 1:
+            raise UserError(f"--world-size {flags.world_size} plans for 1 or more processes; give it with --dry-run")
+        world_size = flags.world_size
+    layout = check_layout(
+        run.model,
+        run.parallel,
+        world_size,
+        global_batch_size=run.training.global_batch_size,
+        micro_batch_size=run.training.micro_batch_size,
+    )
     if flags.dry_run:
         from lfm.training.plan import plan
 
-        print(plan(run), "\nresolved config:\n" + run.to_yaml(), sep="\n")
+        print(plan(run, layout), "\nresolved config:\n" + run.to_yaml(), sep="\n")
         return
     if world_size > 1 or run.parallel.zero_stage > 0:
         raise UserError(

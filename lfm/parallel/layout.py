@@ -84,8 +84,9 @@ class Layout:
 
     def describe(self) -> str:
         """The layout in one line, with its pipeline stages and their balance if there are several."""
+        micro_batches = f"{self.num_micro_batches} micro-batch" + ("es" if self.num_micro_batches > 1 else "")
         if self.zero_stage == 0:
-            return f"world 1, local engine, {self.num_micro_batches} micro-batches"
+            return f"world 1, local engine, {micro_batches}"
         parts = [f"world {self.world} = tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"]
         if self.sequence_parallel:
             parts.append("sequence parallel")
@@ -94,7 +95,7 @@ class Layout:
         parts.append(
             f"ZeRO-{self.zero_stage}" + (" with optimizer state in host memory" if self.offload_optimizer else "")
         )
-        parts.append(f"{self.num_micro_batches} micro-batches")
+        parts.append(micro_batches)
         text = ", ".join(parts)
         if self.pipeline > 1:
             stages = ["+".join(str(len(chunk)) for chunk in self.stage_chunks(r)) for r in range(self.pipeline)]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the model's module needs torch, its arithmetic does not
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for: everything the rules look at."""
+    """What a user asks for: everything the rules look at.  Model and parallel keys are `m` and `p` in their sentences."""
 
     m: "ModelConfig"
     p: "ParallelConfig"
@@ -197,7 +197,7 @@ def _nearest(r: Request) -> Request:
     `sequence_parallel` follows `tensor` and is not counted.  `r` must have a legal layout.
     """
     p, sizes = r.p, _divisors(r.world)
-    # Sizes by their ratio; what costs the least to change in a running plan is taken to be nearest.
+    # (distance, value): sizes differ by their ratio; what changes memory and speed less counts less.
     choices: dict[str, list[tuple[float, Any]]] = {
         "tensor": [(_ratio(p.tensor, n), n) for n in sizes if r.m.num_attention_heads % n == 0],
         "pipeline": [(_ratio(p.pipeline, n), n) for n in sizes if n <= r.m.num_layers],

@@ -1,8 +1,10 @@
 """What a run will take, before anything is allocated: exact counts, FLOPs, and an estimate of memory."""
 
+from lfm.parallel.layout import Layout
 from lfm.training.run import RunConfig
 
 _GIB = 2**30
+_OPTIMIZER_STATE = ("fp32 masters", "AdamW moments")
 
 
 def _half(run: RunConfig) -> bool:
@@ -11,25 +13,51 @@ def _half(run: RunConfig) -> bool:
     return t.dtype == "bfloat16" or (t.dtype == "auto" and t.device != "cpu")
 
 
-def memory_estimate(run: RunConfig) -> dict[str, float]:
-    """Bytes by purpose for the local engine.
+def memory_estimate(run: RunConfig, layout: Layout) -> dict[str, float]:
+    """Bytes by purpose for one process of the pipeline stage that needs the most on its device.
 
-    Weights, gradients and optimizer state are exact.  Activations are an estimate: the tensors that autograd keeps for
-    one micro-batch, counted per layer from the shapes in the forward pass.
+    Weights, gradients and optimizer state are exact, but for the engines' padding and communication buffers and the
+    layers that ZeRO-3 gathers.  Activations are an estimate: the tensors that autograd keeps for the micro-batches in
+    flight, counted per layer from the shapes in the forward pass.
     """
-    m, t = run.model, run.training
+    stages = (stage_memory(run, layout, rank) for rank in range(layout.pipeline))
+    return max(stages, key=lambda memory: sum(_on_device(memory, layout).values()))
+
+
+def _on_device(memory: dict[str, float], layout: Layout) -> dict[str, float]:
+    offloaded = _OPTIMIZER_STATE if layout.offload_optimizer else ()
+    return {name: value for name, value in memory.items() if name not in offloaded}
+
+
+def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
+    """Bytes by purpose for one process of pipeline stage `rank`, offloaded or not."""
+    m, t, tp = run.model, run.training, layout.tensor
     half = _half(run)
     size = 2 if half else 4
-    stored = m.count_parameters().trainable + m.count_parameters().padding
-    tokens = t.micro_batch_size * m.seq_length
+    first, last = rank == 0, rank == layout.pipeline - 1
     D, k, F = m.hidden_size, m.moe_router_topk, m.moe_ffn_hidden_size
+
+    layers = [m.layer_parameters(layer) for chunk in layout.stage_chunks(rank) for layer in chunk]
+    # Tied weights are one matrix only where embedding and head are on the same stage.
+    vocabularies = 1 if first and last and not m.untie_embeddings_and_output_weights else first + last
+    dense = sum(layer.sharded / tp + layer.replicated for layer in layers)
+    dense += vocabularies * m.padded_vocab_size * D / tp + last * D
+    experts = sum(layer.experts for layer in layers) / (layout.expert * layout.expert_tensor)
+
+    def held(sharding_stage: int) -> float:
+        """Elements of what ZeRO splits over the data ranks from this stage on."""
+        split = layout.zero_stage >= sharding_stage
+        return dense / layout.data + experts / layout.expert_data if split else dense + experts
+
+    tokens = t.micro_batch_size * m.seq_length
     kv = 2 * m.num_query_groups * m.head_size
     residual = 2 * D  # stream and norm output
     attention = (
         residual + (D + kv) * 3 + 2 * D
     )  # q k v before and after rotary and laid out, attention out, projection in
     moe = residual + k * (D + 2 * F + 2 * F + D) + D
-    width = m.liquid.num_reservoirs * m.liquid.reservoir_size if m.liquid else 0
+    # Tensor ranks split everything but the recurrence, which each of them runs whole.
+    width = m.liquid.num_reservoirs * m.liquid.reservoir_size * tp if m.liquid else 0
     liquid = (residual + 3 * width) * len(m.liquid_layers) / m.num_layers
     kept = {
         "none": attention + moe + liquid,
@@ -37,32 +65,40 @@ def memory_estimate(run: RunConfig) -> dict[str, float]:
         "full": D,
     }[t.recompute]
     again = {"none": 0, "selective": moe + liquid, "full": attention + moe + liquid}[t.recompute]
-    chunk_logits = min(2**29 if half else 2**24, tokens * m.vocab_size)
+    behind, vp = layout.pipeline - rank - 1, layout.virtual_pipeline
+    # 1F1B starts as many forward passes as there are stages behind; interleaved, two chunks for each and a whole round.
+    in_flight = behind + 1 if vp == 1 else (2 * behind + (vp - 1) * layout.pipeline + 1) / vp
+    in_flight = min(in_flight, layout.num_micro_batches)
+    chunk_logits = min(2**29 if half else 2**24, tokens * m.vocab_size / tp)
     return {
-        "weights": stored * size + m.count_parameters().frozen * 4,
-        "fp32 gradients": stored * 4,
-        "fp32 masters": stored * 4 if half else 0,
-        "AdamW moments": stored * 8,
-        "activations (estimate)": tokens * size * (kept * m.num_layers + again),
-        "loss (estimate)": chunk_logits * (4 + size) + m.vocab_size * D * 4,
+        "weights": held(3) * size + sum(layer.frozen for layer in layers) * 4,
+        "fp32 gradients": held(2) * 4,
+        "fp32 masters": held(1) * 4 if half or layout.zero_stage else 0,
+        "AdamW moments": held(1) * 8,
+        "activations (estimate)": tokens * size / tp * (kept * len(layers) * in_flight + again),
+        "loss (estimate)": last * (chunk_logits * (4 + size) + m.vocab_size * D / tp * 4),
     }
 
 
-def plan(run: RunConfig) -> str:
+def plan(run: RunConfig, layout: Layout) -> str:
     """The text of `--dry-run`."""
     m, t = run.model, run.training
-    counts, memory = m.count_parameters(), memory_estimate(run)
+    counts, memory = m.count_parameters(), memory_estimate(run, layout)
     tokens = t.global_batch_size * m.seq_length
     flops = m.flops_per_token()
-    total = sum(memory.values())
+    device = _on_device(memory, layout)
+    where = "one process" if layout.pipeline == 1 else "one process of the fullest stage"
+    host = sum(memory.values()) - sum(device.values())
     lines = [
+        f"layout {layout.name}: {layout.describe()}",
         counts.report(),
         f"FLOPs: {flops / 1e9:.2f} GFLOP per token at {m.seq_length} (forward + backward, causal attention)",
         f"work: {tokens:,} tokens per optimizer step, {tokens * t.steps:,} in {t.steps:,} steps, "
         f"{flops * tokens * t.steps:.3g} FLOP",
-        f"memory of one process, weights in {'bfloat16, as on a GPU' if _half(run) else 'float32'}: "
-        + ", ".join(f"{name} {value / _GIB:.1f}" for name, value in memory.items()),
-        f"memory in all: {total / _GIB:.1f} GiB",
+        f"memory of {where}, weights in {'bfloat16, as on a GPU' if _half(run) else 'float32'}: "
+        + ", ".join(f"{name} {value / _GIB:.1f}" for name, value in device.items()),
+        f"memory in all: {sum(device.values()) / _GIB:.1f} GiB"
+        + (f", on the host {host / _GIB:.1f} GiB" if host else ""),
         f"one checkpoint: {12 * (counts.trainable + counts.padding) / _GIB:.1f} GiB",
     ]
     return "\n".join(lines)

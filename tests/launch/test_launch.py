@@ -59,6 +59,22 @@ def test_dry_run_of_the_flagship_prints_exact_figures_in_little_memory():
     assert found.returncode == 0, found.stderr
     for figure in ("total 3,025,273,344", "trainable 3,021,341,184", "active 1,464,205,824", "11.82 GFLOP per token"):
         assert figure in found.stdout
+    assert "world 1, local engine" in found.stdout
+
+
+def test_dry_run_plans_for_more_processes_than_it_has(main):
+    layout = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.pipeline=2", "parallel.zero_stage=1"]
+    command = ["pretrain", "--config", ROOT / "configs/lfm_3b.yaml", "--dry-run", "--world-size", 8, *layout]
+    found = main(*command)
+    assert found.returncode == 0, found.stderr
+    assert "layout TP2+SP x PP2 x DP2 Z1: world 8 = tensor 2 x pipeline 2 x data 2" in found.stdout
+    assert "stages 12 | 8 + head, balance 0.96" in found.stdout
+    assert "memory of one process of the fullest stage" in found.stdout
+    assert_refused(
+        main(*command, "parallel.tensor=3"), r"tensor=3 does not divide .* nearest legal layout is parallel\."
+    )
+    assert_refused(main(*[part for part in command if part != "--dry-run"]), r"--world-size 8 .* --dry-run")
+    assert_refused(main(*command, "--world-size", 0), r"--world-size 0 .* 1 or more")
 
 
 BAD_RUNS = {
@@ -66,7 +82,10 @@ BAD_RUNS = {
     "wrong_type": (["training.steps=many"], r"training\.steps = 'many'"),
     "out_of_range": (["optimizer.lr=-1"], r"optimizer\.lr = -1 .* greater than 0"),
     "micro_batch": (["training.micro_batch_size=3"], "micro_batch_size=3 does not divide global_batch_size=4"),
-    "tensor_parallel": (["parallel.tensor=3"], r"parallel\.tensor=3 does not divide .* nearest legal is"),
+    "tensor_parallel": (
+        ["parallel.tensor=3"],
+        r"parallel\.tensor=3 does not divide .* nearest legal layout is parallel\.tensor=1",
+    ),
     "expert_parallel": (["parallel.expert=3"], r"parallel\.expert=3 does not divide num_moe_experts=4"),
     "stage_layers": (["parallel.pipeline=2", "parallel.stage_layers=[1,2]"], r"stage_layers=\[1, 2\] must be 2"),
     "world": (["parallel.pipeline=2"], r"does not fit on 1 process"),

@@ -97,6 +97,12 @@ def test_exact_counts_of_the_flagship():
     assert round(config.flops_per_token() / 1e9, 2) == 11.82
     # 14.85 GFLOP is what counting the attention core without the causal saving would give.
     assert round(config.flops_per_token(attended=8193.0) / 1e9, 2) == 14.84
+    # By hand: attention projections, attention of 4096.5 keys, two experts, router; a liquid layer's projections and
+    # its recurrence, whose frozen weights have no gradient; the head.
+    plain = 3 * (50_331_648 + 50_337_792 + 51_904_512 + 49_152)
+    assert config.layer_flops(1) == plain
+    assert config.layer_flops(4) == plain + 3 * 18_874_368 + 2 * 1_572_864
+    assert config.head_flops == 6 * 128_256 * 3072
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -107,6 +113,8 @@ def test_counts_equal_the_built_model(variant):
     counts = config.count_parameters()
     assert sum(p.numel() for p in model.parameters()) == counts.trainable + counts.padding
     assert sum(b.numel() for n, b in model.named_buffers() if n.endswith("reservoirs")) == counts.frozen
+    for number, layer in enumerate(model.layers):
+        assert sum(p.numel() for p in layer.parameters()) == config.layer_parameters(number).trainable
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
