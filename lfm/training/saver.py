@@ -68,7 +68,7 @@ class Saver:
         self.wait()
         if not self.asynchronous:
             self._write(step, tensors, manifest, tokenizer, start)
-            return time.perf_counter() - start
+            return self.last_seconds
         manifest = copy.deepcopy(manifest)
         try:
             share: Mapping[str, Tensor] | Exception = self._copy_to_host(tensors)
@@ -220,17 +220,16 @@ class Saver:
                 raise error  # an interrupt
         if isinstance(error, UserError):
             return error
-        cause = _os_error(error)
-        if cause is None:
+        if not isinstance(error, OSError):
             return RuntimeError(f"checkpoint {final}: {type(error).__name__} on rank {rank}: {error}")
-        if cause.errno in _OUT_OF_SPACE:
+        if error.errno in _OUT_OF_SPACE:
             free = shutil.disk_usage(self.folder).free
             return UserError(
                 f"checkpoint {final} needs {need / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free; "
                 "free some space or set output=DIR; earlier checkpoints are intact"
             )
         return UserError(
-            f"checkpoint {final} could not be written by rank {rank} ({cause}); "
+            f"checkpoint {final} could not be written by rank {rank} ({error}); "
             "make the folder writable or set output=DIR; earlier checkpoints are intact"
         )
 
@@ -249,9 +248,10 @@ class _Files(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
         except Exception as error:
-            self.errors.append(error)
+            # torch.save hides the OSError behind an error of its own, which would not survive the way to other ranks.
+            self.errors.append(_os_error(error) or error)
             if threading.get_ident() == self.owner:
-                raise
+                raise self.errors[-1] from None
 
 
 class _Writer(FileSystemWriter):
