@@ -45,7 +45,7 @@ class Saver:
     a copy in host memory of this rank's share.  At most one save is under way, so that there is never a second copy;
     the one is kept for the next save, which spares allocating it anew.
 
-    Leave it as a context to wait for the save under way; an interrupt (Ctrl-C) does not wait.
+    Leaving it as a context waits for the save under way, however the context ends.
     """
 
     def __init__(self, folder: Path, *, keep: int, asynchronous: bool, group: dist.ProcessGroup | None = None) -> None:
@@ -81,8 +81,8 @@ class Saver:
             except BaseException as error:
                 self._error = error
 
-        # A daemon: an interrupted process ends at once, and its unfinished folder is removed at the next start.
-        self._thread = threading.Thread(target=write, name="saver", daemon=True)
+        # No daemon: an interpreter that ends while one is inside torch aborts.
+        self._thread = threading.Thread(target=write, name="saver")
         self._thread.start()
         return time.perf_counter() - start
 
@@ -98,9 +98,8 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None or issubclass(kind, Exception):
-            self.wait()
+    def __exit__(self, *_: Any) -> None:
+        self.wait()
 
     @torch.no_grad()
     def _copy_to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
