@@ -1,24 +1,22 @@
 """Checkpoints: torch.distributed.checkpoint with global names, never half-written, always verified.
 
     checkpoints/step_00000100/
-        *.distcp, .metadata     tensors `master.* exp_avg.* exp_avg_sq.* frozen.*`, one global tensor a name
+        __R_*.distcp, .metadata tensors `master.* exp_avg.* exp_avg_sq.* frozen.*`, one global tensor a name
         tokenizer.json          so that a checkpoint generates text on its own
         manifest.json           step, resolved config, counters, RNG; size and xxh3-64 of every file above
 
 A checkpoint is written under a temporary name, synced, given its manifest, and renamed: a folder called `step_*` is
-whole or was damaged later, which the hashes find.
+whole or was damaged later, which the hashes find.  `lfm.training.saver` writes them; here they are found and read.
 """
 
 import base64
-import errno
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,71 +24,34 @@ import torch
 import xxhash
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
 from lfm.config import Config
 from lfm.errors import UserError
-from lfm.files import sync, write_durably
 from lfm.models.global_names import global_views
 from lfm.models.lfm import LFM, LFMConfig
 from lfm.training.engine import materialize
 
 FORMAT = 1
-_TEMPORARY = ".writing-"
-_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TEMPORARY = ".writing-"
+# DCP says so each time `no_dist` asks for it.  Not in a context: those are not safe beside a thread that saves.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class CheckpointConfig(Config):
     every_steps: NonNegativeInt = 1000
     """0: only at the end and on a signal."""
     save_at_end: bool = True
+    asynchronous: bool = True
+    """Write in the background; costs host memory of one copy of the state; at most one save is under way."""
     keep: PositiveInt = 2
     """Newest checkpoints kept; older ones are removed after a newer one is whole."""
     resume: str = "auto"
     """auto: go on from the run's newest checkpoint, if any; never: refuse a run folder that has one; or a path."""
     init_from: str | None = None
     """Run or checkpoint whose weights alone start this run (continued pre-training); optimizer and data start anew."""
-
-
-def save(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], manifest: dict[str, Any], *, keep: int, tokenizer: bytes
-) -> Path:
-    """Write `folder/step_N` and drop all but the newest `keep` checkpoints.
-
-    Raises UserError, with every earlier checkpoint intact, when the disk is full.
-    """
-    final, temporary = folder / f"step_{step:08d}", folder / f"{_TEMPORARY}step_{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
-    need, free = sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(folder).free
-    if need > free:
-        raise _disk_full(final, need, free)
-    try:
-        writer = FileSystemWriter(temporary, thread_count=_threads(), sync_files=True)
-        with _one_process():
-            dcp_save(dict(tensors), storage_writer=writer, no_dist=True)
-        write_durably(temporary / "tokenizer.json", tokenizer)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            **manifest,
-            "frozen": {name: _tensor_hash(t) for name, t in tensors.items() if name.startswith("frozen.")},
-            "files": _hash_files(temporary),
-        }
-        write_durably(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-        sync(temporary)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _is_out_of_space(error):
-            raise _disk_full(final, need, shutil.disk_usage(folder).free) from error
-        raise
-    os.rename(temporary, final)
-    sync(folder)
-    for old in whole_checkpoints(folder)[:-keep]:
-        _remove(old)
-    return final
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -111,8 +72,15 @@ def set_newer_aside(folder: Path, step: int) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what a crash left half-written or half-removed."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+    for path in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete under a name that is not taken for a checkpoint, should the process die half-way."""
+    doomed = checkpoint.with_name(f"{TEMPORARY}old_{checkpoint.name}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def find(path: Path) -> Path:
@@ -139,10 +107,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(checkpoint: Path, manifest: dict[str, Any]) -> None:
-    """Raises UserError, naming the file, unless every file has the size and hash of the manifest."""
-    for name, entry in manifest["files"].items():
-        file = checkpoint / name
+def verify(checkpoint: Path, manifest: dict[str, Any], *, rank: int = 0, world_size: int = 1) -> None:
+    """Raises UserError, naming the file, unless this rank's files have the size and hash of the manifest.
+
+    The ranks share the files out by size; one rank's error is for the caller to tell the others.
+    """
+    files = manifest["files"]
+    mine = sorted(files, key=lambda name: (-files[name]["bytes"], name))[rank::world_size]
+    for name in mine:
+        file, entry = checkpoint / name, files[name]
         if not file.exists():
             raise UserError(f"checkpoint file {file} is missing; {_way_out(checkpoint)}")
         if file.stat().st_size != entry["bytes"]:
@@ -150,8 +123,8 @@ def verify(checkpoint: Path, manifest: dict[str, Any]) -> None:
                 f"checkpoint file {file} has {file.stat().st_size} bytes instead of {entry['bytes']}; "
                 f"{_way_out(checkpoint)}"
             )
-    for name, entry in _hash_files(checkpoint, list(manifest["files"])).items():
-        if entry != manifest["files"][name]:
+    for name, entry in hash_files(checkpoint, mine, io_threads(world_size)).items():
+        if entry != files[name]:
             raise UserError(f"checkpoint file {checkpoint / name} is corrupt (hash differs); {_way_out(checkpoint)}")
 
 
@@ -174,16 +147,20 @@ _MAY_DIFFER = {
 
 
 def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[str, Tensor]) -> None:
-    """Fill `targets` (key -> tensor, any dtype and device) in place; frozen ones are checked against their hashes."""
+    """Fill `targets` (key -> tensor, any dtype and device) in place; of a DTensor, this rank's shard.
+
+    Not collective: every rank may ask for other keys.  Whole frozen tensors are checked against their hashes.
+    """
     missing = targets.keys() - FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
     if missing:
         raise UserError(f"checkpoint {checkpoint} lacks {sorted(missing)[0]} (and {len(missing) - 1} more)")
-    with _one_process():
-        dcp_load(dict(targets), checkpoint_id=checkpoint, no_dist=True)
+    dcp_load(dict(targets), checkpoint_id=checkpoint, no_dist=True)
     for name, expected in manifest["frozen"].items():
-        if name in targets and targets[name].dtype in (torch.float32, torch.bool):
-            if _tensor_hash(targets[name]) != expected:
-                raise UserError(f"frozen tensor {name} of {checkpoint} does not match its hash; {_way_out(checkpoint)}")
+        target = targets.get(name)
+        if target is None or isinstance(target, DTensor) or target.dtype not in (torch.float32, torch.bool):
+            continue
+        if tensor_hash(target) != expected:
+            raise UserError(f"frozen tensor {name} of {checkpoint} does not match its hash; {_way_out(checkpoint)}")
 
 
 def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[LFM, dict[str, Any], Path]:
@@ -218,58 +195,32 @@ def set_rng_state(saved: dict[str, str], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Without DCP's warning that it assumes what `no_dist=True` says."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
 def _way_out(checkpoint: Path) -> str:
     return f"restore it, or use another checkpoint and delete {checkpoint.name}"
 
 
-def _threads() -> int:
-    return min(16, os.cpu_count() or 1)
+def io_threads(world_size: int) -> int:
+    """Threads by which each of `world_size` ranks reads or writes files; up to eight ranks share a host."""
+    return max(1, min(16, (os.cpu_count() or 1) // min(world_size, 8)))
 
 
-def _is_out_of_space(error: BaseException | None) -> bool:
-    """Whether an out-of-space OSError is anywhere behind `error`, also inside DCP's wrapper with its own list."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _OUT_OF_SPACE:
-            return True
-        wrapped: Any = getattr(error, "failures", {})
-        if any(_is_out_of_space(item[0]) for item in wrapped.values()):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _disk_full(final: Path, need: int, free: int) -> UserError:
-    return UserError(
-        f"checkpoint {final} needs {need / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free; "
-        "free some space or set output=DIR; earlier checkpoints are intact"
-    )
-
-
-def _hash_files(folder: Path, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def hash_files(folder: Path, names: Iterable[str], threads: int) -> dict[str, dict[str, Any]]:
     """Size and xxh3-64 of files, several at a time (hashing releases the interpreter lock)."""
-    names = names or sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
 
-    def digest(name: str) -> dict[str, Any]:
+    def digest(name: str) -> tuple[str, dict[str, Any]]:
         hasher, size = xxhash.xxh3_64(), 0
         with open(folder / name, "rb") as file:
             while block := file.read(2**24):
                 hasher.update(block)
                 size += len(block)
-        return {"bytes": size, "xxh3_64": hasher.hexdigest()}
+        return name, {"bytes": size, "xxh3_64": hasher.hexdigest()}
 
-    with ThreadPoolExecutor(_threads()) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(pool.map(digest, names))
 
 
-def _tensor_hash(tensor: Tensor) -> str:
+def tensor_hash(tensor: Tensor) -> str:
+    """xxh3-64 of the values of a whole tensor."""
     return xxhash.xxh3_64_hexdigest(tensor.cpu().contiguous().numpy().tobytes())
 
 
@@ -278,10 +229,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _remove(checkpoint: Path) -> None:
-    """Delete under a name that is not taken for a checkpoint, should the process die half-way."""
-    doomed = checkpoint.with_name(f"{_TEMPORARY}old_{checkpoint.name}")
-    os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

@@ -24,6 +24,7 @@ from lfm.training.engine import LocalEngine
 from lfm.training.evaluate import evaluate
 from lfm.training.metrics import Metrics, Speed, say, show, training_record
 from lfm.training.run import RunConfig, owning_folder, write_run_files
+from lfm.training.saver import Saver
 from lfm.training.schedule import lr_factor
 
 
@@ -90,14 +91,11 @@ def _train(run: RunConfig) -> Progress:
             "data": stream.state(),
             "rng": checkpoint.rng_state(run.device),
         }
-        folder = run.folder / "checkpoints"
-        definition = tokenizer.definition
-        checkpoint.save(
-            folder, progress.step, engine.tensors(), manifest, keep=run.checkpoint.keep, tokenizer=definition
-        )
+        saver.save(progress.step, engine.tensors(), manifest, tokenizer.definition)
         saved_step = progress.step
 
-    with _stop_on_signal() as stopped_by, _progress_bar(run, progress) as bar:
+    saver = Saver(run.folder / "checkpoints", keep=run.checkpoint.keep, asynchronous=run.checkpoint.asynchronous)
+    with _stop_on_signal() as stopped_by, _progress_bar(run, progress) as bar, saver:
         while progress.step < run.training.steps and not stopped_by() and not _patience_is_over(run, progress):
             first_row = stream.position
             with _saving_on_damage(save):
