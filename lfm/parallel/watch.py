@@ -6,6 +6,7 @@ first writer wins.  `guard` touches no store, so a store that stops answering ca
 to a second store, which the last rank hosts, and ends a process whose end takes too long.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,7 +17,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -76,7 +76,7 @@ class _Clock:
             return self._seconds
 
 
-@contextmanager
+@contextlib.contextmanager
 def watched(
     *,
     rank: int,
@@ -135,9 +135,12 @@ class Watch:
         self._clock = _Clock()
         self._phase = _Phase("starting", 0, self._clock(), hang_timeout_seconds)
         self._main_thread = threading.get_ident()
+        own_files = (__file__, contextlib.__file__)
+        callers = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_filename not in own_files]
+        self._num_outer_frames = len(callers) - 1
         self._raised: _Raised | None = None
         self._left = False
-        self._wake, self._over = threading.Event(), threading.Event()
+        self._wake, self._over, self._second_store_known = threading.Event(), threading.Event(), threading.Event()
 
         self._address, self._store_rank = address, 0
         self._second_address: tuple[str, int] | None = None
@@ -167,6 +170,8 @@ class Watch:
     def _start(self) -> None:
         self._exchange_on(self._address)
         threading.Thread(target=self._guard, name="watch guard", daemon=True).start()
+        # Not for long, as all enter together; from here on the first store may be lost.
+        self._second_store_known.wait(self._heartbeat_timeout)
 
     def _end_by(self, error: BaseException) -> NoReturn:
         """Hand `error` to the exchange, which ends this process; the main thread has nothing more to do."""
@@ -192,6 +197,8 @@ class Watch:
                 if now - self._ending_since > ENDING_SECONDS:
                     os._exit(self._exit_code)
             elif not self._exchange_thread.is_alive() or now - self._answered > self._heartbeat_timeout:
+                if self._over.is_set():
+                    return  # the exchange is at its end because this rank is
                 if self._store_rank != 0 or self._second_address is None:
                     self._end_alone()
                 self._store_rank = self._world_size - 1
@@ -249,6 +256,7 @@ class Watch:
                 if second:
                     host, port = json.loads(second)
                     self._second_address = (host, port)
+                    self._second_store_known.set()
                 self._note(dict(zip(read, beats, strict=True)))
                 failure = json.loads(failed) if failed else self._find_failure(store)
                 if failure is not None:
@@ -256,7 +264,7 @@ class Watch:
                 if left and (self._rank != 0 or len(self._ended) == self._world_size):
                     self._over.set()
                     return
-                self._wake.wait(BEAT_SECONDS)
+                self._wake.wait(BEAT_SECONDS if second else BEAT_SECONDS / 20)
                 self._wake.clear()
         except RuntimeError as error:  # torch's store and network errors, and some of its that have no type
             self._connection_error = str(error).splitlines()[0][:300]
@@ -413,7 +421,7 @@ class Watch:
             else:
                 raw = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
                 beat = json.loads(raw or '{"phase": "none", "ended": false}')
-                told = "ended without error" if beat["ended"] else f"no report; its last phase: '{beat['phase']}'"
+                told = "ended without error" if beat["ended"] else f"no report; last phase: '{beat['phase']}'"
                 stack = ""
             groups.setdefault((told, stack), []).append(rank)
         lines = [headline, *([details] if details else []), "", "Last phase and main thread of every rank:"]
@@ -439,9 +447,10 @@ class Watch:
         os._exit(self._exit_code)
 
     def _stack(self) -> str:
-        """Of the main thread, innermost call last."""
+        """Of the main thread, innermost call last, from the function that entered `watched`."""
         frame = sys._current_frames().get(self._main_thread)
-        return "".join(traceback.format_stack(frame)).rstrip() if frame is not None else ""
+        frames = traceback.extract_stack(frame)[self._num_outer_frames :] if frame is not None else []
+        return "".join(traceback.format_list(frames)).rstrip()
 
     def _waits_for_peers(self) -> bool:
         frame = sys._current_frames().get(self._main_thread)

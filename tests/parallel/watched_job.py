@@ -19,7 +19,7 @@ def main(folder: Path, end: str) -> None:
         rank=rank,
         world_size=dist.get_world_size(),
         address=(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
-        heartbeat_timeout_seconds=4,
+        heartbeat_timeout_seconds=3,
         hang_timeout_seconds=30,
         report=folder / "failure.txt",
     ) as watch:
@@ -32,7 +32,7 @@ def main(folder: Path, end: str) -> None:
             dist.all_reduce(told)
             if told.item() > 0:
                 watch.phase("saving")
-                time.sleep(6)  # longer than a heartbeat's timeout: the launcher's store is not missed
+                time.sleep(5)  # longer than a heartbeat's timeout: the launcher's store is not missed
                 break
             if step == 3:
                 (folder / f"started.{rank}").write_text(str(os.getpid()))
