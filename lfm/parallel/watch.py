@@ -37,9 +37,6 @@ ENDING_SECONDS = 12.0
 
 _DISTRIBUTED = os.path.dirname(dist.__file__) + os.sep
 _PEER_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|ProcessGroup", re.IGNORECASE)
-_LAUNCHER = re.compile(
-    r"(deepspeed|torchrun)(\.\w+)*|torch\.distributed\.(run|launch)|mpirun|mpiexec|[op]rterun|[op]rted|srun|slurmstepd"
-)
 _uses = itertools.count()
 
 
@@ -177,11 +174,9 @@ class Watch:
         """Hand `error` to the exchange, which ends this process; the main thread has nothing more to do."""
         self._raised = _Raised(error, self._clock(), _is_secondary(error))
         self._wake.set()
-        try:
-            while True:
-                time.sleep(60)
-        except KeyboardInterrupt:
-            os._exit(130)
+        with contextlib.suppress(KeyboardInterrupt):
+            self._over.wait()
+        os._exit(_exit_code(error))
 
     def _leave(self) -> None:
         self._left = True
@@ -239,7 +234,7 @@ class Watch:
             server = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
             store = PrefixStore(self._prefix, server)
             read = range(self._world_size) if self._rank == 0 else [0]
-            keys = ["failed", "second_store", *(f"beat/{rank}" for rank in read)]
+            keys = ["failed", "second_store", "all_ended", *(f"beat/{rank}" for rank in read)]
             for key in [*keys, "secondary", "printer"]:
                 store.compare_set(key, "", "")  # from here on it exists, and reading it does not wait for its writer
             if self._rank == self._world_size - 1 and self._store_rank == 0:
@@ -249,7 +244,7 @@ class Watch:
                 self._num_beats += 1
                 store.set(f"beat/{self._rank}", json.dumps(self._beat() | {"ended": left, "number": self._num_beats}))
                 told_of_end = left
-                failed, second, *beats = store.multi_get(keys)
+                failed, second, all_ended, *beats = store.multi_get(keys)
                 if self._exchange_thread is not threading.current_thread():
                     return  # the guard gave this store up, which then answered after all
                 self._answered = self._clock()
@@ -261,15 +256,19 @@ class Watch:
                 failure = json.loads(failed) if failed else self._find_failure(store)
                 if failure is not None:
                     self._end(store, failure)
-                if left and (self._rank != 0 or len(self._ended) == self._world_size):
+                if self._rank == 0 and len(self._ended) == self._world_size:
+                    store.set("all_ended", "yes")
+                    all_ended = b"yes"
+                # Rank 0 watches the others to their end; the host of the store keeps it for them.
+                if left and (all_ended or self._rank not in (0, self._store_rank)):
                     self._over.set()
                     return
-                self._wake.wait(BEAT_SECONDS if second else BEAT_SECONDS / 20)
+                self._wake.wait(BEAT_SECONDS if self._second_address else BEAT_SECONDS / 20)
                 self._wake.clear()
-        except RuntimeError as error:  # torch's store and network errors, and some of its that have no type
+        except (RuntimeError, OSError) as error:  # the first are torch's store and network errors
             self._connection_error = str(error).splitlines()[0][:300]
             if told_of_end and self._rank != 0:
-                self._over.set()  # rank 0 may leave, and take the store along, as soon as it has read of this end
+                self._over.set()  # the store's host may leave, and take it along, as soon as all ends are read
 
     def _host_second_store(self, address: tuple[str, int]) -> tuple[str, int]:
         family, kind, _, _, target = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
@@ -324,7 +323,7 @@ class Watch:
         }
         if max(silent.values(), default=0) <= timeout:
             return None
-        dead = [rank for rank, seconds in silent.items() if seconds > timeout - 2 * BEAT_SECONDS]
+        dead = [rank for rank, seconds in silent.items() if seconds > 0.8 * timeout]  # of one node, say
         first = max(dead, key=lambda rank: silent[rank])
         beat = self._beats.get(first, {"rank": first, "phase": "none"})
         headline = (
@@ -435,7 +434,7 @@ class Watch:
         try:
             print(text, file=sys.stderr, flush=True)
             if to_file and self._report is not None and self._report.parent.is_dir():
-                write_durably(self._report, (text + "\n").encode())
+                write_durably(self._report, (text + "\n").encode(errors="backslashreplace"))
         except OSError:
             pass  # a closed terminal or a full disk: the end goes on
 
@@ -484,7 +483,7 @@ def _traceback(error: BaseException, *, header: bool = True) -> str:
     """Without the frame of `watched` itself, which is the outermost."""
     frames = error.__traceback__ and error.__traceback__.tb_next
     lines = traceback.format_exception(type(error), error, frames) if header else traceback.format_tb(frames)
-    return "".join(lines).rstrip()
+    return "".join(lines).rstrip()[-20_000:]
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -497,54 +496,3 @@ def _ranks(ranks: list[int]) -> str:
             runs.append([rank])
     spans = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(spans)
-
-
-class Launchers:
-    """The processes that started this one, as far up as they are launchers; made early, while they still live.
-
-    A launcher that is killed leaves its ranks running, which then hold devices that nobody accounts for.
-    """
-
-    def __init__(self) -> None:
-        self._chain: list[tuple[int, str, str]] = []
-        pid = os.getppid()
-        while (process := _process(pid)) is not None and (name := _launcher_name(pid)) is not None:
-            self._chain.append((pid, process.start, name))
-            pid = process.parent
-
-    def gone(self) -> str | None:
-        """The launcher that no longer runs, for a message, or None.  Always None where there is no /proc."""
-        for pid, start, name in self._chain:
-            process = _process(pid)
-            if process is None or process.state in "ZX" or process.start != start:
-                return f"{name} (pid {pid})"
-        return None
-
-
-class _Process(NamedTuple):
-    state: str
-    parent: int
-    start: str
-
-
-def _process(pid: int) -> _Process | None:
-    try:
-        # The program's name, in parentheses, may itself hold spaces and parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return _Process(fields[0], int(fields[1]), fields[19])
-
-
-def _launcher_name(pid: int) -> str | None:
-    """How the launcher is called, or None for another program.  Arguments that merely mention one do not count."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
-    program = os.path.basename(words[0].split(":")[0])  # slurmstepd calls itself "slurmstepd: [job.step]"
-    if program.startswith("python"):
-        options = list(itertools.takewhile(lambda word: word.startswith("-") and word != "-m", words[1:]))
-        rest = words[1 + len(options) :]
-        program = rest[1] if rest[0] == "-m" else os.path.basename(rest[0])
-    return program if _LAUNCHER.fullmatch(program) else None

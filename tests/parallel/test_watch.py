@@ -22,6 +22,23 @@ ROOT = Path(__file__).parents[2]
 HEARTBEAT, HANG = 3, 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def torchruns(tmp_path_factory):
+    """Started before the other tests, as the three processes of each first import torch; (process, folder) by name."""
+    started = {}
+    for name in ("fail", "orphan"):
+        folder = tmp_path_factory.mktemp(name)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+        command += [str(Path(__file__).with_name("watched_job.py")), str(folder), name]
+        with open(folder / "output", "w") as output:
+            process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=output)
+        started[name] = process, folder
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
 def run_rank(rank: int, world_size: int, port: int, folder: Path, body) -> None:
     log = os.open(folder / "output", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1), os.dup2(log, 2)
@@ -67,7 +84,6 @@ class Job:
 
     def until_training(self) -> None:
         until(lambda: all((self.folder / f"training.{rank}").exists() for rank in range(len(self.ranks))))
-        time.sleep(1.5)  # a beat is about a second apart, and tells the phase
 
     def codes(self, *ranks: int, within: float = 40) -> list[int | None]:
         """Exit codes of `ranks`, or of all; None of one that has not ended `within` seconds."""
@@ -142,6 +158,7 @@ def test_a_users_mistake_is_one_sentence_and_code_2(tmp_path):
 def test_a_killed_rank_is_named(tmp_path, killed):
     with Job(tmp_path, 3, lambda rank, watch: train(rank, watch, tmp_path)) as job:
         job.until_training()
+        time.sleep(2.5)  # beats tell the phase: about a second apart, and read as often
         killed_at = time.monotonic()
         job.ranks[killed].kill()
         others = [rank for rank in range(3) if rank != killed]
@@ -279,55 +296,22 @@ def test_one_process_keeps_its_exceptions():
         raise ZeroDivisionError
 
 
-def torchrun(folder: Path, end: str) -> subprocess.Popen:
-    worker = Path(__file__).with_name("watched_job.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += [str(worker), str(folder), end]
-    with open(folder / "output", "w") as output:
-        return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=output)
-
-
-def test_under_torchrun_the_first_cause_is_named_and_orphans_end_well_without_its_store(tmp_path):
-    fails, orphans = tmp_path / "fails", tmp_path / "orphans"
-    fails.mkdir(), orphans.mkdir()
-    failing, dying = torchrun(fails, "fail"), torchrun(orphans, "orphan")
-
-    until(lambda: all((orphans / f"started.{rank}").exists() for rank in (0, 1)))
-    dying.kill()
-    dying.wait()
-    until(lambda: all((orphans / f"ended.{rank}").exists() for rank in (0, 1)), seconds=30)
-    told = [(orphans / f"ended.{rank}").read_text() for rank in (0, 1)]
-    assert f"torch.distributed.run (pid {dying.pid})" in told
-    assert "error: " not in (orphans / "output").read_text()
-    assert not (orphans / "failure.txt").exists()
-
-    assert failing.wait(60) == 1
-    output = (fails / "output").read_text()
+def test_under_torchrun_the_first_cause_is_named(torchruns):
+    process, folder = torchruns["fail"]
+    assert process.wait(60) == 1
+    output = (folder / "output").read_text()
     assert "failed in phase 'step 3: forward': KeyError: 'no such expert'" in output
     assert "rank 0: in phase 'step 3: forward'" in output
-    assert (fails / "failure.txt").read_text().startswith("error: rank 1 ")
+    assert (folder / "failure.txt").read_text().startswith("error: rank 1 ")
 
 
-def test_only_launchers_above_this_process_are_watched(tmp_path):
-    """mpirun -> worker is watched; a shell whose arguments merely name deepspeed is not."""
-    worker = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from lfm.parallel.watch import Launchers\n"
-        "launchers = Launchers()\n"
-        "print(launchers.gone(), flush=True)\n"
-        "deadline = time.monotonic() + 2\n"
-        "while launchers.gone() is None and time.monotonic() < deadline: time.sleep(0.05)\n"
-        "print(launchers.gone(), flush=True)\n"
-    )
-    script = '"$0" -c "$1"; true deepspeed torchrun'
-    parents = [
-        subprocess.Popen(
-            [name, "-c", script, sys.executable, worker], executable="/bin/sh", stdout=subprocess.PIPE, text=True
-        )
-        for name in ("mpirun", "sh")
-    ]
-    for parent, told in zip(parents, (f"mpirun (pid {parents[0].pid})", "None"), strict=True):
-        assert parent.stdout is not None and parent.stdout.readline() == "None\n"
-        parent.kill()
-        parent.wait()
-        assert parent.stdout.readline() == told + "\n"
+def test_orphans_of_torchrun_learn_it_and_end_well_without_its_store(torchruns):
+    launcher, folder = torchruns["orphan"]
+    until(lambda: all((folder / f"started.{rank}").exists() for rank in (0, 1)))
+    launcher.kill()
+    launcher.wait()
+    until(lambda: all((folder / f"ended.{rank}").exists() for rank in (0, 1)), seconds=30)
+    told = [(folder / f"ended.{rank}").read_text() for rank in (0, 1)]
+    assert f"torch.distributed.run (pid {launcher.pid})" in told
+    assert "error: " not in (folder / "output").read_text()
+    assert not (folder / "failure.txt").exists()

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lfm.parallel.watch import Launchers, watched
+from lfm.parallel.launchers import Launchers
+from lfm.parallel.watch import watched
 
 
 def main(folder: Path, end: str) -> None:
@@ -32,7 +33,7 @@ def main(folder: Path, end: str) -> None:
             dist.all_reduce(told)
             if told.item() > 0:
                 watch.phase("saving")
-                time.sleep(5)  # longer than a heartbeat's timeout: the launcher's store is not missed
+                time.sleep(4)  # longer than a heartbeat's timeout: the launcher's store is not missed
                 break
             if step == 3:
                 (folder / f"started.{rank}").write_text(str(os.getpid()))
