@@ -228,7 +228,6 @@ class Watch:
     # The exchange.
 
     def _exchange(self, address: tuple[str, int]) -> None:
-        told_of_end = False
         try:
             timeout = timedelta(seconds=self._heartbeat_timeout)
             server = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
@@ -241,9 +240,7 @@ class Watch:
                 store.set("second_store", json.dumps(self._host_second_store(address)))
             while self._exchange_thread is threading.current_thread():
                 left = self._left
-                self._num_beats += 1
-                store.set(f"beat/{self._rank}", json.dumps(self._beat() | {"ended": left, "number": self._num_beats}))
-                told_of_end = left
+                store.set(f"beat/{self._rank}", json.dumps(self._beat()))
                 failed, second, all_ended, *beats = store.multi_get(keys)
                 if self._exchange_thread is not threading.current_thread():
                     return  # the guard gave this store up, which then answered after all
@@ -256,6 +253,10 @@ class Watch:
                 failure = json.loads(failed) if failed else self._find_failure(store)
                 if failure is not None:
                     self._end(store, failure)
+                if left and self._rank not in self._ended:
+                    # The last that a rank says: the store's host may leave, and take it along, when it has read this.
+                    self._ended.add(self._rank)
+                    store.set(f"beat/{self._rank}", json.dumps(self._beat()))
                 if self._rank == 0 and len(self._ended) == self._world_size:
                     store.set("all_ended", "yes")
                     all_ended = b"yes"
@@ -267,8 +268,6 @@ class Watch:
                 self._wake.clear()
         except (RuntimeError, OSError) as error:  # the first are torch's store and network errors
             self._connection_error = str(error).splitlines()[0][:300]
-            if told_of_end and self._rank != 0:
-                self._over.set()  # the store's host may leave, and take it along, as soon as all ends are read
 
     def _host_second_store(self, address: tuple[str, int]) -> tuple[str, int]:
         family, kind, _, _, target = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
@@ -280,7 +279,9 @@ class Watch:
 
     def _beat(self) -> dict[str, Any]:
         phase = self._phase
+        self._num_beats += 1
         return {
+            "number": self._num_beats,
             "rank": self._rank,
             "host": self._host,
             "pid": self._pid,
@@ -289,6 +290,7 @@ class Watch:
             "seconds": self._clock() - phase.began,
             "limit": phase.limit,
             "running": self._raised is None and not self._left,
+            "ended": self._rank in self._ended,
         }
 
     def _note(self, beats: dict[int, bytes]) -> None:
