@@ -28,6 +28,10 @@ from lfm.training.saver import Saver
 from lfm.training.schedule import lr_factor
 
 
+STOPPED = "stopped"
+"""In the run folder: signal and step, while a run is stopped that has steps to go; what a job is requeued for."""
+
+
 @dataclass
 class Progress:
     """Where a run stands; saved with every checkpoint."""
@@ -41,6 +45,7 @@ class Progress:
 def train(run: RunConfig) -> Progress:
     """Train to `run.training.steps`, or to a signal, from the newest checkpoint or from the start."""
     with owning_folder(run):
+        (run.folder / STOPPED).unlink(missing_ok=True)
         return _train(run)
 
 
@@ -140,6 +145,8 @@ def _train(run: RunConfig) -> Progress:
     if stopped_by():
         how = "the same command" if run.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
         print(f"stopped by {stopped_by()} after step {progress.step}; saved, {how} goes on", flush=True)
+        if progress.step < run.training.steps and not _patience_is_over(run, progress):
+            write_durably(run.folder / STOPPED, f"{stopped_by()} {progress.step}\n".encode())
     elif _patience_is_over(run, progress):
         print(f"stopped early after step {progress.step}: validation.patience={run.validation.patience} reached")
     return progress
