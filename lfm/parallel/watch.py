@@ -90,8 +90,9 @@ def watched(
     `address` is the job's store (MASTER_ADDR, MASTER_PORT), whoever hosts it.  With more than one rank no exception
     leaves: all processes exit with the code of the first cause (UserError 2, NonFiniteError 3, KeyboardInterrupt 130,
     anything else 1), and one rank prints the summary and writes it to `report`, if its folder exists.  A rank is taken
-    for dead after `heartbeat_timeout_seconds` without a sign of life (a minute before its first); the job is taken to hang when no rank has begun a
-    phase for `hang_timeout_seconds`.  Rank 0, which may host the store, leaves when all have left.
+    for dead after `heartbeat_timeout_seconds` without a sign of life (a minute before its first); the job is taken to
+    hang when no rank has begun a phase for `hang_timeout_seconds`.  Rank 0, which may host the store, leaves when all
+    have left.
     """
     watch = Watch(
         rank=rank,
