@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 
 def run_on_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 60, lost: tuple[int, ...] = ()
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120, lost: tuple[int, ...] = ()
 ) -> list[Any]:
     """What `function(rank, *arguments)` returned on each rank; None of a rank in `lost`, which must die before it does.
 

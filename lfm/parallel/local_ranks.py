@@ -15,7 +15,7 @@ from lfm.parallel.process import Process
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300) -> list[Any]:
-    """`function(process, *args)` in `world_size` new processes; their results by rank.
+    """`function(process, *args)` in `world_size` new processes; their results, without tensors, by rank.
 
     Raises RuntimeError with the first failing rank's traceback, after ending all.  Processes are forked on a CPU, so
     that slow imports are paid once; CUDA needs fresh ones.

@@ -28,6 +28,8 @@ from lfm.errors import NonFiniteError, UserError
 from lfm.files import write_durably
 
 BEAT_SECONDS = 1.0
+# For a first sign of life at least: connecting may wait for a slow name server.
+START_SECONDS = 60.0
 # An error from a collective is a consequence more often than a cause; the cause is found this much after a heartbeat's
 # timeout.  Ranks that change to the second store, not all in the same moment, are given as long.
 GRACE_SECONDS = 3.0
@@ -88,8 +90,9 @@ def watched(
     `address` is the job's store (MASTER_ADDR, MASTER_PORT), whoever hosts it.  With more than one rank no exception
     leaves: all processes exit with the code of the first cause (UserError 2, NonFiniteError 3, KeyboardInterrupt 130,
     anything else 1), and one rank prints the summary and writes it to `report`, if its folder exists.  A rank is taken
-    for dead after `heartbeat_timeout_seconds` without a sign of life; the job is taken to hang when no rank has begun a
-    phase for `hang_timeout_seconds`.  Rank 0, which may host the store, leaves when all have left.
+    for dead after `heartbeat_timeout_seconds` without a sign of life (a minute before its first); the job is taken to
+    hang when no rank has begun a phase for `hang_timeout_seconds`.  Rank 0, which may host the store, leaves when all
+    have left.
     """
     watch = Watch(
         rank=rank,
@@ -168,7 +171,7 @@ class Watch:
         self._exchange_on(self._address)
         threading.Thread(target=self._guard, name="watch guard", daemon=True).start()
         # Not for long, as all enter together; from here on the first store may be lost.
-        self._second_store_known.wait(self._heartbeat_timeout)
+        self._second_store_known.wait(START_SECONDS)
 
     def _end_by(self, error: BaseException) -> NoReturn:
         """Hand `error` to the exchange, which ends this process; the main thread has nothing more to do."""
@@ -188,10 +191,12 @@ class Watch:
     def _guard(self) -> None:
         while not self._over.wait(BEAT_SECONDS / 4):
             now = self._clock()
+            started = self._second_store_known.is_set()
+            patience = self._heartbeat_timeout if started else max(self._heartbeat_timeout, START_SECONDS)
             if self._ending_since is not None:
                 if now - self._ending_since > ENDING_SECONDS:
                     os._exit(self._exit_code)
-            elif not self._exchange_thread.is_alive() or now - self._answered > self._heartbeat_timeout:
+            elif not self._exchange_thread.is_alive() or now - self._answered > patience:
                 if self._over.is_set():
                     return  # the exchange is at its end because this rank is
                 if self._store_rank != 0 or self._second_address is None:
@@ -229,7 +234,7 @@ class Watch:
 
     def _exchange(self, address: tuple[str, int]) -> None:
         try:
-            timeout = timedelta(seconds=self._heartbeat_timeout)
+            timeout = timedelta(seconds=max(self._heartbeat_timeout, START_SECONDS))
             server = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
             store = PrefixStore(self._prefix, server)
             read = range(self._world_size) if self._rank == 0 else [0]
@@ -323,10 +328,13 @@ class Watch:
             for rank in (range(1, self._world_size) if self._rank == 0 else [0])
             if rank == 0 or rank not in self._ended
         }
-        if max(silent.values(), default=0) <= timeout:
+        known, start_timeout = self._beats, max(timeout, START_SECONDS)
+        overdue = [rank for rank in silent if silent[rank] > (timeout if rank in known else start_timeout)]
+        if not overdue:
             return None
-        dead = [rank for rank, seconds in silent.items() if seconds > 0.8 * timeout]  # of one node, say
-        first = max(dead, key=lambda rank: silent[rank])
+        # A lost node takes many ranks with it, not all heard last in the same moment.
+        dead = [rank for rank in silent if rank in overdue or (rank in known and silent[rank] > 0.8 * timeout)]
+        first = max(overdue, key=lambda rank: silent[rank])
         beat = self._beats.get(first, {"rank": first, "phase": "none"})
         headline = (
             f"error: {self._name(beat)} died, was killed or is stopped: no sign of life for {silent[first]:.0f} s; "
@@ -405,7 +413,7 @@ class Watch:
             for rank in range(self._world_size)
             if store.check([f"report/{rank}"])
         }
-        cause = failure["rank"]
+        cause = failure["rank"] if failure["kind"] == "error" else None
         if failure["kind"] == "hang":
             running = [report for report in reports.values() if report["running"]] or list(reports.values())
             slowest = min(running, key=lambda report: (report["progress"], report["waits_for_peers"], report["rank"]))

@@ -267,7 +267,7 @@ def _progress_bar(run: RunConfig, progress: Progress) -> tqdm:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], str | None]]:
-    """The name of the stop signal that came, if any: the loop then saves and ends.  A second Ctrl-C ends at once."""
+    """The name of the stop signal that came, if any: the loop then saves and ends.  A second Ctrl-C interrupts that."""
     received: list[str] = []
 
     def handle(number: int, frame: Any) -> None:

@@ -232,6 +232,19 @@ def test_a_folder_that_cannot_be_made_is_named_on_all_ranks(tmp_path):
     assert errors[0] == errors[1] and "could not be written by rank 0" in errors[0] and "Not a directory" in errors[0]
 
 
+def _one_rank_cannot_copy(rank, folder):
+    device = "meta" if rank == 1 else "cpu"
+    with pytest.raises(RuntimeError) as failed, saver(folder, asynchronous=True) as together:
+        together.save(1, {f"master.of_{rank}": torch.ones(3, device=device)}, {}, b"")
+    return str(failed.value)
+
+
+def test_a_share_that_cannot_be_copied_to_host_memory_fails_on_all_ranks(tmp_path):
+    errors = run_on_ranks(_one_rank_cannot_copy, 2, tmp_path)
+    assert errors[0] == errors[1] and "on rank 1: Cannot copy out of meta tensor" in errors[0]
+    assert os.listdir(tmp_path) == []
+
+
 def _one_large_tensor(rank, folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     state = {"master.large": torch.ones(2**20), "master.small": torch.ones(3)}
@@ -246,24 +259,29 @@ def test_a_write_that_fails_in_a_helper_thread_is_not_lost(tmp_path):
 
 
 def _one_rank_is_killed(rank, folder):
-    state = {f"master.of_{rank}": torch.ones(2**24)}
-    together = saver(folder, asynchronous=True)
-    together.save(1, {f"master.of_{rank}": torch.ones(3)}, {}, b"")
-    together.save(2, state, {}, b"")
-    if rank == 1:
-        while not (folder / ".writing-step_00000002/__1_0.distcp").exists():
-            pass
-        os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(RuntimeError):
-        together.wait()
+    state = {f"master.of_{rank}": torch.ones(2**22)}
+    together = saver(folder, asynchronous=True, keep=99)
+    for step in range(1, 100):
+        together.save(step, state, {}, b"")
+        if rank == 0:
+            try:
+                together.wait()
+            except RuntimeError:
+                return step
+        writing = folder / f".writing-step_{step:08d}"
+        while step > 1 and not (folder / f"step_{step:08d}").exists():  # seen too late on a busy host: the next save
+            if (writing / "__1_0.distcp").exists() and not (writing / "manifest.json").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.0005)
 
 
 def test_a_rank_killed_while_writing_leaves_no_checkpoint_taken_for_whole(tmp_path):
-    run_on_ranks(_one_rank_is_killed, 2, tmp_path, lost=(1,))
-    assert steps(tmp_path) == [1]
-    checkpoint.verify(tmp_path / "step_00000001", checkpoint.read_manifest(tmp_path / "step_00000001"))
+    failed, _ = run_on_ranks(_one_rank_is_killed, 2, tmp_path, lost=(1,))
+    assert steps(tmp_path) == list(range(1, failed)) and failed > 1
+    for path in checkpoint.whole_checkpoints(tmp_path):
+        checkpoint.verify(path, checkpoint.read_manifest(path))
     checkpoint.remove_unfinished(tmp_path)
-    assert os.listdir(tmp_path) == ["step_00000001"]
+    assert not list(tmp_path.glob(".writing-*"))
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut", "missing"])

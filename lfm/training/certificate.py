@@ -1,0 +1,346 @@
+"""The certificate: what a layout computes, number by number, next to what one process computes.
+
+One optimizer step at equal weights and data under a layout and under the local engine: loss, auxiliary losses, gradient
+norm, the gradient of every parameter as the update takes it (after clipping), held-out loss.  Then further steps, whose
+drift is reported and not bounded, because rounding alone grows.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lfm.models.lfm import LFMConfig, Recompute
+from lfm.parallel import groups as process_groups
+from lfm.parallel.layout import Layout, ParallelConfig
+from lfm.parallel.local_ranks import run_ranks
+from lfm.parallel.megatron import MegatronParts, tensor_parallel_dim
+from lfm.parallel.process import Process
+from lfm.parallel.zero import Weight, inner_optimizer
+from lfm.training.engine import Engine, LocalEngine
+from lfm.training.optimizer import OptimizerConfig
+from lfm.training.parallel_engine import ParallelEngine
+
+BOUNDS = {"loss": 1e-5, "auxiliary": 1e-5, "norm": 1e-5, "clip": 1e-5, "gradient": 1e-4, "held_out": 1e-5}
+"""Largest relative deviations in fp32; a gradient's is the norm of the difference over the norm of the tensor."""
+
+Fault = Literal["expert_as_dense", "unreduced_replicated_weight", "doubled_expert_gradient"]
+"""Mistakes that run without an error; planted to prove that the certificate finds them."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed: model, optimizer, rows of random ids in packed documents of very unequal lengths."""
+
+    model: LFMConfig
+    optimizer: OptimizerConfig
+    seed: int
+    rows: int
+    micro_batch_size: int
+    steps: int
+    dtype: torch.dtype = torch.float32
+    recompute: Recompute = "none"
+
+    def batch(self, step: int) -> tuple[Tensor, list[list[int]]]:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + step)
+        T = self.model.seq_length
+        ids = torch.randint(0, self.model.vocab_size, (self.rows, T), generator=generator)
+        lengths = []
+        for row in range(self.rows):
+            # From one document a row to many of one token, which have no label: no two processes have equal shares.
+            cuts = int(torch.randint(0, 1 + min(row * T // (2 * self.rows), T - 1), (), generator=generator))
+            ends = sorted({T, *(torch.randperm(T - 1, generator=generator)[:cuts] + 1).tolist()})
+            lengths.append([end - start for start, end in zip([0, *ends], ends, strict=False)])
+        return ids, lengths
+
+
+@dataclass
+class Numbers:
+    """What one engine computed."""
+
+    held_out: float
+    steps: list[dict[str, float]]
+    """`loss`, `cross_entropy`, `balance_loss`, `z_loss`, `norm`, `clip` by step."""
+    gradients: dict[str, np.ndarray]
+    """Of the first step, after clipping, by global name."""
+
+
+def reference(problem: Problem, device: torch.device) -> Numbers:
+    """The local engine's numbers."""
+    engine = LocalEngine(
+        problem.model,
+        problem.optimizer,
+        seed=problem.seed,
+        device=device,
+        dtype=problem.dtype,
+        micro_batch_size=problem.micro_batch_size,
+        recompute=problem.recompute,
+    )
+    gradients: dict[str, np.ndarray] = {}
+
+    def keep(*_: Any) -> None:
+        if not gradients:
+            found = {name: master.grad for name, master in engine.masters.items() if master.grad is not None}
+            gradients.update({n: g.cpu().numpy().copy() for n, g in engine._views(found).items()})
+
+    engine.optimizer.register_step_pre_hook(keep)
+    held_out, steps = _run(engine, problem)
+    frozen = {key.removeprefix("frozen.") for key in engine.tensors() if key.startswith("frozen.")}
+    return Numbers(held_out, steps, {n: g for n, g in gradients.items() if n not in frozen})
+
+
+def _run(engine: Engine, problem: Problem) -> tuple[float, list[dict[str, float]]]:
+    nats, labels = engine.evaluate(*problem.batch(-1))
+    steps = []
+    for step in range(problem.steps):
+        ids, lengths = problem.batch(step)
+        own = engine.rows_of_step(problem.rows)
+        result = engine.forward_backward(ids[own], lengths[own])
+        norm = engine.step(problem.optimizer.lr)
+        limit = problem.optimizer.clip_grad
+        steps.append(
+            {
+                "loss": result.loss,
+                "cross_entropy": result.cross_entropy,
+                "balance_loss": result.balance_loss,
+                "z_loss": result.z_loss,
+                "norm": norm,
+                "clip": min(1.0, limit / norm) if limit else 1.0,
+            }
+        )
+    return nats / labels, steps
+
+
+def run_layout(
+    process: Process, layout: Layout, problem: Problem, expected: Numbers, device_type: str, fault: Fault | None
+) -> dict[str, Any]:
+    """One process's part of a layout's certificate: its numbers, and its squared gradient deviations by global name."""
+    device = torch.device(f"cuda:{process.local_rank}" if device_type == "cuda" else device_type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    process_groups.join(process, device, timeout_seconds=120)
+    groups = process_groups.make_groups(layout, device)
+    with _planted(fault):
+        engine = ParallelEngine(
+            problem.model,
+            problem.optimizer,
+            groups,
+            seed=problem.seed,
+            dtype=problem.dtype,
+            micro_batch_size=problem.micro_batch_size,
+            recompute=problem.recompute,
+        )
+        flat_gradients: dict[int, Tensor] = {}
+        first = True
+
+        def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for flat in group["params"]:
+                    if first and flat.grad is not None:
+                        flat_gradients[id(flat)] = flat.grad.clone()
+
+        inner_optimizer(engine.deepspeed).register_step_pre_hook(keep)
+        problem_of_one = dataclasses.replace(problem, steps=1)
+        held_out, steps = _run(engine, problem_of_one)
+        first = False
+        deviations = _gradient_deviations(engine, flat_gradients, expected.gradients)
+        for step in range(1, problem.steps):
+            ids, lengths = problem.batch(step)
+            own = engine.rows_of_step(problem.rows)
+            result = engine.forward_backward(ids[own], lengths[own])
+            steps.append({"loss": result.loss, "norm": engine.step(problem.optimizer.lr)})
+    found = {"held_out": held_out, "steps": steps, "gradients": deviations}
+    dist.barrier()
+    process_groups.leave()
+    return found
+
+
+def _gradient_deviations(
+    engine: ParallelEngine, flat_gradients: Mapping[int, Tensor], expected: Mapping[str, np.ndarray]
+) -> dict[str, tuple[float, float, bool]]:
+    """Global name -> (squared difference, squared norm of what was applied, whether it is a slice)."""
+    deviations = {}
+    for weight in engine.weights:
+        applied = engine._gathered(weight, lambda flat: flat_gradients[id(flat)]).cpu()
+        if engine._data_group(weight).rank() != 0:
+            continue
+        for name, index in engine.global_parts[weight.name]:
+            part = applied[index] if index else applied
+            whole = torch.from_numpy(expected[name])
+            dim = tensor_parallel_dim(name, engine.layout)
+            if dim is not None:
+                whole = whole.chunk(engine.layout.tensor, dim)[engine.groups.tensor.rank()]
+            difference = (part.double() - whole.double()).square().sum()
+            deviations[name] = (float(difference), float(part.double().square().sum()), dim is not None)
+    return deviations
+
+
+class _planted:
+    """Builds and runs an engine with one silent mistake."""
+
+    def __init__(self, fault: Fault | None) -> None:
+        self.fault, self.undo = fault, []
+
+    def __enter__(self) -> None:
+        if self.fault == "expert_as_dense":
+            marked = ParallelEngine._weights
+
+            def unmarked(engine: ParallelEngine, piece: Any) -> list[Weight]:
+                return [dataclasses.replace(weight, is_expert=False) for weight in marked(engine, piece)]
+
+            self._replace(ParallelEngine, "_weights", unmarked)
+        elif self.fault == "unreduced_replicated_weight":
+            self._replace(MegatronParts, "shared", lambda parts, weight: weight)
+        elif self.fault == "doubled_expert_gradient":
+            summed = ParallelEngine._run
+
+            def doubled(engine: ParallelEngine, *arguments: Any, **options: Any) -> None:
+                hooks = [
+                    weight.parameter.register_hook(lambda gradient: 2 * gradient)
+                    for weight in engine.weights
+                    if ".experts." in engine.global_parts[weight.name][0][0]
+                ]
+                summed(engine, *arguments, **options)
+                for hook in hooks:
+                    hook.remove()
+
+            self._replace(ParallelEngine, "_run", doubled)
+
+    def _replace(self, owner: type, name: str, value: Any) -> None:
+        self.undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def __exit__(self, *_: Any) -> None:
+        for owner, name, value in self.undo:
+            setattr(owner, name, value)
+
+
+@dataclass
+class Finding:
+    """A layout's largest relative deviations and what is out of bounds."""
+
+    layout: str
+    deviations: dict[str, float]
+    worst_gradient: str
+    drift: list[float]
+    """Relative deviation of the loss after 1, 2, ... steps."""
+    beyond: list[str]
+    """Sentences; empty: certified."""
+
+
+def compare(name: str, expected: Numbers, ranks: list[dict[str, Any]]) -> Finding:
+    """Merge what the processes of a layout found."""
+    first = expected.steps[0]
+    squares: dict[str, tuple[float, float]] = {}
+    for rank in ranks:
+        for parameter, (difference, applied, is_slice) in rank["gradients"].items():
+            before = squares.get(parameter, (0.0, 0.0))
+            # Slices add up; whole copies must each be right.
+            merged = (before[0] + difference, before[1] + applied) if is_slice else max(before, (difference, applied))
+            squares[parameter] = merged
+    gradients = {}
+    for parameter, tensor in expected.gradients.items():
+        scale = float(np.linalg.norm(tensor.astype(np.float64)))
+        difference = squares[parameter][0] ** 0.5 if parameter in squares else math.inf
+        gradients[parameter] = difference / scale if scale else (0.0 if difference == 0 else math.inf)
+    worst = max(gradients, key=lambda parameter: _sortable(gradients[parameter]))
+
+    def largest(*keys: str) -> float:
+        return max((_relative(rank["steps"][0][key], first[key]) for rank in ranks for key in keys), key=_sortable)
+
+    deviations = {
+        "loss": largest("loss", "cross_entropy"),
+        "auxiliary": largest("balance_loss", "z_loss"),
+        "norm": largest("norm"),
+        "clip": largest("clip"),
+        "gradient": gradients[worst],
+        "held_out": max(_relative(rank["held_out"], expected.held_out) for rank in ranks),
+    }
+    beyond = [
+        f"{key} deviates by {value:.2e} (bound {BOUNDS[key]:.0e})"
+        + (f": {_names_beyond(gradients)}" if key == "gradient" else "")
+        for key, value in deviations.items()
+        if not value <= BOUNDS[key]
+    ]
+    drift = [_relative(ranks[0]["steps"][i]["loss"], step["loss"]) for i, step in enumerate(expected.steps)]
+    return Finding(name, deviations, worst, drift, beyond)
+
+
+def _names_beyond(gradients: Mapping[str, float]) -> str:
+    bad = sorted((p for p, v in gradients.items() if not v <= BOUNDS["gradient"]), key=lambda p: -gradients[p])
+    return f"{len(bad)} parameters, worst {', '.join(bad[:3])}"
+
+
+def _relative(found: float, expected: float) -> float:
+    return abs(found - expected) / abs(expected) if expected else abs(found - expected)
+
+
+def _sortable(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def certify(
+    layout: Layout, problem: Problem, expected: Numbers, *, device_type: str, fault: Fault | None = None
+) -> Finding:
+    """Run `layout` in processes of this machine and compare.  Raises RuntimeError when a process fails."""
+    name = layout.name + (f" recompute {problem.recompute}" if problem.recompute != "none" else "")
+    ranks = run_ranks(run_layout, layout.world, layout, problem, expected, device_type, fault, timeout_seconds=300)
+    return compare(name, expected, ranks)
+
+
+def in_one_process(problem: Problem, device_type: str) -> Numbers:
+    """`reference` in a process of its own, so that the caller's stays fit for forking."""
+    return run_ranks(_reference_rank, 1, problem, device_type, timeout_seconds=300)[0]
+
+
+def _reference_rank(process: Process, problem: Problem, device_type: str) -> Numbers:
+    return reference(problem, torch.device(device_type))
+
+
+LAYOUTS: dict[str, tuple[int, ParallelConfig, Recompute]] = {
+    name: (world, ParallelConfig(**keys), recompute)  # type: ignore[arg-type]
+    for name, world, keys, recompute in (
+        ("dp2_z1", 2, {"zero_stage": 1}, "none"),
+        ("tp2", 2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 1}, "none"),
+        ("pp2", 2, {"pipeline": 2, "zero_stage": 1}, "none"),
+        ("pp2_interleaved", 2, {"pipeline": 2, "virtual_pipeline": 2, "zero_stage": 1}, "none"),
+        ("pp4_uneven", 4, {"pipeline": 4, "stage_layers": (3, 2, 2, 1), "zero_stage": 1}, "none"),
+        ("ep2", 2, {"expert": 2, "zero_stage": 1}, "none"),
+        ("ep4", 4, {"expert": 4, "zero_stage": 1}, "none"),
+        ("ep2_world4", 4, {"expert": 2, "zero_stage": 1}, "none"),
+        ("tp2_pp2", 4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "zero_stage": 1}, "none"),
+        ("tp2_ep2", 2, {"tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 1}, "none"),
+        ("tp2_ep2_dp2", 4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 1}, "none"),
+        ("tp2_ep4", 4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "zero_stage": 1}, "none"),
+        ("pp2_ep2", 4, {"pipeline": 2, "expert": 2, "zero_stage": 1}, "none"),
+        ("pp2_dp2", 4, {"pipeline": 2, "zero_stage": 1}, "none"),
+        ("tp2_dp2", 4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 1}, "none"),
+        ("dp2_z2", 2, {"zero_stage": 2}, "none"),
+        ("dp2_z3", 2, {"zero_stage": 3}, "none"),
+        ("ep2_z2", 2, {"expert": 2, "zero_stage": 2}, "none"),
+        ("tp2_dp2_z2", 4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "none"),
+        ("tp2_dp2_z3", 4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 3}, "none"),
+        ("dp2_z2_offload", 2, {"zero_stage": 2, "offload_optimizer": True}, "none"),
+        ("dp2_z3_offload", 2, {"zero_stage": 3, "offload_optimizer": True}, "none"),
+        ("tp2_pp2_recompute", 4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "zero_stage": 1}, "full"),
+        ("pp2_ep2_recompute", 4, {"pipeline": 2, "expert": 2, "zero_stage": 1}, "selective"),
+        ("dp2_z3_recompute", 2, {"zero_stage": 3}, "full"),
+    )
+}
+"""Name -> (processes, parallel keys, recompute).  stage_layers are those of eight layers."""
+
+
+def write_json(path: Path, findings: list[Finding], header: Mapping[str, Any]) -> None:
+    import json
+
+    from lfm.files import write_durably
+
+    table = {**header, "bounds": BOUNDS, "layouts": [dataclasses.asdict(finding) for finding in findings]}
+    write_durably(path, json.dumps(table, indent=1).encode() + b"\n")
