@@ -8,7 +8,6 @@
 # torch brings CUDA's libraries itself.  parallel.offload_optimizer compiles DeepSpeed's CPU Adam and wants a `-devel-` base.
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE}
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # The compiler and Python's headers are for triton, which builds its launchers on first use; git names the commit of a
 # mounted checkout.  Versions are the base's own: they differ from base to base.

@@ -31,7 +31,7 @@ forward() {
     # More than once, as a rank that is still starting ignores it.
     while :; do
         scancel --quiet --signal=USR1 "$SLURM_JOB_ID.0" 2>/dev/null || true
-        sleep 20
+        sleep 10
     done &
     forwarder=$!
 }

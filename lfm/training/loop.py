@@ -27,7 +27,6 @@ from lfm.training.run import RunConfig, owning_folder, write_run_files
 from lfm.training.saver import Saver
 from lfm.training.schedule import lr_factor
 
-
 STOPPED = "stopped"
 """In the run folder: signal and step, while a run is stopped that has steps to go; what a job is requeued for."""
 
