@@ -1,4 +1,4 @@
-"""The job scripts on a real Slurm of four pretended nodes: what they do at a time limit, at failures and at mistakes."""
+"""The job scripts on a real Slurm of four pretended nodes: at a time limit, at failures and at mistakes."""
 
 import json
 import os
