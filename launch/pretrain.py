@@ -1,14 +1,13 @@
 """Pretrain: `python launch/pretrain.py --config configs/lfm_debug.yaml [key.path=value ...]`.
 
-Also under `torchrun --nproc-per-node 1` and `deepspeed --num_gpus 1`.  `--dry-run` says what the run would take, with
-`--world-size N` on N processes.
+On several processes with the same words after `deepspeed`, `torchrun --nproc-per-node N` or `srun python`.  `--dry-run`
+says what the run would take, with `--world-size N` on N processes.
 """
-
-import os
 
 from lfm.config import parse_command_line
 from lfm.errors import UserError, command
 from lfm.parallel.layout import check_layout
+from lfm.parallel.process import Process
 from lfm.training.run import RunConfig
 
 
@@ -21,7 +20,8 @@ def main() -> None:
         folder={"action": "store_true", "help": "check configuration and layout, print the run folder, then end"},
         world_size={"type": int, "metavar": "N", "help": "with --dry-run or --folder: for N processes"},
     )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    process = Process.from_environment()
+    world_size = process.world_size
     if flags.world_size is not None:
         if not (flags.dry_run or flags.folder) or flags.world_size < 1:
             raise UserError(f"--world-size {flags.world_size} plans for 1 or more processes; give it with --dry-run")
@@ -41,14 +41,9 @@ def main() -> None:
 
         print(plan(run, layout), "\nresolved config:\n" + run.to_yaml(), sep="\n")
         return
-    if world_size > 1 or run.parallel.zero_stage > 0:
-        raise UserError(
-            f"world size {world_size} with parallel.zero_stage={run.parallel.zero_stage} needs the parallel engine, "
-            "which this version does not have; start one process with zero_stage=0"
-        )
     from lfm.training.loop import train
 
-    train(run)
+    train(run, process, layout)
 
 
 if __name__ == "__main__":

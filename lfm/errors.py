@@ -1,6 +1,7 @@
 """How commands end: the user's mistake as one sentence that names thing, value and way out, and exit code 2."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,7 +22,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except (UserError, NonFiniteError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            # Before they are joined, all processes of a job find the same mistake: one of them says so.
+            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2 if isinstance(error, UserError) else 3)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)

@@ -78,8 +78,8 @@ if [[ ! -f $folder/stopped ]]; then
     echo "slurm: the run is complete"
     exit 0
 fi
-read -r signal last <"$folder/stopped"
-if [[ $signal == SIGINT ]]; then
+read -r last cause <"$folder/stopped"
+if [[ $cause == SIGINT ]]; then
     echo "slurm: stopped by SIGINT and saved after step $last; not requeued"
     exit 0
 fi
@@ -91,4 +91,4 @@ scontrol requeue "$SLURM_JOB_ID" || {
     echo "error: saved after step $last, but Slurm does not requeue job $SLURM_JOB_ID; submit again to go on" >&2
     exit 1
 }
-echo "slurm: stopped by $signal and saved after step $last; back in the queue"
+echo "slurm: stopped by $cause and saved after step $last; back in the queue"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from lfm.parallel.layout import Layout
 from lfm.parallel.process import Process
@@ -45,9 +46,14 @@ def join(process: Process, device: torch.device, timeout_seconds: float) -> None
     os.environ.setdefault("LOCAL_RANK", str(process.local_rank))  # DeepSpeed reads it
     if process.address in ("localhost", "127.0.0.1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    where: dict[str, Any] = {"init_method": f"tcp://{process.address}:{process.port}"}
+    if process.world_size == 1:
+        where = {"store": HashStore()}
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        where = {"init_method": "env://"}  # torchrun's agent hosts the store
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{process.address}:{process.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
+        **where,
         rank=process.rank,
         world_size=process.world_size,
         timeout=datetime.timedelta(seconds=timeout_seconds),
@@ -78,6 +84,13 @@ def make_groups(layout: Layout, device: torch.device) -> Groups:
         "embedding": parallel_state.get_embedding_group() if on_an_end else None,
     }
     return Groups(layout=layout, rank=dist.get_rank(), device=device, **place)
+
+
+def gloo_group(timeout_seconds: float) -> dist.ProcessGroup:
+    """A further group of all processes over their CPUs, for what must not wait for a GPU.  Collective."""
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def leave() -> None:

@@ -17,10 +17,10 @@ from lfm.parallel.process import Process
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300) -> list[Any]:
     """`function(process, *args)` in `world_size` new processes; their results, without tensors, by rank.
 
-    Raises RuntimeError with the first failing rank's traceback, after ending all.  Processes are forked on a CPU, so
-    that slow imports are paid once; CUDA needs fresh ones.
+    Raises RuntimeError with the first failing rank's traceback, after ending all.  Processes are forked, so that slow
+    imports are paid once; where this process has started CUDA, which forbids that, they are fresh ones.
     """
-    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     results = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

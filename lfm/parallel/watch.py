@@ -356,7 +356,7 @@ class Watch:
     def _failure_of(self, raised: _Raised) -> dict[str, Any]:
         error, name = raised.error, self._name(self._beat())
         failure = {"kind": "error", "rank": self._rank, "dead": [], "code": _exit_code(error), "details": ""}
-        if isinstance(error, UserError):
+        if isinstance(error, (UserError, NonFiniteError)):
             return failure | {"kind": "brief", "headline": f"error: rank {self._rank}: {error}"}
         if isinstance(error, KeyboardInterrupt):
             return failure | {"kind": "brief", "headline": f"rank {self._rank}: interrupted"}

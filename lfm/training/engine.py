@@ -60,10 +60,11 @@ class Engine(abc.ABC):
     device: torch.device
     calm_steps: dict[int, int]
     warmups: dict[int, int]
-    is_main = True
-    """Whether this process speaks for the run: writes metrics, plots, and lines."""
     share_is_fresh = False
     """Whether `share` returns copies, that later steps leave alone."""
+
+    rows_a_round: int
+    """Rows that one round of `evaluate` takes without filling up."""
 
     @abc.abstractmethod
     def rows_of_step(self, global_batch_size: int) -> slice:
@@ -109,10 +110,6 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def liquids(self) -> Mapping[int, Liquid]:
         """Liquid layers of this process by layer number."""
-
-    def agree(self, code: int) -> int:
-        """The largest of all processes' numbers."""
-        return code
 
     def counters(self) -> dict[str, Any]:
         """Everything else of the engine's state, as JSON values."""
@@ -179,7 +176,7 @@ class LocalEngine(Engine):
         recompute: Recompute = "none",
     ) -> None:
         self.config, self.optimizer_config = model, optimizer
-        self.device, self.micro_batch_size = device, micro_batch_size
+        self.device, self.micro_batch_size, self.rows_a_round = device, micro_batch_size, micro_batch_size
         self.recompute: Recompute = recompute
         self.model = materialize(model, device=device, dtype=dtype)
         self.masters: dict[str, Tensor] = {

@@ -13,6 +13,7 @@ from torch import Tensor
 from lfm.data.reader import RowReader
 from lfm.layers.documents import Documents
 from lfm.models.lfm import LFM
+from lfm.parallel.ranks import Ranks
 
 
 @torch.no_grad()
@@ -59,13 +60,16 @@ class HeldOut:
         return float(-(counts * np.log2(counts / counts.sum())).sum() / text_bytes)
 
 
-def evaluate(score: Score, rows: RowReader, *, max_rows: int | None = None, batch_rows: int = 8) -> HeldOut:
+def evaluate(
+    score: Score, rows: RowReader, *, max_rows: int | None = None, batch_rows: int = 8, ranks: Ranks | None = None
+) -> HeldOut:
     """Score the first `max_rows` rows of a split (all by default), in order."""
-    count = min(max_rows or len(rows), len(rows))
+    count, ranks = min(max_rows or len(rows), len(rows)), ranks or Ranks()
     nats, labels, tokens = 0.0, 0, 0
     histogram = np.zeros(rows.index.vocab_size, dtype=np.int64)
     for first in range(0, count, batch_rows):
-        ids, lengths = rows.read(range(first, min(first + batch_rows, count)))
+        chosen = range(first, min(first + batch_rows, count))
+        ids, lengths = ranks.together(lambda chosen=chosen: rows.read(chosen))
         batch_nats, batch_labels = score(ids, lengths)
         nats, labels = nats + batch_nats, labels + batch_labels
         # Padding is the tail of the last row of the split: documents of one end-of-document token.

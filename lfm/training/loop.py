@@ -1,15 +1,18 @@
 """The training loop: read a step's rows, update, log, validate, sample, save; stop on a signal; resume exactly."""
 
+import hashlib
 import math
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from lfm.data.order import row_order
@@ -19,8 +22,14 @@ from lfm.data.tokenizer import Tokenizer
 from lfm.errors import NonFiniteError, UserError
 from lfm.files import write_durably
 from lfm.models.generation import check_prompts, generate
+from lfm.parallel import health
+from lfm.parallel.launchers import Launchers
+from lfm.parallel.layout import Layout
+from lfm.parallel.process import Process, prepare_environment
+from lfm.parallel.ranks import Ranks
+from lfm.parallel.watch import Watch, watched
 from lfm.training import checkpoint
-from lfm.training.engine import LocalEngine
+from lfm.training.engine import Engine, LocalEngine
 from lfm.training.evaluate import evaluate
 from lfm.training.metrics import Metrics, Speed, say, show, training_record
 from lfm.training.run import RunConfig, owning_folder, write_run_files
@@ -28,7 +37,9 @@ from lfm.training.saver import Saver
 from lfm.training.schedule import lr_factor
 
 STOPPED = "stopped"
-"""In the run folder: signal and step, while a run is stopped that has steps to go; what a job is requeued for."""
+"""In the run folder: step and cause, while a run is stopped that has steps to go; what a job is requeued for."""
+_SAVING_SECONDS = 7200.0
+"""A save, or the first load of a large checkpoint, may take this long before it counts as a hang."""
 
 
 @dataclass
@@ -41,94 +52,212 @@ class Progress:
     validations_without_gain: int = 0
 
 
-def train(run: RunConfig) -> Progress:
-    """Train to `run.training.steps`, or to a signal, from the newest checkpoint or from the start."""
-    with owning_folder(run):
-        (run.folder / STOPPED).unlink(missing_ok=True)
-        return _train(run)
+def train(run: RunConfig, process: Process | None = None, layout: Layout | None = None) -> Progress:
+    """Train to `run.training.steps`, or to a signal, from the newest checkpoint or from the start.
+
+    Without a layout, or at ZeRO stage 0, the local engine trains in this process alone.  Else every process of the
+    layout calls this, and no exception leaves where there are several: see `watched`.
+    """
+    process, launchers = process or Process(), Launchers()
+    device = _device(run, process)
+    with _stop_on_signal(process.rank) as signalled:
+
+        def why_stop() -> str | None:
+            gone = launchers.gone()
+            return signalled() or (f"the end of its launcher, {gone}," if gone else None)
+
+        if layout is None or layout.zero_stage == 0:
+            with owning_folder(run), _watching(run, process) as watch:
+                return _train(run, device, Ranks(), watch, why_stop, saver_group=None, make_engine=_local_engine)
+        return _train_in_parallel(run, process, layout, device, why_stop)
 
 
-def _train(run: RunConfig) -> Progress:
-    if run.device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("training.device=cuda and no GPU is visible; use training.device=cpu or auto")
+def _train_in_parallel(
+    run: RunConfig, process: Process, layout: Layout, device: torch.device, why_stop: Callable[[], str | None]
+) -> Progress:
+
+    prepare_environment(device.type)
+    from lfm.parallel import groups as process_groups
+    from lfm.training.parallel_engine import ParallelEngine
+
+    seconds = max(_SAVING_SECONDS, 2 * run.parallel.hang_timeout_seconds)  # the watch speaks first
+    process_groups.join(process, device, timeout_seconds=seconds)
+
+    def parallel_engine(run: RunConfig, device: torch.device, watch: Watch) -> Engine:
+        groups = process_groups.make_groups(layout, device)
+        return ParallelEngine(
+            run.model,
+            run.optimizer,
+            groups,
+            seed=run.seed,
+            dtype=run.dtype,
+            micro_batch_size=run.training.micro_batch_size,
+            recompute=run.training.recompute,
+            phase=watch.phase,
+        )
+
+    with _watching(run, process) as watch:
+        watch.phase("health check")
+        health.check(process, device, fingerprint=hashlib.sha256(run.to_yaml().encode()).hexdigest()[:12])
+        ranks = Ranks(process.rank, process.world_size, process_groups.gloo_group(seconds))
+        if ranks.is_main:
+            print(f"layout: {layout.describe()}", flush=True)
+        with owning_folder(run) if ranks.is_main else nullcontext():
+            saver_group = process_groups.gloo_group(seconds)
+            progress = _train(run, device, ranks, watch, why_stop, saver_group, parallel_engine)
+            watch.phase("leaving")
+            dist.barrier(group=ranks.group)
+        process_groups.leave()
+    return progress
+
+
+def _device(run: RunConfig, process: Process) -> torch.device:
+    if run.device.type != "cuda":
+        return run.device
+    if process.local_rank >= torch.cuda.device_count():
+        visible = torch.cuda.device_count()
+        raise UserError(
+            f"training.device=cuda: rank {process.rank} needs GPU {process.local_rank} and {visible or 'no GPU'} is "
+            "visible; start fewer processes a node, or use training.device=cpu or auto"
+        )
+    device = torch.device("cuda", process.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _watching(run: RunConfig, process: Process) -> AbstractContextManager[Watch]:
+    return watched(
+        rank=process.rank,
+        world_size=process.world_size,
+        address=(process.address, process.port),
+        heartbeat_timeout_seconds=run.parallel.heartbeat_timeout_seconds,
+        hang_timeout_seconds=run.parallel.hang_timeout_seconds,
+        report=run.folder / "failure.txt",
+    )
+
+
+def _local_engine(run: RunConfig, device: torch.device, watch: Watch) -> Engine:
+    return LocalEngine(
+        run.model,
+        run.optimizer,
+        seed=run.seed,
+        device=device,
+        dtype=run.dtype,
+        micro_batch_size=run.training.micro_batch_size,
+        recompute=run.training.recompute,
+    )
+
+
+def _train(
+    run: RunConfig,
+    device: torch.device,
+    ranks: Ranks,
+    watch: Watch,
+    why_stop: Callable[[], str | None],
+    saver_group: dist.ProcessGroup | None,
+    make_engine: Callable[[RunConfig, torch.device, Watch], Engine],
+) -> Progress:
+    watch.phase("opening data and checkpoint", allow_seconds=_SAVING_SECONDS)
     rows = open_split(run.data, "train", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
     held_out = open_split(run.data, "validation", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
     tokenizer = Tokenizer.from_file(Path(run.data.path).expanduser() / "tokenizer.json")
     prompts = [tokenizer.encode(prompt) for prompt in run.samples.prompts]
     check_prompts(prompts, run.model.seq_length)
-    start, weights = _starting_point(run, rows), _starting_weights(run)
-    write_run_files(run)
-    print(run.model.count_parameters().report(), flush=True)
+    start, weights = _starting_point(run, rows, ranks), _starting_weights(run, ranks)
+    if ranks.is_main:
+        (run.folder / STOPPED).unlink(missing_ok=True)
+        write_run_files(run)
+        print(run.model.count_parameters().report(), flush=True)
 
+    watch.phase("building the model", allow_seconds=_SAVING_SECONDS)
     torch.manual_seed(run.seed)
-    engine = LocalEngine(
-        run.model,
-        run.optimizer,
-        seed=run.seed,
-        device=run.device,
-        dtype=run.dtype,
-        micro_batch_size=run.training.micro_batch_size,
-        recompute=run.training.recompute,
-    )
-    progress = _restore(run, engine, start, weights)
-    log = Metrics(run.logging, run.folder, name=run.name, resumed_step=progress.step)
+    engine = make_engine(run, device, watch)
+    progress = _restore(run, engine, start, weights, ranks)
+    log = Metrics(run.logging, run.folder, name=run.name, resumed_step=progress.step) if ranks.is_main else None
+    global_batch_size = run.training.global_batch_size
     stream = BatchStream(
         rows,
         seed=run.seed,
-        rows_per_step=run.training.global_batch_size,
+        rows_per_step=global_batch_size,
         start_row=resume_row(start[1]["data"], rows, seed=run.seed) if start is not None else 0,
+        take=engine.rows_of_step(global_batch_size),
         prefetch_threads=run.data.prefetch_threads,
         prefetch_steps=run.data.prefetch_steps,
     )
-    speed = Speed(run.model, engine)
+    speed = Speed(run.model, engine, ranks.world_size)
     saved_step = progress.step if start is not None else -1
+    # A step's rows count as consumed when its update is made; another process may fail between the two.
+    position = stream.position
+    stalls: list[float] = []
 
     def save() -> None:
         nonlocal saved_step
         if saved_step == progress.step:
             return
         bar.set_postfix_str("saving")
+        watch.phase("saving", allow_seconds=_SAVING_SECONDS)
         manifest = {
             "config": run.model_dump(mode="json"),
             "progress": asdict(progress) | {"best_validation": _finite(progress.best_validation)},
             "counters": engine.counters(),
-            "data": stream.state(),
-            "rng": checkpoint.rng_state(run.device),
+            "data": stream.state() | {"position": position},
+            "rng": checkpoint.rng_state(device),
         }
-        saver.save(progress.step, engine.tensors(), manifest, tokenizer.definition)
+        start = time.perf_counter()
+        share = engine.share()
+        saver.save(progress.step, share, manifest, tokenizer.definition, owned=engine.share_is_fresh)
         saved_step = progress.step
+        stalls.append(time.perf_counter() - start)
 
-    saver = Saver(run.folder / "checkpoints", keep=run.checkpoint.keep, asynchronous=run.checkpoint.asynchronous)
-    with _stop_on_signal() as stopped_by, _progress_bar(run, progress) as bar, saver:
-        while progress.step < run.training.steps and not stopped_by() and not _patience_is_over(run, progress):
-            first_row = stream.position
+    saver = Saver(
+        run.folder / "checkpoints",
+        keep=run.checkpoint.keep,
+        asynchronous=run.checkpoint.asynchronous,
+        group=saver_group,
+    )
+    stopped = False
+    with _progress_bar(run, progress, ranks) as bar, saver:
+        while progress.step < run.training.steps and not _patience_is_over(run, progress):
+            watch.phase(f"step {progress.step + 1}: reading rows")
+            stopped = ranks.largest(why_stop() is not None) > 0
+            if stopped:
+                break
             with _saving_on_damage(save):
-                ids, lengths = stream.next()
+                ids, lengths = ranks.together(stream.next)
             lr = run.optimizer.lr * lr_factor(run.schedule, progress.step, run.training.steps)
             try:
+                watch.phase(f"step {progress.step + 1}: forward and backward")
                 result = engine.forward_backward(ids, lengths)
                 grad_norm = engine.step(lr)
             except NonFiniteError as error:
-                batch = row_order(run.seed, len(rows), first_row, run.training.global_batch_size).tolist()
+                batch = row_order(run.seed, len(rows), position, global_batch_size).tolist()
                 raise NonFiniteError(
                     f"step {progress.step + 1}: {error}; no update was made; the batch is data rows {batch}"
                 ) from None
+            position = stream.position
+            tokens = global_batch_size * ids.shape[1]
             progress.step += 1
-            progress.tokens += ids.numel()
-            speed.add(ids.numel(), result.attended_pairs)
+            progress.tokens += tokens
+            speed.add(tokens, result.attended_pairs)
             bar.update()
 
             last = progress.step == run.training.steps
             if _due(progress.step, run.logging.every_steps) or last:
+                memory = ranks.largest(engine.memory_bytes())
                 record = {"step": progress.step, "tokens": progress.tokens, "lr": lr, "grad_norm": grad_norm}
-                remaining = (run.training.steps - progress.step) * ids.numel()
-                record |= training_record(result) | speed.measure(remaining)
-                log.write(record)
-                show(bar, record)
+                record |= training_record(result) | speed.measure((run.training.steps - progress.step) * tokens, memory)
+                record |= {"save_stall_seconds": sum(stalls)} if stalls else {}
+                stalls.clear()
+                if log is not None:
+                    log.write(record)
+                    show(bar, record, ranks.world_size)
             if _due(progress.step, run.validation.every_steps) or last:
+                watch.phase(f"step {progress.step}: validation")
                 with _saving_on_damage(save):
-                    log.write(_validate(run, engine, held_out, progress))
-                log.plot()
+                    validated = _validate(run, engine, held_out, progress, ranks)
+                if log is not None:
+                    log.write(validated)
+                    log.plot()
                 speed.restart()
             if _due(progress.step, run.samples.every_steps) or last or _patience_is_over(run, progress):
                 with _saving_on_damage(save):
@@ -137,15 +266,21 @@ def _train(run: RunConfig) -> Progress:
             if _due(progress.step, run.checkpoint.every_steps):
                 save()
                 speed.restart()
-        if run.checkpoint.save_at_end or stopped_by():
+        stopped = stopped or ranks.largest(why_stop() is not None) > 0
+        if run.checkpoint.save_at_end or stopped:
             save()
+        watch.phase("finishing the last save", allow_seconds=_SAVING_SECONDS)
+        saver.wait()
         stream.close()
+    if log is None:
+        return progress
     log.plot()
-    if stopped_by():
+    if stopped:
         how = "the same command" if run.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
-        print(f"stopped by {stopped_by()} after step {progress.step}; saved, {how} goes on", flush=True)
+        cause = why_stop() or "a signal to another rank"
+        print(f"stopped by {cause} after step {progress.step}; saved, {how} goes on", flush=True)
         if progress.step < run.training.steps and not _patience_is_over(run, progress):
-            write_durably(run.folder / STOPPED, f"{stopped_by()} {progress.step}\n".encode())
+            write_durably(run.folder / STOPPED, f"{progress.step} {cause}\n".encode())
     elif _patience_is_over(run, progress):
         print(f"stopped early after step {progress.step}: validation.patience={run.validation.patience} reached")
     return progress
@@ -169,8 +304,22 @@ def _patience_is_over(run: RunConfig, progress: Progress) -> bool:
     return 0 < run.validation.patience <= progress.validations_without_gain
 
 
-def _starting_point(run: RunConfig, rows: RowReader) -> tuple[Path, dict[str, Any]] | None:
+def _starting_point(run: RunConfig, rows: RowReader, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
     """The verified checkpoint to go on from and its manifest; None for a fresh start.  Raises UserError."""
+    path = ranks.from_main(lambda: _checkpoint_to_resume(run))
+    if path is None:
+        return None
+    manifest = _verified(path, run, ranks)
+    resume_row(manifest["data"], rows, seed=run.seed)
+    step = manifest["progress"]["step"]
+    if ranks.is_main:
+        checkpoint.set_newer_aside(run.folder / "checkpoints", step)
+        if step >= run.training.steps:
+            say(f"step {step} is reached already: raise training.steps={run.training.steps} to train on")
+    return path, manifest
+
+
+def _checkpoint_to_resume(run: RunConfig) -> Path | None:
     folder, wanted = run.folder / "checkpoints", run.checkpoint.resume
     checkpoint.remove_unfinished(folder)
     existing = checkpoint.whole_checkpoints(folder)
@@ -178,64 +327,62 @@ def _starting_point(run: RunConfig, rows: RowReader) -> tuple[Path, dict[str, An
         raise UserError(f"checkpoint.resume=never, but {run.folder} holds {existing[-1].name}; give another name=NAME")
     if wanted == "never" or (wanted == "auto" and not existing):
         return None
-    path = existing[-1] if wanted == "auto" else checkpoint.find(Path(wanted))
-    manifest = checkpoint.read_manifest(path)
-    checkpoint.check_architecture(path, manifest, run.model)
-    resume_row(manifest["data"], rows, seed=run.seed)
-    checkpoint.verify(path, manifest)
-    step = manifest["progress"]["step"]
-    checkpoint.set_newer_aside(folder, step)
-    if step >= run.training.steps:
-        say(f"step {step} is reached already: raise training.steps={run.training.steps} to train on")
-    return path, manifest
+    return existing[-1] if wanted == "auto" else checkpoint.find(Path(wanted))
 
 
-def _starting_weights(run: RunConfig) -> tuple[Path, dict[str, Any]] | None:
+def _starting_weights(run: RunConfig, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
     """The verified checkpoint of `checkpoint.init_from` and its manifest, if that is set.  Raises UserError."""
     if run.checkpoint.init_from is None:
         return None
     path = checkpoint.find(Path(run.checkpoint.init_from))
+    return path, _verified(path, run, ranks)
+
+
+def _verified(path: Path, run: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """The manifest; each process has verified its part of the files."""
     manifest = checkpoint.read_manifest(path)
     checkpoint.check_architecture(path, manifest, run.model)
-    checkpoint.verify(path, manifest)
-    return path, manifest
+    ranks.together(lambda: checkpoint.verify(path, manifest, rank=ranks.rank, world_size=ranks.world_size))
+    return manifest
 
 
 def _restore(
     run: RunConfig,
-    engine: LocalEngine,
+    engine: Engine,
     start: tuple[Path, dict[str, Any]] | None,
     weights: tuple[Path, dict[str, Any]] | None,
+    ranks: Ranks,
 ) -> Progress:
     """Fill the engine from `start`, else with the weights alone of `weights`, else leave it fresh."""
     if start is not None:
         path, manifest = start
-        checkpoint.load_tensors(path, manifest, engine.tensors())
+        engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets))
         engine.load_counters(manifest["counters"])
-        checkpoint.set_rng_state(manifest["rng"], run.device)
+        checkpoint.set_rng_state(manifest["rng"], engine.device)
         saved = manifest["progress"]
         best = saved["best_validation"]
-        print(f"resuming from {path} at step {saved['step']}", flush=True)
+        if ranks.is_main:
+            print(f"resuming from {path} at step {saved['step']}", flush=True)
         return Progress(**(saved | {"best_validation": math.inf if best is None else best}))
     if weights is not None:
         path, manifest = weights
-        targets = {k: t for k, t in engine.tensors().items() if k.startswith(("master.", "frozen."))}
-        checkpoint.load_tensors(path, manifest, targets)
-        engine.publish_masters()
-        print(f"starting from the weights of {path}", flush=True)
+        engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets), kinds=("master", "frozen"))
+        if ranks.is_main:
+            print(f"starting from the weights of {path}", flush=True)
     return Progress()
 
 
-def _validate(run: RunConfig, engine: LocalEngine, held_out: RowReader, progress: Progress) -> dict[str, Any]:
+def _validate(run: RunConfig, engine: Engine, held_out: RowReader, progress: Progress, ranks: Ranks) -> dict[str, Any]:
     """Mean cross entropy over the first rows of the validation split; keeps count for early stopping."""
-    batch = run.training.micro_batch_size
-    found = evaluate(engine.evaluate, held_out, max_rows=run.validation.max_rows, batch_rows=batch)
+    batch = engine.rows_a_round
+    found = evaluate(engine.evaluate, held_out, max_rows=run.validation.max_rows, batch_rows=batch, ranks=ranks)
     loss = found.loss
     if loss < progress.best_validation:
         progress.best_validation, progress.validations_without_gain = loss, 0
     else:
         progress.validations_without_gain += 1
-    say(f"step {progress.step}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f})")
+    if ranks.is_main:
+        say(f"step {progress.step}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f})")
     return {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -245,9 +392,12 @@ def _validate(run: RunConfig, engine: LocalEngine, held_out: RowReader, progress
     }
 
 
-def _sample(run: RunConfig, engine: LocalEngine, tokenizer: Tokenizer, prompts: list[list[int]], step: int) -> None:
-    """Continue the configured prompts; the training RNG is not touched."""
-    if not prompts:
+def _sample(run: RunConfig, engine: Engine, tokenizer: Tokenizer, prompts: list[list[int]], step: int) -> None:
+    """Continue the configured prompts; the training RNG is not touched.
+
+    A model in pieces does not generate: launch/generate.py does, from a checkpoint.
+    """
+    if not prompts or not isinstance(engine, LocalEngine):
         return
     texts = [list(prompt) for prompt in prompts]
     engine.model.eval()
@@ -259,13 +409,14 @@ def _sample(run: RunConfig, engine: LocalEngine, tokenizer: Tokenizer, prompts: 
     write_durably(run.folder / "samples" / f"step_{step:08d}.txt", whole.encode())
 
 
-def _progress_bar(run: RunConfig, progress: Progress) -> tqdm:
+def _progress_bar(run: RunConfig, progress: Progress, ranks: Ranks) -> tqdm:
     # disable=None: no bar where stderr is not a terminal; `show` then prints a line each time instead.
-    return tqdm(total=run.training.steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
+    disable = None if ranks.is_main else True
+    return tqdm(total=run.training.steps, initial=progress.step, unit="step", disable=disable, dynamic_ncols=True)
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], str | None]]:
+def _stop_on_signal(rank: int) -> Iterator[Callable[[], str | None]]:
     """The name of the stop signal that came, if any: the loop then saves and ends.  A second Ctrl-C interrupts that."""
     received: list[str] = []
 
@@ -273,7 +424,8 @@ def _stop_on_signal() -> Iterator[Callable[[], str | None]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
-        print(f"{received[0]}: saving after this step", file=sys.stderr, flush=True)
+        if rank == 0:
+            print(f"{received[0]}: saving after this step", file=sys.stderr, flush=True)
 
     handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in handled}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lfm.config import Config
 from lfm.files import write_durably
 from lfm.models.registry import ModelConfig
-from lfm.training.engine import LocalEngine, StepResult
+from lfm.training.engine import Engine, StepResult
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12}
 """Dense bf16 FLOP/s by the vendor's data sheet; MFU is a share of it."""
@@ -169,8 +169,8 @@ def peak_flops(device_name: str | None) -> float | None:
 class Speed:
     """Tokens/s and MFU over the window since the last measurement, memory, ETA; validation and saving are left out."""
 
-    def __init__(self, model: ModelConfig, engine: LocalEngine) -> None:
-        self.model, self.engine = model, engine
+    def __init__(self, model: ModelConfig, engine: Engine, world_size: int) -> None:
+        self.model, self.engine, self.world_size = model, engine, world_size
         device = engine.device
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.restart()
@@ -182,17 +182,19 @@ class Speed:
         self.tokens += tokens
         self.pairs += attended_pairs
 
-    def measure(self, remaining_tokens: int) -> dict[str, Any]:
+    def measure(self, remaining_tokens: int, memory_bytes: int) -> dict[str, Any]:
+        """Of the whole run, but MFU and TFLOP/s of one process; `memory_bytes` is the fullest process's."""
         seconds = self.engine.synchronize() - self.start
         if not self.tokens:
             return {}
         rate = self.tokens / seconds
-        flops = self.model.flops_per_token(attended=self.pairs / self.tokens) * rate
+        flops = self.model.flops_per_token(attended=self.pairs / self.tokens) * rate / self.world_size
         found = {
             "tokens_per_second": rate,
+            "tokens_per_second_per_process": rate / self.world_size,
             "tflops": flops / 1e12,
             "mfu": flops / self.peak if self.peak else None,
-            "memory_gib": self.engine.memory_bytes() / 2**30,
+            "memory_gib": memory_bytes / 2**30,
             "eta_seconds": remaining_tokens / rate,
             "time": time.time(),
         }
@@ -200,9 +202,10 @@ class Speed:
         return found
 
 
-def show(bar: tqdm, record: dict[str, Any]) -> None:
+def show(bar: tqdm, record: dict[str, Any], world_size: int) -> None:
     """Put one logged step on the progress bar; where there is no terminal for a bar, print it as a line."""
-    speed = f"{record['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in record else ""
+    each = f" ({record['tokens_per_second_per_process']:,.0f} each)" if world_size > 1 and "mfu" in record else ""
+    speed = f"{record['tokens_per_second']:,.0f} tok/s{each}" if "tokens_per_second" in record else ""
     mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") else ""
     memory = f"  {record['memory_gib']:.1f} GiB" if "memory_gib" in record else ""
     text = f"loss {record['cross_entropy']:.4f}  norm {record['grad_norm']:.2f}  {speed}{mfu}{memory}"

@@ -3,7 +3,9 @@
 Same losses, gradients and updates as the local engine, under any layout that `lfm.parallel.layout` calls legal.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -57,7 +59,10 @@ class ParallelEngine(Engine):
     ) -> None:
         self.config, self.groups, self.layout = model, groups, groups.layout
         self.device, self.dtype, self.micro_batch_size = groups.device, dtype, micro_batch_size
-        self.is_main, self.phase = groups.rank == 0, phase
+        self.phase = phase
+        # Enough micro-batches to fill the pipeline twice.
+        fill = 2 * self.layout.pipeline if self.layout.pipeline > 1 else 1
+        self.rows_a_round = micro_batch_size * self.layout.data * fill
         config = transformer_config(model, self.layout, dtype)
         parts = MegatronParts(groups, config)
         self.pieces = [
@@ -124,16 +129,21 @@ class ParallelEngine(Engine):
         return self.groups.expert_data if weight.is_expert else self.groups.data
 
     def _initialize(self, targets: Mapping[str, Tensor], seed: int) -> None:
-        """Initial values, each tensor drawn whole and cut, so that all layouts start alike."""
-        for key, target in targets.items():
-            name = key.partition(".")[2]
-            whole = initial_tensor(name, target.shape, self.config, seed)
+        """Initial values, each tensor drawn whole and cut, so that all layouts start alike; several at a time."""
+
+        def draw(key: str) -> None:
+            target = targets[key]
+            whole = initial_tensor(key.partition(".")[2], target.shape, self.config, seed)
             if isinstance(target, DTensor):
                 dim = cast(Shard, target.placements[0]).dim
                 part = whole.chunk(self.layout.tensor, dim)[self.groups.tensor.rank()]
                 target.to_local().copy_(part)
             else:
                 target.copy_(whole)
+
+        # The launchers give each process one thread; each tensor's generator is its own.
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // self.layout.world)) as pool:
+            list(pool.map(draw, targets))
 
     @torch.no_grad()
     def fill(self, read: Read, kinds: Iterable[str] = STATE) -> None:
@@ -378,13 +388,6 @@ class ParallelEngine(Engine):
         dist.all_reduce(found)
         total, labels = found.tolist()
         return total, int(labels)
-
-    # Agreement and state.
-
-    def agree(self, code: int) -> int:
-        largest = torch.tensor(code, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return int(largest)
 
     @property
     def liquids(self) -> Mapping[int, Liquid]:

@@ -57,8 +57,18 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], manifest: dict[str, Any], tokenizer: bytes) -> float:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        manifest: dict[str, Any],
+        tokenizer: bytes,
+        *,
+        owned: bool = False,
+    ) -> float:
         """Save this rank's `tensors` with the others' as `step`; returns the seconds that training was held.
+
+        `owned`: nothing else changes the tensors any more, so that an asynchronous save needs no copy.
 
         Collective.  A DTensor is one rank's shard; other keys are given by one rank.  `manifest` and `tokenizer` are
         rank 0's.  Raises UserError on every rank, with the earlier checkpoints intact, when this save (in the
@@ -71,7 +81,7 @@ class Saver:
             return self.last_seconds
         manifest = copy.deepcopy(manifest)
         try:
-            share: Mapping[str, Tensor] | Exception = self._copy_to_host(tensors)
+            share: Mapping[str, Tensor] | Exception = tensors if owned else self._copy_to_host(tensors)
         except (RuntimeError, MemoryError) as error:
             share = error  # for the thread to tell the other ranks, which go on to wait for this one
 

@@ -97,7 +97,7 @@ def test_a_stopped_job_requeues_resumes_and_has_the_losses_of_an_unstopped_one(c
     step = int(saved.name.removeprefix("step_"))
     assert 5 <= step < steps
     assert {path.name.split("_")[2] for path in saved.glob("*.distcp")} == {"0", "1"}, "both ranks wrote"
-    assert (tmp_path / "stopped" / "stopped").read_text() == f"SIGUSR1 {step}\n"
+    assert (tmp_path / "stopped" / "stopped").read_text() == f"{step} SIGUSR1\n"
 
     # Slurm lets a requeued job wait for two minutes.
     cluster.call("scontrol", "update", f"JobId={jobs['stopped']}", "StartTime=now")
