@@ -1,5 +1,7 @@
 """DeepSpeed ZeRO: the optimizer side of a parallel run, and where each weight's fp32 state lies in it."""
 
+import contextlib
+import io
 import logging
 import os
 import types
@@ -110,13 +112,14 @@ def make_engine(
         options["fused"] = False
     parameter_groups = _parameter_groups(weights, groups, weight_decay)
     engine: Any
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=torch.optim.AdamW(parameter_groups, **options),
-        mpu=_ModelParallelUnit(groups),
-        config=_config(groups, weights, clip_grad, micro_batch_size),
-        dist_init_required=False,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every step of the way
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.AdamW(parameter_groups, **options),
+            mpu=_ModelParallelUnit(groups),
+            config=_config(groups, weights, clip_grad, micro_batch_size),
+            dist_init_required=False,
+        )
     for flat in _flat_partitions(engine):
         engine.optimizer.optimizer.state[flat] = {
             "step": torch.zeros((), dtype=torch.float32, device=flat.device),
