@@ -150,7 +150,7 @@ def _config(groups: Groups, weights: list[Weight], clip_grad: float, micro_batch
     half = weights[0].parameter.dtype == torch.bfloat16
     # Buckets are allocated at their full size, so a small model gets small ones.
     sizes = [w.parameter.numel() for w in weights]
-    bucket = min(200_000_000, max(sizes) + sum(sizes) // 8)
+    bucket = min(200_000_000, (max(sizes) + sum(sizes) // 8) // 16 * 16 + 16)  # aligned as ZeRO wants them
     zero: dict[str, Any] = {
         "stage": layout.zero_stage,
         "overlap_comm": False,
