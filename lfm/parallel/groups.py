@@ -63,6 +63,8 @@ def join(process: Process, device: torch.device, timeout_seconds: float) -> None
 
 def make_groups(layout: Layout, device: torch.device) -> Groups:
     """Collective over all processes; once a run."""
+    # megatron-core calls by their old names what torch has renamed.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     if device.type == "cpu":
         _run_megatron_on_cpu()
     parallel_state.initialize_model_parallel(

@@ -14,6 +14,8 @@ from lfm.parallel.layout import Layout
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    # The schedules import it at their first call, which would then count, and warn, in every process.
+    import megatron.core.transformer.multi_token_prediction  # noqa: F401
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.transformer_config import TransformerConfig

@@ -1,5 +1,7 @@
 """DeepSpeed ZeRO: the optimizer side of a parallel run, and where each weight's fp32 state lies in it."""
 
+import contextlib
+import io
 import logging
 import os
 import types
@@ -110,13 +112,14 @@ def make_engine(
         options["fused"] = False
     parameter_groups = _parameter_groups(weights, groups, weight_decay)
     engine: Any
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=torch.optim.AdamW(parameter_groups, **options),
-        mpu=_ModelParallelUnit(groups),
-        config=_config(groups, weights, clip_grad, micro_batch_size),
-        dist_init_required=False,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every step of the way
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.AdamW(parameter_groups, **options),
+            mpu=_ModelParallelUnit(groups),
+            config=_config(groups, weights, clip_grad, micro_batch_size),
+            dist_init_required=False,
+        )
     for flat in _flat_partitions(engine):
         engine.optimizer.optimizer.state[flat] = {
             "step": torch.zeros((), dtype=torch.float32, device=flat.device),
@@ -147,7 +150,7 @@ def _config(groups: Groups, weights: list[Weight], clip_grad: float, micro_batch
     half = weights[0].parameter.dtype == torch.bfloat16
     # Buckets are allocated at their full size, so a small model gets small ones.
     sizes = [w.parameter.numel() for w in weights]
-    bucket = min(200_000_000, max(sizes) + sum(sizes) // 8)
+    bucket = min(200_000_000, (max(sizes) + sum(sizes) // 8) // 16 * 16 + 16)  # aligned as ZeRO wants them
     zero: dict[str, Any] = {
         "stage": layout.zero_stage,
         "overlap_comm": False,
