@@ -65,7 +65,7 @@ class Cluster:
         return int(self.job(number)["ExitCode"].split(":")[0])
 
 
-def wait_until(condition: Callable[[], Any], log: Path, seconds: float = 180) -> None:
+def wait_until(condition: Callable[[], Any], log: Path, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not reached in {seconds} s:\n{log.read_text() if log.exists() else 'no log'}"
@@ -81,10 +81,12 @@ def cluster():
     # Not pytest's own folder: a socket's path must be short.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     script = str(Path(__file__).with_name("cluster.sh"))
-    started = subprocess.run([script, "start", str(folder)], capture_output=True, text=True)
-    assert started.returncode == 0, started.stderr
-    yield Cluster(folder)
-    subprocess.run([script, "stop", str(folder)], check=True, capture_output=True)
+    try:
+        started = subprocess.run([script, "start", str(folder)], capture_output=True, text=True)
+        assert started.returncode == 0, started.stderr
+        yield Cluster(folder)
+    finally:
+        subprocess.run([script, "stop", str(folder)], check=True, capture_output=True)
 
 
 def losses(run: Path) -> dict[int, tuple[float, float]]:
