@@ -5,7 +5,7 @@
 #   docker build -t lfm --secret id=pip,src=pip.conf .                               packages from another index
 #
 # Any Debian or Ubuntu with Python 3.10 to 3.13 is a base; constraints/*.txt say which Python they were made with.
-# torch brings CUDA's libraries itself.  parallel.offload_optimizer compiles DeepSpeed's CPU Adam and wants a `-devel-` base.
+# torch brings CUDA's libraries itself.
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE}
 

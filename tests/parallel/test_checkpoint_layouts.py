@@ -132,8 +132,8 @@ def the_same_steps_in_one_process(process, folder, steps: int) -> list[tuple[flo
 def test_a_run_that_changes_its_layout_at_every_step_is_the_same_run(chain, tmp_path):
     """Weights, moments, step count and warm-ups move through ordered pairs of layouts and ZeRO stages, in fp32.
 
-    The long chain has 17 pairs.  Step by step, because rounding alone grows over many: what each layout loads, computes and saves is what one process
-    makes of the same checkpoint.
+    The long chain has 17 pairs.  Step by step, because rounding alone grows over many: what each layout loads, computes
+    and saves is what one process makes of the same checkpoint.
     """
     found = wander(tmp_path, chain, torch.float32)
     again = run_ranks(the_same_steps_in_one_process, 1, tmp_path, len(chain), timeout_seconds=200)[0]
