@@ -204,6 +204,7 @@ def _train(
             "rng": checkpoint.rng_state(device),
         }
         start = time.perf_counter()
+        saver.wait()  # the engine may give the same host memory again
         share = engine.share()
         saver.save(progress.step, share, manifest, tokenizer.definition, owned=engine.share_is_fresh)
         saved_step = progress.step
