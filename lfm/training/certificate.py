@@ -47,6 +47,8 @@ class Problem:
     steps: int
     dtype: torch.dtype = torch.float32
     recompute: Recompute = "none"
+    unlabelled_rows: int = 0
+    """The last rows of every batch are documents of one token: no position of them has a label."""
 
     def batch(self, step: int) -> tuple[Tensor, list[list[int]]]:
         generator = torch.Generator().manual_seed(self.seed * 1000 + step)
@@ -56,6 +58,7 @@ class Problem:
         for row in range(self.rows):
             # From one document a row to many of one token, which have no label: no two processes have equal shares.
             cuts = int(torch.randint(0, 1 + min(row * T // (2 * self.rows), T - 1), (), generator=generator))
+            cuts = T - 1 if row >= self.rows - self.unlabelled_rows else cuts
             ends = sorted({T, *(torch.randperm(T - 1, generator=generator)[:cuts] + 1).tolist()})
             lengths.append([end - start for start, end in zip([0, *ends], ends, strict=False)])
         return ids, lengths
