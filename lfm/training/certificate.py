@@ -246,8 +246,8 @@ def compare(name: str, expected: Numbers, ranks: list[dict[str, Any]]) -> Findin
         for parameter, (difference, applied, is_slice) in rank["gradients"].items():
             before = squares.get(parameter, (0.0, 0.0))
             # Slices add up; whole copies must each be right.
-            merged = (before[0] + difference, before[1] + applied) if is_slice else max(before, (difference, applied))
-            squares[parameter] = merged
+            whole = max(before, (difference, applied), key=lambda square: _sortable(square[0]))
+            squares[parameter] = (before[0] + difference, before[1] + applied) if is_slice else whole
     gradients = {}
     for parameter, tensor in expected.gradients.items():
         scale = float(np.linalg.norm(tensor.astype(np.float64)))
@@ -264,7 +264,7 @@ def compare(name: str, expected: Numbers, ranks: list[dict[str, Any]]) -> Findin
         "norm": largest("norm"),
         "clip": largest("clip"),
         "gradient": gradients[worst],
-        "held_out": max(_relative(rank["held_out"], expected.held_out) for rank in ranks),
+        "held_out": max((_relative(rank["held_out"], expected.held_out) for rank in ranks), key=_sortable),
     }
     beyond = [
         f"{key} deviates by {value:.2e} (bound {BOUNDS[key]:.0e})"

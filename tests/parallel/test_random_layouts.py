@@ -123,7 +123,7 @@ def examples(draw: st.DrawFn, steps: int, smooth: bool) -> Example:
         lr=0.01,
         betas=one_of((0.9, 0.95), (0.0, 0.5)),
         eps=one_of(0.01, 0.1) if smooth else 1e-8,
-        weight_decay=one_of(0.0, 0.1, 10.0),
+        weight_decay=one_of(0.0, 1.0, 10.0),
         clip_grad=one_of(0.0, 1e-3, 0.03, 1e4),
     )
     micro_batch_size = one_of(1, 2)
