@@ -227,6 +227,8 @@ def publish_masters(engine: Any, weights: Iterable[Weight], where: Mapping[str, 
     if engine.zero_optimization_stage() < 3:
         engine.optimizer.update_lp_params()
         return
+    # After an evaluation some weights are still gathered: left so, the next pass would not read their partitions.
+    engine.empty_partition_cache()
     for weight in weights:
         fragment, partition = where[weight.name], cast(Any, weight.parameter).ds_tensor
         if fragment is not None:

@@ -247,7 +247,8 @@ def _train(
                 memory = ranks.largest(engine.memory_bytes())
                 record = {"step": progress.step, "tokens": progress.tokens, "lr": lr, "grad_norm": grad_norm}
                 record |= training_record(result) | speed.measure((run.training.steps - progress.step) * tokens, memory)
-                record |= {"save_stall_seconds": sum(stalls)} if stalls else {}
+                if stalls:  # how long training was held, and the last save that is whole took
+                    record |= {"save_stall_seconds": sum(stalls), "save_seconds": saver.last_seconds}
                 stalls.clear()
                 if log is not None:
                     log.write(record)

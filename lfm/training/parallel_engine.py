@@ -238,8 +238,8 @@ class ParallelEngine(Engine):
     def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
         layout = self.layout
         micro_batches, documents = self._micro_batches(ids, lengths)
-        labels = max(1, self._sum_over_data(documents.num_labels))
-        rows = len(ids) * layout.data
+        num_labels, rows = self._sum_over_data(documents.num_labels), len(ids) * layout.data
+        labels = max(1, num_labels)
         for stage in self.stages:
             stage.piece.train()
             # DeepSpeed divides by the data-parallel size, the schedule the cross entropy by the micro-batches.
@@ -249,7 +249,7 @@ class ParallelEngine(Engine):
                 z=layout.data * self.config.moe_z_loss_coeff / rows,
             )
         self._run(micro_batches, forward_only=False)
-        return self._result(documents, labels, rows)
+        return self._result(documents, num_labels, rows)
 
     def _micro_batches(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[list[MicroBatch], Documents]:
         documents = Documents.from_lengths(lengths, self.device)
@@ -275,7 +275,7 @@ class ParallelEngine(Engine):
         dist.all_reduce(total, group=self.groups.data)
         return int(total)
 
-    def _result(self, documents: Documents, labels: int, rows: int) -> StepResult:
+    def _result(self, documents: Documents, num_labels: int, rows: int) -> StepResult:
         self.phase("sums over all processes")
         config, L, E = self.config, self.config.num_layers, self.config.num_moe_experts
         table = self._loss_table().double().cpu()
@@ -318,6 +318,7 @@ class ParallelEngine(Engine):
         if most.pop():
             self._refuse(bad)
         (cross_entropy, balance, z, pairs, repairs, fallbacks), rest = sums[:6].tolist(), sums[6:]
+        labels = max(1, num_labels)
         residual = dict(zip(config.liquid_layers, most, strict=True))
         self.move_warmups(residual)
         return StepResult(
@@ -325,7 +326,7 @@ class ParallelEngine(Engine):
             cross_entropy=cross_entropy / labels,
             balance_loss=balance / rows,
             z_loss=z / rows,
-            num_labels=labels,
+            num_labels=num_labels,
             attended_pairs=int(pairs),
             load=rest[len(residual) :].view(L, E).long().tolist(),
             residual=residual,
