@@ -53,9 +53,9 @@ def prepare_environment(device_type: str) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # megatron-core decorates helpers with torch.compile, which CPU ranks have no use for.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    else:
-        # Sequence parallelism overlaps communication with matrix products only when kernels run in launch order.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Sequence parallelism overlaps communication with matrix products only when kernels run in launch order; without
+    # it megatron-core warns on CPUs too.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
