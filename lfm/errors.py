@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Something the user typed, or a file the user pointed at, is wrong.  `str(error)` is one clear sentence."""
 
 
+class ProcessError(UserError):
+    """A UserError that the job's other processes need not meet: every process that does says so."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss or gradient norm is NaN or infinite; the update was not made.  Exit code 3."""
 
@@ -23,7 +27,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             main(*args, **kwargs)
         except (UserError, NonFiniteError) as error:
             # Before they are joined, all processes of a job find the same mistake: one of them says so.
-            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+            if rank == "0" or isinstance(error, ProcessError):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2 if isinstance(error, UserError) else 3)
         except KeyboardInterrupt:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from lfm.errors import ProcessError
 from lfm.parallel.layout import Layout
 from lfm.parallel.process import Process
 
@@ -19,6 +20,9 @@ with warnings.catch_warnings():
     # It warns about transformer-engine and apex, which are not used here.
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
+
+JOIN_SECONDS = 600.0
+"""How long the first process waits for the last: imports from a cold shared file system take minutes."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +46,38 @@ class Groups:
 
 
 def join(process: Process, device: torch.device, timeout_seconds: float) -> None:
-    """Enter the default process group: NCCL for GPUs, gloo for CPUs."""
+    """Enter the default process group: NCCL for GPUs, gloo for CPUs.  Raises ProcessError when not all come."""
     os.environ.setdefault("LOCAL_RANK", str(process.local_rank))  # DeepSpeed reads it
     if process.address in ("localhost", "127.0.0.1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    where: dict[str, Any] = {"init_method": f"tcp://{process.address}:{process.port}"}
-    if process.world_size == 1:
-        where = {"store": HashStore()}
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        where = {"init_method": "env://"}  # torchrun's agent hosts the store
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        **where,
+        store=HashStore() if process.world_size == 1 else PrefixStore("default_pg", _rendezvous(process)),
         rank=process.rank,
         world_size=process.world_size,
         timeout=datetime.timedelta(seconds=timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def _rendezvous(process: Process) -> Store:
+    """The store through which all processes find each other; rank 0 hosts it, or torchrun's agent does."""
+    hosts = process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return TCPStore(
+            process.address,
+            process.port,
+            process.world_size,
+            is_master=hosts,
+            multi_tenant=hosts,
+            timeout=datetime.timedelta(seconds=JOIN_SECONDS),
+        )
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ProcessError(
+            f"rank {process.rank} of {process.world_size} did not meet the others at {process.address}:{process.port} "
+            f"({reason}); see what they say, or set MASTER_ADDR and MASTER_PORT to rank 0's host and a free port"
+        ) from None
 
 
 def make_groups(layout: Layout, device: torch.device) -> Groups:

@@ -19,7 +19,7 @@ from lfm.data.order import row_order
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_split, resume_row
 from lfm.data.tokenizer import Tokenizer
-from lfm.errors import NonFiniteError, UserError
+from lfm.errors import NonFiniteError, ProcessError, UserError
 from lfm.files import write_durably
 from lfm.models.generation import check_prompts, generate
 from lfm.parallel import health
@@ -116,7 +116,7 @@ def _device(run: RunConfig, process: Process) -> torch.device:
         return run.device
     if process.local_rank >= torch.cuda.device_count():
         visible = torch.cuda.device_count()
-        raise UserError(
+        raise ProcessError(
             f"training.device=cuda: rank {process.rank} needs GPU {process.local_rank} and {visible or 'no GPU'} is "
             "visible; start fewer processes a node, or use training.device=cpu or auto"
         )

@@ -6,41 +6,16 @@ import os
 import signal
 import subprocess
 import time
-import warnings
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from lfm.errors import UserError
 from lfm.training import checkpoint, metrics
 from lfm.training.loop import train
 from lfm.training.metrics import read_metrics
 from lfm.training.run import owning_folder
-from tests.training.tiny_run import pretrain_command, tiny_run
-
-
-def _tensors(path):
-    manifest = json.loads((path / "manifest.json").read_text())
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP announces that no process group is in use
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
-    return tensors, manifest
-
-
-def assert_same_checkpoint(a, b):
-    (tensors_a, manifest_a), (tensors_b, manifest_b) = _tensors(a), _tensors(b)
-    assert tensors_a.keys() == tensors_b.keys()
-    for name, tensor in tensors_a.items():
-        assert torch.equal(tensor, tensors_b[name]), f"{name} differs"
-    for key in ("step", "progress", "counters", "data", "rng", "frozen"):
-        assert manifest_a[key] == manifest_b[key], key
-
-
-def losses(folder):
-    return [(r["step"], r["cross_entropy"]) for r in read_metrics(folder / "metrics.jsonl") if "cross_entropy" in r]
+from tests.training.tiny_run import assert_same_checkpoint, checkpoint_tensors, losses, pretrain_command, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +121,8 @@ def test_a_new_run_starts_from_weights_alone(uninterrupted, tmp_path, text_data)
     still = ["training.steps=1", "optimizer.lr=1e-12"]
     run = tiny_run(tmp_path, text_data, f"checkpoint.init_from={uninterrupted}", *still)
     train(run)
-    tensors, manifest = _tensors(run.folder / "checkpoints/step_00000001")
-    weights, _ = _tensors(uninterrupted / "checkpoints/step_00000006")
+    tensors, manifest = checkpoint_tensors(run.folder / "checkpoints/step_00000001")
+    weights, _ = checkpoint_tensors(uninterrupted / "checkpoints/step_00000006")
     assert manifest["progress"]["step"] == 1 and manifest["data"]["position"] == 4
     for name, tensor in weights.items():
         if name.startswith("master."):

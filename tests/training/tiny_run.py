@@ -1,8 +1,15 @@
-"""A run of seconds: real text, a real tokenizer, every kind of layer; and the command line that starts it."""
+"""A run of seconds: real text, a real tokenizer, every kind of layer; its command line, and what it leaves behind."""
 
+import json
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed.checkpoint as dcp
+
+from lfm.training.metrics import read_metrics
 from lfm.training.run import RunConfig
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,3 +51,29 @@ def tiny_run(output: Path, data: Path, *more: str) -> RunConfig:
 def pretrain_command(output: Path, data: Path, *more: str) -> list[str]:
     config = str(ROOT / "configs/lfm_debug.yaml")
     return [PYTHON, str(ROOT / "launch/pretrain.py"), "--config", config, *tiny_overrides(output, data, *more)]
+
+
+def checkpoint_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The stored tensors by global name, and the manifest."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DCP announces that no process group is in use
+        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    return tensors, manifest
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    """Bit for bit, and with the same progress."""
+    (tensors_a, manifest_a), (tensors_b, manifest_b) = checkpoint_tensors(a), checkpoint_tensors(b)
+    assert tensors_a.keys() == tensors_b.keys()
+    for name, tensor in tensors_a.items():
+        assert torch.equal(tensor, tensors_b[name]), f"{name} differs"
+    for key in ("step", "progress", "counters", "data", "rng", "frozen"):
+        assert manifest_a[key] == manifest_b[key], key
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Step and cross entropy of every training record."""
+    return [(r["step"], r["cross_entropy"]) for r in read_metrics(folder / "metrics.jsonl") if "cross_entropy" in r]
