@@ -74,7 +74,7 @@ class Liquid(nn.Module):
         u: Float[Tensor, "B T D"],
         *,
         state: Float[Tensor, "B R N"] | None = None,
-        starts: Bool[Tensor, "B T"] | None = None,
+        starts: Bool[Tensor, "B whole_T"] | None = None,
         stats: RecurrenceStats | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R N"]]:
         """`starts` marks the first token of each document; `stats` receives residual, saturation and repairs."""

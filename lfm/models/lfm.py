@@ -142,7 +142,7 @@ class LFMConfig(Config):
     @property
     def head_flops(self) -> float:
         """The part of `flops_per_token` that the output projection takes."""
-        return 6 * self.vocab_size * self.hidden_size
+        return 6.0 * self.vocab_size * self.hidden_size
 
     def flops_per_token(self, attended: float | None = None) -> float:
         """Useful FLOPs of forward and backward per token, 2 per multiply-add.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the model's module needs torch, its arithmetic does not
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for: what the rules look at.  Model and parallel keys are `m` and `p` in their sentences."""
+    """What a user asks for, as far as the rules look at it; `m` and `p` are short for the rules' sentences."""
 
     m: "ModelConfig"
     p: "ParallelConfig"

@@ -61,7 +61,7 @@ class Engine(abc.ABC):
     calm_steps: dict[int, int]
     warmups: dict[int, int]
     share_is_fresh = False
-    """Whether `share` returns copies, that later steps leave alone."""
+    """Whether `share` returns copies, which later steps leave alone and the next `share` writes over."""
 
     rows_a_round: int
     """Rows that one round of `evaluate` takes without filling up."""

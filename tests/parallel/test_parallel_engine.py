@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
+pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
+
 from lfm.errors import NonFiniteError
 from lfm.layers.liquid import LiquidConfig
 from lfm.models.lfm import LFMConfig
@@ -20,14 +23,12 @@ from tests.parallel.engine_numbers import (
     deviations,
     join,
     local_engine,
-    needs_cpu,
     parallel_engine,
     read_initial,
     state,
     train,
 )
 
-pytestmark = needs_cpu
 slow = pytest.mark.slow
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -1,0 +1,154 @@
+"""The certificate on a small model: layouts that must pass, silent mistakes that it must name."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
+pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
+
+from lfm.models.lfm import LFMConfig
+from lfm.parallel.layout import check_layout
+from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, compare, in_one_process
+from lfm.training.optimizer import OptimizerConfig
+
+ROOT = Path(__file__).parents[2]
+SMALL = LFMConfig(
+    hidden_size=32,
+    num_layers=8,
+    num_attention_heads=4,
+    num_query_groups=2,
+    seq_length=64,
+    vocab_size=100,
+    vocab_size_multiple=64,
+    num_moe_experts=4,
+    moe_ffn_hidden_size=32,
+    liquid={"interval": 3, "num_reservoirs": 3, "reservoir_size": 16},  # type: ignore[arg-type]
+)
+
+
+def problem(recompute="none") -> Problem:
+    optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.5)
+    return Problem(SMALL, optimizer, seed=5, rows=8, micro_batch_size=1, steps=2, recompute=recompute)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Numbers:
+    return in_one_process(problem(), "cpu")
+
+
+def finding(name: str, expected: Numbers, fault=None):
+    world, parallel, recompute = LAYOUTS[name]
+    layout = check_layout(SMALL, parallel, world, global_batch_size=8, micro_batch_size=1)
+    return certify(layout, problem(recompute), expected, device_type="cpu", fault=fault)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tp2_pp2", "pp2_interleaved", "pp4_uneven", "ep2_world4", "tp2_ep2", "dp2_z2", "dp2_z3"),
+        *("pp2_ep2_recompute", "dp2_z2_offload"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2_ep4", "tp2_dp2_z3", "tp2_dp2_z2", "pp2_dp2")),
+    ],
+)
+def test_a_layout_computes_what_one_process_computes(name, expected):
+    found = finding(name, expected)
+    assert found.beyond == []
+    assert len(found.drift) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "culprit"),
+    [
+        ("expert_as_dense", "ep2_world4", ".moe."),
+        ("unreduced_replicated_weight", "tp2", "norm.weight"),
+        ("doubled_expert_gradient", "tp2_ep2", ".experts."),
+    ],
+)
+def test_a_silent_mistake_is_found_and_named(fault, name, culprit, expected):
+    found = finding(name, expected, fault)
+    gradient = next(sentence for sentence in found.beyond if sentence.startswith("gradient"))
+    assert culprit in gradient
+
+
+def test_a_mistake_in_small_gradients_does_not_hide_behind_large_ones(expected):
+    """The doubled experts are a small part of the norm, and a whole part of their own tensors."""
+    found = finding("ep2", expected, "doubled_expert_gradient")
+    assert found.deviations["gradient"] > 0.5 > found.deviations["norm"]
+
+
+def certify_command(*words: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        str(ROOT / "launch/certify.py"),
+        "--config",
+        str(ROOT / "configs/lfm_debug.yaml"),
+        *words,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_the_command_writes_its_numbers_and_fails_beyond_a_bound(tmp_path):
+    small = ["model.hidden_size=32", "model.moe_ffn_hidden_size=32", "model.seq_length=64", "model.vocab_size=128"]
+    small += ["model.num_layers=4", "model.vocab_size_multiple=128"]
+    out = tmp_path / "numbers.json"
+    found = certify_command("--layouts", "dp2_z1,ep2", "--steps", "1", "--json", str(out), *small)
+    assert found.returncode == 0, found.stderr
+    assert [row["beyond"] for row in json.loads(out.read_text())["layouts"]] == [[], []]
+    found = certify_command("--layouts", "ep2", "--steps", "1", "--plant", "doubled_expert_gradient", *small)
+    assert found.returncode == 1
+    assert "out of bounds: DP2 EP2" in found.stderr and ".experts." in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--layouts", "tp3"], "--layouts tp3 is not one of dp2_z1, tp2"),
+        pytest.param(["--plant", "bug"], "--plant bug is not one of expert_as_dense", marks=pytest.mark.slow),
+        pytest.param(["--steps", "0"], "--steps 0 must be at least 1", marks=pytest.mark.slow),
+        pytest.param(["training.dtype=bfloat16"], "training.dtype=bfloat16 is too coarse", marks=pytest.mark.slow),
+        (["model.num_query_groups=1", "--layouts", "tp2"], "parallel.tensor=2"),
+    ],
+)
+def test_a_bad_request_is_refused_in_one_sentence(words, said):
+    found = certify_command(*words)
+    assert found.returncode == 2
+    assert found.stderr.count("error:") == 1 and said in found.stderr
+
+
+STEP = {"loss": 2.0, "cross_entropy": 1.5, "balance_loss": 1.0, "z_loss": 0.5, "norm": 3.0, "clip": 1 / 3}
+ALL_ONE = Numbers(held_out=1.25, steps=[STEP], gradients={"a": np.ones(4), "b": np.ones(4)})
+
+
+def rank(**changes):
+    """Both ranks hold `a` whole and a slice each of `b`: (squared difference, squared norm, is a slice)."""
+    return {
+        "held_out": changes.get("held_out", 1.25),
+        "steps": [{key: changes.get(key, value) for key, value in STEP.items()}],
+        "gradients": {"a": (changes.get("a", 0.0), 4.0, False), "b": (changes.get("b", 0.0), 2.0, True)},
+    }
+
+
+def test_equal_numbers_are_certified():
+    assert compare("layout", ALL_ONE, [rank(), rank()]).beyond == []
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+@pytest.mark.parametrize("name", ["held_out", *STEP, "a", "b"])
+@pytest.mark.parametrize("value", [math.nan, 1.1], ids=["nan", "wrong"])
+def test_one_wrong_number_on_any_rank_is_found(name, bad_rank, value):
+    ranks = [rank(), rank()]
+    ranks[bad_rank] = rank(**{name: value})
+    assert len(compare("layout", ALL_ONE, ranks).beyond) == 1
+
+
+def test_a_gradient_that_no_rank_has_is_found():
+    expected = dataclasses.replace(ALL_ONE, gradients={**ALL_ONE.gradients, "c": np.ones(4)})
+    assert compare("layout", expected, [rank(), rank()]).beyond
