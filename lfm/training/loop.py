@@ -25,7 +25,7 @@ from lfm.models.generation import check_prompts, generate
 from lfm.parallel import health
 from lfm.parallel.launchers import Launchers
 from lfm.parallel.layout import Layout
-from lfm.parallel.process import Process, prepare_environment
+from lfm.parallel.process import Process, prepare_environment, require_packages
 from lfm.parallel.ranks import Ranks
 from lfm.parallel.watch import Watch, watched
 from lfm.training import checkpoint
@@ -76,6 +76,7 @@ def _train_in_parallel(
     run: RunConfig, process: Process, layout: Layout, device: torch.device, why_stop: Callable[[], str | None]
 ) -> Progress:
 
+    require_packages()
     prepare_environment(device.type)
     from lfm.parallel import groups as process_groups
     from lfm.training.parallel_engine import ParallelEngine

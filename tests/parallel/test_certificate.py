@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
 pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
+from lfm.errors import UserError
 from lfm.models.lfm import LFMConfig
 from lfm.parallel.layout import check_layout
+from lfm.parallel.process import require_packages
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, compare, in_one_process
 from lfm.training.optimizer import OptimizerConfig
 
@@ -82,6 +85,15 @@ def test_a_mistake_in_small_gradients_does_not_hide_behind_large_ones(expected):
     """The doubled experts are a small part of the norm, and a whole part of their own tensors."""
     found = finding("ep2", expected, "doubled_expert_gradient")
     assert found.deviations["gradient"] > 0.5 > found.deviations["norm"]
+
+
+def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch):
+    def version(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(UserError, match=r"need megatron-core.*pip install 'lfm\[parallel\]'"):
+        require_packages()
 
 
 def certify_command(*words: str) -> subprocess.CompletedProcess:
