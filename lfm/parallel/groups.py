@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage]
-    HashStore,
-    PrefixStore,
-    Store,
-    TCPStore,
-)
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from lfm.errors import ProcessError
 from lfm.parallel.layout import Layout
