@@ -4,7 +4,7 @@ PY := .venv/bin/python
 TYPED := --jaxtyping-packages=lfm.layers,lfm.models,beartype.beartype
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-full test-gpu bench
+.PHONY: help setup demo check test test-full test-gpu test-slurm bench
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -22,13 +22,18 @@ check: setup ## lint, types, import contracts
 	@.venv/bin/lint-imports
 
 test: setup ## the CPU tests that take minutes
-	@$(PY) -m pytest -q $(TYPED) -m "not slow"
+	@$(PY) -m pytest -q $(TYPED) -m "not slow and not slurm"
 
 test-full: setup ## everything a CPU can run
 	@$(PY) -m pytest -q $(TYPED)
 
 test-gpu: setup ## the tests that need a GPU
 	@$(PY) -m pytest -q -m gpu
+
+test-slurm: setup ## the job scripts on a throw-away Slurm; needs the packages slurm-wlm and munge
+	@PATH=$$PATH:/usr/sbin; command -v slurmctld >/dev/null && command -v munged >/dev/null || \
+		{ echo "error: no Slurm here; apt-get install --no-install-recommends slurm-wlm munge" >&2; exit 2; }
+	@$(PY) -m pytest -q -m slurm
 
 bench: setup ## benchmarks against floors and peers; results in benchmarks/results/
 	@$(PY) benchmarks/attention.py

@@ -85,6 +85,9 @@ def measure(process: Process, run: RunConfig, layout: Layout | None, warmup: int
         one_step()
     profiled = _profile(one_step)
     stream.close()
+    if layout is not None:
+        torch.distributed.barrier()
+        groups.leave()
     return {
         "seconds": seconds[warmup : warmup + steps],
         "schedule_seconds": schedule[warmup : warmup + steps],

@@ -17,12 +17,13 @@ def main() -> None:
         RunConfig,
         "Pretrain a model.",
         dry_run={"action": "store_true", "help": "print counts, FLOPs, memory and the resolved config, then end"},
-        world_size={"type": int, "metavar": "N", "help": "with --dry-run: plan for N processes"},
+        folder={"action": "store_true", "help": "check configuration and layout, print the run folder, then end"},
+        world_size={"type": int, "metavar": "N", "help": "with --dry-run or --folder: for N processes"},
     )
     process = Process.from_environment()
     world_size = process.world_size
     if flags.world_size is not None:
-        if not flags.dry_run or flags.world_size < 1:
+        if not (flags.dry_run or flags.folder) or flags.world_size < 1:
             raise UserError(f"--world-size {flags.world_size} plans for 1 or more processes; give it with --dry-run")
         world_size = flags.world_size
     layout = check_layout(
@@ -32,6 +33,9 @@ def main() -> None:
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
     )
+    if flags.folder:
+        print(run.folder)
+        return
     if flags.dry_run:
         from lfm.training.plan import plan
 

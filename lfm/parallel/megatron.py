@@ -36,6 +36,8 @@ def transformer_config(model: LFMConfig, layout: Layout, dtype: torch.dtype) -> 
             moe_ffn_hidden_size=model.moe_ffn_hidden_size,
             num_moe_experts=model.num_moe_experts,
             moe_router_topk=model.moe_router_topk,
+            # Routers are ours; its own would need this for one expert a token.
+            moe_router_pre_softmax=model.moe_router_topk == 1,
             moe_token_dispatcher_type="alltoall",
             layernorm_epsilon=model.layernorm_epsilon,
             tensor_model_parallel_size=layout.tensor,

@@ -148,9 +148,9 @@ def _parameter_groups(weights: list[Weight], groups: Groups, weight_decay: float
 def _config(groups: Groups, weights: list[Weight], clip_grad: float, micro_batch_size: int) -> dict[str, Any]:
     layout = groups.layout
     half = weights[0].parameter.dtype == torch.bfloat16
-    # Buckets are allocated at their full size, so a small model gets small ones.
+    # Buckets are allocated at their full size, so a small model gets small ones.  DeepSpeed wants an even number.
     sizes = [w.parameter.numel() for w in weights]
-    bucket = min(200_000_000, (max(sizes) + sum(sizes) // 8) // 16 * 16 + 16)  # aligned as ZeRO wants them
+    bucket = min(200_000_000, -(-(max(sizes) + sum(sizes) // 8) // 2) * 2)
     zero: dict[str, Any] = {
         "stage": layout.zero_stage,
         "overlap_comm": False,
@@ -227,6 +227,8 @@ def publish_masters(engine: Any, weights: Iterable[Weight], where: Mapping[str, 
     if engine.zero_optimization_stage() < 3:
         engine.optimizer.update_lp_params()
         return
+    # After an evaluation some weights are still gathered: left so, the next pass would not read their partitions.
+    engine.empty_partition_cache()
     for weight in weights:
         fragment, partition = where[weight.name], cast(Any, weight.parameter).ds_tensor
         if fragment is not None:

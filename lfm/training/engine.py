@@ -61,7 +61,7 @@ class Engine(abc.ABC):
     calm_steps: dict[int, int]
     warmups: dict[int, int]
     share_is_fresh = False
-    """Whether `share` returns copies, that later steps leave alone."""
+    """Whether `share` returns copies, which later steps leave alone and the next `share` writes over."""
 
     rows_a_round: int
     """Rows that one round of `evaluate` takes without filling up."""
@@ -283,10 +283,11 @@ class LocalEngine(Engine):
         if not torch.isfinite(norm):
             bad = [name for name, m in self.masters.items() if m.grad is not None and not m.grad.isfinite().all()]
             raise NonFiniteError(f"gradient norm is {value}; first non-finite gradient: {bad[0] if bad else 'none'}")
-        clip = self.optimizer_config.clip_grad
-        if clip and value > clip:
+        # With DeepSpeed's epsilon, which tells only where the norm itself is tiny.
+        scale = self.optimizer_config.clip_grad / (value + 1e-6)
+        if 0 < scale < 1:
             for grad in grads:
-                grad.mul_(clip / value)
+                grad.mul_(scale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -1,5 +1,6 @@
 """The training loop: read a step's rows, update, log, validate, sample, save; stop on a signal; resume exactly."""
 
+import hashlib
 import math
 import signal
 import sys
@@ -21,6 +22,7 @@ from lfm.data.tokenizer import Tokenizer
 from lfm.errors import NonFiniteError, ProcessError, UserError
 from lfm.files import write_durably
 from lfm.models.generation import check_prompts, generate
+from lfm.parallel import health
 from lfm.parallel.launchers import Launchers
 from lfm.parallel.layout import Layout
 from lfm.parallel.process import Process, prepare_environment
@@ -34,6 +36,8 @@ from lfm.training.run import RunConfig, owning_folder, write_run_files
 from lfm.training.saver import Saver
 from lfm.training.schedule import lr_factor
 
+STOPPED = "stopped"
+"""In the run folder: step and cause, while a run is stopped that has steps to go; what a job is requeued for."""
 _SAVING_SECONDS = 7200.0
 """A save, or the first load of a large checkpoint, may take this long before it counts as a hang."""
 
@@ -93,6 +97,8 @@ def _train_in_parallel(
         )
 
     with _watching(run, process) as watch:
+        watch.phase("health check")
+        health.check(process, device, fingerprint=hashlib.sha256(run.to_yaml().encode()).hexdigest()[:12])
         ranks = Ranks(process.rank, process.world_size, process_groups.gloo_group(seconds))
         if ranks.is_main:
             print(f"layout: {layout.describe()}", flush=True)
@@ -159,6 +165,7 @@ def _train(
     check_prompts(prompts, run.model.seq_length)
     start, weights = _starting_point(run, rows, ranks), _starting_weights(run, ranks)
     if ranks.is_main:
+        (run.folder / STOPPED).unlink(missing_ok=True)
         write_run_files(run)
         print(run.model.count_parameters().report(), flush=True)
 
@@ -197,6 +204,7 @@ def _train(
             "rng": checkpoint.rng_state(device),
         }
         start = time.perf_counter()
+        saver.wait()  # the engine may give the same host memory again
         share = engine.share()
         saver.save(progress.step, share, manifest, tokenizer.definition, owned=engine.share_is_fresh)
         saved_step = progress.step
@@ -239,7 +247,8 @@ def _train(
                 memory = ranks.largest(engine.memory_bytes())
                 record = {"step": progress.step, "tokens": progress.tokens, "lr": lr, "grad_norm": grad_norm}
                 record |= training_record(result) | speed.measure((run.training.steps - progress.step) * tokens, memory)
-                record |= {"save_stall_seconds": sum(stalls)} if stalls else {}
+                if stalls:  # how long training was held, and the last save that is whole took
+                    record |= {"save_stall_seconds": sum(stalls), "save_seconds": saver.last_seconds}
                 stalls.clear()
                 if log is not None:
                     log.write(record)
@@ -272,6 +281,8 @@ def _train(
         how = "the same command" if run.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
         cause = why_stop() or "a signal to another rank"
         print(f"stopped by {cause} after step {progress.step}; saved, {how} goes on", flush=True)
+        if progress.step < run.training.steps and not _patience_is_over(run, progress):
+            write_durably(run.folder / STOPPED, f"{progress.step} {cause}\n".encode())
     elif _patience_is_over(run, progress):
         print(f"stopped early after step {progress.step}: validation.patience={run.validation.patience} reached")
     return progress

@@ -4,8 +4,9 @@ Same losses, gradients and updates as the local engine, under any layout that `l
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,7 @@ from lfm.parallel.zero import (
 from lfm.training.engine import STATE, Engine, Read, StepResult, largest_residual, materialize
 from lfm.training.optimizer import OptimizerConfig
 
+_COPY_THREADS = 8
 _BATCH_BYTES = 2**30
 """Host memory for tensors on their way from a checkpoint into the partitions."""
 
@@ -94,6 +96,7 @@ class ParallelEngine(Engine):
         )
         self._sum_tied_embedding_gradients(config)
         self.start_warmups()
+        self._host: dict[str, Tensor] = {}
         self.fill(lambda targets: self._initialize(targets, seed), kinds=("master", "frozen"))
 
     # What each process holds, by global name.
@@ -177,23 +180,37 @@ class ParallelEngine(Engine):
 
     @torch.no_grad()
     def share(self) -> Mapping[str, Tensor]:
-        """Copies on the host.  The processes of a data-parallel group each give some of their common weights."""
+        """In host memory that the next call uses again.
+
+        The processes of a data-parallel group each give some of their common weights.  Fresh host memory is slow to
+        fill by one thread, so several copy.
+        """
         state, parts, found = inner_optimizer(self.deepspeed).state, self.global_parts, {}
         given = {id(group): [0] * group.size() for group in (self.groups.data, self.groups.expert_data)}
-        for weight in self.weights:
-            group = self._data_group(weight)
-            sizes, shape = given[id(group)], self._shape(weight)
-            owner = sizes.index(min(sizes))
-            sizes[owner] += shape.numel()
-            names = parts[weight.name]
-            whole_here = tensor_parallel_dim(names[0][0], self.layout) is None and not weight.is_expert
-            gives = owner == group.rank() and not weight.is_copy and not (whole_here and self.groups.tensor.rank() > 0)
-            for kind in ("master", *MOMENTS):
-                pick = (lambda flat: flat) if kind == "master" else (lambda flat, kind=kind: state[flat][kind])
-                whole = self._gathered(weight, pick)
-                if gives:
-                    host = whole.cpu()
-                    found |= {f"{kind}.{n}": self._as_global(n, _part(host, i)) for n, i in names}
+        under_way: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(_COPY_THREADS) as pool:
+            for weight in self.weights:
+                group = self._data_group(weight)
+                sizes, shape = given[id(group)], self._shape(weight)
+                owner = sizes.index(min(sizes))
+                sizes[owner] += shape.numel()
+                names = parts[weight.name]
+                whole_here = tensor_parallel_dim(names[0][0], self.layout) is None and not weight.is_expert
+                copied_elsewhere = weight.is_copy or (whole_here and self.groups.tensor.rank() > 0)
+                for kind in ("master", *MOMENTS):
+                    pick = (lambda flat: flat) if kind == "master" else (lambda flat, kind=kind: state[flat][kind])
+                    whole = self._gathered(weight, pick)
+                    if owner != group.rank() or copied_elsewhere:
+                        continue
+                    key = f"{kind}.{weight.name}"
+                    if key not in self._host:
+                        self._host[key] = torch.empty(shape, dtype=torch.float32)
+                    under_way.append(pool.submit(self._host[key].copy_, whole))
+                    if len(under_way) > _COPY_THREADS:  # each holds a tensor of the device
+                        under_way.popleft().result()
+                    found |= {f"{kind}.{n}": self._as_global(n, _part(self._host[key], i)) for n, i in names}
+            for copy in under_way:
+                copy.result()
         if self.groups.data.rank() == 0 and self.groups.tensor.rank() == 0:
             found |= {f"frozen.{n}": _part(b, i).cpu() for name, b in self._buffers.items() for n, i in parts[name]}
         return found
@@ -221,8 +238,8 @@ class ParallelEngine(Engine):
     def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
         layout = self.layout
         micro_batches, documents = self._micro_batches(ids, lengths)
-        labels = max(1, self._sum_over_data(documents.num_labels))
-        rows = len(ids) * layout.data
+        num_labels, rows = self._sum_over_data(documents.num_labels), len(ids) * layout.data
+        labels = max(1, num_labels)
         for stage in self.stages:
             stage.piece.train()
             # DeepSpeed divides by the data-parallel size, the schedule the cross entropy by the micro-batches.
@@ -232,7 +249,7 @@ class ParallelEngine(Engine):
                 z=layout.data * self.config.moe_z_loss_coeff / rows,
             )
         self._run(micro_batches, forward_only=False)
-        return self._result(documents, labels, rows)
+        return self._result(documents, num_labels, rows)
 
     def _micro_batches(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[list[MicroBatch], Documents]:
         documents = Documents.from_lengths(lengths, self.device)
@@ -258,7 +275,7 @@ class ParallelEngine(Engine):
         dist.all_reduce(total, group=self.groups.data)
         return int(total)
 
-    def _result(self, documents: Documents, labels: int, rows: int) -> StepResult:
+    def _result(self, documents: Documents, num_labels: int, rows: int) -> StepResult:
         self.phase("sums over all processes")
         config, L, E = self.config, self.config.num_layers, self.config.num_moe_experts
         table = self._loss_table().double().cpu()
@@ -301,6 +318,7 @@ class ParallelEngine(Engine):
         if most.pop():
             self._refuse(bad)
         (cross_entropy, balance, z, pairs, repairs, fallbacks), rest = sums[:6].tolist(), sums[6:]
+        labels = max(1, num_labels)
         residual = dict(zip(config.liquid_layers, most, strict=True))
         self.move_warmups(residual)
         return StepResult(
@@ -308,7 +326,7 @@ class ParallelEngine(Engine):
             cross_entropy=cross_entropy / labels,
             balance_loss=balance / rows,
             z_loss=z / rows,
-            num_labels=labels,
+            num_labels=num_labels,
             attended_pairs=int(pairs),
             load=rest[len(residual) :].view(L, E).long().tolist(),
             residual=residual,

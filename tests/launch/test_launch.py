@@ -117,6 +117,13 @@ def test_a_bad_run_is_refused_in_one_sentence(case, tmp_path, text_data, main):
     assert not list(tmp_path.rglob("step_*"))
 
 
+def test_a_run_says_where_its_folder_is_after_a_check_of_its_layout(main):
+    command = ["pretrain", "--config", ROOT / "configs/lfm_3b_8gpu.yaml", "--folder", "name=mine", "output=/somewhere"]
+    found = main(*command, "--world-size", 8)
+    assert (found.returncode, found.stdout) == (0, "/somewhere/mine\n"), found.stderr
+    assert_refused(main(*command, "--world-size", 12), "12")
+
+
 def test_shards_of_another_tokenizer_are_refused(tmp_path, text_data, main):
     import shutil
 

@@ -113,7 +113,7 @@ def test_counts_equal_the_built_model(variant):
     counts = config.count_parameters()
     assert sum(p.numel() for p in model.parameters()) == counts.trainable + counts.padding
     assert sum(b.numel() for n, b in model.named_buffers() if n.endswith("reservoirs")) == counts.frozen
-    for number, layer in enumerate(model.layers):
+    for number, layer in enumerate(model.layers.values()):
         assert sum(p.numel() for p in layer.parameters()) == config.layer_parameters(number).trainable
 
 

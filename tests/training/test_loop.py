@@ -73,11 +73,14 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, text_
         assert process.wait() == 0, rest
         if "stopped by SIGUSR1" not in rest:
             break
+        step = int(checkpoint.whole_checkpoints(tmp_path / "lfm_debug/checkpoints")[-1].name.removeprefix("step_"))
+        assert step == 6 or (tmp_path / "lfm_debug/stopped").read_text() == f"{step} SIGUSR1\n"
     resumed = tmp_path / "lfm_debug"
     if not (resumed / "checkpoints/step_00000006").exists():
         train(tiny_run(tmp_path, text_data, "checkpoint.keep=9"))
     assert_same_checkpoint(resumed / "checkpoints/step_00000006", uninterrupted / "checkpoints/step_00000006")
     assert losses(resumed) == losses(uninterrupted)
+    assert not (resumed / "stopped").exists()
 
 
 def test_kill_in_the_middle_of_a_save_loses_nothing_and_changes_nothing(uninterrupted, tmp_path, text_data):

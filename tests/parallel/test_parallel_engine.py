@@ -1,0 +1,338 @@
+"""The parallel engine where layouts could go wrong in silence; random layouts are in test_random_layouts.py."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lfm.errors import NonFiniteError
+from lfm.layers.liquid import LiquidConfig
+from lfm.models.lfm import LFMConfig
+from lfm.parallel.layout import Layout, ParallelConfig, check_layout
+from lfm.parallel.local_ranks import run_ranks
+from lfm.parallel.process import Process
+from lfm.training.certificate import Problem
+from lfm.training.optimizer import OptimizerConfig
+from tests.parallel.engine_numbers import (
+    deviations,
+    join,
+    local_engine,
+    needs_cpu,
+    parallel_engine,
+    read_initial,
+    state,
+    train,
+)
+
+pytestmark = needs_cpu
+slow = pytest.mark.slow
+FP32, BF16 = torch.float32, torch.bfloat16
+
+TP = {"tensor": 2, "sequence_parallel": True}
+PP = {"pipeline": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2": {},
+    "tp2": TP,
+    "pp2": PP,
+    "ep2": {"expert": 2},
+    "tp2_ep2": {**TP, "expert": 2},
+    "dp2_z2": {"zero_stage": 2},
+    "dp2_z3": {"zero_stage": 3},
+    "tp2_z3": {**TP, "zero_stage": 3},
+    "dp2_z2_offload": {"zero_stage": 2, "offload_optimizer": True},
+    "dp2_z3_offload": {"zero_stage": 3, "offload_optimizer": True},
+}
+
+
+def _problem(*, dtype=FP32, rows=4, steps=1, unlabelled_rows=0, optimizer=None, **model) -> Problem:
+    """The moment exp_avg after a step is that step's clipped gradient: betas[0] is 0."""
+    config: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "seq_length": 16,
+        "vocab_size": 30,
+        "vocab_size_multiple": 64,
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 8,
+        "liquid": LiquidConfig(interval=2, num_reservoirs=3, reservoir_size=8, connectivity=0.5, backend="sequential"),
+    }
+    return Problem(
+        model=LFMConfig(**(config | model)),
+        optimizer=optimizer or OptimizerConfig(lr=1e-2, betas=(0.0, 0.5), eps=1e-2, weight_decay=1.0, clip_grad=0.3),
+        seed=5,
+        rows=rows,
+        micro_batch_size=1,
+        steps=steps,
+        dtype=dtype,
+        unlabelled_rows=unlabelled_rows,
+    )
+
+
+def _layout(problem: Problem, name: str) -> Layout:
+    parallel = ParallelConfig(**({"zero_stage": 1} | LAYOUTS[name]))
+    return check_layout(problem.model, parallel, 2, global_batch_size=problem.rows, micro_batch_size=1)
+
+
+@functools.cache
+def _expected(problem: Problem, edit: Any = None) -> dict[str, Any]:
+    """What the local engine computes."""
+    return run_ranks(_local, 1, problem, edit)[0]
+
+
+def _local(process: Process, problem: Problem, edit: Any = None) -> dict[str, Any]:
+    engine = local_engine(problem)
+    if edit is not None:
+        engine.fill(read_initial(problem, problem.seed, edit), kinds=("master",))
+    return train(engine, problem)
+
+
+def _parallel(process: Process, layout: Layout, problem: Problem, edit: Any = None) -> dict[str, Any]:
+    engine = parallel_engine(problem, join(process, layout))
+    if edit is not None:
+        engine.fill(read_initial(problem, problem.seed, edit), kinds=("master",))
+    return train(engine, problem)
+
+
+def _assert_equal(name: str, problem: Problem, edit: Any = None) -> dict[str, Any]:
+    """One step of a layout against the local engine; returns what that computed."""
+    expected = _expected(problem, edit)
+    ranks = run_ranks(_parallel, 2, _layout(problem, name), problem, edit, timeout_seconds=60)
+    [(want, wanted_norm)] = expected["steps"]
+    for rank in ranks:
+        [(got, norm)] = rank["steps"]
+        assert norm == pytest.approx(wanted_norm, rel=1e-5)
+        for key in ("loss", "cross_entropy", "balance_loss", "z_loss"):
+            assert getattr(got, key) == pytest.approx(getattr(want, key), rel=1e-5), key
+        assert (got.load, got.num_labels) == (want.load, want.num_labels)
+    found = deviations(ranks, expected)
+    beyond = {key: value for key, value in found.items() if not value <= 1e-4}
+    assert not beyond
+    return expected
+
+
+@pytest.mark.parametrize("norm", ["pre", pytest.param("post", marks=slow)])
+def test_reservoirs_train_under_tensor_parallelism(norm):
+    liquid = LiquidConfig(
+        interval=1,
+        num_reservoirs=3,
+        reservoir_size=8,
+        connectivity=0.5,
+        norm=norm,
+        train_reservoir=True,
+        backend="sequential",
+    )
+    expected = _assert_equal("tp2", _problem(liquid=liquid))
+    _, _, _, gradient = expected["state"]["exp_avg.layers.0.liquid.reservoirs.0.weight"]
+    _, _, _, connected = expected["state"]["frozen.layers.0.liquid.reservoirs.0.connections"]
+    assert gradient[connected].any() and not gradient[~connected].any()
+
+
+@pytest.mark.parametrize("name", ["dp2", "dp2_z2", "dp2_z3"])
+def test_a_data_rank_may_have_no_label(name):
+    _assert_equal(name, _problem(unlabelled_rows=2))
+
+
+def test_a_whole_step_may_have_no_label():
+    expected = _assert_equal("dp2", _problem(unlabelled_rows=4))
+    assert expected["steps"][0][0].num_labels == 0
+
+
+def _to_expert_2(name: str, whole: torch.Tensor) -> torch.Tensor:
+    """Every token's first feature is large, and only expert 2's router looks at it; the next ones lose in order."""
+    if name == "embedding.weight":
+        whole[:, 0] = 3.0
+    if name.endswith("router.weight"):
+        whole.mul_(0.01)[:, 0] = torch.tensor([-2.0, -1.0, 2.0, -3.0])
+    return whole
+
+
+@pytest.mark.parametrize(
+    "name", ["ep2", "tp2", "tp2_ep2", *(pytest.param(n, marks=slow) for n in ("dp2_z2", "dp2_z3"))]
+)
+def test_one_expert_may_take_all_tokens_and_the_others_none(name):
+    problem = _problem(moe_router_topk=1, liquid=None)
+    expected = _assert_equal(name, problem, _to_expert_2)
+    assert expected["steps"][0][0].load == [[0, 0, 4 * 16, 0]] * 2
+
+
+def _fail(process: Process, layout: Layout, problem: Problem) -> dict[str, Any]:
+    """What the engine says to a gradient, then to a weight, that is NaN on rank 1 alone."""
+    engine = parallel_engine(problem, join(process, layout))
+    ids, lengths = problem.batch(0)
+    own = engine.rows_of_step(problem.rows)
+    engine.evaluate(ids, lengths)
+    before, said = state(engine), []
+    qkv = next(weight.parameter for weight in engine.weights if weight.name.endswith("qkv.weight"))
+    hook = qkv.register_hook(lambda gradient: gradient * torch.nan) if process.rank == 1 else None
+    engine.forward_backward(ids[own], lengths[own])
+    try:
+        engine.step(0.1)
+    except NonFiniteError as error:
+        said.append(str(error))
+    if hook is not None:
+        hook.remove()
+        with torch.no_grad():
+            getattr(qkv, "ds_tensor", qkv).data.fill_(torch.nan)
+    try:
+        engine.forward_backward(ids[own], lengths[own])
+    except NonFiniteError as error:
+        said.append(str(error))
+    after = state(engine)
+    moved = [key for key in before if (before[key][3] != after[key][3]).any()]
+    return {"said": said, "moved": moved, "optimizer_step": engine.optimizer_step}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, FP32) for name in ("tp2", "pp2", "dp2_z3", "dp2_z2_offload")),
+        *((name, BF16) for name in ("ep2", "dp2_z2")),
+        *(pytest.param(n, FP32, marks=slow) for n in ("dp2", "ep2", "dp2_z2", "tp2_z3", "dp2_z3_offload")),
+        *(pytest.param(n, BF16, marks=slow) for n in ("dp2", "tp2", "dp2_z3")),
+    ],
+)
+def test_nan_on_one_rank_ends_every_rank_without_an_update(name, dtype):
+    problem = _problem(dtype=dtype)
+    for found in run_ranks(_fail, 2, _layout(problem, name), problem, timeout_seconds=60):
+        assert len(found["said"]) == 2
+        assert "gradient norm is not finite" in found["said"][0]
+        assert "loss is not finite" in found["said"][1]
+        assert found["moved"] == []
+        assert found["optimizer_step"] == 0
+
+
+def _evaluate(process: Process, layout: Layout | None, problem: Problem) -> list[tuple[float, int]]:
+    engine = local_engine(problem) if layout is None else parallel_engine(problem, join(process, layout))
+    found = []
+    for rows in (1, 3, 6):
+        ids, lengths = dataclasses.replace(problem, rows=rows, unlabelled_rows=rows // 3).batch(7)
+        found.append(engine.evaluate(ids, lengths))
+    return found
+
+
+@pytest.mark.parametrize("name", ["dp2", "tp2", "pp2", "ep2", "dp2_z3"])
+def test_held_out_loss_of_any_number_of_rows_is_the_local_engines(name):
+    problem = _problem(moe_capacity_factor=0.5)
+    [expected] = run_ranks(_evaluate, 1, None, problem)
+    for found in run_ranks(_evaluate, 2, _layout(problem, name), problem):
+        assert found == [(pytest.approx(nats, rel=1e-5), labels) for nats, labels in expected]
+
+
+def _copies(process: Process, layout: Layout, problem: Problem) -> dict[str, list[bool]]:
+    """After steps, whether weights held whole by several processes are bitwise alike there."""
+    groups = join(process, layout)
+    engine = parallel_engine(problem, groups)
+    train(engine, problem)
+    found: dict[str, list[bool]] = {"tensor": [], "embedding": []}
+
+    def alike(tensor: torch.Tensor, group: dist.ProcessGroup) -> bool:
+        parts = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(parts, tensor.detach().contiguous(), group=group)
+        return all(torch.equal(part, parts[0]) for part in parts)
+
+    for weight in engine.weights:
+        if not weight.is_cut and not weight.is_expert and layout.tensor > 1:
+            found["tensor"].append(alike(weight.parameter, groups.tensor))
+        if weight.name == "embedding.weight" and groups.embedding is not None:
+            found["embedding"].append(alike(weight.parameter, groups.embedding))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    # Whole on tensor ranks, of each of two layers: three norms, router, output bias, reservoir; and the final norm.
+    [
+        pytest.param("tp2", "tensor", 2 * 6 + 1, marks=slow),
+        ("tp2_ep2", "tensor", 2 * 6 + 1),
+        ("pp2", "embedding", 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=slow)], ids=str)
+def test_copies_of_a_weight_stay_bitwise_alike(name, kind, count, dtype):
+    liquid = LiquidConfig(interval=1, num_reservoirs=1, reservoir_size=8, connectivity=0.5, train_reservoir=True)
+    problem = _problem(dtype=dtype, steps=2, liquid=liquid)
+    for found in run_ranks(_copies, 2, _layout(problem, name), problem):
+        assert found[kind] == [True] * count
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        *((name, 1e-6) for name in ("dp2_z2", "dp2_z3")),
+        *(pytest.param(name, 1e-6, marks=slow) for name in ("dp2", "dp2_z2_offload", "dp2_z3_offload")),
+        # Tokens of two processes meet in one product of an expert; the embedding's two gradients are rounded apart.
+        *((name, 1e-2) for name in ("ep2", "pp2")),
+        # Summands of a matrix product are rounded apart.
+        ("tp2_ep2", 3e-2),
+        pytest.param("tp2", 3e-2, marks=slow),
+    ],
+)
+def test_bf16_gradients_at_equal_weights_are_the_local_engines(name, bound):
+    problem = _problem(dtype=BF16)
+    expected = _expected(problem)
+    ranks = run_ranks(_parallel, 2, _layout(problem, name), problem, timeout_seconds=60)
+    [(want, wanted_norm)] = expected["steps"]
+    [(got, norm)] = ranks[0]["steps"]
+    assert got.load == want.load  # no router came near another choice
+    assert norm == pytest.approx(wanted_norm, rel=1e-3)
+    assert got.loss == pytest.approx(want.loss, rel=1e-4)
+    gradients = {key: value for key, value in deviations(ranks, expected).items() if key.startswith("exp_avg.")}
+    assert max(gradients.values()) < bound, max(gradients, key=lambda key: gradients[key])
+
+
+def _refill(process: Process, layout: Layout, problem: Problem) -> bool:
+    """Whether an engine that has worked and takes another's state then works like that other, bit by bit."""
+    groups = join(process, layout)
+    other_seed = dataclasses.replace(problem, seed=problem.seed + 1)
+    engine, other = parallel_engine(problem, groups), parallel_engine(other_seed, groups)
+    train(engine, problem)
+    engine.evaluate(*problem.batch(-1))
+
+    def read(targets: dict[str, torch.Tensor]) -> None:
+        moments = {key: target for key, target in targets.items() if key.startswith("exp_avg")}
+        read_initial(problem, other_seed.seed)({k: t for k, t in targets.items() if k not in moments})
+        for target in moments.values():
+            getattr(target, "to_local", lambda target=target: target)().zero_()
+
+    engine.fill(read)
+    engine.load_counters(other.counters())
+    got, want = train(engine, other_seed), train(other, other_seed)
+    same = all((got["state"][key][3] == part[3]).all() for key, part in want["state"].items())
+    return (
+        same and got["held_out"] == want["held_out"] and [n for _, n in got["steps"]] == [n for _, n in want["steps"]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("dp2_z3", FP32),
+        ("dp2_z2_offload", FP32),
+        ("ep2", BF16),
+        *(pytest.param(name, FP32, marks=slow) for name in ("pp2", "tp2_ep2", "dp2_z3_offload")),
+        *(pytest.param(name, BF16, marks=slow) for name in ("dp2_z2", "dp2_z3")),
+    ],
+)
+def test_an_engine_that_takes_state_goes_on_from_it(name, dtype):
+    problem = _problem(dtype=dtype, steps=2)
+    assert run_ranks(_refill, 2, _layout(problem, name), problem) == [True, True]
+
+
+def _with_and_without(process: Process, layout: Layout, problem: Problem) -> bool:
+    groups = join(process, layout)
+    a = train(parallel_engine(problem, groups), problem)
+    b = train(parallel_engine(problem, groups), problem, evaluations=2)
+    return all((b["state"][key][3] == part[3]).all() for key, part in a["state"].items())
+
+
+@pytest.mark.parametrize(
+    "name", ["dp2_z3", *(pytest.param(name, marks=slow) for name in ("dp2", "pp2", "dp2_z2", "dp2_z2_offload"))]
+)
+def test_evaluation_changes_no_bit_of_training(name):
+    problem = _problem(steps=2)
+    assert run_ranks(_with_and_without, 2, _layout(problem, name), problem) == [True, True]
