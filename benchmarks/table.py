@@ -63,9 +63,9 @@ def _layouts(speed: dict, gpus: dict, cpus: dict) -> list[str]:
         )
         lines.append(
             f"| LFM-3B, {row['layout']}, {row['tokens_per_step']:,} tokens a step | "
-            f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU ({slow:,.0f} to {fast:,.0f}; {scaling:.0%} of one "
-            f"GPU's), MFU {row['mfu_attended']:.1%} attended ({row['mfu_if_rows_were_one_document']:.1%}), peak "
-            f"{max(row['peak_memory_gib']):.1f} GiB; {waits}{bubble} | {where} |"
+            f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU ({slow:,.0f} to {fast:,.0f}; {scaling:.0%} of "
+            f"one GPU's), MFU {row['mfu_attended']:.1%} attended ({row['mfu_if_rows_were_one_document']:.1%}), peak "
+            f"{max(row['peak_memory_gib']):.1f} GiB; {waits} | {where} |"
         )
     moved = speed["checkpoint_moved"]
     saved, continued = (dict(map(tuple, rows)) for rows in moved.values())
@@ -78,8 +78,8 @@ def _layouts(speed: dict, gpus: dict, cpus: dict) -> list[str]:
         worst = {key: max(row["deviations"][key] for row in found["layouts"]) for key in found["bounds"]}
         within = sum(not row["beyond"] for row in found["layouts"])
         lines.append(
-            f"| certificate of `lfm_debug` against one process, fp32 | {within} of {len(found['layouts'])} layouts within "
-            f"bounds; largest relative deviation: loss {worst['loss']:.0e}, gradient of a parameter "
+            f"| certificate of `lfm_debug` against one process, fp32 | {within} of {len(found['layouts'])} layouts "
+            f"within bounds; largest relative deviation: loss {worst['loss']:.0e}, gradient of a parameter "
             f"{worst['gradient']:.0e}, norm {worst['norm']:.0e}, auxiliary losses {worst['auxiliary']:.0e} | {name} |"
         )
     return lines

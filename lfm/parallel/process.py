@@ -67,7 +67,7 @@ def prepare_environment(device_type: str) -> None:
         # megatron-core decorates helpers with torch.compile, which CPU ranks have no use for.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Sequence parallelism overlaps communication with matrix products only when kernels run in launch order; without
-    # it megatron-core warns on CPUs too.
+    # GPUs too, megatron-core warns where this is not set.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 

@@ -34,6 +34,7 @@ START_SECONDS = 60.0
 # timeout.  Ranks that change to the second store, not all in the same moment, are given as long.
 GRACE_SECONDS = 3.0
 REPORTS_SECONDS = 3.0
+LEAVING_SECONDS = 5.0
 # From the moment a rank knows of a failure to its exit, whatever store, disk or terminal do.
 ENDING_SECONDS = 12.0
 
@@ -160,9 +161,10 @@ class Watch:
         self._ending_since: float | None = None
 
     def phase(self, name: str, *, allow_seconds: float | None = None) -> None:
-        """Say what begins now: this is progress.  `allow_seconds` raises the hang timeout for this phase, on all ranks.
+        """Say what begins now: this is progress.  `allow_seconds` raises the hang timeout for this phase.
 
-        Every rank must begin the same phases: the rank that has begun the fewest is the one named when the job hangs.
+        Every rank must begin as many phases: others wait for the rank that has begun the fewest, as long as its phase
+        allows, and it is the one named when the job hangs.
         """
         limit = max(self._hang_timeout, allow_seconds or 0)
         self._phase = _Phase(name[:200], self._phase.progress + 1, self._clock(), limit)
@@ -345,11 +347,13 @@ class Watch:
         return {"kind": "death", "rank": first, "dead": dead, "code": 1, "headline": headline, "details": ""}
 
     def _hang(self) -> dict[str, Any] | None:
-        """A hang stops all ranks, as they wait for each other; while one may take longer, all may."""
+        """A hang stops all ranks, as they wait for each other: how long they may is up to those that are behind."""
         running = [beat for beat in self._beats.values() if beat["running"]]
         if self._rank != 0 or not running or len(self._beats) < self._world_size:
             return None
-        if min(beat["seconds"] for beat in running) <= max(beat["limit"] for beat in running):
+        behind = min(beat["progress"] for beat in running)
+        limit = max(beat["limit"] for beat in running if beat["progress"] == behind)
+        if min(beat["seconds"] for beat in running) <= limit:
             return None
         return {"kind": "hang", "rank": None, "dead": [], "code": 1, "headline": "", "details": ""}
 
@@ -394,8 +398,8 @@ class Watch:
                     store.set("summary", "printed")
                 time.sleep(0.1)
             # No process may take the store along while others still have to read of the failure.
-            left, deadline = store.add("left", 1), self._clock() + 2
-            while self._rank == self._store_rank and self._clock() < deadline and left < store.add("reports", 0):
+            left, deadline = store.add("left", 1), self._clock() + LEAVING_SECONDS
+            while self._rank == self._store_rank and self._clock() < deadline and left < self._world_size - len(gone):
                 time.sleep(0.05)
                 left = store.add("left", 0)
         except RuntimeError:  # the store has gone: so have those who knew more, except of this rank's own error

@@ -115,7 +115,7 @@ class Job:
         """The last step whose record was printed; 0 before."""
         return max((int(step) for step in re.findall(r"^step (\d+)/", self.output, re.MULTILINE)), default=0)
 
-    def wait(self, seconds: float = 240) -> list[int]:
+    def wait(self, seconds: float = 400) -> list[int]:
         """Exit codes of the commands, once no process of the job is left."""
         until(lambda: all(p.poll() is not None for p in self.processes) and not self.running(), seconds, self)
         return [process.returncode for process in self.processes]

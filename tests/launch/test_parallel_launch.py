@@ -126,7 +126,7 @@ def test_four_ranks_without_a_launcher_train_as_one_process_does(four_ranks, ref
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_the_same_bits(tmp_path, text_data, four_ranks):
     words = command(tmp_path, text_data, *TENSOR_2_PIPELINE_2)
     with Job(tmp_path / "output", *started_by(bare, 4, words)) as job:
-        until(lambda: job.step() >= 7, 240, job)
+        until(lambda: job.step() >= 7, 400, job)
         victim = job.ranks()[2]
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
@@ -151,7 +151,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_any_layout_goes_on(tmp_path, text
 
     words = torchrun(2, command(resumed, text_data, *EXPERT_2))
     with Job(output, (words, {})) as job:
-        until(lambda: job.step() >= 3, 240, job)
+        until(lambda: job.step() >= 3, 400, job)
         os.kill(job.ranks()[1], signal.SIGUSR1)
         assert job.wait() == [0], job.output
     stopped = int(re.search(r"stopped by a signal to another rank after step (\d+); saved", job.output)[1])
@@ -164,7 +164,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_any_layout_goes_on(tmp_path, text
 
     train(run_of(moved, text_data, *LOCAL, f"training.steps={stopped + 1}"))
     with Job(output, *started_by(slurm, 4, command(moved, text_data, *TENSOR_2_PIPELINE_2))) as job:
-        until(lambda: job.step() >= stopped + 2, 240, job)
+        until(lambda: job.step() >= stopped + 2, 400, job)
         os.kill(job.ranks()[3], signal.SIGTERM)
         assert job.wait() == [0, 0, 0, 0], job.output
     assert f"step_{stopped + 1:08d} at step {stopped + 1}\n" in job.output
@@ -267,7 +267,7 @@ def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path, text_data):
 @pytest.mark.slow
 def test_a_stopped_rank_ends_the_others_and_then_itself(tmp_path, text_data):
     with Job(tmp_path / "output", *started_by(bare, 2, command(tmp_path, text_data, *DATA_2))) as job:
-        until(lambda: job.step() >= 2, 240, job)
+        until(lambda: job.step() >= 2, 400, job)
         stopped = job.ranks()[1]
         os.kill(stopped, signal.SIGSTOP)
         since = time.monotonic()
@@ -290,7 +290,7 @@ LAUNCHERS = {
 def test_ranks_whose_launcher_was_killed_save_and_end(name, tmp_path, text_data, reference):
     launch, called = LAUNCHERS[name]
     with Job(tmp_path / "output", (launch(2, command(tmp_path, text_data, *DATA_2)), {})) as job:
-        until(lambda: job.step() >= 2, 240, job)
+        until(lambda: job.step() >= 2, 400, job)
         (launcher,) = job.named(called)
         os.kill(launcher, signal.SIGKILL)
         killed = time.monotonic()
