@@ -58,9 +58,8 @@ def _layouts(speed: dict, gpus: dict, cpus: dict) -> list[str]:
         scaling = row["tokens_per_second_per_gpu"] / one["tokens_per_second_per_gpu"]
         worst = max(row["profile"], key=lambda part: part["collective"] + part["send_receive"])
         waits = f"communication that nothing hides {worst['collective'] + worst['send_receive']:.0%} of a step"
-        bubble = (
-            f", of it the pipeline's bubble (predicted {row['bubble_predicted']:.0%})" if "PP" in row["layout"] else ""
-        )
+        if "PP" in row["layout"]:
+            waits += f", the pipeline's bubble included (predicted {row['bubble_predicted']:.0%})"
         lines.append(
             f"| LFM-3B, {row['layout']}, {row['tokens_per_step']:,} tokens a step | "
             f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU ({slow:,.0f} to {fast:,.0f}; {scaling:.0%} of "
