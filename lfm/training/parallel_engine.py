@@ -277,10 +277,10 @@ class ParallelEngine(Engine):
 
     def _result(self, documents: Documents, num_labels: int, rows: int) -> StepResult:
         self.phase("sums over all processes")
-        config, L, E = self.config, self.config.num_layers, self.config.num_moe_experts
+        config = self.config
         table = self._loss_table().double().cpu()
         bad = self._first_bad_micro_batch(table)
-        load = torch.zeros(L, E, dtype=torch.float64)
+        load = torch.zeros(config.num_layers, config.num_moe_experts, dtype=torch.float64)
         for stage in self.stages:
             layers = [int(name) for name in stage.piece.layers]
             load[layers] = torch.stack([losses.load for losses in stage.losses]).sum(0).double().cpu()
@@ -293,47 +293,44 @@ class ParallelEngine(Engine):
             if stats:
                 residual[position] = max(largest_residual(s) for s in stats)
                 saturation[position] = float(torch.stack([s.saturation for s in stats]).mean()) / self.layout.data
-        is_first_stage = self.groups.pipeline.rank() == 0
-        sums = torch.cat(
-            [
-                table.sum(0),
-                torch.tensor(
-                    [
-                        documents.attended_pairs * is_first_stage,
-                        sum(s.repair_passes + s.backward_repair_passes for s in every),
-                        sum(int(s.fell_back) + int(s.backward_fell_back) for s in every),
-                    ],
-                    dtype=torch.float64,
-                ),
-                saturation,
-                load.flatten(),
-            ]
-        )
-        # Tensor-parallel processes have the same of everything: one of them counts.
-        sums = sums.to(self.device) * (self.groups.tensor.rank() == 0)
-        most = torch.cat([residual, torch.tensor([float(bad is not None)])]).to(self.device)
-        dist.all_reduce(sums)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        sums, most = sums.cpu(), most.tolist()
-        if most.pop():
+
+        most = self._over_all(dist.ReduceOp.MAX, residual=residual, bad=torch.tensor(float(bad is not None)))
+        if most["bad"]:
             self._refuse(bad)
-        (cross_entropy, balance, z, pairs, repairs, fallbacks), rest = sums[:6].tolist(), sums[6:]
+        counts = {
+            "pairs": documents.attended_pairs * (self.groups.pipeline.rank() == 0),
+            "repairs": sum(s.repair_passes + s.backward_repair_passes for s in every),
+            "fallbacks": sum(int(s.fell_back) + int(s.backward_fell_back) for s in every),
+        }
+        sums = {"losses": table.sum(0), "saturation": saturation, "load": load}
+        sums |= {name: torch.tensor(float(value)) for name, value in counts.items()}
+        # Tensor-parallel processes have the same of everything: one of them counts.
+        counts_here = self.groups.tensor.rank() == 0
+        sums = self._over_all(dist.ReduceOp.SUM, **{name: value * counts_here for name, value in sums.items()})
+        cross_entropy, balance, z = sums["losses"].tolist()
         labels = max(1, num_labels)
-        residual = dict(zip(config.liquid_layers, most, strict=True))
-        self.move_warmups(residual)
+        residuals = dict(zip(config.liquid_layers, most["residual"].tolist(), strict=True))
+        self.move_warmups(residuals)
         return StepResult(
             loss=cross_entropy / labels + self.auxiliary(balance, z) / rows,
             cross_entropy=cross_entropy / labels,
             balance_loss=balance / rows,
             z_loss=z / rows,
             num_labels=num_labels,
-            attended_pairs=int(pairs),
-            load=rest[len(residual) :].view(L, E).long().tolist(),
-            residual=residual,
-            saturation=dict(zip(config.liquid_layers, rest[: len(residual)].tolist(), strict=True)),
-            repair_passes=int(repairs),
-            fallbacks=int(fallbacks),
+            attended_pairs=int(sums["pairs"]),
+            load=sums["load"].long().tolist(),
+            residual=residuals,
+            saturation=dict(zip(config.liquid_layers, sums["saturation"].tolist(), strict=True)),
+            repair_passes=int(sums["repairs"]),
+            fallbacks=int(sums["fallbacks"]),
         )
+
+    def _over_all(self, operation: Any, **named: Tensor) -> dict[str, Tensor]:
+        """Small host tensors reduced over all processes, in one message."""
+        message = torch.cat([tensor.double().flatten() for tensor in named.values()]).to(self.device)
+        dist.all_reduce(message, op=operation)
+        pieces = message.cpu().split([tensor.numel() for tensor in named.values()])
+        return {name: piece.view(tensor.shape) for (name, tensor), piece in zip(named.items(), pieces, strict=True)}
 
     def _loss_table(self) -> Tensor:
         """`[micro-batches, 3]`: cross entropy, balance and z of this process's chunks."""
