@@ -278,6 +278,8 @@ def _train(
     if log is None:
         return progress
     log.plot()
+    if prompts and not isinstance(engine, LocalEngine):
+        print(f"samples: python launch/generate.py --checkpoint {run.folder} --prompt TEXT", flush=True)
     if stopped:
         how = "the same command" if run.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
         cause = why_stop() or "a signal to another rank"
