@@ -24,14 +24,17 @@ class Process:
         """One process where no launcher left its variables.  Raises UserError for incomplete or malformed ones."""
         if "WORLD_SIZE" in environment:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in environment:
+        elif "SLURM_STEP_ID" in environment and environment.get("SLURM_NTASKS", "1") != "1":
             names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
         else:
             return cls()
         numbers = [_number(environment, name) for name in names]
+        if numbers[0] >= numbers[1]:
+            raise UserError(f"{names[0]}={numbers[0]} is not below {names[1]}={numbers[1]}; ranks count from 0")
         if numbers[1] == 1:
             # The deepspeed launcher sets these for one process too; DeepSpeed itself may still want a rendezvous.
-            return cls(address=environment.get("MASTER_ADDR", "127.0.0.1"), port=int(environment.get("MASTER_PORT", 0)))
+            port = _number(environment, "MASTER_PORT") if "MASTER_PORT" in environment else 0
+            return cls(address=environment.get("MASTER_ADDR", "127.0.0.1"), port=port)
         if not environment.get("MASTER_ADDR"):
             raise UserError(
                 f"{names[1]}={numbers[1]} but MASTER_ADDR is not set; use slurm/train_3b.sh, or export MASTER_ADDR and "
@@ -42,7 +45,7 @@ class Process:
             rank=numbers[0],
             world_size=numbers[1],
             local_rank=numbers[2],
-            local_world_size=int(local[0]) if local and local[0].isdigit() else numbers[1],
+            local_world_size=int(local[0]) if local and local[0].isdecimal() else numbers[1],
             address=environment["MASTER_ADDR"],
             port=_number(environment, "MASTER_PORT"),
         )
@@ -73,6 +76,6 @@ def prepare_environment(device_type: str) -> None:
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UserError(f"variable {name}={text!r} is not a number; start through torchrun, deepspeed or srun")
     return int(text)

@@ -429,7 +429,7 @@ def _stop_on_signal(rank: int) -> Iterator[Callable[[], str | None]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
-        if rank == 0:
+        if rank == 0 and len(received) == 1:  # launchers send several
             print(f"{received[0]}: saving after this step", file=sys.stderr, flush=True)
 
     handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)

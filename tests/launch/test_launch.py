@@ -89,7 +89,7 @@ BAD_RUNS = {
     "expert_parallel": (["parallel.expert=3"], r"parallel\.expert=3 does not divide num_moe_experts=4"),
     "stage_layers": (["parallel.pipeline=2", "parallel.stage_layers=[1,2]"], r"stage_layers=\[1, 2\] must be 2"),
     "world": (["parallel.pipeline=2"], r"does not fit on 1 process"),
-    "zero": (["parallel.zero_stage=1"], "needs the parallel engine"),
+    "offload": (["parallel.offload_optimizer=true"], r"offload_optimizer=true does not go with parallel\.zero_stage=0"),
     "missing_data": (["data.path=/no/such/folder"], r"data\.path=/no/such/folder does not exist; make it with"),
     "vocabulary": (["model.vocab_size=256"], r"512.*256|256.*512"),
     "larger_vocabulary": (["model.vocab_size=1024"], r"512.*1024|1024.*512"),
@@ -148,9 +148,15 @@ def test_a_checkpoint_of_another_architecture_is_refused_in_one_sentence(text_da
     assert_refused(main("pretrain", *command), r"another architecture: model\.num_layers is 2 there and 3")
 
 
-def test_several_processes_are_refused_until_there_is_an_engine_for_them(tmp_path, text_data, main, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_refused(main("pretrain", *pretrain_command(tmp_path, text_data)[2:]), "world size 2")
+def test_of_several_processes_with_the_same_mistake_the_first_says_so(tmp_path, text_data, main, monkeypatch):
+    place = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    command = pretrain_command(tmp_path, text_data)[2:]
+    assert_refused(main("pretrain", *command), r"zero_stage=0 does not go with world size 2: .*zero_stage=1")
+    monkeypatch.setenv("RANK", "1")
+    silent = main("pretrain", *command)
+    assert silent.returncode == 2 and silent.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,9 @@ from tests.training.tiny_run import (
     tiny_run,
 )
 
-STEPS = 20
+STEPS, SEED = 20, 1234
 RUN = [
+    f"seed={SEED}",
     "model.num_query_groups=2",
     f"training.steps={STEPS}",
     "training.global_batch_size=8",
@@ -126,7 +127,7 @@ def test_four_ranks_without_a_launcher_train_as_one_process_does(four_ranks, ref
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_the_same_bits(tmp_path, text_data, four_ranks):
     words = command(tmp_path, text_data, *TENSOR_2_PIPELINE_2)
     with Job(tmp_path / "output", *started_by(bare, 4, words)) as job:
-        until(lambda: job.step() >= 7, 400, job)
+        until(lambda: job.step() >= 7 and saved_steps(tmp_path), 400, job)
         victim = job.ranks()[2]
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
@@ -134,7 +135,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_goes_on_to_the_same_bits(tm
         assert time.monotonic() - killed < 60
     assert errors_in(job)[0].startswith(f"error: rank 2 (pid {victim}"), job.output
     assert (run_folder(tmp_path) / "failure.txt").read_text().splitlines()[0] == errors_in(job)[0]
-    assert 5 <= saved_steps(tmp_path)[-1] < STEPS
+    assert saved_steps(tmp_path)[-1] < STEPS
     with Job(tmp_path / "output", *started_by(bare, 4, words)) as job:
         assert job.wait() == [0, 0, 0, 0], job.output
     assert losses(run_folder(tmp_path)) == losses(run_folder(four_ranks))
@@ -203,7 +204,7 @@ def _shard_that_one_rank_reads_first(folder: Path, after_step: int) -> tuple[Pat
     shard_of_row = [number for number, shard in enumerate(shards) for _ in range(shard["samples"])]
     seen: set[int] = set()
     for step in range(1, STEPS):
-        rows = row_order(1234, len(shard_of_row), 8 * (step - 1), 8)
+        rows = row_order(SEED, len(shard_of_row), 8 * (step - 1), 8)
         of_rank = [{shard_of_row[row] for row in rows[part]} for part in (slice(0, 4), slice(4, 8))]
         alone = (of_rank[1] - of_rank[0]) - seen
         if step > after_step and alone:
@@ -215,27 +216,19 @@ def _shard_that_one_rank_reads_first(folder: Path, after_step: int) -> tuple[Pat
 @pytest.mark.slow
 def test_a_loss_that_is_nan_on_one_rank_stops_all_before_the_update(tmp_path, text_data):
     """By a NaN in the embedding of a token that only the second rank meets, some steps after the start."""
-    untied = "model.untie_embeddings_and_output_weights=true"
-    reader = RowReader(text_data / "train")
-    validated = set(RowReader(text_data / "validation").read(range(8))[0].flatten().tolist())
-    start, step, seen = 1, 2, set(validated)
-    while True:
-        ids = reader.read(row_order(1234, len(reader), 8 * (step - 1), 8))[0]
-        found = set(ids[4:].flatten().tolist()) - set(ids[:4].flatten().tolist()) - seen
-        if found and step > start + 2:
-            break
-        seen |= set(ids.flatten().tolist()) if step > start else set()
-        step += 1
+    untied, start = "model.untie_embeddings_and_output_weights=true", 1
+    token, step = _token_that_the_second_rank_meets_first(text_data, start)
     train(run_of(tmp_path, text_data, *LOCAL, untied, f"training.steps={start}"))
     path = checkpoint_of(tmp_path, start)
     tensors, manifest = checkpoint_tensors(path)
-    tensors["master.embedding.weight"][min(found)] = torch.nan
+    tensors["master.embedding.weight"][token] = torch.nan
     tokenizer = (path / "tokenizer.json").read_bytes()
     shutil.rmtree(path)
     kept = {key: manifest[key] for key in ("config", "progress", "counters", "data", "rng")}
     Saver(path.parent, keep=9, asynchronous=False).save(start, tensors, kept, tokenizer)
 
-    words = command(tmp_path, text_data, *DATA_2, untied, f"training.steps={step + 3}", "checkpoint.every_steps=1")
+    often = ["checkpoint.every_steps=1", "validation.every_steps=0"]
+    words = command(tmp_path, text_data, *DATA_2, untied, f"training.steps={step + 3}", *often)
     with Job(tmp_path / "output", *started_by(bare, 2, words)) as job:
         assert job.wait() == [3, 3], job.output
     (error,) = errors_in(job)
@@ -244,17 +237,29 @@ def test_a_loss_that_is_nan_on_one_rank_stops_all_before_the_update(tmp_path, te
     assert saved_steps(tmp_path) == list(range(start, step))
 
 
+def _token_that_the_second_rank_meets_first(data: Path, start: int) -> tuple[int, int]:
+    """A token that the second of two ranks meets in the step returned, and nobody before, from step `start` on."""
+    reader = RowReader(data / "train")
+    seen: set[int] = set()
+    for step in range(start + 1, 1000):
+        ids = reader.read(row_order(SEED, len(reader), 8 * (step - 1), 8))[0]
+        first, second = (set(rows.flatten().tolist()) for rows in ids.chunk(2))
+        new = second - first - seen
+        if new and step > start + 2:
+            return min(new), step
+        seen |= first | second
+    raise AssertionError("every token is met early")
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path, text_data):
     """Rank 0 prints into a pipe that nobody reads, as of a terminal that was stopped."""
     hang_timeout = 10
     reader, writer = os.pipe()
-    fcntl_set_pipe_size = 1031
-
-    os.write(writer, b" " * (fcntl.fcntl(writer, fcntl_set_pipe_size, 4096) - 1500))
-    words = command(
-        tmp_path, text_data, *DATA_2, "training.steps=1000", f"parallel.hang_timeout_seconds={hang_timeout}"
-    )
+    room_for_some_steps = 1500
+    os.write(writer, b" " * (fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096) - room_for_some_steps))
+    limit = f"parallel.hang_timeout_seconds={hang_timeout}"
+    words = command(tmp_path, text_data, *DATA_2, "training.steps=1000", limit)
     with Job(tmp_path / "output", *started_by(bare, 2, words), first_stdout=writer) as job:
         assert job.wait() == [1, 1], job.output
         hung = (run_folder(tmp_path) / "metrics.jsonl").stat().st_mtime
@@ -270,9 +275,7 @@ def test_a_stopped_rank_ends_the_others_and_then_itself(tmp_path, text_data):
         until(lambda: job.step() >= 2, 400, job)
         stopped = job.ranks()[1]
         os.kill(stopped, signal.SIGSTOP)
-        since = time.monotonic()
         until(lambda: job.processes[0].poll() is not None, 60, job)
-        assert time.monotonic() - since < 60
         assert errors_in(job)[0].startswith(f"error: rank 1 (pid {stopped}"), job.output
         os.kill(stopped, signal.SIGCONT)
         assert job.wait(60) == [1, 1], job.output
@@ -311,7 +314,7 @@ def test_a_layout_that_is_not_legal_is_refused_once_before_the_ranks_meet(tmp_pa
         Job(tmp_path / "slurm", *started_by(slurm, 2, words)),
     ):
         with job:
-            assert set(job.wait(60)) <= {1, 2}, job.output  # torchrun has 1 for every failure
+            assert set(job.wait(120)) <= {1, 2}, job.output  # torchrun has 1 for every failure
         (error,) = errors_in(job)
         assert "parallel.tensor=2 x pipeline=2 with expert=1 does not fit on 2 processes" in error
     assert [process.returncode for process in job.processes] == [2, 2]
