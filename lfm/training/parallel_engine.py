@@ -4,9 +4,8 @@ Same losses, gradients and updates as the local engine, under any layout that `l
 """
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -37,7 +36,6 @@ from lfm.parallel.zero import (
 from lfm.training.engine import STATE, Engine, Read, StepResult, largest_residual, materialize
 from lfm.training.optimizer import OptimizerConfig
 
-_COPY_THREADS = 8
 _BATCH_BYTES = 2**30
 """Host memory for tensors on their way from a checkpoint into the partitions."""
 
@@ -180,37 +178,30 @@ class ParallelEngine(Engine):
 
     @torch.no_grad()
     def share(self) -> Mapping[str, Tensor]:
-        """In host memory that the next call uses again.
+        """In host memory that the next call uses again: fresh memory takes several times as long to fill.
 
-        The processes of a data-parallel group each give some of their common weights.  Fresh host memory is slow to
-        fill by one thread, so several copy.
+        The processes of a data-parallel group each give some of their common weights.
         """
         state, parts, found = inner_optimizer(self.deepspeed).state, self.global_parts, {}
         given = {id(group): [0] * group.size() for group in (self.groups.data, self.groups.expert_data)}
-        under_way: deque[Future[Tensor]] = deque()
-        with ThreadPoolExecutor(_COPY_THREADS) as pool:
-            for weight in self.weights:
-                group = self._data_group(weight)
-                sizes, shape = given[id(group)], self._shape(weight)
-                owner = sizes.index(min(sizes))
-                sizes[owner] += shape.numel()
-                names = parts[weight.name]
-                whole_here = tensor_parallel_dim(names[0][0], self.layout) is None and not weight.is_expert
-                copied_elsewhere = weight.is_copy or (whole_here and self.groups.tensor.rank() > 0)
-                for kind in ("master", *MOMENTS):
-                    pick = (lambda flat: flat) if kind == "master" else (lambda flat, kind=kind: state[flat][kind])
-                    whole = self._gathered(weight, pick)
-                    if owner != group.rank() or copied_elsewhere:
-                        continue
-                    key = f"{kind}.{weight.name}"
-                    if key not in self._host:
-                        self._host[key] = torch.empty(shape, dtype=torch.float32)
-                    under_way.append(pool.submit(self._host[key].copy_, whole))
-                    if len(under_way) > _COPY_THREADS:  # each holds a tensor of the device
-                        under_way.popleft().result()
-                    found |= {f"{kind}.{n}": self._as_global(n, _part(self._host[key], i)) for n, i in names}
-            for copy in under_way:
-                copy.result()
+        for weight in self.weights:
+            group = self._data_group(weight)
+            sizes, shape = given[id(group)], self._shape(weight)
+            owner = sizes.index(min(sizes))
+            sizes[owner] += shape.numel()
+            names = parts[weight.name]
+            whole_here = tensor_parallel_dim(names[0][0], self.layout) is None and not weight.is_expert
+            given_elsewhere = weight.is_copy or (whole_here and self.groups.tensor.rank() > 0)
+            for kind in ("master", *MOMENTS):
+                pick = (lambda flat: flat) if kind == "master" else (lambda flat, kind=kind: state[flat][kind])
+                whole = self._gathered(weight, pick)
+                if owner != group.rank() or given_elsewhere:
+                    continue
+                key = f"{kind}.{weight.name}"
+                if key not in self._host:
+                    self._host[key] = torch.empty(shape, dtype=torch.float32)
+                self._host[key].copy_(whole)
+                found |= {f"{kind}.{n}": self._as_global(n, _part(self._host[key], i)) for n, i in names}
         if self.groups.data.rank() == 0 and self.groups.tensor.rank() == 0:
             found |= {f"frozen.{n}": _part(b, i).cpu() for name, b in self._buffers.items() for n, i in parts[name]}
         return found
