@@ -1,4 +1,4 @@
-"""Run a function on several ranks: forked processes of one gloo group, so that imports are paid once."""
+"""Run a function on several ranks: processes of one gloo group, forked from a server that has imported torch."""
 
 import datetime
 import multiprocessing
@@ -21,7 +21,9 @@ def run_on_ranks(
 
     The first error of any rank is raised, and the other ranks are ended.
     """
-    fork = multiprocessing.get_context("fork")
+    # Not forks of pytest itself, which has threads whose locks they would inherit.
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["torch.distributed.checkpoint"])
     deadline = time.monotonic() + timeout
     results: list[Any] = [None] * world_size
     processes, running = [], {}

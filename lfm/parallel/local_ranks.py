@@ -17,10 +17,11 @@ from lfm.parallel.process import Process
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300) -> list[Any]:
     """`function(process, *args)` in `world_size` new processes; their results, without tensors, by rank.
 
-    Raises RuntimeError with the first failing rank's traceback, after ending all.  Processes are forked, so that slow
-    imports are paid once; where this process has started CUDA, which forbids that, they are fresh ones.
+    Raises RuntimeError with the first failing rank's traceback, after ending all.  Processes are forked from a server
+    that has paid the slow imports and nothing else: forks of this process could inherit CUDA, or locks of its threads.
     """
-    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lfm.parallel.megatron", "lfm.parallel.stage", "lfm.parallel.zero"])
     results = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
