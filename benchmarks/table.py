@@ -44,7 +44,44 @@ def table() -> str:
             f"({row['forward_backward_ms'] / row['floor_ms']:.1f} x the floor of {row['floor_ms']:.2f} ms); "
             f"error {row['relative_error']:.1e} | {_where(attention)} |"
         )
+    lines += _layouts(load("layouts_2xh200"), load("certificate_2xh200"), load("certificate_cpu"))
     return "\n".join(lines)
+
+
+def _layouts(speed: dict, gpus: dict, cpus: dict) -> list[str]:
+    """What two GPUs make of LFM-3B under each layout, and what the certificates say."""
+    one = next(row for row in speed["layouts"] if row["gpus"] == 1)
+    where = _where(speed).replace("one NVIDIA", "two NVIDIA")
+    lines = []
+    for row in speed["layouts"]:
+        slow, fast = row["range"]
+        scaling = row["tokens_per_second_per_gpu"] / one["tokens_per_second_per_gpu"]
+        worst = max(row["profile"], key=lambda part: part["collective"] + part["send_receive"])
+        waits = f"communication that nothing hides {worst['collective'] + worst['send_receive']:.0%} of a step"
+        if "PP" in row["layout"]:
+            waits += f", the pipeline's bubble included (predicted {row['bubble_predicted']:.0%})"
+        lines.append(
+            f"| LFM-3B, {row['layout']}, {row['tokens_per_step']:,} tokens a step | "
+            f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU ({slow:,.0f} to {fast:,.0f}; {scaling:.0%} of "
+            f"one GPU's), MFU {row['mfu_attended']:.1%} attended ({row['mfu_if_rows_were_one_document']:.1%}), peak "
+            f"{max(row['peak_memory_gib']):.1f} GiB; {waits} | {where} |"
+        )
+    moved = speed["checkpoint_moved"]
+    saved, continued = (dict(map(tuple, rows)) for rows in moved.values())
+    first = min(continued.keys() - range(6))
+    lines.append(
+        f"| LFM-3B, checkpoint of step 5 saved under EP2, continued under TP2+SP | loss of step {first}: "
+        f"{continued[first]:.4f}, of the run under EP2 itself {saved[first]:.4f} (bf16) | {where} |"
+    )
+    for found, name in ((gpus, "NCCL, two NVIDIA H200"), (cpus, "gloo, 2 CPU cores")):
+        worst = {key: max(row["deviations"][key] for row in found["layouts"]) for key in found["bounds"]}
+        within = sum(not row["beyond"] for row in found["layouts"])
+        lines.append(
+            f"| certificate of `lfm_debug` against one process, fp32 | {within} of {len(found['layouts'])} layouts "
+            f"within bounds; largest relative deviation: loss {worst['loss']:.0e}, gradient of a parameter "
+            f"{worst['gradient']:.0e}, norm {worst['norm']:.0e}, auxiliary losses {worst['auxiliary']:.0e} | {name} |"
+        )
+    return lines
 
 
 def _where(result: dict) -> str:

@@ -12,7 +12,7 @@ from typing import get_args
 
 from lfm.config import parse_command_line
 from lfm.errors import UserError, command
-from lfm.parallel.process import prepare_environment
+from lfm.parallel.process import prepare_environment, require_packages
 
 # CUDA must not start in this process, or it could not fork; with this, asking for a GPU does not start it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -30,6 +30,7 @@ def main() -> None:
         json={"metavar": "FILE", "help": "write the numbers here"},
         plant={"metavar": "FAULT", "help": "plant a silent mistake, to see it found"},
     )
+    require_packages()
     prepare_environment(run.device.type)
     from lfm.parallel.layout import check_layout
     from lfm.training.certificate import BOUNDS, LAYOUTS, Fault, Problem, certify, in_one_process, write_json

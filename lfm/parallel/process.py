@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
 from lfm.errors import UserError
 
@@ -48,6 +49,18 @@ class Process:
             address=environment["MASTER_ADDR"],
             port=_number(environment, "MASTER_PORT"),
         )
+
+
+def require_packages() -> None:
+    """Raises UserError, saying how to install it, when a package of the parallel engine is missing."""
+    for package in ("megatron-core", "deepspeed"):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise UserError(
+                f"layouts with parallel.zero_stage >= 1 need {package}, which is not installed: "
+                "pip install 'lfm[parallel]'"
+            ) from None
 
 
 def prepare_environment(device_type: str) -> None:

@@ -25,7 +25,7 @@ from lfm.models.generation import check_prompts, generate
 from lfm.parallel import health
 from lfm.parallel.launchers import Launchers
 from lfm.parallel.layout import Layout
-from lfm.parallel.process import Process, prepare_environment
+from lfm.parallel.process import Process, prepare_environment, require_packages
 from lfm.parallel.ranks import Ranks
 from lfm.parallel.watch import Watch, watched
 from lfm.training import checkpoint
@@ -76,6 +76,7 @@ def _train_in_parallel(
     run: RunConfig, process: Process, layout: Layout, device: torch.device, why_stop: Callable[[], str | None]
 ) -> Progress:
 
+    require_packages()
     prepare_environment(device.type)
     from lfm.parallel import groups as process_groups
     from lfm.training.parallel_engine import ParallelEngine
@@ -277,6 +278,8 @@ def _train(
     if log is None:
         return progress
     log.plot()
+    if prompts and not isinstance(engine, LocalEngine):
+        print(f"samples: python launch/generate.py --checkpoint {run.folder} --prompt TEXT", flush=True)
     if stopped:
         how = "the same command" if run.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
         cause = why_stop() or "a signal to another rank"

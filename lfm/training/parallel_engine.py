@@ -4,9 +4,8 @@ Same losses, gradients and updates as the local engine, under any layout that `l
 """
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -37,7 +36,6 @@ from lfm.parallel.zero import (
 from lfm.training.engine import STATE, Engine, Read, StepResult, largest_residual, materialize
 from lfm.training.optimizer import OptimizerConfig
 
-_COPY_THREADS = 8
 _BATCH_BYTES = 2**30
 """Host memory for tensors on their way from a checkpoint into the partitions."""
 
@@ -180,37 +178,30 @@ class ParallelEngine(Engine):
 
     @torch.no_grad()
     def share(self) -> Mapping[str, Tensor]:
-        """In host memory that the next call uses again.
+        """In host memory that the next call uses again: fresh memory takes several times as long to fill.
 
-        The processes of a data-parallel group each give some of their common weights.  Fresh host memory is slow to
-        fill by one thread, so several copy.
+        The processes of a data-parallel group each give some of their common weights.
         """
         state, parts, found = inner_optimizer(self.deepspeed).state, self.global_parts, {}
         given = {id(group): [0] * group.size() for group in (self.groups.data, self.groups.expert_data)}
-        under_way: deque[Future[Tensor]] = deque()
-        with ThreadPoolExecutor(_COPY_THREADS) as pool:
-            for weight in self.weights:
-                group = self._data_group(weight)
-                sizes, shape = given[id(group)], self._shape(weight)
-                owner = sizes.index(min(sizes))
-                sizes[owner] += shape.numel()
-                names = parts[weight.name]
-                whole_here = tensor_parallel_dim(names[0][0], self.layout) is None and not weight.is_expert
-                copied_elsewhere = weight.is_copy or (whole_here and self.groups.tensor.rank() > 0)
-                for kind in ("master", *MOMENTS):
-                    pick = (lambda flat: flat) if kind == "master" else (lambda flat, kind=kind: state[flat][kind])
-                    whole = self._gathered(weight, pick)
-                    if owner != group.rank() or copied_elsewhere:
-                        continue
-                    key = f"{kind}.{weight.name}"
-                    if key not in self._host:
-                        self._host[key] = torch.empty(shape, dtype=torch.float32)
-                    under_way.append(pool.submit(self._host[key].copy_, whole))
-                    if len(under_way) > _COPY_THREADS:  # each holds a tensor of the device
-                        under_way.popleft().result()
-                    found |= {f"{kind}.{n}": self._as_global(n, _part(self._host[key], i)) for n, i in names}
-            for copy in under_way:
-                copy.result()
+        for weight in self.weights:
+            group = self._data_group(weight)
+            sizes, shape = given[id(group)], self._shape(weight)
+            owner = sizes.index(min(sizes))
+            sizes[owner] += shape.numel()
+            names = parts[weight.name]
+            whole_here = tensor_parallel_dim(names[0][0], self.layout) is None and not weight.is_expert
+            given_elsewhere = weight.is_copy or (whole_here and self.groups.tensor.rank() > 0)
+            for kind in ("master", *MOMENTS):
+                pick = (lambda flat: flat) if kind == "master" else (lambda flat, kind=kind: state[flat][kind])
+                whole = self._gathered(weight, pick)
+                if owner != group.rank() or given_elsewhere:
+                    continue
+                key = f"{kind}.{weight.name}"
+                if key not in self._host:
+                    self._host[key] = torch.empty(shape, dtype=torch.float32)
+                self._host[key].copy_(whole)
+                found |= {f"{kind}.{n}": self._as_global(n, _part(self._host[key], i)) for n, i in names}
         if self.groups.data.rank() == 0 and self.groups.tensor.rank() == 0:
             found |= {f"frozen.{n}": _part(b, i).cpu() for name, b in self._buffers.items() for n, i in parts[name]}
         return found
@@ -277,10 +268,10 @@ class ParallelEngine(Engine):
 
     def _result(self, documents: Documents, num_labels: int, rows: int) -> StepResult:
         self.phase("sums over all processes")
-        config, L, E = self.config, self.config.num_layers, self.config.num_moe_experts
+        config = self.config
         table = self._loss_table().double().cpu()
         bad = self._first_bad_micro_batch(table)
-        load = torch.zeros(L, E, dtype=torch.float64)
+        load = torch.zeros(config.num_layers, config.num_moe_experts, dtype=torch.float64)
         for stage in self.stages:
             layers = [int(name) for name in stage.piece.layers]
             load[layers] = torch.stack([losses.load for losses in stage.losses]).sum(0).double().cpu()
@@ -293,47 +284,44 @@ class ParallelEngine(Engine):
             if stats:
                 residual[position] = max(largest_residual(s) for s in stats)
                 saturation[position] = float(torch.stack([s.saturation for s in stats]).mean()) / self.layout.data
-        is_first_stage = self.groups.pipeline.rank() == 0
-        sums = torch.cat(
-            [
-                table.sum(0),
-                torch.tensor(
-                    [
-                        documents.attended_pairs * is_first_stage,
-                        sum(s.repair_passes + s.backward_repair_passes for s in every),
-                        sum(int(s.fell_back) + int(s.backward_fell_back) for s in every),
-                    ],
-                    dtype=torch.float64,
-                ),
-                saturation,
-                load.flatten(),
-            ]
-        )
-        # Tensor-parallel processes have the same of everything: one of them counts.
-        sums = sums.to(self.device) * (self.groups.tensor.rank() == 0)
-        most = torch.cat([residual, torch.tensor([float(bad is not None)])]).to(self.device)
-        dist.all_reduce(sums)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        sums, most = sums.cpu(), most.tolist()
-        if most.pop():
+
+        most = self._over_all(dist.ReduceOp.MAX, residual=residual, bad=torch.tensor(float(bad is not None)))
+        if most["bad"]:
             self._refuse(bad)
-        (cross_entropy, balance, z, pairs, repairs, fallbacks), rest = sums[:6].tolist(), sums[6:]
+        counts = {
+            "pairs": documents.attended_pairs * (self.groups.pipeline.rank() == 0),
+            "repairs": sum(s.repair_passes + s.backward_repair_passes for s in every),
+            "fallbacks": sum(int(s.fell_back) + int(s.backward_fell_back) for s in every),
+        }
+        sums = {"losses": table.sum(0), "saturation": saturation, "load": load}
+        sums |= {name: torch.tensor(float(value)) for name, value in counts.items()}
+        # Tensor-parallel processes have the same of everything: one of them counts.
+        counts_here = self.groups.tensor.rank() == 0
+        sums = self._over_all(dist.ReduceOp.SUM, **{name: value * counts_here for name, value in sums.items()})
+        cross_entropy, balance, z = sums["losses"].tolist()
         labels = max(1, num_labels)
-        residual = dict(zip(config.liquid_layers, most, strict=True))
-        self.move_warmups(residual)
+        residuals = dict(zip(config.liquid_layers, most["residual"].tolist(), strict=True))
+        self.move_warmups(residuals)
         return StepResult(
             loss=cross_entropy / labels + self.auxiliary(balance, z) / rows,
             cross_entropy=cross_entropy / labels,
             balance_loss=balance / rows,
             z_loss=z / rows,
             num_labels=num_labels,
-            attended_pairs=int(pairs),
-            load=rest[len(residual) :].view(L, E).long().tolist(),
-            residual=residual,
-            saturation=dict(zip(config.liquid_layers, rest[: len(residual)].tolist(), strict=True)),
-            repair_passes=int(repairs),
-            fallbacks=int(fallbacks),
+            attended_pairs=int(sums["pairs"]),
+            load=sums["load"].long().tolist(),
+            residual=residuals,
+            saturation=dict(zip(config.liquid_layers, sums["saturation"].tolist(), strict=True)),
+            repair_passes=int(sums["repairs"]),
+            fallbacks=int(sums["fallbacks"]),
         )
+
+    def _over_all(self, operation: Any, **named: Tensor) -> dict[str, Tensor]:
+        """Small host tensors reduced over all processes, in one message."""
+        message = torch.cat([tensor.double().flatten() for tensor in named.values()]).to(self.device)
+        dist.all_reduce(message, op=operation)
+        pieces = message.cpu().split([tensor.numel() for tensor in named.values()])
+        return {name: piece.view(tensor.shape) for (name, tensor), piece in zip(named.items(), pieces, strict=True)}
 
     def _loss_table(self) -> Tensor:
         """`[micro-batches, 3]`: cross entropy, balance and z of this process's chunks."""

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -17,10 +16,6 @@ from lfm.training.engine import Engine, LocalEngine
 from lfm.training.parallel_engine import ParallelEngine
 
 CPU = torch.device("cpu")
-
-needs_cpu = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="DeepSpeed takes any GPU it sees; launch/certify.py compares layouts on GPUs"
-)
 
 Slice = tuple[int, int, int, np.ndarray]
 """Of a tensor: number of this part, number of parts, dimension, values."""

@@ -1,19 +1,25 @@
 """The certificate on a small model: layouts that must pass, silent mistakes that it must name."""
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
 pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
+from lfm.errors import UserError
 from lfm.models.lfm import LFMConfig
 from lfm.parallel.layout import check_layout
-from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, in_one_process
+from lfm.parallel.process import require_packages
+from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, compare, in_one_process
 from lfm.training.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +87,15 @@ def test_a_mistake_in_small_gradients_does_not_hide_behind_large_ones(expected):
     assert found.deviations["gradient"] > 0.5 > found.deviations["norm"]
 
 
+def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch):
+    def version(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(UserError, match=r"need megatron-core.*pip install 'lfm\[parallel\]'"):
+        require_packages()
+
+
 def certify_command(*words: str) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
@@ -118,3 +133,34 @@ def test_a_bad_request_is_refused_in_one_sentence(words, said):
     found = certify_command(*words)
     assert found.returncode == 2
     assert found.stderr.count("error:") == 1 and said in found.stderr
+
+
+STEP = {"loss": 2.0, "cross_entropy": 1.5, "balance_loss": 1.0, "z_loss": 0.5, "norm": 3.0, "clip": 1 / 3}
+ALL_ONE = Numbers(held_out=1.25, steps=[STEP], gradients={"a": np.ones(4), "b": np.ones(4)})
+
+
+def rank(**changes):
+    """Both ranks hold `a` whole and a slice each of `b`: (squared difference, squared norm, is a slice)."""
+    return {
+        "held_out": changes.get("held_out", 1.25),
+        "steps": [{key: changes.get(key, value) for key, value in STEP.items()}],
+        "gradients": {"a": (changes.get("a", 0.0), 4.0, False), "b": (changes.get("b", 0.0), 2.0, True)},
+    }
+
+
+def test_equal_numbers_are_certified():
+    assert compare("layout", ALL_ONE, [rank(), rank()]).beyond == []
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+@pytest.mark.parametrize("name", ["held_out", *STEP, "a", "b"])
+@pytest.mark.parametrize("value", [math.nan, 1.1], ids=["nan", "wrong"])
+def test_one_wrong_number_on_any_rank_is_found(name, bad_rank, value):
+    ranks = [rank(), rank()]
+    ranks[bad_rank] = rank(**{name: value})
+    assert len(compare("layout", ALL_ONE, ranks).beyond) == 1
+
+
+def test_a_gradient_that_no_rank_has_is_found():
+    expected = dataclasses.replace(ALL_ONE, gradients={**ALL_ONE.gradients, "c": np.ones(4)})
+    assert compare("layout", expected, [rank(), rank()]).beyond

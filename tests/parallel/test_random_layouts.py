@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
+pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
+
 from lfm.layers.documents import Documents
 from lfm.layers.liquid import LiquidConfig
 from lfm.layers.moe import MoE
@@ -20,9 +23,9 @@ from lfm.parallel.process import Process
 from lfm.training.certificate import Problem, certify, in_one_process
 from lfm.training.engine import LocalEngine
 from lfm.training.optimizer import OptimizerConfig
-from tests.parallel.engine_numbers import CPU, deviations, join, local_engine, needs_cpu, parallel_engine, train
+from tests.parallel.engine_numbers import CPU, deviations, join, local_engine, parallel_engine, train
 
-pytestmark = [pytest.mark.slow, needs_cpu]
+pytestmark = pytest.mark.slow
 
 RANDOM = settings(
     max_examples=20,
