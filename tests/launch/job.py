@@ -1,5 +1,6 @@
 """Training commands of several processes, as a user or a scheduler starts them, and what becomes of the processes."""
 
+import contextlib
 import os
 import re
 import signal
@@ -62,10 +63,10 @@ class Job:
     def __init__(
         self, output: Path, *commands: tuple[list[str], Mapping[str, str]], first_stdout: int | None = None
     ) -> None:
-        self.mark, self.file = f"LFM_TEST_JOB={uuid.uuid4().hex}", output
+        self.file, job = output, uuid.uuid4().hex
+        self.mark = f"LFM_TEST_JOB={job}"
         inherited = {name: v for name, v in os.environ.items() if not _LAUNCHER_VARIABLES.fullmatch(name)}
-        inherited |= {"PYTHONPATH": str(ROOT), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
-        inherited |= dict([self.mark.split("=")])
+        inherited |= {"PYTHONPATH": str(ROOT), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "LFM_TEST_JOB": job}
         self.processes = []
         with open(output, "w") as file:
             for command, variables in commands:
@@ -85,7 +86,8 @@ class Job:
 
     def __exit__(self, *_) -> None:
         for pid in self.running():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for process in self.processes:
             process.wait()
 
