@@ -55,9 +55,10 @@ class _ModelParallelUnit:
 class _ExpertMarker(DeepSpeedMoE):
     """Tells DeepSpeed, which looks for its own layer in the module tree, that experts have groups of their own."""
 
-    def __init__(self, groups: Groups, num_experts: int) -> None:
+    def __init__(self, groups: Groups) -> None:
         nn.Module.__init__(self)
-        self.groups, self.num_experts = groups, num_experts
+        self.groups = groups
+        self.num_experts = groups.layout.expert  # read by DeepSpeed's own checkpoints alone
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         name = _expert_group_name(self.groups)
@@ -106,7 +107,7 @@ def make_engine(
         if weight.is_expert:
             p.allreduce, p.group_name = False, _expert_group_name(groups)
     if any(weight.is_expert for weight in weights):
-        module.add_module("expert_marker", _ExpertMarker(groups, num_experts=len(weights)))
+        module.add_module("expert_marker", _ExpertMarker(groups))
     options = dict(optimizer)
     if layout.offload_optimizer:
         options["fused"] = False
