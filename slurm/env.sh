@@ -36,11 +36,13 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # Lines reach the log when they are printed.
 export PYTHONUNBUFFERED=1
 
-# The ranks meet on the first node.  The port lies below the range from which systems hand out ports on their own, and
-# jobs that share a node have different ones.
+# The ranks meet on the first node, which is this one.  The port lies below the range from which systems hand out ports on
+# their own; jobs that share a node begin with different ones and take the next that nobody listens on.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR="${nodes[0]}"
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
+export MASTER_PORT
 # What another launcher left in the submitting shell would be taken for this job's.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 
