@@ -22,9 +22,8 @@ import torch
 from lfm.data.stream import BatchStream, open_split
 from lfm.parallel.layout import Layout, check_layout
 from lfm.parallel.process import Process, prepare_environment
+from lfm.training.metrics import PEAK_FLOPS
 from lfm.training.run import RunConfig, environment
-
-PEAK_FLOPS = 989e12
 
 
 def measure(process: Process, run: RunConfig, layout: Layout | None, warmup: int, steps: int) -> dict[str, Any]:
@@ -157,8 +156,8 @@ def summary(run: RunConfig, name: str, layout: Layout | None, ranks: list[dict[s
         "tokens_per_step": tokens,
         "tokens_per_second_per_gpu": rate,
         "range": [tokens / s / world for s in (max(ranks[0]["seconds"]), min(ranks[0]["seconds"]))],
-        "mfu_attended": rate * run.model.flops_per_token(attended=attended) / PEAK_FLOPS,
-        "mfu_if_rows_were_one_document": rate * run.model.flops_per_token() / PEAK_FLOPS,
+        "mfu_attended": rate * run.model.flops_per_token(attended=attended) / PEAK_FLOPS["H200"],
+        "mfu_if_rows_were_one_document": rate * run.model.flops_per_token() / PEAK_FLOPS["H200"],
         "schedule_share": statistics.median(ranks[0]["schedule_seconds"]) / seconds,
         "peak_memory_gib": [rank["peak_memory_gib"] for rank in ranks],
         "losses": ranks[0]["losses"],
