@@ -86,7 +86,7 @@ def remove(checkpoint: Path) -> None:
 def find(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of the run folder it names."""
     path = path.expanduser()
-    if (path / "manifest.json").exists() or path.name.startswith("step_"):
+    if (path / "manifest.json").exists() or (path.name.startswith("step_") and path.exists()):
         return path
     found = whole_checkpoints(path / "checkpoints") or whole_checkpoints(path)
     if not found:
