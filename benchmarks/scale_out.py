@@ -29,7 +29,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import torch
 
 from lfm.data.stream import BatchStream, open_split
-from lfm.models.lfm import Recompute
+from lfm.models.language_model import Recompute
 from lfm.parallel.layout import Layout, ParallelConfig, check_layout
 from lfm.parallel.local_ranks import run_ranks
 from lfm.parallel.process import Process, prepare_environment

@@ -1,18 +1,16 @@
 """LFM: decoder of grouped-query attention, liquid reservoirs in every n-th layer and a mixture of experts in each."""
 
-import hashlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
-from lfm.config import Config
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
 from lfm.layers.attention import Attention, KeyValueCache
 from lfm.layers.documents import Documents
@@ -22,12 +20,19 @@ from lfm.layers.moe import MoE, Routing
 from lfm.layers.norm import RMSNorm
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.rotary import rotary_tables
-from lfm.models.global_names import global_views
+from lfm.models.language_model import (
+    FamilyConfig,
+    LanguageModel,
+    Losses,
+    ParameterCounts,
+    Recompute,
+    State,
+    generator_of,
+)
 
-Recompute = Literal["none", "selective", "full"]
 
-
-class LFMConfig(Config):
+class LFMConfig(FamilyConfig):
+    recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "selective", "full")
     kind: Literal["lfm"] = "lfm"
     """Model family."""
     hidden_size: PositiveInt
@@ -85,6 +90,18 @@ class LFMConfig(Config):
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+
+    @property
+    def context_limit(self) -> int:
+        return self.seq_length
+
+    @property
+    def reservoir_layers(self) -> tuple[int, ...]:
+        return self.liquid_layers
+
+    @property
+    def reservoir_warmup(self) -> int:
+        return self.liquid.warmup if self.liquid else 0
 
     @property
     def liquid_layers(self) -> tuple[int, ...]:
@@ -171,37 +188,18 @@ class LayerParameters:
         return self.sharded + self.experts + self.replicated
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
-    """`active` is trainable parameters that one token uses; `padding` (unused vocabulary rows) is in no other count."""
-
-    total: int
-    trainable: int
-    frozen: int
-    active: int
-    active_non_embedding: int
-    padding: int
-
-    def report(self) -> str:
-        return (
-            f"parameters: total {self.total:,}  trainable {self.trainable:,}  frozen {self.frozen:,}  "
-            f"active {self.active:,} (non-embedding {self.active_non_embedding:,})  "
-            f"vocabulary padding {self.padding:,} (not counted)"
-        )
-
-
 @dataclass
-class LFMState:
+class LFMState(State):
     """What streaming carries: `position [B]` tokens seen, a key/value cache a layer, `[B, R, N]` a liquid layer."""
 
     position: Int[Tensor, " B"]
     caches: list[KeyValueCache]
     liquid: dict[int, Tensor]
 
-    @staticmethod
-    def stack(states: Sequence["LFMState"]) -> "LFMState":
+    @classmethod
+    def stack(cls, states: Sequence[Any]) -> Self:
         """One batch from several states, prefixes of different lengths allowed."""
-        return LFMState(
+        return cls(
             torch.cat([state.position for state in states]),
             [KeyValueCache.stack(list(caches)) for caches in zip(*(state.caches for state in states), strict=True)],
             {layer: torch.cat([state.liquid[layer] for state in states]) for layer in states[0].liquid},
@@ -218,18 +216,13 @@ class Diagnostics:
     recurrence: dict[int, RecurrenceStats]
 
 
-@dataclass
-class Losses:
-    """Sums over one micro-batch, so that adding micro-batches and ranks, then dividing once, is exact."""
-
-    cross_entropy: Float[Tensor, ""]
-    """Sum over labelled positions, nats."""
+@dataclass(kw_only=True)
+class LFMLosses(Losses):
     balance: Float[Tensor, ""]
     """Sum over rows of the mean over layers."""
     z: Float[Tensor, ""]
     """Sum over rows of the mean over layers."""
     load: Int[Tensor, "L E"]
-    recurrence: dict[int, RecurrenceStats]
 
 
 class Block(nn.Module):
@@ -302,7 +295,7 @@ def _checkpointed(fn, *args, **kwargs):
     return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-class LFM(nn.Module):
+class LFM(LanguageModel):
     """Pre-norm decoder: `x += Attention; x += Liquid (every n-th layer); x += MoE`; logits from the final norm.
 
     `layers` makes it a piece of the model: those layers alone, with the embedding if they begin at the first and the
@@ -339,35 +332,35 @@ class LFM(nn.Module):
             if int(layer) in self.config.liquid_layers
         }
 
-    def forward(
-        self,
-        ids: Int[Tensor, "B T"],
-        state: LFMState | None = None,
-        doc_lengths: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[Float[Tensor, "B T V"], LFMState]:
-        """Logits for every position, and the state after the last one.
-
-        `state=None` is the empty prefix.  `doc_lengths` (row by row, summing to T) packs documents that do not see
-        each other; it goes with `state=None` only, because a document cannot begin before the row does.
-        """
-        if state is not None and doc_lengths is not None:
-            raise ValueError("doc_lengths and state exclude each other: a streamed sequence is one document")
-        documents = Documents.from_lengths(doc_lengths, ids.device) if doc_lengths is not None else None
+    def advance(
+        self, ids: Int[Tensor, "B T"], state: LFMState | None = None, documents: Documents | None = None
+    ) -> tuple[Float[Tensor, "B T D"], LFMState]:
         hidden, state, _ = self.hidden(ids, state=state, documents=documents, keep_state=True)
         assert state is not None
-        return hidden @ self.head_weight.T, state
+        return hidden, state
 
-    def losses(self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none") -> Losses:
-        """Next-token cross entropy and the auxiliary terms of packed rows, as sums."""
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        return hidden @ self.head_weight.T
+
+    def empty_state(self, batch: int) -> None:
+        """An empty cache has no tensors."""
+        return None
+
+    def loss_parts(
+        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
+    ) -> Iterator[LFMLosses]:
         x, _, diagnostics = self.run_layers(self.embedding(ids), documents=documents, recompute=recompute)
         losses = self.layer_losses(diagnostics)
         losses.cross_entropy = self.cross_entropy(x, ids, documents)
-        return losses
+        yield losses
 
-    def layer_losses(self, diagnostics: "Diagnostics") -> Losses:
+    def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
+        return initial_tensor(name, shape, self.config, seed)
+
+    def layer_losses(self, diagnostics: "Diagnostics") -> LFMLosses:
         """What the layers that are here contribute, with a cross entropy of 0."""
         balance, z = torch.stack(diagnostics.balance), torch.stack(diagnostics.z)
-        return Losses(
+        return LFMLosses(
             cross_entropy=balance.new_zeros(()),
             balance=balance.sum() / self.config.num_layers,
             z=z.sum() / self.config.num_layers,
@@ -470,8 +463,7 @@ def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int
         return torch.zeros(*shape)
     # A reservoir and the mask of its connections are one draw.
     draw = name.replace(".connections", ".weight")
-    digest = hashlib.blake2b(f"{seed}:{draw}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = generator_of(seed, draw)
     if ".reservoirs." in name:
         assert config.liquid is not None
         radius = config.liquid.spectral_radius
@@ -483,17 +475,3 @@ def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int
     elif name.endswith("liquid.input.weight"):
         std = config.hidden_size**-0.5
     return torch.empty(*shape).normal_(0, std, generator=generator)
-
-
-def initialize(model: LFM, seed: int, targets: dict[str, Tensor] | None = None) -> None:
-    """Fill `targets` (global name -> tensor; by default the model's own) with their initial values.
-
-    Threads draw several tensors at once; each has its own generator, so the result does not depend on them.
-    """
-    views = global_views(model, lambda _, tensor: tensor) if targets is None else targets
-
-    def fill(name: str) -> None:
-        views[name].copy_(initial_tensor(name, views[name].shape, model.config, seed))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(fill, views))

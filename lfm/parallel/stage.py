@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lfm.layers.documents import Documents
-from lfm.models.lfm import LFM, Losses, Recompute
+from lfm.models.language_model import Recompute
+from lfm.models.lfm import LFM, LFMLosses
 from lfm.parallel.layout import Layout
 
 with warnings.catch_warnings():
@@ -43,7 +44,7 @@ class Stage(nn.Module):
         self.recompute: Recompute = recompute
         self.weights: LossWeights | None = None
         """None: evaluation."""
-        self.losses: list[Losses] = []
+        self.losses: list[LFMLosses] = []
         """Of each micro-batch since the last `clear`; cross entropy on the last chunk alone."""
         self.received: Tensor | None = None
 

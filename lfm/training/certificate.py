@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lfm.models.lfm import LFMConfig, Recompute
+from lfm.models.language_model import Recompute
+from lfm.models.lfm import LFMConfig
 from lfm.parallel import groups as process_groups
 from lfm.parallel.layout import Layout, ParallelConfig
 from lfm.parallel.local_ranks import run_ranks

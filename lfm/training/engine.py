@@ -18,7 +18,8 @@ from lfm.layers.documents import Documents
 from lfm.layers.liquid import Liquid
 from lfm.layers.parts import PLAIN, Parts
 from lfm.models.global_names import global_views
-from lfm.models.lfm import LFM, LFMConfig, Recompute, initialize
+from lfm.models.language_model import Recompute, initialize
+from lfm.models.lfm import LFM, LFMConfig, LFMLosses
 from lfm.models.registry import build
 from lfm.training.evaluate import score
 from lfm.training.optimizer import OptimizerConfig, adamw
@@ -129,9 +130,9 @@ class Engine(abc.ABC):
 
     def start_warmups(self) -> None:
         """Bookkeeping of the reservoirs' warm-ups, alike on all processes whatever layers they hold."""
-        liquid, layers = self.config.liquid, self.config.liquid_layers
+        layers = self.config.reservoir_layers
         self.calm_steps = {layer: 0 for layer in layers}
-        self.warmups = {layer: liquid.warmup for layer in layers} if liquid else {}
+        self.warmups = {layer: self.config.reservoir_warmup for layer in layers}
 
     def move_warmups(self, residual: Mapping[int, float]) -> None:
         """Set each layer's warm-up for the next step from this step's largest residual on any process."""
@@ -144,6 +145,9 @@ class Engine(abc.ABC):
                 self.liquids[layer].warmup = warmup
 
     def auxiliary(self, balance: Any, z: Any) -> Any:
+        """Weighted balance and z losses; 0 in families without experts."""
+        if not isinstance(self.config, LFMConfig):
+            return 0.0
         return self.config.moe_aux_loss_coeff * balance + self.config.moe_z_loss_coeff * z
 
     def memory_bytes(self) -> int:
@@ -234,13 +238,20 @@ class LocalEngine(Engine):
         recurrences = []
         for start in range(0, rows, self.micro_batch_size):
             part = documents.slice_rows(start, start + self.micro_batch_size)
-            losses = self.model.losses(ids[start : start + self.micro_batch_size], part, recompute=self.recompute)
-            loss = losses.cross_entropy / labels + self.auxiliary(losses.balance, losses.z) / rows
-            loss.backward()
-            sums.append(torch.stack([losses.cross_entropy.detach(), losses.balance.detach(), losses.z.detach()]))
-            loads.append(losses.load)
-            recurrences.append(losses.recurrence)
-        table = torch.stack(sums).double().cpu()
+            summed = torch.zeros(3, dtype=torch.float64, device=self.device)
+            for losses in self.model.loss_parts(
+                ids[start : start + self.micro_batch_size], part, recompute=self.recompute
+            ):
+                terms, loss = [losses.cross_entropy], losses.cross_entropy / labels
+                if isinstance(losses, LFMLosses):
+                    loss = loss + self.auxiliary(losses.balance, losses.z) / rows
+                    terms += [losses.balance, losses.z]
+                    loads.append(losses.load)
+                loss.backward()
+                summed[: len(terms)] += torch.stack([term.detach() for term in terms])
+                recurrences.append(losses.recurrence)
+            sums.append(summed)
+        table = torch.stack(sums).cpu()
         for index, row in enumerate(table.isfinite().all(1).tolist()):
             if not row:
                 first = index * self.micro_batch_size
@@ -255,13 +266,13 @@ class LocalEngine(Engine):
             z_loss=z / rows,
             num_labels=documents.num_labels,
             attended_pairs=documents.attended_pairs,
-            load=torch.stack(loads).sum(0).tolist(),
+            load=torch.stack(loads).sum(0).tolist() if loads else [],
             **self._watch_reservoirs(recurrences),
         )
 
     def _watch_reservoirs(self, recurrences: list[dict[int, RecurrenceStats]]) -> dict[str, Any]:
         """Residual and saturation by layer; moves each layer's warm-up for the next step."""
-        layers = self.config.liquid_layers
+        layers = self.config.reservoir_layers
         residual = {i: max(largest_residual(found[i]) for found in recurrences) for i in layers}
         self.move_warmups(residual)
         every = [s for found in recurrences for s in found.values()]

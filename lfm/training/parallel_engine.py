@@ -18,7 +18,8 @@ from lfm.errors import NonFiniteError
 from lfm.layers.documents import Documents
 from lfm.layers.liquid import Liquid
 from lfm.models.global_names import Index, global_index
-from lfm.models.lfm import LFM, LFMConfig, Recompute, initial_tensor
+from lfm.models.language_model import Recompute
+from lfm.models.lfm import LFM, LFMConfig, initial_tensor
 from lfm.parallel.groups import Groups
 from lfm.parallel.megatron import MegatronParts, tensor_parallel_dim, transformer_config
 from lfm.parallel.stage import LossWeights, MicroBatch, Stage, run_schedule

@@ -9,7 +9,8 @@ from lfm.errors import UserError
 from lfm.layers.documents import Documents
 from lfm.models.generation import SamplingConfig, generate
 from lfm.models.global_names import global_index, global_views
-from lfm.models.lfm import LFM, LFMConfig, LFMState, initial_tensor, initialize
+from lfm.models.language_model import initialize
+from lfm.models.lfm import LFM, LFMConfig, LFMState, initial_tensor
 from tests.comparison import assert_close
 from tests.models.reference_lfm import document_forward, step_loss
 

@@ -1,0 +1,253 @@
+"""What every model family offers: the interface that training, generation and their tests are written against."""
+
+import abc
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lfm.config import Config
+from lfm.kernels.reservoir import RecurrenceStats
+from lfm.layers.documents import Documents
+from lfm.models.global_names import global_views
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class FamilyConfig(Config):
+    """Base of every family's configuration, which adds `kind` and its dimensions, `seq_length` and `vocab_size` among
+    them.
+    """
+
+    recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none",)
+    """Values of training.recompute that the family knows."""
+
+    @property
+    def context_limit(self) -> int | None:
+        """The most tokens that prompt and continuation may reach; None where the state does not grow with them."""
+        return None
+
+    @property
+    def reservoir_layers(self) -> tuple[int, ...]:
+        """Layers whose chunked reservoirs adapt their warm-up while training."""
+        return ()
+
+    @property
+    def reservoir_warmup(self) -> int:
+        """Warm-up of those layers at the first step."""
+        return 0
+
+    @property
+    def run_name(self) -> str:
+        """What `name: auto` means."""
+        return getattr(self, "kind", "run")
+
+    def count_parameters(self) -> "ParameterCounts":
+        """Exact counts, tied tensors once, frozen sparse matrices as dense ones."""
+        raise NotImplementedError
+
+    def flops_per_token(self, attended: float | None = None) -> float:
+        """Useful FLOPs of a training token, forward and backward: a multiply and an add are two.
+
+        `attended`: mean number of keys a query sees, for families with attention; by default that of whole rows.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """`active` is trainable parameters that one token uses; `padding` (unused vocabulary rows) is in no other count."""
+
+    total: int
+    trainable: int
+    frozen: int
+    active: int
+    active_non_embedding: int
+    padding: int = 0
+
+    def report(self) -> str:
+        return (
+            f"parameters: total {self.total:,}  trainable {self.trainable:,}  frozen {self.frozen:,}  "
+            f"active {self.active:,} (non-embedding {self.active_non_embedding:,})  "
+            f"vocabulary padding {self.padding:,} (not counted)"
+        )
+
+
+@dataclass
+class Losses:
+    """Sums over one micro-batch, so that adding micro-batches and ranks, then dividing once, is exact."""
+
+    cross_entropy: Float[Tensor, ""]
+    """Sum over labelled positions, nats."""
+    recurrence: dict[int, RecurrenceStats] = field(default_factory=dict)
+    """Of `config.reservoir_layers`."""
+
+
+class State:
+    """What streaming carries from one call to the next: a dataclass of tensors, and lists and dicts of tensors.
+
+    Dimension 0 of every tensor is the batch.  Values are replaced, never written into.
+    """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, such as `hidden.2` for the third of a list."""
+        found: dict[str, Tensor] = {}
+        self._map(lambda name, tensor: found.setdefault(name, tensor))
+        return found
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The state with `change` applied to each tensor."""
+        return self._map(lambda _, tensor: change(tensor))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def detach(self) -> Self:
+        return self.map(Tensor.detach)
+
+    @classmethod
+    def stack(cls, states: Sequence[Any]) -> Self:
+        """One batch from several, in order."""
+        parts = [state.tensors() for state in states]
+        return states[0]._map(lambda name, _: torch.cat([tensors[name] for tensors in parts]))
+
+    def check_like(self, expected: "State") -> None:
+        """Raise ValueError, naming the first difference, unless this state has the tensors of `expected`, shape by
+        shape.
+        """
+        if type(self) is not type(expected):
+            raise ValueError(
+                f"a {type(self).__name__} is the state of another model family, not {type(expected).__name__}"
+            )
+        own, wanted = self.tensors(), expected.tensors()
+        for name in sorted(own.keys() | wanted.keys()):
+            a, b = own.get(name), wanted.get(name)
+            if a is None or b is None or a.shape != b.shape:
+                raise ValueError(
+                    f"the state is of another model: {name} is {'missing' if a is None else list(a.shape)}, "
+                    f"this model needs {'none' if b is None else list(b.shape)}"
+                )
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Self:
+        return _map_tree("", self, change)
+
+
+def _map_tree(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+    dot = name and name + "."
+    if isinstance(value, Tensor):
+        return change(name, value)
+    if dataclasses.is_dataclass(value):
+        fields = [f.name for f in dataclasses.fields(value)]
+        return type(value)(**{key: _map_tree(dot + key, getattr(value, key), change) for key in fields})  # type: ignore[operator]
+    if isinstance(value, list):
+        return [_map_tree(f"{dot}{i}", item, change) for i, item in enumerate(value)]
+    assert isinstance(value, dict), f"{name} of a state is a {type(value).__name__}"
+    return {key: _map_tree(f"{dot}{key}", item, change) for key, item in value.items()}
+
+
+class LanguageModel(nn.Module, abc.ABC):
+    """A next-token model with functional state.
+
+    Parameters are made uninitialised, on whatever device is current (the meta device included); `initialize` fills
+    them, and every buffer, from (seed, name).  A buffer is a frozen tensor: never trained, saved with every
+    checkpoint.  What is derived from parameters or buffers is neither, and is not kept on the module across steps.
+    """
+
+    config: Any
+    embedding: nn.Embedding
+    evaluation_modes: ClassVar[tuple[str, ...]] = ()
+    """Ways to run the same weights that every validation tells apart; see `evaluating`."""
+
+    @abc.abstractmethod
+    def advance(
+        self, ids: Int[Tensor, "B T"], state: Any = None, documents: Documents | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Any]:
+        """Final hidden states of `ids` after the prefix of `state` (None: no prefix), and the state after them.
+
+        `documents` packs documents that do not see each other; it goes with `state=None` only.  Any split of a
+        sequence into calls gives the same.  Raises ValueError for the state of another model or batch.
+        """
+
+    @abc.abstractmethod
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Of `vocab_size` ids: padded ones have none."""
+
+    @abc.abstractmethod
+    def empty_state(self, batch: int) -> State | None:
+        """The state of the empty prefix, which `state=None` means; None where it cannot be written down."""
+
+    @abc.abstractmethod
+    def loss_parts(
+        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
+    ) -> Iterator[Losses]:
+        """Next-token losses of packed rows in summands, each differentiated before the next is asked for.
+
+        One summand for most families; truncated backpropagation yields one a window, so that memory is a window's.
+        """
+
+    @abc.abstractmethod
+    def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
+        """The whole initial value of the tensor with this global name, at least fp32 on the CPU, from (seed, name)."""
+
+    @property
+    def liquids(self) -> dict[int, Any]:
+        """Modules of `config.reservoir_layers` by layer; their `warmup` is set between steps."""
+        return {}
+
+    def start_step(self, step: int, total_steps: int) -> None:
+        """Called before optimizer step `step` (0-based) of a run of `total_steps`: phases of training switch here."""
+
+    def evaluating(self, mode: str) -> AbstractContextManager[None]:
+        """Within it the model runs in one of `evaluation_modes`."""
+        assert not mode, mode
+        return nullcontext()
+
+    def forward(
+        self, ids: Int[Tensor, "B T"], state: Any = None, doc_lengths: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Float[Tensor, "B T V"], Any]:
+        """Logits for every position, and the state after the last one.
+
+        `state=None` is the empty prefix.  `doc_lengths` (row by row, summing to T) packs documents that do not see
+        each other; it goes with `state=None` only, because a document cannot begin before the row does.
+        """
+        if state is not None and doc_lengths is not None:
+            raise ValueError("doc_lengths and state exclude each other: a streamed sequence is one document")
+        documents = Documents.from_lengths(doc_lengths, ids.device) if doc_lengths is not None else None
+        hidden, state = self.advance(ids, state, documents)
+        return self.logits(hidden), state
+
+    def losses(self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none") -> Losses:
+        """The sum of `loss_parts` as one value; with gradients, it holds the memory of all of them."""
+        parts = list(self.loss_parts(ids, documents, recompute=recompute))
+        if len(parts) == 1:
+            return parts[0]
+        return Losses(cross_entropy=torch.stack([part.cross_entropy for part in parts]).sum())
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for every (seed, name): what one tensor draws does not depend on the others."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def initialize(model: LanguageModel, seed: int, targets: dict[str, Tensor] | None = None) -> None:
+    """Fill `targets` (global name -> tensor; by default the model's own) with their initial values.
+
+    Threads draw several tensors at once; each has its own generator, so the result does not depend on them.
+    """
+    views = global_views(model, lambda _, tensor: tensor) if targets is None else targets
+
+    def fill(name: str) -> None:
+        views[name].copy_(model.initial_tensor(name, views[name].shape, seed))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, views))
