@@ -29,6 +29,8 @@ class FamilyConfig(Config):
 
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none",)
     """Values of training.recompute that the family knows."""
+    changeable: ClassVar[frozenset[str]] = frozenset({"seq_length"})
+    """Keys, dotted, that a run may change when it goes on from a checkpoint: no tensor depends on them."""
 
     @property
     def context_limit(self) -> int | None:
@@ -166,6 +168,8 @@ class LanguageModel(nn.Module, abc.ABC):
     embedding: nn.Embedding
     evaluation_modes: ClassVar[tuple[str, ...]] = ()
     """Ways to run the same weights that every validation tells apart; see `evaluating`."""
+    evaluation_mode: str = ""
+    """Which of them training uses now."""
 
     @abc.abstractmethod
     def advance(
