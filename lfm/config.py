@@ -81,6 +81,21 @@ def parse_command_line(
     return config.load(namespace.config, namespace.overrides), namespace
 
 
+def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
+    """A flag for every key of a flat config, such as --max-new-tokens for max_new_tokens; `from_flags` reads them."""
+    for name, field in config.model_fields.items():
+        flag, help_text = "--" + name.replace("_", "-"), " ".join((field.description or "").split())
+        if field.annotation is bool:
+            parser.add_argument(flag, action="store_true", help=help_text)
+        else:
+            parser.add_argument(flag, default=field.default, help=f"{help_text} (default {field.default})".strip())
+
+
+def from_flags(config: type[AnyConfig], flags: argparse.Namespace) -> AnyConfig:
+    """What the flags of `add_flags` say.  Raises UserError naming the key."""
+    return config.from_tree({name: getattr(flags, name) for name in config.model_fields}, source="the command line")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML that refuses a key given twice (plain PyYAML keeps the last one in silence)."""
 

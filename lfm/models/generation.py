@@ -1,6 +1,8 @@
 """Sampling from any model with functional state: prefill each prompt, then decode all of them one token at a time."""
 
+import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from lfm.config import Config
 from lfm.errors import UserError
+from lfm.files import write_durably
 from lfm.models.language_model import LanguageModel
 
 
@@ -76,6 +79,84 @@ def generate(
         step = torch.tensor([[token if token is not None else 0] for token in chosen], device=device)
         out, state = model.advance(step, state)
         hidden = out[:, -1]
+
+
+class Conversation:
+    """One sequence that goes on: text is read into the model's state, and replies are sampled from it.
+
+    Nothing is read twice: the state is all that is kept, and in families without attention it does not grow.
+    """
+
+    def __init__(self, model: LanguageModel, sampling: SamplingConfig, *, end_of_document: int | None) -> None:
+        self.model, self.sampling, self.end_of_document = model, sampling, end_of_document
+        self.generator = torch.Generator().manual_seed(sampling.seed)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        self.state: Any = None
+        self.hidden: Tensor | None = None
+        """`[1, D]`, of the last token read; None before the first."""
+        self.num_tokens = 0
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Take `ids` into the state.  Raises UserError where the context has no room for them, and reads none."""
+        limit = self.model.config.context_limit
+        if limit is not None and self.num_tokens + len(ids) >= limit:
+            raise UserError(
+                f"{self.num_tokens} + {len(ids)} tokens leave no room in the context of {limit}; "
+                "start anew, or give less"
+            )
+        if ids:
+            self.hidden, self.state = prefill(self.model, ids, self.state)
+            self.num_tokens += len(ids)
+
+    def reply(self) -> Iterator[int]:
+        """Sampled ids, each read into the state as it is given, until the end of a document, which is not read."""
+        if self.hidden is None:
+            raise UserError("there is nothing to reply to; give some text first")
+        limit = self.model.config.context_limit
+        for _ in range(self.sampling.max_new_tokens):
+            if limit is not None and self.num_tokens + 1 >= limit:
+                return
+            token = choose(self.model.logits(self.hidden)[0].float().cpu(), self.sampling, self.generator)
+            if token == self.end_of_document:
+                return
+            self.read([token])
+            yield token
+
+    def save(self, path: Path, *, checkpoint: str) -> None:
+        """Write the state to a file; `checkpoint` identifies the weights that it belongs to."""
+        if self.hidden is None:
+            return
+        content = {
+            "checkpoint": checkpoint,
+            "num_tokens": self.num_tokens,
+            "hidden": self.hidden.cpu(),
+            "state": {name: tensor.cpu() for name, tensor in self.state.tensors().items()},
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_durably(path, buffer.getvalue())
+
+    def load(self, path: Path, *, checkpoint: str) -> None:
+        """Go on from a saved state.  Raises UserError for a file that is none, or of other weights."""
+        empty = self.model.empty_state(1)
+        if empty is None:
+            raise UserError(f"the state of {self.model.config.kind} grows with its text and is not kept in files")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            saved_by, num_tokens, hidden = content["checkpoint"], int(content["num_tokens"]), content["hidden"]
+            tensors = content["state"]
+        except Exception:  # whatever torch makes of a file that is something else
+            raise UserError(f"{path} is not a saved state; give another file, or one that does not exist") from None
+        if saved_by != checkpoint:
+            raise UserError(f"the state {path} is of another model ({saved_by}, not {checkpoint}); give another file")
+        try:
+            self.state = empty.filled(tensors)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        self.hidden, self.num_tokens = hidden.to(self.model.embedding.weight), num_tokens
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context_limit: int | None) -> None:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.tensor import DTensor
 
 from lfm.config import Config
+from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 from lfm.models.global_names import global_views
 from lfm.models.language_model import LanguageModel
@@ -195,6 +196,16 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple
     for layer, warmup in manifest["counters"]["reservoir_warmup"].items():
         model.liquids[int(layer)].warmup = warmup
     return model.eval(), manifest, checkpoint
+
+
+def open_model(path: Path, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
+    """A verified checkpoint's model, in bf16 on a GPU and fp32 on a CPU, its tokenizer, and the checkpoint's path."""
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for and no GPU is visible; use --device cpu")
+    where, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    model, _, checkpoint = load_model(path, device=where, dtype=dtype)
+    return model, Tokenizer.from_file(checkpoint / "tokenizer.json"), checkpoint
 
 
 def rng_state(device: torch.device) -> dict[str, str]:

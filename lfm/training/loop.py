@@ -162,7 +162,7 @@ def _train(
     rows = open_split(run.data, "train", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
     held_out = open_split(run.data, "validation", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
     tokenizer = Tokenizer.from_file(Path(run.data.path).expanduser() / "tokenizer.json")
-    prompts = [tokenizer.encode(prompt) for prompt in run.samples.prompts]
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in run.samples.prompts]
     check_prompts(prompts, run.model.context_limit)
     start, weights = _starting_point(run, rows, ranks), _starting_weights(run, ranks)
     if ranks.is_main:
