@@ -3,6 +3,7 @@
 import hashlib
 import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -168,13 +169,15 @@ def _train(
     if ranks.is_main:
         (run.folder / STOPPED).unlink(missing_ok=True)
         write_run_files(run)
+        if run.logging.print_config:
+            print(run.model_dump_json(indent=1), flush=True)
         print(run.model.count_parameters().report(), flush=True)
 
     watch.phase("building the model", allow_seconds=_SAVING_SECONDS)
     torch.manual_seed(run.seed)
     engine = make_engine(run, device, watch)
     progress = _restore(run, engine, start, weights, ranks)
-    log = Metrics(run.logging, run.folder, name=run.name, resumed_step=progress.step) if ranks.is_main else None
+    log = Metrics(run.logging, run.folder, name=run.folder.name, resumed_step=progress.step) if ranks.is_main else None
     global_batch_size = run.training.global_batch_size
     stream = BatchStream(
         rows,
@@ -190,6 +193,7 @@ def _train(
     # A step's rows count as consumed when its update is made; another process may fail between the two.
     position = stream.position
     stalls: list[float] = []
+    window: list[float] = []
 
     def save(*, best: bool = False) -> None:
         nonlocal saved_step
@@ -242,12 +246,18 @@ def _train(
             progress.step += 1
             progress.tokens += tokens
             speed.add(tokens, result.attended_pairs)
+            window.append(result.cross_entropy)
             bar.update()
 
             last = progress.step == run.training.steps
             if _due(progress.step, run.logging.every_steps) or last:
                 memory = ranks.largest(engine.memory_bytes())
                 record = {"step": progress.step, "tokens": progress.tokens, "lr": lr, "grad_norm": grad_norm}
+                # After the last step the rate is that of the last, as schedules end there.
+                following = min(progress.step, run.training.steps - 1)
+                next_lr = run.optimizer.lr * lr_factor(run.schedule, following, run.training.steps)
+                record |= {"mean_cross_entropy": statistics.mean(window), "next_lr": next_lr}
+                window.clear()
                 record |= training_record(result) | speed.measure((run.training.steps - progress.step) * tokens, memory)
                 if stalls:  # how long training was held, and the last save that is whole took
                     record |= {"save_stall_seconds": sum(stalls), "save_seconds": saver.last_seconds}

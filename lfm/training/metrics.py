@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from lfm.config import Config
@@ -27,6 +27,10 @@ class LoggingConfig(Config):
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; needs `pip install 'lfm[wandb]'`."""
     wandb_project: str = "lfm"
+    steps_per_epoch: NonNegativeInt = 0
+    """Write loss_log.csv too, counting this many steps as an epoch; 0: no such file."""
+    print_config: bool = False
+    """Print the resolved configuration as JSON when training starts."""
 
 
 class Metrics:
@@ -37,6 +41,8 @@ class Metrics:
         self.folder = folder
         self.writers: dict[str, Callable[[dict[str, Any]], None]] = {}
         self._open("metrics.jsonl", lambda: self._open_jsonl(resumed_step))
+        if config.steps_per_epoch:
+            self._open("loss_log.csv", lambda: self._open_csv(config.steps_per_epoch, resumed_step))
         if config.tensorboard:
             self._open("tensorboard", lambda: self._open_tensorboard(resumed_step))
         if config.wandb != "off":
@@ -75,6 +81,27 @@ class Metrics:
         def write(record: dict[str, Any]) -> None:
             with open(self.file, "a") as stream:
                 stream.write(json.dumps(record) + "\n")
+
+        return write
+
+    def _open_csv(self, steps_per_epoch: int, resumed_step: int) -> Callable[[dict[str, Any]], None]:
+        file = self.folder / "loss_log.csv"
+        kept = []
+        if file.exists():
+            lines = file.read_text().splitlines()[1:]
+            kept = [
+                line for line in lines if line.partition(",")[0].isdigit() and int(line.split(",")[0]) <= resumed_step
+            ]
+        columns = "global_step,epoch,step_in_epoch,loss,lr,timestamp"
+        write_durably(file, "\n".join([columns, *kept, ""]).encode())
+
+        def write(record: dict[str, Any]) -> None:
+            if "mean_cross_entropy" not in record:
+                return
+            epoch, step = divmod(record["step"] - 1, steps_per_epoch)
+            values = [record["step"], epoch + 1, step + 1, record["mean_cross_entropy"], record["next_lr"], time.time()]
+            with open(file, "a") as stream:
+                stream.write(",".join(str(value) for value in values) + "\n")
 
         return write
 

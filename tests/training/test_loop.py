@@ -136,6 +136,26 @@ def test_patience_ends_a_run_early(tmp_path, text_data, capsys):
     assert "stopped early" in capsys.readouterr().out
 
 
+def test_loss_log_csv_has_the_mean_of_its_window_and_the_next_rate(tmp_path, text_data, capsys):
+    options = ["logging.steps_per_epoch=4", "logging.every_steps=2", "logging.print_config=true", "name=auto"]
+    run = tiny_run(tmp_path, text_data, *options)
+    train(run)
+    assert run.folder == tmp_path / "lfm" and '"steps_per_epoch": 4' in capsys.readouterr().out
+    every = tiny_run(tmp_path, text_data, "name=every_step")
+    train(every)
+    by_step, lr = (
+        dict(losses(every.folder)),
+        [r["lr"] for r in read_metrics(every.folder / "metrics.jsonl") if "lr" in r],
+    )
+    header, *rows = (run.folder / "loss_log.csv").read_text().splitlines()
+    assert header == "global_step,epoch,step_in_epoch,loss,lr,timestamp"
+    found = [[float(value) for value in row.split(",")] for row in rows]
+    assert [row[:3] for row in found] == [[2, 1, 2], [4, 1, 4], [6, 2, 2]]
+    for step, _, _, loss, rate, _ in found:
+        assert loss == pytest.approx((by_step[step - 1] + by_step[step]) / 2)
+        assert rate == pytest.approx(lr[min(int(step), 5)])
+
+
 def test_the_best_checkpoint_stays_whatever_comes_after(tmp_path, text_data):
     # With this learning rate the held-out loss falls first and then grows.
     run = tiny_run(
