@@ -1,0 +1,120 @@
+"""Time and memory of one generated token after prefixes of 1k to 64k tokens: `python benchmarks/streaming.py`.
+
+Random weights: neither depends on them.  Families with a state of fixed size should be flat; attention grows, and goes as
+far as its context.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lfm.models.generation import prefill
+from lfm.models.language_model import initialize
+from lfm.training.engine import materialize
+from lfm.training.run import RunConfig, environment
+
+PREFIXES = (1024, 4096, 16_384, 65_536)
+
+
+@torch.no_grad()
+def measure(config: str, device: torch.device, tokens: int) -> list[dict[str, Any]]:
+    from lfm.models.registry import build
+
+    model_config = RunConfig.load(f"configs/{config}.yaml").model
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = materialize(lambda: build(model_config), device=device, dtype=dtype)
+    initialize(model, seed=0)
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    rows, state, read = [], None, 0
+    for prefix in PREFIXES:
+        if model_config.context_limit is not None and prefix + tokens > model_config.context_limit:
+            break
+        ids = torch.randint(0, model_config.vocab_size, (prefix - read,), generator=generator).tolist()
+        hidden, state = prefill(model, ids, state)
+        seconds, running = [], state
+        for _ in range(tokens):
+            start = time.perf_counter()
+            token = int(model.logits(hidden)[0].argmax())
+            hidden, running = prefill(model, [token], running)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        read = prefix
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rows.append(
+            {
+                "config": config,
+                "kind": model_config.kind,
+                "prefix": prefix,
+                "milliseconds_per_token": 1e3 * statistics.median(seconds),
+                "state_bytes": running.num_bytes,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (times, sizes) = plt.subplots(1, 2, figsize=(10, 4))
+    for config in dict.fromkeys(row["config"] for row in rows):
+        own = [row for row in rows if row["config"] == config]
+        prefixes = [row["prefix"] for row in own]
+        times.plot(prefixes, [row["milliseconds_per_token"] for row in own], "o-", label=config)
+        sizes.plot(prefixes, [row["state_bytes"] / 1024 for row in own], "o-", label=config)
+    for axes, label in ((times, "ms per generated token"), (sizes, "KiB of state")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens of prefix")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    times.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--configs",
+        default="laerc_shakespeare,liquidlm,liquidnn_base,liquidnet_small,lstm_debug,transformer_small,lfm_tiny",
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--tokens", type=int, default=50, help="generated after each prefix; their median counts")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming.json"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/streaming.png"))
+    flags = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for config in flags.configs.split(","):
+        # A process for each, so that its peak memory is its own.
+        if len(flags.configs.split(",")) > 1:
+            import subprocess
+
+            out = flags.out.with_suffix(f".{config}.json")
+            command = [sys.executable, __file__, "--configs", config, "--device", flags.device]
+            subprocess.run([*command, "--tokens", str(flags.tokens), "--out", str(out)], check=True)
+            rows += json.loads(out.read_text())["rows"]
+            out.unlink()
+        else:
+            rows += measure(config, torch.device(flags.device), flags.tokens)
+    result = {"date": date.today().isoformat(), "environment": environment(), "runs": 1, "rows": rows}
+    flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    plot(rows, flags.plot)
+
+
+if __name__ == "__main__":
+    main()
