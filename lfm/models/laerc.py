@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from lfm.models.language_model import (
 
 
 class LAERCConfig(FamilyConfig):
+    changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "chunk_length", "warmup", "tolerance"})
     kind: Literal["laerc"] = "laerc"
     """Model family."""
     hidden_size: PositiveInt = 512
