@@ -266,11 +266,12 @@ class LAERC(LanguageModel):
         return {layer: cast(Block, self.layers[layer]).reservoir for layer in self.config.reservoir_layers}
 
     def advance(
-        self, ids: Int[Tensor, "B T"], state: LAERCState | None = None, documents: Documents | None = None
+        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
     ) -> tuple[Float[Tensor, "B T D"], LAERCState]:
         assert state is None or documents is None
         if state is not None:
             state.check_like(self.empty_state(len(ids)))
+            assert isinstance(state, LAERCState)
         return self._hidden(ids, state, documents, {})
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
