@@ -47,7 +47,7 @@ class LAERCConfig(FamilyConfig):
     """What reservoir_scaling says of each recurrent matrix."""
     reservoir_scaling: Literal["norm", "radius"] = "norm"
     """norm: spectral_norm is the largest singular value, and the radius about half of it; radius: it is the largest
-    eigenvalue modulus, which takes minutes to set for thousands of units.
+    eigenvalue modulus.
     """
     backend: Literal["auto", "sequential", "chunked"] = "sequential"
     """sequential is exact; chunked cuts time, to `tolerance`; auto: chunked where that is shorter than the sequence."""
