@@ -1,0 +1,348 @@
+"""LAERC: layers of a frozen random recurrent network, gated against the direct path, and a feed-forward network."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
+from lfm.layers.documents import Documents
+from lfm.layers.loss import linear_cross_entropy
+from lfm.models.language_model import (
+    FamilyConfig,
+    LanguageModel,
+    Losses,
+    ParameterCounts,
+    Recompute,
+    State,
+    generator_of,
+)
+
+
+class LAERCConfig(FamilyConfig):
+    changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "chunk_length", "warmup", "tolerance"})
+    kind: Literal["laerc"] = "laerc"
+    """Model family."""
+    hidden_size: PositiveInt = 512
+    num_layers: PositiveInt = 16
+    seq_length: PositiveInt = 1024
+    """Tokens of a training row.  Nothing in the model depends on it: text may go on for ever."""
+    vocab_size: PositiveInt = 50_257
+    reservoir_multiple: float = Field(default=4.0, gt=0)
+    """Units of a reservoir over hidden_size, rounded down."""
+    reservoir_mlp_multiple: float = Field(default=1.0, gt=0)
+    """Width of the reservoir's read-out over hidden_size, rounded down."""
+    ffn_multiple: float = Field(default=4.0, gt=0)
+    """Width of the feed-forward network over hidden_size, rounded down."""
+    use_reservoir: bool = True
+    """false: blocks of gate and feed-forward network alone, with which nothing mixes tokens."""
+    keep_input_norm: bool = False
+    """Fidelity, with use_reservoir: false only: keep the reservoir's input norm, which is then trained by nothing."""
+    spectral_norm: float = Field(default=0.9, gt=0)
+    """What reservoir_scaling says of each recurrent matrix."""
+    reservoir_scaling: Literal["norm", "radius"] = "norm"
+    """norm: spectral_norm is the largest singular value, and the radius about half of it; radius: it is the largest
+    eigenvalue modulus.
+    """
+    backend: Literal["auto", "sequential", "chunked"] = "sequential"
+    """sequential is exact; chunked cuts time, to `tolerance`; auto: chunked where that is shorter than the sequence."""
+    chunk_length: PositiveInt = 128
+    """Steps of one chunk; fixed, so that results do not depend on the batch size."""
+    warmup: Literal[32, 64, 96, 128, 192, 256, 384] = 64
+    """Steps a chunk starts early, at the first training step; the residual guard moves it up and down from there."""
+    tolerance: float = Field(default=1e-2, gt=0)
+    """Largest relative chunk-boundary residual before repair passes, then the sequential path, take over."""
+    gate_bias_init: float = 0.0
+    """Of the gate's logits.  0 (published) halves the direct path in every block; -4 keeps 98 % of it."""
+    layernorm_epsilon: float = Field(default=1e-5, gt=0)
+    init_method_std: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "LAERCConfig":
+        widths = {
+            "reservoir_multiple": self.reservoir_size,
+            "reservoir_mlp_multiple": self.reservoir_mlp_hidden_size,
+            "ffn_multiple": self.ffn_hidden_size,
+        }
+        for key, width in widths.items():
+            if width < 1:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} of hidden_size={self.hidden_size} is no unit; "
+                    f"the nearest that is one is {1 / self.hidden_size}"
+                )
+        if self.keep_input_norm and self.use_reservoir:
+            raise ValueError("keep_input_norm=true needs use_reservoir=false; a reservoir always has the norm")
+        return self
+
+    @property
+    def reservoir_size(self) -> int:
+        """Units of one reservoir."""
+        return int(self.hidden_size * self.reservoir_multiple)
+
+    @property
+    def reservoir_mlp_hidden_size(self) -> int:
+        return int(self.hidden_size * self.reservoir_mlp_multiple)
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        return int(self.hidden_size * self.ffn_multiple)
+
+    @property
+    def reservoir_layers(self) -> tuple[int, ...]:
+        cut = self.use_reservoir and self.backend != "sequential"
+        return tuple(range(self.num_layers)) if cut else ()
+
+    @property
+    def reservoir_warmup(self) -> int:
+        return self.warmup if self.reservoir_layers else 0
+
+    @property
+    def run_name(self) -> str:
+        R, H, F = map(_shortest, (self.reservoir_multiple, self.reservoir_mlp_multiple, self.ffn_multiple))
+        sizes = f"v{self.vocab_size}_seq{self.seq_length}_d{self.hidden_size}_L{self.num_layers}"
+        return f"laerc_{sizes}_R{R}_RMLP{H}_FF{F}"
+
+    @property
+    def _layer_matrices(self) -> tuple[int, int]:
+        """Weights of one block's matrices: trained, frozen."""
+        D, R, H = self.hidden_size, self.reservoir_size, self.reservoir_mlp_hidden_size
+        trained = 3 * D * D + 2 * D * self.ffn_hidden_size
+        return (trained + R * H + H * D, R * R + R * D) if self.use_reservoir else (trained, 0)
+
+    def count_parameters(self) -> ParameterCounts:
+        D, R, H = self.hidden_size, self.reservoir_size, self.reservoir_mlp_hidden_size
+        trained, frozen = self._layer_matrices
+        # Biases, gains and the scalar of gate and feed-forward network; the input norm; those of the reservoir path.
+        trained += 6 * D + 2 * D + self.ffn_hidden_size + D + 1
+        if self.use_reservoir or self.keep_input_norm:
+            trained += 2 * D
+        if self.use_reservoir:
+            trained += 2 * R + H + D + 1
+            frozen += 2 * R
+        embedding = self.vocab_size * D
+        trainable, frozen = embedding + self.num_layers * trained + 2 * D, self.num_layers * frozen
+        return ParameterCounts(
+            total=trainable + frozen,
+            trainable=trainable,
+            frozen=frozen,
+            active=trainable,
+            active_non_embedding=trainable - embedding,
+        )
+
+    def flops_per_token(self, attended: float | None = None) -> float:
+        """Of matrix products; frozen matrices have no weight gradient, and nothing attends."""
+        trained, frozen = self._layer_matrices
+        return 6.0 * (self.num_layers * trained + self.vocab_size * self.hidden_size) + 4.0 * self.num_layers * frozen
+
+
+def _shortest(x: float) -> str:
+    """4 for 4.0, 0.5 for 0.5."""
+    return repr(x).removesuffix(".0")
+
+
+@dataclass
+class LAERCState(State):
+    """What streaming carries: the reservoir `[B, R]` of each layer, at least fp32; nothing without reservoirs."""
+
+    reservoirs: list[Tensor]
+
+
+class Reservoir(nn.Module):
+    """`r_t = tanh(U h_t + b_u + W r_{t-1} + b_w)`, all of it frozen and computed in at least fp32."""
+
+    input_weight: Tensor
+    input_bias: Tensor
+    recurrent_weight: Tensor
+    recurrent_bias: Tensor
+
+    def __init__(self, config: LAERCConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.warmup: int = config.warmup
+        D, R = config.hidden_size, config.reservoir_size
+        self.register_buffer("input_weight", torch.empty(R, D))
+        self.register_buffer("input_bias", torch.empty(R))
+        self.register_buffer("recurrent_weight", torch.empty(R, R))
+        self.register_buffer("recurrent_bias", torch.empty(R))
+
+    def forward(
+        self,
+        h: Float[Tensor, "B T D"],
+        *,
+        state: Float[Tensor, "B R"] | None,
+        starts: Bool[Tensor, "B T"] | None,
+        stats: RecurrenceStats | None,
+    ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B R"]]:
+        """States in `h`'s dtype, and the last one.  `starts` marks the first token of each document."""
+        c = self.config
+        drive = F.linear(h.to(self.input_weight.dtype), self.input_weight, self.input_bias + self.recurrent_bias)
+        states, final = reservoir_recurrence(
+            drive.unsqueeze(2),
+            self.recurrent_weight.unsqueeze(0),
+            None if state is None else state.unsqueeze(1),
+            starts,
+            leak_rate=1.0,
+            backend=c.backend,
+            chunk_length=c.chunk_length,
+            warmup=self.warmup,
+            tolerance=c.tolerance,
+            stats=stats,
+        )
+        return states.squeeze(2).to(h.dtype), final.squeeze(1)
+
+
+class MLP(nn.Module):
+    """`down GELU(up x)`, both with bias."""
+
+    def __init__(self, input_size: int, hidden_size: int, output_size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(input_size, hidden_size)
+        self.down = nn.Linear(hidden_size, output_size)
+
+    def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """`m = g rho + (1 - g) x`, then `m + a FFN(norm(m))`; there is no other residual connection.
+
+    `rho = exp(s) MLP(norm(r))` is read out of the reservoir, which sees norm(x); the gate g sees the raw input, as
+    norm([x; rho]).  Without a reservoir rho is 0.
+    """
+
+    def __init__(self, config: LAERCConfig) -> None:
+        super().__init__()
+        D, R, epsilon = config.hidden_size, config.reservoir_size, config.layernorm_epsilon
+        self.use_reservoir = config.use_reservoir
+        if config.use_reservoir or config.keep_input_norm:
+            self.input_norm = nn.LayerNorm(D, eps=epsilon)
+        if config.use_reservoir:
+            self.reservoir = Reservoir(config)
+            self.readout_norm = nn.LayerNorm(R, eps=epsilon)
+            self.readout = MLP(R, config.reservoir_mlp_hidden_size, D)
+            self.readout_log_scale = nn.Parameter(torch.empty(()))
+        self.gate_norm = nn.LayerNorm(2 * D, eps=epsilon)
+        self.gate = MLP(2 * D, D, D)
+        self.ffn_norm = nn.LayerNorm(D, eps=epsilon)
+        self.ffn = MLP(D, config.ffn_hidden_size, D)
+        self.ffn_scale = nn.Parameter(torch.empty(()))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        state: Float[Tensor, "B R"] | None,
+        starts: Bool[Tensor, "B T"] | None,
+        stats: RecurrenceStats | None,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R"] | None]:
+        final, rho = None, torch.zeros_like(x)
+        if self.use_reservoir:
+            states, final = self.reservoir(self.input_norm(x), state=state, starts=starts, stats=stats)
+            rho = self.readout_log_scale.exp() * self.readout(self.readout_norm(states))
+        gate = self.gate(self.gate_norm(torch.cat((x, rho), -1))).sigmoid()
+        m = gate * rho + (1 - gate) * x
+        return m + self.ffn_scale * self.ffn(self.ffn_norm(m)), final
+
+
+class LAERC(LanguageModel):
+    """Blocks between a tied embedding and a final norm; no positions, no dropout."""
+
+    config: LAERCConfig
+
+    def __init__(self, config: LAERCConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+
+    @property
+    def liquids(self) -> dict[int, Reservoir]:
+        return {layer: cast(Block, self.layers[layer]).reservoir for layer in self.config.reservoir_layers}
+
+    def advance(
+        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
+    ) -> tuple[Float[Tensor, "B T D"], LAERCState]:
+        assert state is None or documents is None
+        if state is not None:
+            state.check_like(self.empty_state(len(ids)))
+            assert isinstance(state, LAERCState)
+        return self._hidden(ids, state, documents, {})
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        return hidden @ self.embedding.weight.T
+
+    def empty_state(self, batch: int) -> LAERCState:
+        c, weight = self.config, self.embedding.weight
+        layers = c.num_layers if c.use_reservoir else 0
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return LAERCState(
+            [torch.zeros(batch, c.reservoir_size, dtype=wide, device=weight.device) for _ in range(layers)]
+        )
+
+    def loss_parts(
+        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
+    ) -> Iterator[Losses]:
+        stats = {layer: RecurrenceStats() for layer in self.config.reservoir_layers}
+        hidden, _ = self._hidden(ids, None, documents, stats)
+        labels = documents.labels(ids).flatten()
+        cross_entropy = linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, labels)
+        yield Losses(cross_entropy=cross_entropy, recurrence=stats)
+
+    def _hidden(
+        self,
+        ids: Tensor,
+        state: LAERCState | None,
+        documents: Documents | None,
+        stats: dict[int, RecurrenceStats],
+    ) -> tuple[Tensor, LAERCState]:
+        # A document that begins with its row begins from zero anyway.
+        starts = None if documents is None or documents.row_is_one_document else documents.starts
+        x, after = self.embedding(ids), LAERCState([])
+        for layer, block in enumerate(self.layers):
+            before = state.reservoirs[layer] if state is not None and state.reservoirs else None
+            x, final = block(x, state=before, starts=starts, stats=stats.get(layer))
+            if final is not None:
+                after.reservoirs.append(final)
+        return self.final_norm(x), after
+
+    def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
+        """
+        | tensor | distribution |
+        | --- | --- |
+        | gains | 1 |
+        | biases | 0; of the gate's logits gate_bias_init |
+        | readout_log_scale, ffn_scale | 0: a feed-forward network begins as a no-op |
+        | reservoir: recurrent weight | N(0, 1 / sqrt(R)), scaled to spectral_norm |
+        | reservoir: input weight | N(0, 1 / sqrt(hidden_size)) |
+        | every other matrix, embedding | N(0, init_method_std) |
+        """
+        c = self.config
+        if name.endswith("norm.weight"):
+            return torch.ones(*shape)
+        if name.endswith("gate.down.bias"):
+            return torch.full(tuple(shape), c.gate_bias_init)
+        if name.endswith(("bias", "scale")):
+            return torch.zeros(tuple(shape))
+        generator = generator_of(seed, name)
+        if name.endswith("reservoir.recurrent_weight"):
+            weight = torch.randn(*shape, generator=generator, dtype=torch.float64) * c.reservoir_size**-0.5
+            return (weight * (c.spectral_norm / _size(weight, c.reservoir_scaling))).float()
+        std = c.hidden_size**-0.5 if name.endswith("reservoir.input_weight") else c.init_method_std
+        return torch.empty(*shape).normal_(0, std, generator=generator)
+
+
+def _size(weight: Float[Tensor, "R R"], scaling: Literal["norm", "radius"]) -> Float[Tensor, ""]:
+    """Largest singular value, or largest eigenvalue modulus.
+
+    Exact, by a whole decomposition: the largest values of a random matrix crowd together, so that power iterations are
+    slow to tell them apart.
+    """
+    if scaling == "norm":
+        return torch.linalg.eigvalsh(weight.T @ weight)[-1].sqrt()
+    return torch.linalg.eigvals(weight).abs().max()
