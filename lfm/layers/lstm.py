@@ -48,6 +48,8 @@ class StackedLSTM(nn.Module):
             tokens, sizes, final = pack_documents(documents.lengths, x.device)
             y = y.flatten(0, 1).index_select(0, tokens)
         sequences = B if sizes is None else int(sizes[0])
+        # What cuDNN keeps for a backward pass; torch's modules take their training flag, and refuse gradients in eval.
+        train = torch.is_grad_enabled()
         ends_h, ends_c = [], []
         for layer in range(self.num_layers):
             if layer > 0:
@@ -58,9 +60,9 @@ class StackedLSTM(nn.Module):
                 start = [part[None, :, layer].to(wide).contiguous() for part in state]
             weights = self._weights(layer, wide)
             if sizes is None:
-                y, h, c = torch.lstm(y, start, weights, True, 1, 0.0, self.training, False, True)
+                y, h, c = torch.lstm(y, start, weights, True, 1, 0.0, train, False, True)
             else:
-                y, h, c = torch.lstm(y, sizes, start, weights, True, 1, 0.0, self.training, False)
+                y, h, c = torch.lstm(y, sizes, start, weights, True, 1, 0.0, train, False)
             ends_h.append(h[0] if final is None else h[0, final])
             ends_c.append(c[0] if final is None else c[0, final])
         if tokens is not None:
