@@ -38,8 +38,6 @@ class StackedLSTM(nn.Module):
 
         Without `state` each document (without `documents`, each row) starts from zeros.
         """
-        # One layer a call, not all in one: cuDNN's own dropout between layers ignores torch's generator, so that an
-        # interrupted run could not go on as the uninterrupted one would.
         assert state is None or documents is None
         B, T, _ = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -51,6 +49,8 @@ class StackedLSTM(nn.Module):
         # What cuDNN keeps for a backward pass; torch's modules take their training flag, and refuse gradients in eval.
         train = torch.is_grad_enabled()
         ends_h, ends_c = [], []
+        # One layer a call, not all in one: cuDNN's own dropout between layers ignores torch's generator, so that an
+        # interrupted run could not go on as the uninterrupted one would.
         for layer in range(self.num_layers):
             if layer > 0:
                 y = F.dropout(y, self.dropout, self.training)
