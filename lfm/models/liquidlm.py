@@ -138,11 +138,12 @@ class LiquidLM(LanguageModel):
         self.head = nn.Linear(config.hidden_size, config.vocab_size)
 
     def advance(
-        self, ids: Int[Tensor, "B T"], state: LiquidLMState | None = None, documents: Documents | None = None
+        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
     ) -> tuple[Float[Tensor, "B T D"], LiquidLMState]:
         B, T = ids.shape
         if state is not None:
             state.check_like(self.empty_state(B))
+            assert isinstance(state, LiquidLMState)
             positions = state.position[:, None] + torch.arange(T, device=ids.device)
             phase = self.reservoir.phase(positions)
         elif documents is None or documents.row_is_one_document:

@@ -67,10 +67,11 @@ class LSTM(LanguageModel):
         self.final_norm = RMSNorm(D, eps=config.layernorm_epsilon)
 
     def advance(
-        self, ids: Int[Tensor, "B T"], state: LSTMState | None = None, documents: Documents | None = None
+        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
     ) -> tuple[Float[Tensor, "B T D"], LSTMState]:
         if state is not None:
             state.check_like(self.empty_state(len(ids)))
+            assert isinstance(state, LSTMState)
         o, (h, c) = self.lstm(self.embedding(ids), state=(state.h, state.c) if state else None, documents=documents)
         return self.final_norm(F.dropout(o, self.config.hidden_dropout, self.training)), LSTMState(h, c)
 
