@@ -28,31 +28,37 @@ def linear_cross_entropy(
     weight: Float[Tensor, "V D"],
     labels: Int[Tensor, " n"],
     *,
+    bias: Float[Tensor, " V"] | None = None,
     shard: VocabularyShard | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum over labelled positions of -log softmax(hidden weight^T)[label], in nats, at least fp32.
+    """Sum over labelled positions of -log softmax(hidden weight^T + bias)[label], in nats, at least fp32.
 
     Positions labelled IGNORED_LABEL count nothing.  Never holds [n, V]: gradients are formed with the logits.
 
     With `shard`, `weight` holds the rows of ids `first_id` on (V may be 0); the sum is the same on all processes, and
-    each one's gradient of `hidden` is a summand.
+    each one's gradient of `hidden` is a summand.  Raises ValueError for `bias` with `shard`.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, shard, torch.is_grad_enabled())
+    if bias is not None and shard is not None:
+        raise ValueError("an output projection with a bias has no vocabulary-parallel form; leave out bias or shard")
+    return _LinearCrossEntropy.apply(hidden, weight, labels, bias, shard, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, shard, needs_grad):  # type: ignore[override]
+    def forward(ctx, hidden, weight, labels, bias, shard, needs_grad):  # type: ignore[override]
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        needs_grad = needs_grad and (hidden.requires_grad or weight.requires_grad)
+        needs_grad = needs_grad and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_grad else None
+        grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if needs_grad and bias is not None else None
         rows = len(weight) if shard is None else shard.stored_rows
         for chunk in torch.arange(len(hidden)).split(max(1, _CHUNK_ELEMENTS[hidden.device.type] // rows)):
             part = slice(int(chunk[0]), int(chunk[-1]) + 1)
             kept = labels[part] != IGNORED_LABEL
             logits = (hidden[part] @ weight.T).to(wide)
+            if bias is not None:
+                logits += bias
             if shard is None:
                 here, label = kept, labels[part].masked_fill(~kept, 0)[:, None]
                 log_normalizer = logits.logsumexp(-1)
@@ -68,20 +74,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = logits.sub_(log_normalizer[:, None]).exp_()  # softmax, in place
             if len(weight):
                 grad.scatter_add_(1, label, -here.to(wide)[:, None])
-            grad = grad.mul_(kept[:, None]).to(hidden.dtype)
+            grad = grad.mul_(kept[:, None])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[part])
             if grad.is_cuda and grad.dtype != wide:
                 torch.addmm(grad_weight, grad.T, hidden[part], out_dtype=wide, out=grad_weight)
             else:
                 grad_weight.addmm_(grad.T.to(wide), hidden[part].to(wide))
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        return (
+            grad_hidden * grad.to(grad_hidden.dtype),
+            (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+            None if grad_bias is None else (grad_bias * grad).to(ctx.weight_dtype),
+            None,
+            None,
+        )
 
 
 def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:

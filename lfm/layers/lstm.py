@@ -1,0 +1,112 @@
+"""Stacked LSTM over packed rows, with a functional state."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lfm.layers.documents import Documents
+
+
+class StackedLSTM(nn.Module):
+    """`i, f, g, o = W_ih x + b_ih + W_hh h + b_hh;  c = sig(f) c + sig(i) tanh(g);  h = sig(o) tanh(c)`, a layer on
+    the other, with dropout between layers while training.
+
+    Hochreiter & Schmidhuber 1997; the names, shapes and gate order are torch.nn.LSTM's.  All of it runs in at least
+    fp32: on a GPU bf16 weights become fp32 for the call, and cuDNN multiplies fp32 in TF32, in which they are exact.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, num_layers: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden_size, self.num_layers, self.dropout = hidden_size, num_layers, dropout
+        for layer in range(num_layers):
+            width = input_size if layer == 0 else hidden_size
+            shapes = ((4 * hidden_size, width), (4 * hidden_size, hidden_size), (4 * hidden_size,), (4 * hidden_size,))
+            for name, shape in zip(_names(layer), shapes, strict=True):
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T I"],
+        *,
+        state: tuple[Float[Tensor, "B L H"], Float[Tensor, "B L H"]] | None = None,
+        documents: Documents | None = None,
+    ) -> tuple[Float[Tensor, "B T H"], tuple[Float[Tensor, "B L H"], Float[Tensor, "B L H"]]]:
+        """Outputs, and `(h, c)` in at least fp32 after each row's last token.
+
+        Without `state` each document (without `documents`, each row) starts from zeros.
+        """
+        assert state is None or documents is None
+        B, T, _ = x.shape
+        wide = torch.promote_types(x.dtype, torch.float32)
+        sizes, tokens, final, y = None, None, None, x.to(wide)
+        if documents is not None and not documents.row_is_one_document:
+            tokens, sizes, final = pack_documents(documents.lengths, x.device)
+            y = y.flatten(0, 1).index_select(0, tokens)
+        sequences = B if sizes is None else int(sizes[0])
+        # What cuDNN keeps for a backward pass; torch's modules take their training flag, and refuse gradients in eval.
+        train = torch.is_grad_enabled()
+        ends_h, ends_c = [], []
+        # One layer a call, not all in one: cuDNN's own dropout between layers ignores torch's generator, so that an
+        # interrupted run could not go on as the uninterrupted one would.
+        for layer in range(self.num_layers):
+            if layer > 0:
+                y = F.dropout(y, self.dropout, self.training)
+            if state is None:
+                start = [y.new_zeros(1, sequences, self.hidden_size)] * 2
+            else:
+                start = [part[None, :, layer].to(wide).contiguous() for part in state]
+            weights = self._weights(layer, wide)
+            if sizes is None:
+                y, h, c = torch.lstm(y, start, weights, True, 1, 0.0, train, False, True)
+            else:
+                y, h, c = torch.lstm(y, sizes, start, weights, True, 1, 0.0, train, False)
+            ends_h.append(h[0] if final is None else h[0, final])
+            ends_c.append(c[0] if final is None else c[0, final])
+        if tokens is not None:
+            y = torch.empty_like(y).index_copy(0, tokens, y).unflatten(0, (B, T))
+        return y.to(x.dtype), (torch.stack(ends_h, 1), torch.stack(ends_c, 1))
+
+    def _weights(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
+        weights = [self.get_parameter(name) for name in _names(layer)]
+        if not weights[0].is_cuda:
+            return [weight.to(dtype) for weight in weights]
+        # cuDNN wants a layer's weights in one piece of memory, in this order.
+        whole = torch.cat([weight.flatten() for weight in weights]).to(dtype)
+        parts = whole.split([weight.numel() for weight in weights])
+        return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
+
+
+def _names(layer: int) -> tuple[str, str, str, str]:
+    return f"weight_ih_l{layer}", f"weight_hh_l{layer}", f"bias_ih_l{layer}", f"bias_hh_l{layer}"
+
+
+def pack_documents(
+    lengths: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " longest"], Int[Tensor, " B"]]:
+    """Documents as independent sequences without padding, in the layout of torch's PackedSequence.
+
+    Returns the index into the flattened rows of each packed token (first tokens of all documents, longest document
+    first, then their second tokens, ...), the number of documents that have a t-th token (on the host), and the place
+    of each row's last document among all.
+    """
+    flat = torch.tensor([length for row in lengths for length in row])
+    rank = torch.empty_like(flat)
+    rank[flat.argsort(descending=True, stable=True)] = torch.arange(len(flat))
+    position = torch.arange(int(flat.sum())) - (flat.cumsum(0) - flat).repeat_interleave(flat)
+    tokens = (position * len(flat) + rank.repeat_interleave(flat)).argsort()
+    last = torch.tensor([len(row) for row in lengths]).cumsum(0) - 1
+    return (
+        tokens.to(device, non_blocking=True),
+        torch.bincount(position),
+        rank[last].to(device, non_blocking=True),
+    )
+
+
+def lstm_parameters(input_size: int, hidden_size: int, num_layers: int) -> int:
+    """Number of weights of a StackedLSTM."""
+    return sum(
+        4 * hidden_size * ((input_size if layer == 0 else hidden_size) + hidden_size + 2) for layer in range(num_layers)
+    )
