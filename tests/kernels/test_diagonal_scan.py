@@ -118,9 +118,7 @@ def test_states_are_means_of_the_values_and_never_exceed_them():
     assert h.abs().max() <= 1
 
 
-@pytest.mark.parametrize(
-    "dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"]
-)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
 def test_narrow_inputs_stay_within_their_rounding(dtype, bound):
     inputs = make_inputs((2, 400, 16), dtype=dtype, resets=[(0, 111)])
     got = outputs_and_grads(diagonal_scan, inputs)
@@ -198,7 +196,9 @@ def test_mistakes_are_named(change, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 6e-3)], ids=["fp64", "fp32", "bf16"]
+    "dtype, bound",
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 6e-3)],
+    ids=["fp64", "fp32", "bf16"],
 )
 def test_cuda_equals_the_cpu(dtype, bound):
     inputs = make_inputs((2, 300, 64), dtype=dtype, resets=[(0, 77), (1, 128)])

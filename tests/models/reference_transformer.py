@@ -30,9 +30,10 @@ def document_forward(w: dict[str, Tensor], config, ids: Tensor) -> Tensor:
         for i in range(c.num_layers):
             p = f"layers.{i}.attention."
             u = rms(x, w[f"layers.{i}.attention_norm.weight"], c.layernorm_epsilon)
-            for g, (k, v) in enumerate(zip((w[p + "k.weight"] @ u).split(K), (w[p + "v.weight"] @ u).split(K))):
-                keys[i][g].append(rotated(k, t, c.rotary_base))
-                values[i][g].append(v)
+            k, v = (w[f"{p}{n}.weight"] @ u for n in "kv")
+            for g in range(c.num_query_groups):
+                keys[i][g].append(rotated(k.split(K)[g], t, c.rotary_base))
+                values[i][g].append(v.split(K)[g])
             heads = []
             for h, q in enumerate((w[p + "q.weight"] @ u).split(K)):
                 g = h // (c.num_attention_heads // c.num_query_groups)

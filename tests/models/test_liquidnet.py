@@ -268,7 +268,11 @@ def test_a_few_steps_lower_the_loss_of_a_text():
     ids = torch.tensor(list(text))[: 2 * 120].view(2, 120) - 32
     model = LiquidNet(small_config(hidden_size=32, ffn_hidden_size=64, num_layers=2, vocab_size=96))
     initialize(model, seed=0)
-    optimizer, documents, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), Documents.whole_rows(2, 120, "cpu"), []
+    optimizer, documents, losses = (
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        Documents.whole_rows(2, 120, "cpu"),
+        [],
+    )
     for _ in range(30):
         optimizer.zero_grad()
         loss = model.losses(ids, documents).cross_entropy / documents.num_labels
