@@ -93,9 +93,9 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], state: Float[Tensor, "B D"] | None, starts: Bool[Tensor, "B T"] | None
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D"]]:
-        y, state = self.liquid(self.liquid_norm(x), state=state, starts=starts)
+        y, final = self.liquid(self.liquid_norm(x), state=state, starts=starts)
         x = x + self.residual_scale * y
-        return x + self.residual_scale * self.mlp(self.mlp_norm(x)), state
+        return x + self.residual_scale * self.mlp(self.mlp_norm(x)), final
 
 
 class LiquidNet(LanguageModel):

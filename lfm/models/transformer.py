@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from typing_extensions import Self
 
 from lfm.layers.attention import Attention, Backend, KeyValueCache
 from lfm.layers.documents import Documents
@@ -107,7 +106,7 @@ class TransformerState(State):
     """By layer."""
 
     @classmethod
-    def stack(cls, states: Sequence[Any]) -> Self:
+    def stack(cls, states: Sequence[Any]) -> "TransformerState":
         """One batch from several states, prefixes of different lengths allowed."""
         return cls(
             torch.cat([state.position for state in states]),
@@ -168,7 +167,7 @@ class Transformer(LanguageModel):
     ) -> tuple[Float[Tensor, "B T D"], TransformerState]:
         assert state is None or documents is None
         if state is None:
-            documents = documents or Documents.whole_rows(*ids.shape, ids.device)
+            documents = documents or Documents.whole_rows(ids.shape[0], ids.shape[1], ids.device)
             positions = documents.positions
         else:
             caches = state.caches if isinstance(state, TransformerState) else []
