@@ -116,13 +116,15 @@ class LiquidNet(LanguageModel):
         return self.embedding.weight[: self.config.vocab_size]
 
     def advance(
-        self, ids: Int[Tensor, "B T"], state: LiquidNetState | None = None, documents: Documents | None = None
+        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
     ) -> tuple[Float[Tensor, "B T D"], LiquidNetState]:
         assert state is None or documents is None
+        before = None
         if state is not None:
             state.check_like(self.empty_state(len(ids)))
-        starts = documents.starts if documents is not None else None
-        hidden, finals = self._run(ids, state.hidden if state is not None else None, starts)
+            assert isinstance(state, LiquidNetState)
+            before = state.hidden
+        hidden, finals = self._run(ids, before, documents.starts if documents is not None else None)
         return hidden, LiquidNetState(finals)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:

@@ -163,17 +163,19 @@ class Transformer(LanguageModel):
         return self.embedding.weight[: self.config.vocab_size]
 
     def advance(
-        self, ids: Int[Tensor, "B T"], state: TransformerState | None = None, documents: Documents | None = None
+        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
     ) -> tuple[Float[Tensor, "B T D"], TransformerState]:
         assert state is None or documents is None
         if state is None:
+            before = None
             documents = documents or Documents.whole_rows(ids.shape[0], ids.shape[1], ids.device)
             positions = documents.positions
         else:
-            caches = state.caches if isinstance(state, TransformerState) else []
-            state.check_like(self._blank_state(len(ids), caches[0].key.shape[2] if caches else 0, "meta"))
+            before = state.caches if isinstance(state, TransformerState) else []
+            state.check_like(self._blank_state(len(ids), before[0].key.shape[2] if before else 0, "meta"))
+            assert isinstance(state, TransformerState)
             positions = state.position[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        hidden, caches = self._run(ids, positions, documents, state.caches if state is not None else None, True)
+        hidden, caches = self._run(ids, positions, documents, before, keep_cache=True)
         return hidden, TransformerState(positions[:, -1] + 1, [cache for cache in caches if cache is not None])
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
@@ -185,7 +187,7 @@ class Transformer(LanguageModel):
     def loss_parts(
         self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
     ) -> Iterator[Losses]:
-        hidden, _ = self._run(ids, documents.positions, documents, None, False, recompute)
+        hidden, _ = self._run(ids, documents.positions, documents, None, keep_cache=False, recompute=recompute)
         labels = documents.labels(ids).flatten()
         yield Losses(cross_entropy=linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels))
 
@@ -222,6 +224,7 @@ class Transformer(LanguageModel):
         positions: Tensor,
         documents: Documents | None,
         caches: list[KeyValueCache] | None,
+        *,
         keep_cache: bool,
         recompute: Recompute = "none",
     ) -> tuple[Tensor, list[KeyValueCache | None]]:

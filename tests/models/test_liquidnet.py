@@ -9,6 +9,7 @@ from lfm.layers.documents import Documents
 from lfm.models.global_names import global_index, global_views
 from lfm.models.language_model import initialize
 from lfm.models.liquidnet import LiquidNet, LiquidNetConfig, LiquidNetState
+from lfm.models.transformer import TransformerState
 from tests.comparison import assert_close, relative_error
 from tests.models.reference_liquidnet import batch_loss, document_forward
 
@@ -140,6 +141,8 @@ def test_the_state_of_another_model_or_batch_is_refused_by_one_sentence():
     ]:
         with pytest.raises(ValueError, match=words):
             model(ids, other.empty_state(batch))
+    with pytest.raises(ValueError, match="TransformerState is the state of another model family"):
+        model(ids, TransformerState(torch.zeros(2), []))
     with pytest.raises(ValueError, match="exclude each other"):
         model(ids, model.empty_state(2), [[4], [4]])
 
