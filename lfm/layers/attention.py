@@ -1,6 +1,7 @@
 """Causal grouped-query attention with document masks that never become a dense T x T tensor."""
 
 import functools
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,14 +21,16 @@ _QUERY_BLOCK = 512
 _FLEX_BLOCK = 128
 
 
+@dataclass(eq=False)
 class KeyValueCache:
     """Keys and values of the tokens seen so far, `[B, G, S, K]`, rotary already applied; never written in place.
 
     `padding[b]` slots at the left of row `b` hold no token, so that prompts of several lengths share one batch.
     """
 
-    def __init__(self, key: Tensor, value: Tensor, padding: Int[Tensor, " B"]) -> None:
-        self.key, self.value, self.padding = key, value, padding
+    key: Tensor
+    value: Tensor
+    padding: Int[Tensor, " B"]
 
     def append(self, key: Tensor, value: Tensor) -> "KeyValueCache":
         return KeyValueCache(torch.cat((self.key, key), 2), torch.cat((self.value, value), 2), self.padding)

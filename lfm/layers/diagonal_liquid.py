@@ -1,0 +1,61 @@
+"""The diagonal liquid layer: a leaky unit a channel, each with a time constant that the token chooses."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lfm.kernels.diagonal_scan import diagonal_scan
+
+LONGEST_HALF_LIFE = 4096.0
+"""Of a channel at initialisation, in tokens; the shortest is 1."""
+
+
+class DiagonalLiquid(nn.Module):
+    """`W_y (o * h)`, where every channel forgets at its own rate, and all comes from the same input z:
+
+        v = tanh(W_v z)    delta = softplus(W_delta z + b_delta) + delta_min    o = sigmoid(W_o z)
+        h_t = alpha_t h_{t-1} + (1 - alpha_t) v_t,    alpha = exp(-delta)
+
+    Only W_delta has a bias.  Run-time storage is fused: `projections [3D, D]` holds W_v, W_delta and W_o.
+    """
+
+    def __init__(self, hidden_size: int, *, delta_min: float) -> None:
+        super().__init__()
+        self.delta_min = delta_min
+        self.projections = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.delta_bias = nn.Parameter(torch.empty(hidden_size))
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def fused_parameters(self) -> dict[str, tuple[str, tuple[slice, ...]]]:
+        """Global name -> (run-time parameter, index of its part)."""
+        D = self.output.in_features
+        parts = {f"{n}.weight": (slice(i * D, (i + 1) * D),) for i, n in enumerate(("value", "delta", "gate"))}
+        return {
+            **{name: ("projections.weight", index) for name, index in parts.items()},
+            "delta.bias": ("delta_bias", ()),
+        }
+
+    def forward(
+        self,
+        z: Float[Tensor, "B T D"],
+        *,
+        state: Float[Tensor, "B D"] | None = None,
+        starts: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D"]]:
+        """`starts` marks the first token of each document; the state returned is at least fp32."""
+        value, delta, gate = self.projections(z).chunk(3, dim=-1)
+        # A bias of -9 plus a small drive keeps no digit of the drive in bf16.
+        wide = torch.promote_types(z.dtype, torch.float32)
+        delta = F.softplus(delta.to(wide) + self.delta_bias.to(wide)) + self.delta_min
+        h, final = diagonal_scan(delta, value.tanh(), state, starts)
+        return self.output(gate.sigmoid() * h), final
+
+
+def initial_delta_bias(num_channels: int, delta_min: float) -> Float[Tensor, " D"]:
+    """`b_delta`, float64, with which half-lives ln 2 / delta at z = 0 are log-spaced from 1 to LONGEST_HALF_LIFE."""
+    half_lives = torch.logspace(0, math.log2(LONGEST_HALF_LIFE), num_channels, base=2, dtype=torch.float64)
+    softplus = math.log(2) / half_lives - delta_min
+    return softplus + torch.log(-torch.expm1(-softplus))

@@ -1,0 +1,177 @@
+"""LiquidNet: attention-free decoder of diagonal liquid layers and SwiGLU, with a state of one vector a layer."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lfm.layers.diagonal_liquid import LONGEST_HALF_LIFE, DiagonalLiquid, initial_delta_bias
+from lfm.layers.documents import Documents
+from lfm.layers.loss import linear_cross_entropy
+from lfm.layers.mlp import SwiGLU
+from lfm.layers.norm import RMSNorm
+from lfm.models.language_model import (
+    FamilyConfig,
+    LanguageModel,
+    Losses,
+    ParameterCounts,
+    Recompute,
+    State,
+    generator_of,
+)
+
+
+class LiquidNetConfig(FamilyConfig):
+    recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "full")
+    kind: Literal["liquidnet"] = "liquidnet"
+    """Model family."""
+    hidden_size: PositiveInt = 384
+    num_layers: PositiveInt = 6
+    ffn_hidden_size: PositiveInt = 1024
+    seq_length: PositiveInt = 512
+    """Tokens of a training row; the state carries over any length."""
+    vocab_size: PositiveInt = 50_257
+    vocab_size_multiple: PositiveInt = 256
+    """The embedding is stored with its rows padded to this multiple; published sizes count them."""
+    delta_min: float = Field(default=1e-5, ge=0)
+    """Smallest decay rate: no channel's half-life exceeds ln 2 / delta_min tokens."""
+    layernorm_epsilon: float = Field(default=1e-6, gt=0)
+    init_method_std: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "LiquidNetConfig":
+        limit = math.log(2) / LONGEST_HALF_LIFE
+        if self.delta_min >= limit:
+            raise ValueError(
+                f"delta_min={self.delta_min} allows no half-life of {LONGEST_HALF_LIFE:.0f} tokens, with which the "
+                f"slowest channel starts; it must be below {limit:.3g}"
+            )
+        return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+
+    def count_parameters(self) -> ParameterCounts:
+        """Exact counts, with the padded vocabulary rows in them as in the published sizes, so that `padding` is 0."""
+        D, embedding = self.hidden_size, self.padded_vocab_size * self.hidden_size
+        layer = 4 * D * D + 3 * D * self.ffn_hidden_size + 3 * D  # two gains and the bias of delta
+        total = embedding + self.num_layers * layer + D
+        return ParameterCounts(
+            total=total, trainable=total, frozen=0, active=total, active_non_embedding=total - embedding
+        )
+
+    def flops_per_token(self, attended: float | None = None) -> float:
+        """Of the matrix products; the recurrence's few operations a channel are not counted."""
+        D = self.hidden_size
+        return 6.0 * (self.num_layers * (4 * D * D + 3 * D * self.ffn_hidden_size) + self.vocab_size * D)
+
+
+@dataclass
+class LiquidNetState(State):
+    hidden: list[Float[Tensor, "B D"]]
+    """By layer, at least fp32."""
+
+
+class Block(nn.Module):
+    """`x += c liquid(norm(x)); x += c mlp(norm(x))` with c = 1 / sqrt(2 num_layers)."""
+
+    def __init__(self, config: LiquidNetConfig) -> None:
+        super().__init__()
+        self.residual_scale = (2 * config.num_layers) ** -0.5
+        self.liquid_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.liquid = DiagonalLiquid(config.hidden_size, delta_min=config.delta_min)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = SwiGLU(config.hidden_size, ffn_hidden_size=config.ffn_hidden_size)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], state: Float[Tensor, "B D"] | None, starts: Bool[Tensor, "B T"] | None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D"]]:
+        y, final = self.liquid(self.liquid_norm(x), state=state, starts=starts)
+        x = x + self.residual_scale * y
+        return x + self.residual_scale * self.mlp(self.mlp_norm(x)), final
+
+
+class LiquidNet(LanguageModel):
+    """Blocks over an embedding that is also the output projection; no positions, no dropout."""
+
+    config: LiquidNetConfig
+
+    def __init__(self, config: LiquidNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """The embedding without its padded rows: padded ids have no logits at all."""
+        return self.embedding.weight[: self.config.vocab_size]
+
+    def advance(
+        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
+    ) -> tuple[Float[Tensor, "B T D"], LiquidNetState]:
+        assert state is None or documents is None
+        before = None
+        if state is not None:
+            state.check_like(self.empty_state(len(ids)))
+            assert isinstance(state, LiquidNetState)
+            before = state.hidden
+        hidden, finals = self._run(ids, before, documents.starts if documents is not None else None)
+        return hidden, LiquidNetState(finals)
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        return hidden @ self.head_weight.T
+
+    def empty_state(self, batch: int) -> LiquidNetState:
+        weight, c = self.embedding.weight, self.config
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        zeros = [torch.zeros(batch, c.hidden_size, dtype=dtype, device=weight.device) for _ in range(c.num_layers)]
+        return LiquidNetState(zeros)
+
+    def loss_parts(
+        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
+    ) -> Iterator[Losses]:
+        hidden, _ = self._run(ids, None, documents.starts, recompute)
+        labels = documents.labels(ids).flatten()
+        yield Losses(cross_entropy=linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels))
+
+    def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
+        """The whole initial value of the tensor with this global name, at least fp32, from (seed, name) alone.
+
+        | tensor | distribution |
+        | --- | --- |
+        | gains | 1 |
+        | bias of delta | half-lives at z = 0 log-spaced from 1 to 4096 tokens over the channels |
+        | liquid output, mlp down | 0: a fresh model is its embedding |
+        | every other matrix, embedding | N(0, init_method_std) |
+        """
+        if name.endswith("norm.weight"):
+            return torch.ones(*shape)
+        if name.endswith("liquid.delta.bias"):
+            return initial_delta_bias(shape[0], self.config.delta_min)
+        if name.endswith(("liquid.output.weight", "mlp.down.weight")):
+            return torch.zeros(*shape)
+        return torch.empty(*shape).normal_(0, self.config.init_method_std, generator=generator_of(seed, name))
+
+    def _run(
+        self, ids: Tensor, states: list[Tensor] | None, starts: Tensor | None, recompute: Recompute = "none"
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Final hidden states, normalised, and the state of each layer after the last position."""
+        x, finals = self.embedding(ids), []
+        for layer, block in enumerate(self.layers):
+            arguments = (x, states[layer] if states is not None else None, starts)
+            if recompute == "full":
+                # There is no dropout: nothing random happens inside, so the RNG state need not be kept.
+                x, final = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, final = block(*arguments)
+            finals.append(final)
+        return self.final_norm(x), finals
