@@ -4,18 +4,18 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lfm.layers.documents import Documents
-from lfm.layers.liquid_cell import Integrator, LiquidCell, TraceMode, Traces
+from lfm.layers.liquid_cell import Integrator, LiquidCell, Traces
 from lfm.layers.loss import linear_cross_entropy
+from lfm.layers.plastic_synapse import TraceMode
 from lfm.models.language_model import (
     FamilyConfig,
     LanguageModel,
@@ -28,7 +28,6 @@ from lfm.models.language_model import (
 
 
 class LiquidNNConfig(FamilyConfig):
-    recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "selective")
     kind: Literal["liquidnn"] = "liquidnn"
     """Model family."""
     hidden_size: PositiveInt = 256
@@ -93,15 +92,15 @@ class LiquidNNConfig(FamilyConfig):
     def flops_per_token(self, attended: float | None = None) -> float:
         """Plasticity counts for the share of training in which it is on; adaptive steps count as if none were added."""
         D = self.hidden_size
-        forward = 2.0 * self.vocab_size * D
-        for cells, steps in ((self.num_fast, self.fast_steps), (self.num_deep, self.deep_steps)):
+
+        def cell(steps: int, plastic: float) -> float:
             evaluations = 2 * steps if self.integrator == "rk2" and steps > 1 else steps
-            forward += cells * (4 + 6 * evaluations) * D * D
-            if steps is self.deep_steps and cells is self.num_deep:
-                # For each synapse: alpha * M, decay and outer product, norm and its factor; then the products.
-                plastic = 2 * (1 + 3 + 3) + 2 * (1 + evaluations)
-                forward += (1 - self.plastic_from) * cells * plastic * D * D
-        return 3 * forward
+            # Of a trace: alpha * M, decay and outer product, norm and its factor; of both, the products with vectors.
+            traces = 2 * (1 + 3 + 3) + 2 * (1 + evaluations)
+            return (4 + 6 * evaluations + plastic * traces) * D * D
+
+        cells = self.num_fast * cell(self.fast_steps, 0) + self.num_deep * cell(self.deep_steps, 1 - self.plastic_from)
+        return 3 * (cells + 2 * self.vocab_size * D)
 
 
 @dataclass
@@ -203,7 +202,6 @@ class MiniLiquidGPT(LanguageModel):
                 state.detach(),
                 documents.positions[:, window],
                 {column - start for column in columns},
-                recompute,
             )
             yield Losses(linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, labels[:, window].flatten()))
 
@@ -242,7 +240,7 @@ class MiniLiquidGPT(LanguageModel):
             return tensor.uniform_(-bound, bound, generator=generator)
         if parts[-1] == "bias":
             return tensor.zero_()
-        std = {"embedding": 0.02, "alpha": 0.01}.get(parts[-1] if parts[-1] == "alpha" else parts[0], 0.5 * D**-0.5)
+        std = 0.02 if parts[0] == "embedding" else 0.01 if parts[-1] == "alpha" else 0.5 * D**-0.5
         return tensor.normal_(0, std, generator=generator)
 
     def _run(
@@ -251,15 +249,15 @@ class MiniLiquidGPT(LanguageModel):
         state: LiquidNNState,
         positions: Int[Tensor, "B T"],
         resets: Collection[int],
-        recompute: Recompute = "none",
     ) -> tuple[Float[Tensor, "B T D"], LiquidNNState]:
         """Final hidden states after `state`; in the columns `resets`, rows at position 0 forget it."""
         c, dtype = self.config, self.embedding.weight.dtype
-        step = _checkpointed if recompute == "selective" and torch.is_grad_enabled() else _plain
         cells = [cast(LiquidCell, cell) for cell in self.cells]
-        weights = [cell.weights(plastic=self.plastic and i >= c.num_fast) for i, cell in enumerate(cells)]
+        weights = [cell.weights() for cell in cells]
         norms = [_wide_norm(cast(nn.LayerNorm, norm)) for norm in self.norms]
-        hidden, traces = list(state.hidden), list(state.traces)
+        hidden = list(state.hidden)
+        deep = range(c.num_fast, c.num_layers if self.plastic else c.num_fast)
+        running = {i: cells[i].running(state.traces[i - c.num_fast]) for i in deep}
 
         inputs = self.embedding(ids).to(hidden[0].dtype) + self._position_signal(positions, hidden[0].dtype)
         # Only the first cell knows its inputs of all tokens at once.
@@ -268,18 +266,17 @@ class MiniLiquidGPT(LanguageModel):
             if t in resets:
                 fresh = positions[:, t] == 0
                 hidden = [h.masked_fill(fresh[:, None], 0) for h in hidden]
-                traces = [Traces(*(m.masked_fill(fresh[:, None, None], 0) for m in (x.ih, x.hh))) for x in traces]
+                for trace in running.values():
+                    trace.ih.forget(fresh)
+                    trace.hh.forget(fresh)
             for i, cell in enumerate(cells):
                 drive = cell.drive(weights[i], x) if i else drives[t]
-                if weights[i].ih is None:
-                    h, _ = cell.step(weights[i], x, drive, hidden[i], None)
-                else:
-                    deep = i - c.num_fast
-                    h, traces[deep] = step(cell.step, weights[i], x, drive, hidden[i], traces[deep])
+                h = cell.step(weights[i], x, drive, hidden[i], running.get(i))
                 x = F.dropout(F.layer_norm(h + x, *norms[i]), c.dropout, self.training)
                 hidden[i] = x
             outputs.append(x)
         out = F.layer_norm(torch.stack(outputs, 1), *_wide_norm(self.final_norm))
+        traces = [trace.value() for trace in running.values()] if self.plastic else state.traces
         return out.to(dtype), LiquidNNState(positions[:, -1] + 1, hidden, traces)
 
     def _position_signal(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
@@ -302,12 +299,3 @@ def _first_columns(documents: Documents) -> set[int]:
 def _wide_norm(norm: nn.LayerNorm) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
     wide = torch.promote_types(norm.weight.dtype, torch.float32)
     return norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps
-
-
-def _plain(fn, *args):
-    return fn(*args)
-
-
-def _checkpointed(fn, *args):
-    # Dropout is outside: nothing random happens inside, so the RNG state need not be kept.
-    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
