@@ -76,7 +76,9 @@ class RunningTrace:
 
     def _begin(self, trace: Tensor) -> None:
         B, D, _ = trace.shape
-        self._start, self._product = trace, _Product(self._rule.alpha, trace)
+        self._start, self._products = trace, _Products(self._rule.alpha, trace)
+        # Not kept in the products, which autograd's nodes refer to: memory would wait for the garbage collector.
+        self._handle = _Open.apply(self._rule.alpha, trace, self._products)
         self._scale = trace.new_ones(B, 1)
         self._squared_norm = trace.square().sum((1, 2))[:, None]
         self._weights = trace.new_zeros(B, 0)
@@ -84,7 +86,7 @@ class RunningTrace:
 
     def times(self, u: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """`(alpha * M) u`."""
-        y = self._scale * self._product.times(u)
+        y = self._scale * _Apply.apply(self._handle, u, self._products)
         if self._pre.shape[1]:
             y = y + (self._weighted_post * F.linear(self._pre * u[:, None], self._rule.alpha)).sum(1)
         return y
@@ -136,37 +138,33 @@ class RunningTrace:
         return torch.where(exceeds, self._rule.largest / (norm + 1e-8), 1.0)
 
 
-class _Product:
-    """`(alpha * M) u` for many u.
+class _Products:
+    """What `(alpha * M) u` for many u share.
 
-    The gradient of the matrices, an outer product for each u, is formed for all of them at once: the products hand
-    their vectors to `_Open`, which autograd calls when it has been through all of them.
+    The gradient of the matrices, an outer product for each u, is formed for all of them at once: each product leaves
+    its vectors here, and autograd calls `_Open` when it has been through all of them.
     """
 
     def __init__(self, alpha: Tensor, trace: Tensor) -> None:
         self.matrix = (alpha * trace).detach()
         self.vectors: list[tuple[Tensor, Tensor]] = []
         """(gradient of the product, u), collected in backward."""
-        self._handle = _Open.apply(alpha, trace, self)
-
-    def times(self, u: Tensor) -> Tensor:
-        return _Apply.apply(self._handle, u, self)  # type: ignore[return-value]
 
 
 class _Open(torch.autograd.Function):
     """An empty tensor, by which autograd knows that the products depend on alpha and the trace."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, trace: Tensor, product: _Product) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, alpha: Tensor, trace: Tensor, products: _Products) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(alpha, trace)
-        ctx.product = product
+        ctx.products = products
         return alpha.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor):  # type: ignore[override]
         alpha, trace = ctx.saved_tensors
-        grads, inputs = zip(*ctx.product.vectors, strict=True)
-        ctx.product.vectors.clear()
+        grads, inputs = zip(*ctx.products.vectors, strict=True)
+        ctx.products.vectors.clear()
         outer = torch.stack(grads, 2) @ torch.stack(inputs, 1)
         needs_alpha, needs_trace, _ = ctx.needs_input_grad
         return (outer * trace).sum(0) if needs_alpha else None, outer * alpha if needs_trace else None, None
@@ -174,17 +172,17 @@ class _Open(torch.autograd.Function):
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, handle: Tensor, u: Tensor, product: _Product) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, handle: Tensor, u: Tensor, products: _Products) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(u)
-        ctx.product = product
-        return _times(product.matrix, u)
+        ctx.products = products
+        return _times(products.matrix, u)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         needs_matrix, needs_u, _ = ctx.needs_input_grad
         if needs_matrix:
-            ctx.product.vectors.append((grad, ctx.saved_tensors[0]))
-        grad_u = _times(ctx.product.matrix.mT, grad) if needs_u else None
+            ctx.products.vectors.append((grad, ctx.saved_tensors[0]))
+        grad_u = _times(ctx.products.matrix.mT, grad) if needs_u else None
         return grad.new_empty(0) if needs_matrix else None, grad_u, None
 
 
