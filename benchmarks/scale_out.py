@@ -149,7 +149,7 @@ def measure(
         take=engine.rows_of_step(rows_per_step),
         prefetch_threads=2,
     )
-    seconds, schedule, stage, losses, pairs = [], [], [], [], 0
+    seconds, schedule, stage, losses, imbalance, pairs = [], [], [], [], [], 0
 
     def one_step() -> None:
         nonlocal pairs
@@ -163,6 +163,7 @@ def measure(
         schedule.append(middle - start)
         stage.append(in_stage())
         losses.append(result.cross_entropy)
+        imbalance.append(statistics.mean(max(load) * len(load) / sum(load) for load in result.load))
         pairs = result.attended_pairs
 
     one_step()
@@ -180,6 +181,7 @@ def measure(
         "schedule_seconds": schedule[measured],
         "in_stage_seconds": stage[measured],
         "losses": losses,
+        "expert_load_max_over_mean": imbalance,
         "attended_pairs": pairs,
         "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         "seconds_to_first_step": first_step,
@@ -285,6 +287,8 @@ def summary(run: RunConfig, name: str, layout: Layout | None, ranks: list[dict[s
         "schedule_share": statistics.median(ranks[0]["schedule_seconds"]) / seconds,
         "peak_memory_gib": [rank["peak_memory_gib"] for rank in ranks],
         "losses": ranks[0]["losses"],
+        # Mean over layers, by step.
+        "expert_load_max_over_mean": ranks[0]["expert_load_max_over_mean"],
         "seconds_to_first_step": max(rank["seconds_to_first_step"] for rank in ranks),
         "profile": [rank["profile"] for rank in ranks],
         "steps_measured": len(ranks[0]["seconds"]),
@@ -322,7 +326,7 @@ def speeds(flags: argparse.Namespace, certified: list[dict[str, Any]]) -> Iterat
             print(f"{name} failed: {error}", flush=True)
             continue
         found = summary(run, name, layout, ranks)
-        shown = {key: value for key, value in found.items() if key not in ("profile", "losses", "describe")}
+        shown = {key: value for key, value in found.items() if not isinstance(value, (list, str))}
         print(json.dumps(shown), f"{time.monotonic() - began:.0f} s", flush=True)
         print("  losses", [round(loss, 4) for loss in found["losses"]], flush=True)
         for rank, part in enumerate(found["profile"]):

@@ -1,11 +1,16 @@
-"""Write the results table of README.md from benchmarks/results/*.json: `python benchmarks/table.py [--check]`."""
+"""Write the tables of README.md and docs/scaling.md, and its plot, from benchmarks/results/*.json:
+`python benchmarks/table.py [--check]`.
+"""
 
 import json
+import re
+import statistics
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: python benchmarks/table.py -->", "<!-- /results -->"
+SCALING, END_SCALING = "<!-- scaling: python benchmarks/table.py -->", "<!-- /scaling -->"
 
 
 def load(name: str) -> dict:
@@ -44,44 +49,113 @@ def table() -> str:
             f"({row['forward_backward_ms'] / row['floor_ms']:.1f} x the floor of {row['floor_ms']:.2f} ms); "
             f"error {row['relative_error']:.1e} | {_where(attention)} |"
         )
-    lines += _layouts(load("layouts_2xh200"), load("certificate_2xh200"), load("certificate_cpu"))
+    lines += _scaling(load("scale_out_4xh200"), load("certificate_cpu"))
     return "\n".join(lines)
 
 
-def _layouts(speed: dict, gpus: dict, cpus: dict) -> list[str]:
-    """What two GPUs make of LFM-3B under each layout, and what the certificates say."""
-    one = next(row for row in speed["layouts"] if row["gpus"] == 1)
-    where = _where(speed).replace("one NVIDIA", "two NVIDIA")
-    lines = []
-    for row in speed["layouts"]:
-        slow, fast = row["range"]
-        scaling = row["tokens_per_second_per_gpu"] / one["tokens_per_second_per_gpu"]
-        worst = max(row["profile"], key=lambda part: part["collective"] + part["send_receive"])
-        waits = f"communication that nothing hides {worst['collective'] + worst['send_receive']:.0%} of a step"
-        if "PP" in row["layout"]:
-            waits += f", the pipeline's bubble included (predicted {row['bubble_predicted']:.0%})"
+def _scaling(four: dict, cpus: dict) -> list[str]:
+    """The best layout of four GPUs, a moved checkpoint, and what the certificates say; docs/scaling.md has the rest."""
+    one, *layouts = four["layouts"]
+    best = max(layouts, key=lambda row: row["tokens_per_second_per_gpu"])
+    slow, fast = best["range"]
+    where = _where(four).replace("one NVIDIA", "four NVIDIA")
+    lines = [
+        f"| LFM-3B on four GPUs, best of {len(layouts)} layouts ([scaling](docs/scaling.md)): {best['layout']}, "
+        f"{best['tokens_per_step']:,} tokens a step | {best['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU "
+        f"({slow:,.0f} to {fast:,.0f}), {best['tokens_per_second_per_gpu'] / one['tokens_per_second_per_gpu']:.0%} of "
+        f"one GPU's {one['tokens_per_second_per_gpu']:,.0f}; MFU {best['mfu_attended']:.1%} attended, peak "
+        f"{max(best['peak_memory_gib']):.1f} GiB | {where} |"
+    ]
+    moved = four["checkpoint_moved"]["losses"]
+    saved, *continued = moved
+    for other in continued:
+        step = min(moved[other], key=int)
         lines.append(
-            f"| LFM-3B, {row['layout']}, {row['tokens_per_step']:,} tokens a step | "
-            f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU ({slow:,.0f} to {fast:,.0f}; {scaling:.0%} of "
-            f"one GPU's), MFU {row['mfu_attended']:.1%} attended ({row['mfu_if_rows_were_one_document']:.1%}), peak "
-            f"{max(row['peak_memory_gib']):.1f} GiB; {waits} | {where} |"
+            f"| LFM-3B, checkpoint saved under {saved}, continued under {other} | loss of step {step}: "
+            f"{moved[other][step]:.4f}, of the run that saved it {moved[saved][step]:.4f} (bf16) | {where} |"
         )
-    moved = speed["checkpoint_moved"]
-    saved, continued = (dict(map(tuple, rows)) for rows in moved.values())
-    first = min(continued.keys() - range(6))
-    lines.append(
-        f"| LFM-3B, checkpoint of step 5 saved under EP2, continued under TP2+SP | loss of step {first}: "
-        f"{continued[first]:.4f}, of the run under EP2 itself {saved[first]:.4f} (bf16) | {where} |"
-    )
-    for found, name in ((gpus, "NCCL, two NVIDIA H200"), (cpus, "gloo, 2 CPU cores")):
-        worst = {key: max(row["deviations"][key] for row in found["layouts"]) for key in found["bounds"]}
-        within = sum(not row["beyond"] for row in found["layouts"])
+    certificates = [
+        ("NCCL, two NVIDIA H200", load("certificate_2xh200")["layouts"]),
+        ("NCCL, four NVIDIA H200", four["certificates"]),
+        ("gloo, 2 CPU cores", cpus["layouts"]),
+    ]
+    for name, layouts in certificates:
+        worst = {key: max(row["deviations"][key] for row in layouts) for key in cpus["bounds"]}
+        within = sum(not row["beyond"] for row in layouts)
         lines.append(
-            f"| certificate of `lfm_debug` against one process, fp32 | {within} of {len(found['layouts'])} layouts "
+            f"| certificate of `lfm_debug` against one process, fp32 | {within} of {len(layouts)} layouts "
             f"within bounds; largest relative deviation: loss {worst['loss']:.0e}, gradient of a parameter "
             f"{worst['gradient']:.0e}, norm {worst['norm']:.0e}, auxiliary losses {worst['auxiliary']:.0e} | {name} |"
         )
     return lines
+
+
+def scaling_table() -> str:
+    """Every layout of four and of two GPUs, next to one GPU in the same session."""
+    lines = [
+        "| GPUs | layout | tokens/s per GPU (slowest to fastest step) | of one GPU | MFU attended | peak GiB | "
+        "communication alone | neither | waiting for other stages: predicted, measured by stage | kernels a step |",
+        "| --- " * 10 + "|",
+    ]
+    for result in (load("scale_out_4xh200"), load("layouts_2xh200")):
+        one = next(row for row in result["layouts"] if row["gpus"] == 1)
+        for row in result["layouts"]:
+            slow, fast = row["range"]
+            shares = {key: statistics.mean(part[key] for part in row["profile"]) for key in row["profile"][0]}
+            waiting = ""
+            if "waiting" in row:
+                size = row["gpus"] // (_stages(row).count("/") + 1)
+                stages = [row["waiting"][rank : rank + size] for rank in range(0, row["gpus"], size)]
+                measured = ", ".join(f"{statistics.mean(ranks):.0%}" for ranks in stages)
+                waiting = f"{row['waiting_predicted']:.0%}; {measured}"
+            lines.append(
+                f"| {row['gpus']} | {row['layout']}{_stages(row)} | {row['tokens_per_second_per_gpu']:,.0f} "
+                f"({slow:,.0f} to {fast:,.0f}) | "
+                f"{row['tokens_per_second_per_gpu'] / one['tokens_per_second_per_gpu']:.1%} | "
+                f"{row['mfu_attended']:.1%} | {max(row['peak_memory_gib']):.1f} | "
+                f"{shares['collective'] + shares['send_receive']:.0%} | {shares['idle']:.0%} | {waiting} | "
+                f"{shares['kernels']:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def _stages(row: dict) -> str:
+    found = re.search(r"stages (.*), balance", row["describe"])
+    return f" ({found[1].replace(' | ', '/').replace(' ', '')})" if found else ""
+
+
+def plot_scaling(path: Path) -> None:
+    """How a step of each layout on four GPUs is spent, scaled to its share of one GPU's speed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    result = load("scale_out_4xh200")
+    rows = sorted(result["layouts"], key=lambda row: row["tokens_per_second_per_gpu"])
+    one = next(row for row in rows if row["gpus"] == 1)
+    figure, axes = plt.subplots(figsize=(10, 0.42 * len(rows) + 1.4))
+    parts = {"compute": "#2f6db5", "collective": "#e0803c", "send_receive": "#c9a227", "idle": "#c8c8c8"}
+    labels = {
+        "compute": "computing",
+        "collective": "collectives alone",
+        "send_receive": "send, receive, all-to-all alone",
+        "idle": "neither",
+    }
+    for index, row in enumerate(rows):
+        time = one["tokens_per_second_per_gpu"] / row["tokens_per_second_per_gpu"]
+        left = 0.0
+        for part, colour in parts.items():
+            width = time * statistics.mean(profile[part] for profile in row["profile"])
+            axes.barh(index, width, left=left, color=colour, label=labels[part] if index == 0 else None)
+            left += width
+        axes.text(left + 0.02, index, f"{1 / time:.0%}", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row["layout"] + _stages(row) for row in rows], fontsize=9)
+    axes.set_xlabel("time per token and GPU, one GPU = 1 (number: share of one GPU's speed)")
+    axes.legend(loc="upper right", fontsize=9)
+    axes.set_title(f"LFM-3B on four GPUs of one host, {result['date']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def _where(result: dict) -> str:
@@ -90,15 +164,21 @@ def _where(result: dict) -> str:
     return f"one {result['environment']['gpu']}, torch {torch}, {result['date']}, {how_often}"
 
 
+PAGES = {"README.md": (BEGIN, END, table), "docs/scaling.md": (SCALING, END_SCALING, scaling_table)}
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if "--check" in sys.argv:
-        sys.exit(0 if wanted == text else "README.md's table differs from benchmarks/results; run benchmarks/table.py")
-    readme.write_text(wanted)
+    for name, (begin, end, write) in PAGES.items():
+        page = ROOT / name
+        text = page.read_text()
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        wanted = f"{before}{begin}\n{write()}\n{end}{after}"
+        if "--check" in sys.argv and wanted != text:
+            sys.exit(f"the table of {name} differs from benchmarks/results; run benchmarks/table.py")
+        page.write_text(wanted)
+    if "--check" not in sys.argv:
+        plot_scaling(ROOT / "docs/scaling.png")
 
 
 if __name__ == "__main__":

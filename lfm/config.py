@@ -81,6 +81,21 @@ def parse_command_line(
     return config.load(namespace.config, namespace.overrides), namespace
 
 
+def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
+    """A flag for every key of a flat config, such as --max-new-tokens for max_new_tokens; `from_flags` reads them."""
+    for name, field in config.model_fields.items():
+        flag, help_text = "--" + name.replace("_", "-"), " ".join((field.description or "").split())
+        if field.annotation is bool:
+            parser.add_argument(flag, action="store_true", help=help_text)
+        else:
+            parser.add_argument(flag, default=field.default, help=f"{help_text} (default {field.default})".strip())
+
+
+def from_flags(config: type[AnyConfig], flags: argparse.Namespace) -> AnyConfig:
+    """What the flags of `add_flags` say.  Raises UserError naming the key."""
+    return config.from_tree({name: getattr(flags, name) for name in config.model_fields}, source="the command line")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML that refuses a key given twice (plain PyYAML keeps the last one in silence)."""
 
@@ -146,14 +161,16 @@ def _configs_in(annotation: Any) -> list[type[Config]]:
     return [config for argument in typing.get_args(annotation) for config in _configs_in(argument)]
 
 
-def _keys(config: type[Config], prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """`(dotted path, type, default, help text)` of every leaf under `config`."""
+def _keys(config: type[Config], prefix: str, kinds: Sequence[int | str] = ()) -> Iterator[tuple[str, str, str, str]]:
+    """`(dotted path, type, default, help text)` of every leaf under `config`; of unions those in `kinds`, if any is."""
     for name, field in config.model_fields.items():
         path = prefix + name
         text = " ".join((field.description or "").split())
         nested = _configs_in(field.annotation)
-        for inner in nested:
-            yield from _keys(inner, path + ".")
+        for inner in [config for config in nested if _kind(config) in kinds] or nested:
+            of_kind = f"[kind: {_kind(inner)}] " if len(nested) > 1 and _kind(inner) else ""
+            for key, kind, default, help_text in _keys(inner, path + ".", kinds):
+                yield key, kind, default, of_kind + help_text
         if nested and field.default is not None:
             continue
         if field.is_required():
@@ -164,6 +181,27 @@ def _keys(config: type[Config], prefix: str) -> Iterator[tuple[str, str, str, st
             default = yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
         bounds = [str(rule).partition("(")[2].rstrip(")") for rule in field.metadata if "=" in str(rule)]
         yield path, " ".join([_type_name(field.annotation), *bounds]), default, text
+
+
+def _kind(config: type[Config]) -> str | None:
+    """The value of `kind` that picks this config out of a union."""
+    field = config.model_fields.get("kind")
+    return field.default if field is not None else None
+
+
+def _user_path(root: type[Config], location: Sequence[int | str]) -> str:
+    """The dotted path as in the user's file: pydantic puts the kind between a union's key and its fields."""
+    here, path = [root], []
+    for part in location:
+        fields = [config.model_fields[part] for config in here if part in config.model_fields]
+        chosen = [config for config in here if _kind(config) == part]
+        if not fields and chosen and len(here) > 1:
+            here = chosen
+            continue
+        path.append(str(part))
+        if fields:
+            here = [config for field in fields for config in _configs_in(field.annotation)]
+    return ".".join(path)
 
 
 def _type_name(annotation: Any) -> str:
@@ -186,10 +224,15 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
     problems = error.errors()
     # An unknown key explains a missing one, and a typo is the commonest mistake: name it first.
     problem = min(problems, key=lambda item: item["type"] != "extra_forbidden")
-    path = ".".join(str(part) for part in problem["loc"])
+    path = _user_path(root, problem["loc"])
     value = problem["input"]
     if problem["type"] == "extra_forbidden":
-        sentence = f"unknown key {path} (value {value!r}) in {source}; {_nearest(root, path)}"
+        sentence = f"unknown key {path} (value {value!r}) in {source}; {_nearest(root, path, problem['loc'])}"
+    elif problem["type"] == "union_tag_invalid":
+        context = problem.get("ctx", {})
+        sentence = f"{path}.kind = {context['tag']!r} in {source} is not one of {context['expected_tags']}"
+    elif problem["type"] == "union_tag_not_found":
+        sentence = f"key {path}.kind is missing in {source}; add it (--help describes every key)"
     elif problem["type"] == "missing":
         sentence = f"key {path} is missing in {source}; add it (--help describes every key)"
     elif problem["type"] == "value_error":
@@ -201,9 +244,9 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
     return sentence + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
-def _nearest(root: type[Config], path: str) -> str:
+def _nearest(root: type[Config], path: str, location: Sequence[int | str]) -> str:
     """Words that point from an unknown dotted key to the legal one it resembles most."""
-    legal = [key for key, *_ in _keys(root, "")]
+    legal = [key for key, *_ in _keys(root, "", location)]
     sections = sorted({".".join(key.split(".")[: i + 1]) for key in legal for i in range(key.count("."))})
     parent, _, name = path.rpartition(".")
     candidates = legal + sections

@@ -1,5 +1,5 @@
 import subprocess
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, PositiveInt
@@ -40,6 +40,43 @@ def test_a_config_survives_yaml(file, tmp_path):
     config = Outer.load(file, ["maybe.lr=1"])
     (tmp_path / "again.yaml").write_text(config.to_yaml())
     assert Outer.load(tmp_path / "again.yaml") == config
+
+
+class Circle(Config):
+    kind: Literal["circle"] = "circle"
+    radius: float = 1.0
+
+
+class Square(Config):
+    kind: Literal["square"] = "square"
+    side: float = 1.0
+    """In metres."""
+
+
+class Drawing(Config):
+    shape: Annotated[Circle | Square, Field(discriminator="kind")]
+
+
+@pytest.mark.parametrize(
+    "shape, sentence",
+    [
+        ("{kind: circle, radus: 2}", "unknown key shape.radus (value 2) in {file}; did you mean shape.radius?"),
+        ("{kind: square, radius: 2}", "unknown key shape.radius (value 2) in {file}; did you mean shape.side?"),
+        ("{kind: square, side: x}", "shape.side = 'x' in {file} is not legal"),
+        ("{kind: ring}", "shape.kind = 'ring' in {file} is not one of 'circle', 'square'"),
+        ("{side: 2}", "key shape.kind is missing in {file}"),
+    ],
+)
+def test_a_choice_by_kind_is_explained_by_the_keys_of_the_file(tmp_path, shape, sentence):
+    file = tmp_path / "drawing.yaml"
+    file.write_text(f"shape: {shape}\n")
+    with pytest.raises(UserError) as error:
+        Drawing.load(file)
+    assert sentence.format(file=file) in str(error.value)
+
+
+def test_help_says_which_kind_a_key_is_of():
+    assert "[kind: square] In metres." in Drawing.describe()
 
 
 @pytest.mark.parametrize(

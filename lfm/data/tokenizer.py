@@ -82,6 +82,22 @@ class Tokenizer:
         """The ids of `text`."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of what a user typed.  Raises UserError for text that is no UTF-8 or that the vocabulary lacks."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {text!r} is not valid UTF-8; give it in UTF-8") from None
+        ids = self.encode(text)
+        if self.decode(ids) != text:  # a byte-level vocabulary holds everything; others drop or replace
+            for character in text:
+                if not character.isspace() and character not in self.decode(self.encode(character)):
+                    raise UserError(
+                        f"the tokenizer has no token for {character!r} (U+{ord(character):04X}) of the prompt; "
+                        "leave it out, or train with a byte-level tokenizer"
+                    )
+        return ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed on all cores."""
         return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]

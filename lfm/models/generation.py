@@ -1,6 +1,9 @@
 """Sampling from any model with functional state: prefill each prompt, then decode all of them one token at a time."""
 
+import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -8,7 +11,8 @@ from torch import Tensor
 
 from lfm.config import Config
 from lfm.errors import UserError
-from lfm.models.lfm import LFM, LFMState
+from lfm.files import write_durably
+from lfm.models.language_model import LanguageModel
 
 
 class SamplingConfig(Config):
@@ -30,54 +34,140 @@ class SamplingConfig(Config):
         return self
 
 
+PREFILL_TOKENS = 2048
+"""A long prompt is read this many tokens at a time, so that its memory does not grow with it."""
+
+
+@torch.no_grad()
+def prefill(model: LanguageModel, ids: Sequence[int], state: Any = None) -> tuple[Tensor, Any]:
+    """Final hidden state `[1, D]` of the last of `ids`, read after the prefix of `state`, and the state after it."""
+    assert ids
+    device, hidden = model.embedding.weight.device, torch.empty(0)
+    for piece in torch.tensor([list(ids)], device=device).split(PREFILL_TOKENS, dim=1):
+        hidden, state = model.advance(piece, state)
+    return hidden[:, -1], state
+
+
 @torch.no_grad()
 def generate(
-    model: LFM, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, end_of_document: int | None
+    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, end_of_document: int | None
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the next id of every prompt; None for one that has ended.
 
     A prompt's continuation depends on (prompt, seed, its index) alone, not on the other prompts of the batch.
     Raises UserError for an empty prompt, or one that leaves no room in the context.
     """
-    limit = model.config.seq_length
+    limit = model.config.context_limit
     check_prompts(prompts, limit)
     device = model.embedding.weight.device
     generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in range(len(prompts))]
-    states: list[LFMState] = []
-    last = []
-    for prompt in prompts:
-        hidden, state, _ = model.hidden(torch.tensor([list(prompt)], device=device), keep_state=True)
-        assert state is not None
-        states.append(state)
-        last.append(hidden[:, -1])
-    state, hidden = LFMState.stack(states), torch.cat(last)
+    read = [prefill(model, prompt) for prompt in prompts]
+    hidden, states = torch.cat([hidden for hidden, _ in read]), [state for _, state in read]
+    state = type(states[0]).stack(states)
     lengths, alive = [len(prompt) for prompt in prompts], [True] * len(prompts)
     for _ in range(sampling.max_new_tokens):
-        logits = (hidden @ model.head_weight.T).float().cpu()
+        logits = model.logits(hidden).float().cpu()
         chosen = [choose(logits[i], sampling, generators[i]) if alive[i] else None for i in range(len(prompts))]
         for i, token in enumerate(chosen):
             lengths[i] += alive[i]
-            if token == end_of_document or lengths[i] >= limit:
+            if token == end_of_document or (limit is not None and lengths[i] >= limit):
                 alive[i] = False
         yield chosen
         if not any(alive):
             return
         # Ended rows decode a dummy token, so that the batch keeps its shape; nobody reads it.
         step = torch.tensor([[token if token is not None else 0] for token in chosen], device=device)
-        out, state, _ = model.hidden(step, state=state, keep_state=True)
-        assert state is not None
+        out, state = model.advance(step, state)
         hidden = out[:, -1]
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], seq_length: int) -> None:
-    """Raise UserError for a prompt that is empty or leaves no room in the context of `seq_length` tokens."""
+class Conversation:
+    """One sequence that goes on: text is read into the model's state, and replies are sampled from it.
+
+    Nothing is read twice: the state is all that is kept, and in families without attention it does not grow.
+    """
+
+    def __init__(self, model: LanguageModel, sampling: SamplingConfig, *, end_of_document: int | None) -> None:
+        self.model, self.sampling, self.end_of_document = model, sampling, end_of_document
+        self.generator = torch.Generator().manual_seed(sampling.seed)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        self.state: Any = None
+        self.hidden: Tensor | None = None
+        """`[1, D]`, of the last token read; None before the first."""
+        self.num_tokens = 0
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Take `ids` into the state.  Raises UserError where the context has no room for them, and reads none."""
+        limit = self.model.config.context_limit
+        if limit is not None and self.num_tokens + len(ids) >= limit:
+            raise UserError(
+                f"{self.num_tokens} + {len(ids)} tokens leave no room in the context of {limit}; "
+                "start anew, or give less"
+            )
+        if ids:
+            self.hidden, self.state = prefill(self.model, ids, self.state)
+            self.num_tokens += len(ids)
+
+    def reply(self) -> Iterator[int]:
+        """Sampled ids, each read into the state as it is given, until the end of a document, which is not read."""
+        if self.hidden is None:
+            raise UserError("there is nothing to reply to; give some text first")
+        limit = self.model.config.context_limit
+        for _ in range(self.sampling.max_new_tokens):
+            if limit is not None and self.num_tokens + 1 >= limit:
+                return
+            token = choose(self.model.logits(self.hidden)[0].float().cpu(), self.sampling, self.generator)
+            if token == self.end_of_document:
+                return
+            self.read([token])
+            yield token
+
+    def save(self, path: Path, *, checkpoint: str) -> None:
+        """Write the state to a file; `checkpoint` identifies the weights that it belongs to."""
+        if self.hidden is None:
+            return
+        content = {
+            "checkpoint": checkpoint,
+            "num_tokens": self.num_tokens,
+            "hidden": self.hidden.cpu(),
+            "state": {name: tensor.cpu() for name, tensor in self.state.tensors().items()},
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_durably(path, buffer.getvalue())
+
+    def load(self, path: Path, *, checkpoint: str) -> None:
+        """Go on from a saved state.  Raises UserError for a file that is none, or of other weights."""
+        empty = self.model.empty_state(1)
+        if empty is None:
+            raise UserError(f"the state of {self.model.config.kind} grows with its text and is not kept in files")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            saved_by, num_tokens, hidden = content["checkpoint"], int(content["num_tokens"]), content["hidden"]
+            tensors = content["state"]
+        except Exception:  # whatever torch makes of a file that is something else
+            raise UserError(f"{path} is not a saved state; give another file, or one that does not exist") from None
+        if saved_by != checkpoint:
+            raise UserError(f"the state {path} is of another model ({saved_by}, not {checkpoint}); give another file")
+        try:
+            self.state = empty.filled(tensors)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        self.hidden, self.num_tokens = hidden.to(self.model.embedding.weight), num_tokens
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], context_limit: int | None) -> None:
+    """Raise UserError for a prompt that is empty or leaves no room in a context of so many tokens (None: any)."""
     for prompt in prompts:
         if not prompt:
             raise UserError("a prompt is empty; give it at least one token")
-        if len(prompt) >= seq_length:
+        if context_limit is not None and len(prompt) >= context_limit:
             raise UserError(
-                f"a prompt has {len(prompt)} tokens and the context is {seq_length}; "
-                f"shorten it to {seq_length - 1} or fewer"
+                f"a prompt has {len(prompt)} tokens and the context is {context_limit}; "
+                f"shorten it to {context_limit - 1} or fewer"
             )
 
 

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -29,6 +29,8 @@ class FamilyConfig(Config):
 
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none",)
     """Values of training.recompute that the family knows."""
+    changeable: ClassVar[frozenset[str]] = frozenset({"seq_length"})
+    """Keys, dotted, that a run may change when it goes on from a checkpoint: no tensor depends on them."""
 
     @property
     def context_limit(self) -> int | None:
@@ -107,6 +109,16 @@ class State:
         """The state with `change` applied to each tensor."""
         return self._map(lambda _, tensor: change(tensor))
 
+    def filled(self, tensors: Mapping[str, Tensor]) -> Self:
+        """A state like this one with these tensors, by name, in its dtypes and on its devices.
+
+        Raises ValueError, naming the first difference, unless names and shapes are its own.
+        """
+        own = self.tensors()
+        for name in sorted(own.keys() | tensors.keys()):
+            _check_shape(name, tensors.get(name), own.get(name))
+        return self._map(lambda name, tensor: tensors[name].to(tensor))
+
     @property
     def num_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
@@ -130,15 +142,18 @@ class State:
             )
         own, wanted = self.tensors(), expected.tensors()
         for name in sorted(own.keys() | wanted.keys()):
-            a, b = own.get(name), wanted.get(name)
-            if a is None or b is None or a.shape != b.shape:
-                raise ValueError(
-                    f"the state is of another model: {name} is {'missing' if a is None else list(a.shape)}, "
-                    f"this model needs {'none' if b is None else list(b.shape)}"
-                )
+            _check_shape(name, own.get(name), wanted.get(name))
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> Self:
         return _map_tree("", self, change)
+
+
+def _check_shape(name: str, found: Tensor | None, wanted: Tensor | None) -> None:
+    if found is None or wanted is None or found.shape != wanted.shape:
+        raise ValueError(
+            f"the state is of another model or batch: {name} is {'missing' if found is None else list(found.shape)}, "
+            f"this one needs {'none' if wanted is None else list(wanted.shape)}"
+        )
 
 
 def _map_tree(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
@@ -166,6 +181,8 @@ class LanguageModel(nn.Module, abc.ABC):
     embedding: nn.Embedding
     evaluation_modes: ClassVar[tuple[str, ...]] = ()
     """Ways to run the same weights that every validation tells apart; see `evaluating`."""
+    evaluation_mode: str = ""
+    """Which of them training uses now."""
 
     @abc.abstractmethod
     def advance(

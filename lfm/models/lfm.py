@@ -33,6 +33,12 @@ from lfm.models.language_model import (
 
 class LFMConfig(FamilyConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "selective", "full")
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("seq_length", "attention_backend", "moe_capacity_factor", "moe_aux_loss_coeff", "moe_aux_loss_scope"),
+            *("moe_z_loss_coeff", "liquid.backend", "liquid.chunk_length", "liquid.warmup", "liquid.tolerance"),
+        }
+    )
     kind: Literal["lfm"] = "lfm"
     """Model family."""
     hidden_size: PositiveInt

@@ -1,13 +1,26 @@
 """Model families by `model.kind`."""
 
-from collections.abc import Sequence
+from typing import Any
 
-from lfm.layers.parts import PLAIN, Parts
+from lfm.config import Config
+from lfm.models.language_model import LanguageModel
 from lfm.models.lfm import LFM, LFMConfig
+
+FAMILIES: dict[type, type[LanguageModel]] = {LFMConfig: LFM}
+"""Configuration class -> model class, which is built from it."""
 
 ModelConfig = LFMConfig
 
 
-def build(config: ModelConfig, *, parts: Parts = PLAIN, layers: Sequence[int] | None = None) -> LFM:
-    """The model, or the piece of it that `layers` names, uninitialised; safe under `torch.device("meta")`."""
-    return LFM(config, parts=parts, layers=layers)
+class _Tree(Config):
+    model: ModelConfig
+
+
+def parse(tree: dict[str, Any], *, source: str) -> ModelConfig:
+    """The configuration that `tree` (with its `kind`) describes.  Raises UserError naming `source`."""
+    return _Tree.from_tree({"model": tree}, source=source).model
+
+
+def build(config: ModelConfig) -> LanguageModel:
+    """The model, uninitialised; safe under `torch.device("meta")`."""
+    return FAMILIES[type(config)](config)  # type: ignore[call-arg]

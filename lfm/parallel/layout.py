@@ -116,6 +116,8 @@ def check_layout(
     Raises UserError where it is not legal, naming the keys in conflict and the nearest legal layout of as many
     processes, or the nearest number of processes that has one.
     """
+    if model.kind != "lfm":
+        return _one_process(model, parallel, world_size, global_batch_size // micro_batch_size)
     r = Request(model, parallel, world_size, global_batch_size, micro_batch_size)
     rule = first_broken(r)
     if rule is not None:
@@ -142,14 +144,44 @@ def check_layout(
     )
 
 
+def _one_process(model: "ModelConfig", parallel: ParallelConfig, world_size: int, num_micro_batches: int) -> Layout:
+    """The layout of the families that have no other."""
+    asked = {key: value for key, value in dict(parallel).items() if value != getattr(ParallelConfig(), key)}
+    asked = {key: value for key, value in asked.items() if not key.endswith("_seconds")}
+    if world_size > 1 or asked:
+        what = " and ".join(
+            [f"{world_size} processes"] * (world_size > 1) + [f"parallel.{key}={asked[key]}" for key in asked]
+        )
+        raise UserError(
+            f"model.kind={model.kind} trains in one process with the local engine, not with {what}; start it with "
+            "plain python and no parallel keys (lfm is the family that spreads)"
+        )
+    return Layout(
+        world=1,
+        tensor=1,
+        pipeline=1,
+        virtual_pipeline=1,
+        expert=1,
+        expert_tensor=1,
+        data=1,
+        expert_data=1,
+        sequence_parallel=False,
+        zero_stage=0,
+        offload_optimizer=False,
+        num_micro_batches=num_micro_batches,
+        chunk_layers=(),
+        balance=1.0,
+    )
+
+
 BEGIN, END = "<!-- layouts: python -m lfm.parallel.layout docs/parallelism.md -->", "<!-- /layouts -->"
 
 
 def compatibility_table() -> str:
     """Which layouts go with which ZeRO stages, as Markdown: the rules, asked about a small model."""
-    from lfm.models.registry import ModelConfig
+    from lfm.models.lfm import LFMConfig
 
-    model = ModelConfig(
+    model = LFMConfig(
         hidden_size=32, num_layers=4, num_attention_heads=4, num_query_groups=2, seq_length=64, moe_ffn_hidden_size=32
     )
     tensor, pipeline, expert = {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"expert": 2}

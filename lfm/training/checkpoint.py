@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -29,9 +29,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.tensor import DTensor
 
 from lfm.config import Config
+from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 from lfm.models.global_names import global_views
-from lfm.models.lfm import LFM, LFMConfig
+from lfm.models.language_model import LanguageModel
+from lfm.models.registry import ModelConfig, build, parse
 from lfm.training.engine import materialize
 
 FORMAT = 1
@@ -48,6 +50,8 @@ class CheckpointConfig(Config):
     """Write in the background; costs host memory of one copy of the state; at most one save is under way."""
     keep: PositiveInt = 2
     """Newest checkpoints kept; older ones are removed after a newer one is whole."""
+    keep_best: bool = False
+    """Save after each validation with the lowest loss so far, and keep that checkpoint too: checkpoints/best."""
     resume: str = "auto"
     """auto: go on from the run's newest checkpoint, if any; never: refuse a run folder that has one; or a path."""
     init_from: str | None = None
@@ -60,6 +64,18 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
+BEST = "best"
+"""Link in a run's checkpoint folder to the one with the best validation loss."""
+
+
+def mark_best(checkpoint: Path) -> None:
+    """Point the link at this checkpoint, at once."""
+    new = checkpoint.with_name(f"{TEMPORARY}{BEST}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(checkpoint.name)
+    os.rename(new, checkpoint.with_name(BEST))
+
+
 def set_newer_aside(folder: Path, step: int) -> None:
     """Rename the checkpoints after `step` to `abandoned_*`: a run that goes on from `step` leaves their branch."""
     for path in whole_checkpoints(folder):
@@ -68,11 +84,16 @@ def set_newer_aside(folder: Path, step: int) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
             print(f"{path.name} is now {aside.name}: this run goes on from step {step}", flush=True)
+    best = folder / BEST
+    if best.is_symlink() and not best.exists():
+        best.unlink()
 
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what a crash left half-written or half-removed."""
     for path in folder.glob(f"{TEMPORARY}*"):
+        if path.is_symlink():
+            path.unlink()
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -128,22 +149,20 @@ def verify(checkpoint: Path, manifest: dict[str, Any], *, rank: int = 0, world_s
             raise UserError(f"checkpoint file {checkpoint / name} is corrupt (hash differs); {_way_out(checkpoint)}")
 
 
-def check_architecture(checkpoint: Path, manifest: dict[str, Any], model: LFMConfig) -> None:
+def check_architecture(checkpoint: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
     """Raises UserError, naming the first key that differs, unless `model` has the tensors of the checkpoint."""
     stored, wanted = _flatten(manifest["config"]["model"]), _flatten(model.model_dump(mode="json"))
+    if stored["kind"] != wanted["kind"]:
+        raise UserError(
+            f"checkpoint {checkpoint} is of family {stored['kind']} and the config of family {wanted['kind']}; "
+            "give a checkpoint of the same family, or start a new run (name=NAME)"
+        )
     for key in sorted(stored.keys() | wanted.keys()):
-        if key not in _MAY_DIFFER and stored.get(key) != wanted.get(key):
+        if key not in model.changeable and stored.get(key) != wanted.get(key):
             raise UserError(
                 f"checkpoint {checkpoint} is of another architecture: model.{key} is {stored.get(key)!r} there and "
                 f"{wanted.get(key)!r} in the config; set it alike, or start a new run (name=NAME)"
             )
-
-
-# What a run may change on the way: numbers that no tensor's shape or meaning depends on.
-_MAY_DIFFER = {
-    *("seq_length", "attention_backend", "moe_capacity_factor", "moe_aux_loss_coeff", "moe_aux_loss_scope"),
-    *("moe_z_loss_coeff", "liquid.backend", "liquid.chunk_length", "liquid.warmup", "liquid.tolerance"),
-}
 
 
 def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[str, Tensor]) -> None:
@@ -163,13 +182,13 @@ def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[st
             raise UserError(f"frozen tensor {name} of {checkpoint} does not match its hash; {_way_out(checkpoint)}")
 
 
-def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[LFM, dict[str, Any], Path]:
+def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any], Path]:
     """A verified checkpoint's model in evaluation mode, its manifest, and the checkpoint's path."""
     checkpoint = find(path)
     manifest = read_manifest(checkpoint)
     verify(checkpoint, manifest)
-    config = LFMConfig.from_tree(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))
-    model = materialize(config, device=device, dtype=dtype)
+    config = parse(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))
+    model = materialize(lambda: build(config), device=device, dtype=dtype)
     views = global_views(model, lambda _, tensor: tensor)
     frozen = {name.removeprefix("frozen.") for name in manifest["frozen"]}
     keys = {f"{'frozen' if name in frozen else 'master'}.{name}": tensor for name, tensor in views.items()}
@@ -177,6 +196,16 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple
     for layer, warmup in manifest["counters"]["reservoir_warmup"].items():
         model.liquids[int(layer)].warmup = warmup
     return model.eval(), manifest, checkpoint
+
+
+def open_model(path: Path, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
+    """A verified checkpoint's model, in bf16 on a GPU and fp32 on a CPU, its tokenizer, and the checkpoint's path."""
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for and no GPU is visible; use --device cpu")
+    where, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    model, _, checkpoint = load_model(path, device=where, dtype=dtype)
+    return model, Tokenizer.from_file(checkpoint / "tokenizer.json"), checkpoint
 
 
 def rng_state(device: torch.device) -> dict[str, str]:

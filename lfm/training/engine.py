@@ -6,8 +6,9 @@ It is the truth that the parallel engine is compared with.
 import abc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,10 @@ from lfm.errors import NonFiniteError
 from lfm.kernels.reservoir import RecurrenceStats, next_warmup
 from lfm.layers.documents import Documents
 from lfm.layers.liquid import Liquid
-from lfm.layers.parts import PLAIN, Parts
 from lfm.models.global_names import global_views
-from lfm.models.language_model import Recompute, initialize
-from lfm.models.lfm import LFM, LFMConfig, LFMLosses
-from lfm.models.registry import build
+from lfm.models.language_model import LanguageModel, Recompute, initialize
+from lfm.models.lfm import LFMConfig, LFMLosses
+from lfm.models.registry import ModelConfig, build
 from lfm.training.evaluate import score
 from lfm.training.optimizer import OptimizerConfig, adamw
 
@@ -57,7 +57,7 @@ STATE = ("master", "exp_avg", "exp_avg_sq", "frozen")
 class Engine(abc.ABC):
     """What the training loop drives.  Every method is called on every process of the run, in the same order."""
 
-    config: LFMConfig
+    config: ModelConfig
     device: torch.device
     calm_steps: dict[int, int]
     warmups: dict[int, int]
@@ -111,6 +111,25 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def liquids(self) -> Mapping[int, Liquid]:
         """Liquid layers of this process by layer number."""
+
+    @property
+    def evaluation_modes(self) -> Sequence[str]:
+        """Ways to run the same weights that every validation tells apart."""
+        return ()
+
+    @property
+    def evaluation_mode(self) -> str:
+        """Which of them training uses now."""
+        return ""
+
+    def evaluating(self, mode: str) -> AbstractContextManager[None]:
+        """Within it `evaluate` runs in one of `evaluation_modes`."""
+        assert not mode, mode
+        return nullcontext()
+
+    def start_step(self, step: int, total_steps: int) -> None:
+        """Called before optimizer step `step` (0-based) of a run of `total_steps`: phases of training switch here."""
+        assert 0 <= step < total_steps
 
     def counters(self) -> dict[str, Any]:
         """Everything else of the engine's state, as JSON values."""
@@ -170,7 +189,7 @@ class LocalEngine(Engine):
 
     def __init__(
         self,
-        model: LFMConfig,
+        model: ModelConfig,
         optimizer: OptimizerConfig,
         *,
         seed: int,
@@ -182,7 +201,7 @@ class LocalEngine(Engine):
         self.config, self.optimizer_config = model, optimizer
         self.device, self.micro_batch_size, self.rows_a_round = device, micro_batch_size, micro_batch_size
         self.recompute: Recompute = recompute
-        self.model = materialize(model, device=device, dtype=dtype)
+        self.model = materialize(lambda: build(model), device=device, dtype=dtype)
         self.masters: dict[str, Tensor] = {
             name: p if p.dtype != torch.bfloat16 else torch.empty_like(p, dtype=torch.float32, requires_grad=False)
             for name, p in self.model.named_parameters()
@@ -196,6 +215,20 @@ class LocalEngine(Engine):
     @property
     def liquids(self) -> Mapping[int, Liquid]:
         return self.model.liquids
+
+    @property
+    def evaluation_modes(self) -> Sequence[str]:
+        return self.model.evaluation_modes
+
+    @property
+    def evaluation_mode(self) -> str:
+        return self.model.evaluation_mode
+
+    def evaluating(self, mode: str) -> AbstractContextManager[None]:
+        return self.model.evaluating(mode)
+
+    def start_step(self, step: int, total_steps: int) -> None:
+        self.model.start_step(step, total_steps)
 
     def rows_of_step(self, global_batch_size: int) -> slice:
         return slice(0, global_batch_size)
@@ -300,7 +333,7 @@ class LocalEngine(Engine):
             for grad in grads:
                 grad.mul_(scale)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_multiple"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.dtype == torch.float32)
         self.publish_masters()
@@ -345,20 +378,16 @@ def largest_residual(stats: RecurrenceStats) -> float:
     return max(float(stats.forward_residual.max()), float(backward.max()))
 
 
-def materialize(
-    config: LFMConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    parts: Parts = PLAIN,
-    layers: Sequence[int] | None = None,
-) -> LFM:
-    """The model, or its piece `layers`, with empty parameters in `dtype` on `device`.
+AnyModel = TypeVar("AnyModel", bound=LanguageModel)
 
-    Frozen reservoirs stay fp32: they are few, and exact.
+
+def materialize(make: Callable[[], AnyModel], *, device: torch.device, dtype: torch.dtype) -> AnyModel:
+    """What `make` builds, with empty parameters in `dtype` on `device`.
+
+    Frozen tensors keep their own dtype: they are few, and exact.
     """
     with torch.device("meta"):
-        model = build(config, parts=parts, layers=layers)
+        model = make()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.to_empty(device=device)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lfm.data.reader import RowReader
 from lfm.layers.documents import Documents
-from lfm.models.lfm import LFM
+from lfm.models.language_model import LanguageModel
 from lfm.parallel.ranks import Ranks
 
 
 @torch.no_grad()
-def score(model: LFM, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
+def score(model: LanguageModel, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
     """(sum of cross entropy in nats, number of labels) of packed rows `ids [R, T]`; the model is left in eval mode."""
     model.eval()
     device = model.embedding.weight.device

@@ -162,8 +162,8 @@ def _train(
     rows = open_split(run.data, "train", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
     held_out = open_split(run.data, "validation", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
     tokenizer = Tokenizer.from_file(Path(run.data.path).expanduser() / "tokenizer.json")
-    prompts = [tokenizer.encode(prompt) for prompt in run.samples.prompts]
-    check_prompts(prompts, run.model.seq_length)
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in run.samples.prompts]
+    check_prompts(prompts, run.model.context_limit)
     start, weights = _starting_point(run, rows, ranks), _starting_weights(run, ranks)
     if ranks.is_main:
         (run.folder / STOPPED).unlink(missing_ok=True)
@@ -191,7 +191,7 @@ def _train(
     position = stream.position
     stalls: list[float] = []
 
-    def save() -> None:
+    def save(*, best: bool = False) -> None:
         nonlocal saved_step
         if saved_step == progress.step:
             return
@@ -207,7 +207,7 @@ def _train(
         start = time.perf_counter()
         saver.wait()  # the engine may give the same host memory again
         share = engine.share()
-        saver.save(progress.step, share, manifest, tokenizer.definition, owned=engine.share_is_fresh)
+        saver.save(progress.step, share, manifest, tokenizer.definition, owned=engine.share_is_fresh, best=best)
         saved_step = progress.step
         stalls.append(time.perf_counter() - start)
 
@@ -229,6 +229,7 @@ def _train(
             lr = run.optimizer.lr * lr_factor(run.schedule, progress.step, run.training.steps)
             try:
                 watch.phase(f"step {progress.step + 1}: forward and backward")
+                engine.start_step(progress.step, run.training.steps)
                 result = engine.forward_backward(ids, lengths)
                 grad_norm = engine.step(lr)
             except NonFiniteError as error:
@@ -261,6 +262,8 @@ def _train(
                 if log is not None:
                     log.write(validated)
                     log.plot()
+                if run.checkpoint.keep_best and progress.validations_without_gain == 0:
+                    save(best=True)
                 speed.restart()
             if _due(progress.step, run.samples.every_steps) or last or _patience_is_over(run, progress):
                 with _saving_on_damage(save):
@@ -380,20 +383,29 @@ def _restore(
 def _validate(run: RunConfig, engine: Engine, held_out: RowReader, progress: Progress, ranks: Ranks) -> dict[str, Any]:
     """Mean cross entropy over the first rows of the validation split; keeps count for early stopping."""
     batch = engine.rows_a_round
-    found = evaluate(engine.evaluate, held_out, max_rows=run.validation.max_rows, batch_rows=batch, ranks=ranks)
+    by_mode = {}
+    for mode in engine.evaluation_modes or ("",):
+        with engine.evaluating(mode):
+            by_mode[mode] = evaluate(
+                engine.evaluate, held_out, max_rows=run.validation.max_rows, batch_rows=batch, ranks=ranks
+            )
+    found = by_mode[engine.evaluation_mode]
     loss = found.loss
     if loss < progress.best_validation:
         progress.best_validation, progress.validations_without_gain = loss, 0
     else:
         progress.validations_without_gain += 1
     if ranks.is_main:
-        say(f"step {progress.step}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f})")
+        modes = ", ".join(f"{mode.replace('_', ' ')} {other.loss:.4f}" for mode, other in by_mode.items() if mode)
+        perplexity = f"perplexity {math.exp(min(loss, 700)):.2f}"
+        say(f"step {progress.step}: validation loss {loss:.4f} ({'; '.join(filter(None, (perplexity, modes)))})")
     return {
         "step": progress.step,
         "tokens": progress.tokens,
         "validation_loss": loss,
         "validation_perplexity": math.exp(min(loss, 700)),
         "validation_labels": found.labels,
+        **{f"validation_loss_{mode}": other.loss for mode, other in by_mode.items() if mode},
     }
 
 

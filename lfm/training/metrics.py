@@ -144,20 +144,24 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def training_record(result: StepResult) -> dict[str, Any]:
-    """What one optimizer step contributes to metrics.jsonl, besides speed and memory."""
-    imbalance = [max(load) * len(load) / max(1, sum(load)) for load in result.load]
-    return {
-        "loss": result.loss,
-        "cross_entropy": result.cross_entropy,
-        "balance_loss": result.balance_loss,
-        "z_loss": result.z_loss,
-        "expert_load": [[count / max(1, sum(load)) for count in load] for load in result.load],
-        "expert_load_max_over_mean": max(imbalance),
-        "reservoir_residual": {str(layer): value for layer, value in result.residual.items()},
-        "reservoir_saturation": {str(layer): value for layer, value in result.saturation.items()},
-        "reservoir_repair_passes": result.repair_passes,
-        "reservoir_fallbacks": result.fallbacks,
-    }
+    """What one optimizer step contributes to metrics.jsonl, besides speed and memory; what the family has of it."""
+    record: dict[str, Any] = {"loss": result.loss, "cross_entropy": result.cross_entropy}
+    if result.load:
+        imbalance = [max(load) * len(load) / max(1, sum(load)) for load in result.load]
+        record |= {
+            "balance_loss": result.balance_loss,
+            "z_loss": result.z_loss,
+            "expert_load": [[count / max(1, sum(load)) for count in load] for load in result.load],
+            "expert_load_max_over_mean": max(imbalance),
+        }
+    if result.residual:
+        record |= {
+            "reservoir_residual": {str(layer): value for layer, value in result.residual.items()},
+            "reservoir_saturation": {str(layer): value for layer, value in result.saturation.items()},
+            "reservoir_repair_passes": result.repair_passes,
+            "reservoir_fallbacks": result.fallbacks,
+        }
+    return record
 
 
 def peak_flops(device_name: str | None) -> float | None:
@@ -209,7 +213,7 @@ def show(bar: tqdm, record: dict[str, Any], world_size: int) -> None:
     mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") else ""
     memory = f"  {record['memory_gib']:.1f} GiB" if "memory_gib" in record else ""
     text = f"loss {record['cross_entropy']:.4f}  norm {record['grad_norm']:.2f}  {speed}{mfu}{memory}"
-    if record["reservoir_fallbacks"]:
+    if record.get("reservoir_fallbacks"):
         text += f"  {record['reservoir_fallbacks']} sequential fallbacks"
     bar.set_postfix_str(text)
     if bar.disable:

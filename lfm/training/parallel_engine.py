@@ -67,7 +67,7 @@ class ParallelEngine(Engine):
         config = transformer_config(model, self.layout, dtype)
         parts = MegatronParts(groups, config)
         self.pieces = [
-            materialize(model, device=self.device, dtype=dtype, parts=parts, layers=layers)
+            materialize(lambda: LFM(model, parts=parts, layers=layers), device=self.device, dtype=dtype)  # noqa: B023
             for layers in self.layout.stage_chunks(groups.pipeline.rank())
         ]
         interleaved = len(self.pieces) > 1

@@ -1,5 +1,6 @@
 """What a run will take, before anything is allocated: exact counts, FLOPs, and an estimate of memory."""
 
+from lfm.models.lfm import LFMConfig
 from lfm.parallel.layout import Layout
 from lfm.training.run import RunConfig
 
@@ -20,8 +21,22 @@ def memory_estimate(run: RunConfig, layout: Layout) -> dict[str, float]:
     layers that ZeRO-3 gathers.  Activations are an estimate: the tensors that autograd keeps for the micro-batches in
     flight, counted per layer from the shapes in the forward pass.
     """
+    if run.model.kind != "lfm":
+        return _one_process_memory(run)
     stages = (stage_memory(run, layout, rank) for rank in range(layout.pipeline))
     return max(stages, key=lambda memory: sum(_on_device(memory, layout).values()))
+
+
+def _one_process_memory(run: RunConfig) -> dict[str, float]:
+    """Weights, gradients and optimizer state; what activations take is not estimated for the smaller families."""
+    counts, half = run.model.count_parameters(), _half(run)
+    held = counts.trainable + counts.padding
+    return {
+        "weights": held * (2 if half else 4) + counts.frozen * 4,
+        "fp32 gradients": held * 4,
+        "fp32 masters": held * 4 if half else 0,
+        "AdamW moments": held * 8,
+    }
 
 
 def _on_device(memory: dict[str, float], layout: Layout) -> dict[str, float]:
@@ -32,6 +47,7 @@ def _on_device(memory: dict[str, float], layout: Layout) -> dict[str, float]:
 def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     """Bytes by purpose for one process of pipeline stage `rank`, offloaded or not."""
     m, t, tp = run.model, run.training, layout.tensor
+    assert isinstance(m, LFMConfig)
     half = _half(run)
     size = 2 if half else 4
     first, last = rank == 0, rank == layout.pipeline - 1
@@ -83,7 +99,8 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
 def plan(run: RunConfig, layout: Layout) -> str:
     """The text of `--dry-run`."""
     m, t = run.model, run.training
-    counts, memory = m.count_parameters(), memory_estimate(run, layout)
+    counts = m.count_parameters()
+    memory = memory_estimate(run, layout)
     tokens = t.global_batch_size * m.seq_length
     flops = m.flops_per_token()
     device = _on_device(memory, layout)
@@ -97,7 +114,7 @@ def plan(run: RunConfig, layout: Layout) -> str:
         f"{flops * tokens * t.steps:.3g} FLOP",
         f"memory of {where}, weights in {'bfloat16, as on a GPU' if _half(run) else 'float32'}: "
         + ", ".join(f"{name} {value / _GIB:.1f}" for name, value in device.items()),
-        f"memory in all: {sum(device.values()) / _GIB:.1f} GiB"
+        f"memory in all: {sum(device.values()) / _GIB:.1f} GiB{'' if m.kind == 'lfm' else ' and activations'}"
         + (f", on the host {host / _GIB:.1f} GiB" if host else ""),
         f"one checkpoint: {12 * (counts.trainable + counts.padding) / _GIB:.1f} GiB",
     ]

@@ -65,7 +65,7 @@ class SamplesConfig(Config):
 
 class RunConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Run folder under `output`."""
+    """Run folder under `output`; auto: the family's own name for a model of these dimensions."""
     output: str = "runs"
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Of initialisation and data order."""
@@ -80,9 +80,24 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kind, choices = self.model.kind, self.model.recompute_choices
+        if self.training.recompute not in choices:
+            raise ValueError(
+                f"training.recompute={self.training.recompute} is not for model.kind={kind}; "
+                f"choose from {', '.join(choices)}"
+            )
+        if self.optimizer.groups and self.parallel.zero_stage:
+            raise ValueError(
+                f"optimizer.groups does not go with parallel.zero_stage={self.parallel.zero_stage}; "
+                "the parallel engine has one learning rate"
+            )
+        return self
+
     @property
     def folder(self) -> Path:
-        return Path(self.output).expanduser() / self.name
+        return Path(self.output).expanduser() / (self.model.run_name if self.name == "auto" else self.name)
 
     @property
     def device(self) -> torch.device:

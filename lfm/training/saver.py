@@ -24,10 +24,12 @@ from torch.distributed.tensor import DTensor
 from lfm.errors import UserError
 from lfm.files import sync, write_durably
 from lfm.training.checkpoint import (
+    BEST,
     FORMAT,
     TEMPORARY,
     hash_files,
     io_threads,
+    mark_best,
     remove,
     remove_unfinished,
     tensor_hash,
@@ -65,9 +67,11 @@ class Saver:
         tokenizer: bytes,
         *,
         owned: bool = False,
+        best: bool = False,
     ) -> float:
         """Save this rank's `tensors` with the others' as `step`; returns the seconds that training was held.
 
+        `best`: the link to the best checkpoint moves to this one, which stays when newer ones come.
         `owned`: nothing else changes the tensors any more, so that an asynchronous save needs no copy.
 
         Collective.  A DTensor is one rank's shard; other keys are given by one rank.  `manifest` and `tokenizer` are
@@ -77,7 +81,7 @@ class Saver:
         start = time.perf_counter()
         self.wait()
         if not self.asynchronous:
-            self._write(step, tensors, manifest, tokenizer, start)
+            self._write(step, tensors, manifest, tokenizer, start, best)
             return self.last_seconds
         manifest = copy.deepcopy(manifest)
         try:
@@ -87,7 +91,7 @@ class Saver:
 
         def write() -> None:
             try:
-                self._write(step, share, manifest, tokenizer, start)
+                self._write(step, share, manifest, tokenizer, start, best)
             except BaseException as error:
                 self._error = error
 
@@ -138,6 +142,7 @@ class Saver:
         manifest: dict[str, Any],
         tokenizer: bytes,
         start: float,
+        best: bool,
     ) -> None:
         """Collective, over `group` alone: each step ends with all ranks knowing that it went well on all."""
         final, temporary = self.folder / f"step_{step:08d}", self.folder / f"{TEMPORARY}step_{step:08d}"
@@ -180,8 +185,12 @@ class Saver:
             sync(temporary)
             os.rename(temporary, final)
             sync(self.folder)
+            if best:
+                mark_best(final)
+            kept = (self.folder / BEST).resolve()
             for old in whole_checkpoints(self.folder)[: -self.keep]:
-                remove(old)
+                if old.resolve() != kept:
+                    remove(old)
 
         def on_every_rank(work: Callable[[], T]) -> list[T]:
             return self._on_every_rank(work, lambda error: self._explained(error, final, need))

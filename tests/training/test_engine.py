@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lfm.errors import UserError
 from lfm.models.global_names import global_views
 from lfm.training.engine import LocalEngine, NonFiniteError
 from lfm.training.optimizer import OptimizerConfig
@@ -133,3 +134,36 @@ def test_warmup_rises_when_the_residual_does():
     result = engine.forward_backward(rows, [[64], [64]])
     assert result.residual[0] > 2e-3
     assert engine.counters()["reservoir_warmup"]["0"] == 64
+
+
+def test_a_group_has_its_own_rate_and_decay():
+    """With the moments at zero AdamW's first step is lr x sign(gradient), after decay by lr x weight_decay."""
+    groups = [
+        {"match": "embedding.weight", "lr_multiple": 0.25, "weight_decay": 0.0},
+        {"match": "layers.0.*norm.weight", "lr_multiple": 2.0, "weight_decay": 0.5},
+        {"match": "*", "lr_multiple": 0.0},
+    ]
+    config = OptimizerConfig.model_validate({"lr": 1e-2, "eps": 1e-20, "groups": groups, "clip_grad": 0})
+    engine = LocalEngine(
+        small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float64, micro_batch_size=4
+    )
+    before = {name: master.clone() for name, master in engine.masters.items()}
+    engine.forward_backward(_rows(), LENGTHS)
+    signs = {name: master.grad.sign() for name, master in engine.masters.items()}
+    engine.step(1e-3)
+    moved = {name: master - before[name] for name, master in engine.masters.items()}
+    for name, step in moved.items():
+        seen = signs[name] != 0
+        if name == "embedding.weight":
+            expected = -0.25e-3 * signs[name]
+        elif name.startswith("layers.0.") and name.endswith("norm.weight"):
+            expected = -2e-3 * signs[name] - 2e-3 * 0.5 * before[name]
+        else:
+            expected = torch.zeros_like(step)
+        assert torch.allclose(step[seen], expected[seen], rtol=1e-3, atol=1e-7), name
+
+
+def test_a_group_that_matches_nothing_is_refused():
+    config = OptimizerConfig.model_validate({"groups": [{"match": "*.no_such"}]})
+    with pytest.raises(UserError, match=r"match=\*\.no_such is the name of no parameter"):
+        LocalEngine(small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float32, micro_batch_size=4)

@@ -136,6 +136,30 @@ def test_patience_ends_a_run_early(tmp_path, text_data, capsys):
     assert "stopped early" in capsys.readouterr().out
 
 
+def test_the_best_checkpoint_stays_whatever_comes_after(tmp_path, text_data):
+    # With this learning rate the held-out loss falls first and then grows.
+    run = tiny_run(
+        tmp_path,
+        text_data,
+        *("optimizer.lr=0.5", "training.steps=9", "validation.every_steps=1", "checkpoint.every_steps=1"),
+        *("checkpoint.keep=1", "checkpoint.keep_best=true"),
+    )
+    train(run)
+    records = read_metrics(run.folder / "metrics.jsonl")
+    validated = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
+    best = min(validated, key=lambda step: validated[step])
+    assert best < 9, "the run got better to its end: this shows nothing"
+    assert (run.folder / "checkpoints/best").resolve().name == f"step_{best:08d}"
+    assert [path.name for path in checkpoint.whole_checkpoints(run.folder / "checkpoints")] == [
+        f"step_{best:08d}",
+        "step_00000009",
+    ]
+    _, manifest, _ = checkpoint.load_model(
+        run.folder / "checkpoints/best", device=torch.device("cpu"), dtype=torch.float32
+    )
+    assert manifest["progress"]["best_validation"] == validated[best]
+
+
 def test_a_failing_logger_never_stops_training(tmp_path, text_data, monkeypatch, capsys):
     monkeypatch.setattr(metrics.Metrics, "_open_wandb", lambda *_: 1 / 0)
     run = tiny_run(tmp_path, text_data, "logging.wandb=offline", "logging.tensorboard=true", "training.steps=2")

@@ -1,7 +1,9 @@
 import itertools
 
 import pytest
+import torch
 
+from lfm.errors import UserError
 from lfm.training.schedule import ScheduleConfig, lr_factor
 
 
@@ -28,3 +30,36 @@ def test_wsd_is_stable_and_then_falls_linearly():
 
 def test_a_warmup_longer_than_the_run_is_all_warmup():
     assert _curve(5, kind="cosine", warmup_steps=10) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_linear_falls_to_nothing_after_a_warmup_by_share():
+    curve = _curve(200, kind="linear", warmup_fraction=0.05, min_lr_ratio=0.0)
+    assert curve[9] == 1.0 and curve[10:] == pytest.approx([1 - i / 190 for i in range(1, 191)])
+
+
+def test_one_cycle_is_torchs():
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=200, pct_start=0.1, div_factor=25, final_div_factor=1e4
+    )
+    expected = []
+    for _ in range(200):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(expected) < 200:
+            theirs.step()
+    ours = _curve(200, kind="one_cycle", warmup_fraction=0.1, min_lr_ratio=1 / 25e4)
+    assert ours == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_laercs_published_rates_after_each_epoch():
+    """OpenWebText preset: 5 epochs of 2,000 updates at 4e-4; after update k the rate logged is that of update k + 1."""
+    config = ScheduleConfig(kind="cosine", warmup_fraction=0.01, hold_fraction=0.1, min_lr_ratio=0.1)
+    rates = [f"{4e-4 * lr_factor(config, 2000 * epoch, 10_000):.2e}" for epoch in range(1, 6)]
+    assert rates == ["3.91e-04", "3.14e-04", "1.91e-04", "8.30e-05", "4.00e-05"]
+
+
+def test_a_hold_needs_a_decay_after_it():
+    with pytest.raises(UserError, match="hold_steps=5"):
+        ScheduleConfig.from_tree({"kind": "constant", "hold_steps": 5}, source="test")

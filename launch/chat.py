@@ -1,0 +1,86 @@
+"""Chat: `python launch/chat.py --checkpoint runs/NAME [--state FILE]`; the model reads, replies, and keeps its state.
+
+These are plain language models: a reply is a continuation of everything typed and replied so far.
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+from lfm.config import add_flags, from_flags
+from lfm.errors import UserError, command
+from lfm.models.generation import Conversation, SamplingConfig
+
+HELP = "/reset forgets everything read; /state lists the state; /help; /quit (or Ctrl-D) ends"
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Talk with a trained model in the terminal; text appears as it is made."
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_OR_STEP", help="run or step_* folder")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="go on from this state if it exists; keep it there")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_flags(parser, SamplingConfig)
+    flags = parser.parse_args()
+    sampling = from_flags(SamplingConfig, flags)
+    from lfm.training.checkpoint import open_model, read_manifest
+
+    model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
+    manifest = read_manifest(checkpoint)
+    digest = hashlib.blake2b((checkpoint / "manifest.json").read_bytes(), digest_size=4).hexdigest()
+    weights = f"{manifest['config']['name']} step {manifest['step']} ({digest})"
+    talk = Conversation(model, sampling, end_of_document=tokenizer.eod_id)
+    if flags.state is not None:
+        if model.empty_state(1) is None:
+            raise UserError(f"--state: the state of {model.config.kind} grows with its text and is not kept in files")
+        if flags.state.exists():
+            talk.load(flags.state, checkpoint=weights)
+    print(f"{weights}, {model.config.kind}; {describe(talk)}. {HELP}", flush=True)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            break
+        if line == "/quit":
+            break
+        if line.startswith("/"):
+            print(obey(talk, line), flush=True)
+            continue
+        try:
+            talk.read(tokenizer.encode_prompt(line + "\n"))
+            decoder = tokenizer.stream_decoder()
+            for token in talk.reply():
+                print(decoder.push(token), end="", flush=True)
+            print(decoder.flush())
+        except UserError as error:  # the conversation goes on without what could not be read
+            print(f"error: {error}", file=sys.stderr)
+        print(f"[{describe(talk)}]", flush=True)
+    if flags.state is not None:
+        talk.save(flags.state, checkpoint=weights)
+
+
+def describe(talk: Conversation) -> str:
+    """Size of the state, and what it has seen."""
+    empty = talk.model.empty_state(1)
+    state = talk.state or empty
+    size = f"{state.num_bytes / 1024:,.1f} KiB" if state is not None else "empty"
+    return f"state {size}, {'growing' if empty is None else 'constant'}, {talk.num_tokens:,} tokens read"
+
+
+def obey(talk: Conversation, line: str) -> str:
+    """Carry out a command; what to print."""
+    if line == "/reset":
+        talk.reset()
+        return describe(talk)
+    if line == "/state":
+        tensors = talk.state.tensors() if talk.state is not None else {}
+        listed = (f"{name} {list(t.shape)}, RMS {t.float().square().mean().sqrt():.3g}" for name, t in tensors.items())
+        return "\n".join([describe(talk), *listed])
+    return HELP
+
+
+if __name__ == "__main__":
+    main()
