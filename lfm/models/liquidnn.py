@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from lfm.models.language_model import (
 
 
 class LiquidNNConfig(FamilyConfig):
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {"seq_length", "dropout", "trace_mode", "trace_grad", "bptt_window", "plastic_from"}
+    )
     kind: Literal["liquidnn"] = "liquidnn"
     """Model family."""
     hidden_size: PositiveInt = 256
@@ -132,11 +135,19 @@ class MiniLiquidGPT(LanguageModel):
     """Cells above each other, `s_i = dropout(norm(cell(x, s_i) + x))` being both state and output; tied logits.
 
     `plastic` turns plasticity on and off, at any time: off, traces neither act nor change.  `start_step` sets it
-    while training; a new model has it on.
+    while training; a new model has it on, unless its training never has.
     """
 
     config: LiquidNNConfig
     evaluation_modes = ("plasticity_off", "plasticity_on")
+
+    @property
+    def plastic(self) -> bool:
+        return self.evaluation_mode == "plasticity_on"
+
+    @plastic.setter
+    def plastic(self, value: bool) -> None:
+        self.evaluation_mode = self.evaluation_modes[int(value)]
 
     def __init__(self, config: LiquidNNConfig) -> None:
         super().__init__()

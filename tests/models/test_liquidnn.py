@@ -357,7 +357,7 @@ def test_evaluation_modes_differ_and_leave_the_phase_alone():
         for mode in model.evaluation_modes:
             with model.evaluating(mode):
                 losses.append(float(model.losses(ids, documents).cross_entropy))
-        assert model.plastic == phase
+        assert model.plastic == phase and model.evaluation_mode == model.evaluation_modes[int(phase)]
         assert losses[int(phase)] == float(model.losses(ids, documents).cross_entropy) != losses[int(not phase)]
     with pytest.raises(ValueError, match=r"'both' is not one of \['plasticity_off', 'plasticity_on'\]"):
         with model.evaluating("both"):
@@ -389,9 +389,9 @@ def test_short_time_constants_need_adaptive_or_exponential_steps():
 def test_the_state_of_another_model_is_refused():
     model = small_model()
     _, state = small_model(hidden_size=10)(random_ids(2, 3))
-    with pytest.raises(ValueError, match=r"the state is of another model: hidden.0 is \[2, 10\].* needs \[2, 8\]"):
+    with pytest.raises(ValueError, match=r"of another model or batch: hidden.0 is \[2, 10\].* needs \[2, 8\]"):
         model(random_ids(2, 3), state)
-    with pytest.raises(ValueError, match=r"position is \[3\]|hidden.0 is \[3, 8\]"):
+    with pytest.raises(ValueError, match=r"of another model or batch: hidden.0 is \[3, 8\]"):
         model(random_ids(2, 3), model.empty_state(3))
     with pytest.raises(ValueError, match="exclude each other"):
         model.advance(random_ids(2, 3), model.empty_state(2), Documents.whole_rows(2, 3, "cpu"))
