@@ -1,0 +1,312 @@
+"""MiniLiquidGPT (liquid-nn): liquid time-constant cells whose Hebbian synapses adapt while they read."""
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from lfm.layers.documents import Documents
+from lfm.layers.liquid_cell import Integrator, LiquidCell, Traces
+from lfm.layers.loss import linear_cross_entropy
+from lfm.layers.plastic_synapse import TraceMode
+from lfm.models.language_model import (
+    FamilyConfig,
+    LanguageModel,
+    Losses,
+    ParameterCounts,
+    Recompute,
+    State,
+    generator_of,
+)
+
+
+class LiquidNNConfig(FamilyConfig):
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {"seq_length", "dropout", "trace_mode", "trace_grad", "bptt_window", "plastic_from"}
+    )
+    kind: Literal["liquidnn"] = "liquidnn"
+    """Model family."""
+    hidden_size: PositiveInt = 256
+    num_fast: NonNegativeInt = 2
+    """Cells of `fast_steps`, which are never plastic; they come first."""
+    num_deep: NonNegativeInt = 2
+    """Cells of `deep_steps`, plastic when plasticity is on."""
+    fast_steps: PositiveInt = 1
+    """ODE steps a token."""
+    deep_steps: PositiveInt = 3
+    """ODE steps a token."""
+    integrator: Integrator = "rk2"
+    """rk2: midpoint where a cell makes two steps or more, Euler where it makes one; exponential is stable always."""
+    adaptive_steps: bool = False
+    """Take more steps, at most 5, where a step would be longer than the least time constant of the token."""
+    seq_length: PositiveInt = 129
+    """Length of a training row in tokens; one more than the labels in it."""
+    vocab_size: PositiveInt = 50_257
+    max_positions: PositiveInt = 512
+    """Of positions: until_max."""
+    positions: Literal["any", "until_max"] = "any"
+    """Position signal of every token, or (as published) of those before max_positions, and 0 after them."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Of each cell's output, which is its state too."""
+    layernorm_epsilon: float = Field(default=1e-5, gt=0)
+    trace_mode: TraceMode = "per_sequence"
+    """batch_mean (as published): traces grow by the batch's mean, so that the sequences of a batch see each other."""
+    trace_grad: bool = True
+    """Differentiate trace updates inside a window; false (as published): log_eta and logit_decay stay as they start."""
+    bptt_window: PositiveInt = 16
+    """Tokens that a gradient reaches back: hidden states and traces are detached between windows of this length."""
+    plastic_from: float = Field(default=0.5, ge=0, le=1)
+    """Share of the training steps after which plasticity is on; 1: never, and then off by default afterwards."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "LiquidNNConfig":
+        if self.hidden_size % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is odd, and positions are pairs of sine and cosine; "
+                f"the nearest is {self.hidden_size + 1}"
+            )
+        if self.num_layers == 0:
+            raise ValueError("num_fast=0 and num_deep=0 leave no cell; the least is num_deep=1")
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        return self.num_fast + self.num_deep
+
+    def count_parameters(self) -> ParameterCounts:
+        """The plastic parameters of fast cells are trainable, but no token uses them: they are not active."""
+        D = self.hidden_size
+        embedding = self.vocab_size * D
+        synapse = 2 * D * D + D + 2
+        cell = 2 * synapse + 3 * D * D + 2 * D
+        total = embedding + self.num_layers * cell + (self.num_layers + 1) * 2 * D
+        active = total - self.num_fast * 2 * (D * D + 2)
+        return ParameterCounts(
+            total=total, trainable=total, frozen=0, active=active, active_non_embedding=active - embedding
+        )
+
+    def flops_per_token(self, attended: float | None = None) -> float:
+        """Plasticity counts for the share of training in which it is on; adaptive steps count as if none were added."""
+        D = self.hidden_size
+
+        def cell(steps: int, plastic: float) -> float:
+            evaluations = 2 * steps if self.integrator == "rk2" and steps > 1 else steps
+            # Of a trace: alpha * M, decay and outer product, norm and its factor; of both, the products with vectors.
+            traces = 2 * (1 + 3 + 3) + 2 * (1 + evaluations)
+            return (4 + 6 * evaluations + plastic * traces) * D * D
+
+        cells = self.num_fast * cell(self.fast_steps, 0) + self.num_deep * cell(self.deep_steps, 1 - self.plastic_from)
+        return 3 * (cells + 2 * self.vocab_size * D)
+
+
+@dataclass
+class LiquidNNState(State):
+    """`hidden` has one entry a cell, `traces` one a deep cell; at least fp32."""
+
+    position: Int[Tensor, " B"]
+    """Tokens seen."""
+    hidden: list[Float[Tensor, "B D"]]
+    traces: list[Traces]
+
+
+def reset_hidden(state: LiquidNNState) -> LiquidNNState:
+    """The start of a sequence that keeps the traces of the last one."""
+    return replace(state, position=torch.zeros_like(state.position), hidden=[torch.zeros_like(h) for h in state.hidden])
+
+
+def reset_traces(state: LiquidNNState) -> LiquidNNState:
+    """The same place in the sequence, with nothing learned from it."""
+    return replace(state, traces=[Traces(torch.zeros_like(m.ih), torch.zeros_like(m.hh)) for m in state.traces])
+
+
+def trace_norms(state: LiquidNNState) -> list[tuple[Float[Tensor, " B"], Float[Tensor, " B"]]]:
+    """Frobenius norms of (M_ih, M_hh) of each deep cell."""
+    return [(torch.linalg.matrix_norm(m.ih), torch.linalg.matrix_norm(m.hh)) for m in state.traces]
+
+
+class MiniLiquidGPT(LanguageModel):
+    """Cells above each other, `s_i = dropout(norm(cell(x, s_i) + x))` being both state and output; tied logits.
+
+    `plastic` turns plasticity on and off, at any time: off, traces neither act nor change.  `start_step` sets it
+    while training; a new model has it on, unless its training never has.
+    """
+
+    config: LiquidNNConfig
+    evaluation_modes = ("plasticity_off", "plasticity_on")
+
+    @property
+    def plastic(self) -> bool:
+        return self.evaluation_mode == "plasticity_on"
+
+    @plastic.setter
+    def plastic(self, value: bool) -> None:
+        self.evaluation_mode = self.evaluation_modes[int(value)]
+
+    def __init__(self, config: LiquidNNConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.plastic = c.plastic_from < 1
+        self.embedding = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.cells = nn.ModuleList(
+            LiquidCell(
+                c.hidden_size,
+                steps=c.fast_steps if i < c.num_fast else c.deep_steps,
+                integrator=c.integrator,
+                adaptive_steps=c.adaptive_steps,
+                trace_mode=c.trace_mode,
+                trace_grad=c.trace_grad,
+            )
+            for i in range(c.num_layers)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(c.hidden_size, c.layernorm_epsilon) for _ in range(c.num_layers))
+        self.final_norm = nn.LayerNorm(c.hidden_size, c.layernorm_epsilon)
+
+    def advance(
+        self, ids: Int[Tensor, "B T"], state: LiquidNNState | None = None, documents: Documents | None = None
+    ) -> tuple[Float[Tensor, "B T D"], LiquidNNState]:
+        B, T = ids.shape
+        empty = self.empty_state(B)
+        if documents is not None:
+            if state is not None:
+                raise ValueError("documents and state exclude each other: a streamed sequence is one document")
+            return self._run(ids, empty, documents.positions, _first_columns(documents))
+        if state is None:
+            state = empty
+        state.check_like(empty)
+        return self._run(ids, state, state.position[:, None] + torch.arange(T, device=ids.device), ())
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        return hidden @ self.embedding.weight.T
+
+    def empty_state(self, batch: int) -> LiquidNNState:
+        c, weight = self.config, self.embedding.weight
+
+        def zeros(*shape: int) -> Tensor:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            return torch.zeros(batch, *shape, dtype=wide, device=weight.device)
+
+        D = c.hidden_size
+        return LiquidNNState(
+            position=torch.zeros(batch, dtype=torch.long, device=weight.device),
+            hidden=[zeros(D) for _ in range(c.num_layers)],
+            traces=[Traces(zeros(D, D), zeros(D, D)) for _ in range(c.num_deep)],
+        )
+
+    def loss_parts(
+        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
+    ) -> Iterator[Losses]:
+        labels, state = documents.labels(ids), self.empty_state(len(ids))
+        columns = _first_columns(documents)
+        # The last token of a row has no label, so nothing needs its output.
+        end = max(1, ids.shape[1] - 1)
+        for start in range(0, end, self.config.bptt_window):
+            window = slice(start, min(start + self.config.bptt_window, end))
+            hidden, state = self._run(
+                ids[:, window],
+                state.detach(),
+                documents.positions[:, window],
+                {column - start for column in columns},
+            )
+            yield Losses(linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, labels[:, window].flatten()))
+
+    def start_step(self, step: int, total_steps: int) -> None:
+        self.plastic = step >= int(total_steps * self.config.plastic_from)
+
+    @contextmanager
+    def evaluating(self, mode: str) -> Iterator[None]:
+        if mode not in self.evaluation_modes:
+            raise ValueError(f"evaluation mode {mode!r} is not one of {list(self.evaluation_modes)}")
+        before, self.plastic = self.plastic, mode == "plasticity_on"
+        try:
+            yield
+        finally:
+            self.plastic = before
+
+    def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
+        """
+        | tensor | distribution |
+        | --- | --- |
+        | embedding | N(0, 0.02) |
+        | synapses' weight | N(0, 0.5 / sqrt(hidden_size)) |
+        | alpha | N(0, 0.01) |
+        | log_eta, logit_decay | -3, 3: a rate of 0.00146, a decay of 0.953 |
+        | weight and bias of tau_input, tau_output | U(+-1 / sqrt(inputs)) |
+        | gains, other biases | 1, 0 |
+        """
+        parts = name.split(".")
+        if parts[0] in ("norms", "final_norm"):
+            return torch.ones(*shape) if parts[-1] == "weight" else torch.zeros(*shape)
+        if parts[-1] in ("log_eta", "logit_decay"):
+            return torch.full((*shape,), -3.0 if parts[-1] == "log_eta" else 3.0)
+        tensor, generator, D = torch.empty(*shape), generator_of(seed, name), self.config.hidden_size
+        if parts[-2] in ("tau_input", "tau_output"):
+            bound = (2 * D if parts[-2] == "tau_input" else D) ** -0.5
+            return tensor.uniform_(-bound, bound, generator=generator)
+        if parts[-1] == "bias":
+            return tensor.zero_()
+        std = 0.02 if parts[0] == "embedding" else 0.01 if parts[-1] == "alpha" else 0.5 * D**-0.5
+        return tensor.normal_(0, std, generator=generator)
+
+    def _run(
+        self,
+        ids: Int[Tensor, "B T"],
+        state: LiquidNNState,
+        positions: Int[Tensor, "B T"],
+        resets: Collection[int],
+    ) -> tuple[Float[Tensor, "B T D"], LiquidNNState]:
+        """Final hidden states after `state`; in the columns `resets`, rows at position 0 forget it."""
+        c, dtype = self.config, self.embedding.weight.dtype
+        cells = [cast(LiquidCell, cell) for cell in self.cells]
+        weights = [cell.weights() for cell in cells]
+        norms = [_wide_norm(cast(nn.LayerNorm, norm)) for norm in self.norms]
+        hidden = list(state.hidden)
+        deep = range(c.num_fast, c.num_layers if self.plastic else c.num_fast)
+        running = {i: cells[i].running(state.traces[i - c.num_fast]) for i in deep}
+
+        inputs = self.embedding(ids).to(hidden[0].dtype) + self._position_signal(positions, hidden[0].dtype)
+        # Only the first cell knows its inputs of all tokens at once.
+        drives, outputs = cells[0].drive(weights[0], inputs).unbind(1), []
+        for t, x in enumerate(inputs.unbind(1)):
+            if t in resets:
+                fresh = positions[:, t] == 0
+                hidden = [h.masked_fill(fresh[:, None], 0) for h in hidden]
+                for trace in running.values():
+                    trace.ih.forget(fresh)
+                    trace.hh.forget(fresh)
+            for i, cell in enumerate(cells):
+                drive = cell.drive(weights[i], x) if i else drives[t]
+                h = cell.step(weights[i], x, drive, hidden[i], running.get(i))
+                x = F.dropout(F.layer_norm(h + x, *norms[i]), c.dropout, self.training)
+                hidden[i] = x
+            outputs.append(x)
+        out = F.layer_norm(torch.stack(outputs, 1), *_wide_norm(self.final_norm))
+        traces = [trace.value() for trace in running.values()] if self.plastic else state.traces
+        return out.to(dtype), LiquidNNState(positions[:, -1] + 1, hidden, traces)
+
+    def _position_signal(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
+        """Sines and cosines of wavelengths from 2 pi to 20,000 pi tokens, interleaved."""
+        D = self.config.hidden_size
+        # In fp64: fp32 angles of far positions would be wrong by more than rounding.
+        frequency = 10_000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64, device=positions.device) / D)
+        angle = positions[..., None] * frequency
+        signal = torch.stack((angle.sin(), angle.cos()), -1).flatten(-2).to(dtype)
+        if self.config.positions == "until_max":
+            signal = signal.masked_fill((positions >= self.config.max_positions)[..., None], 0)
+        return signal
+
+
+def _first_columns(documents: Documents) -> set[int]:
+    """Columns in which a document of any row begins, but for the first; from the host's copy."""
+    return {start for row in documents.lengths for start in itertools.accumulate(row[:-1])}
+
+
+def _wide_norm(norm: nn.LayerNorm) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
+    wide = torch.promote_types(norm.weight.dtype, torch.float32)
+    return norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps
