@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.dedup import drop_duplicates
-from data_pipeline.pack import Packer
+from data_pipeline.pack import GreedyPacker
 from data_pipeline.sources import Document, SourceConfig, find_files, read_documents
 from data_pipeline.split import split_of
 from lfm.errors import UserError
@@ -126,7 +126,7 @@ def test_split_depends_on_text_and_seed_alone_and_keeps_its_share():
 @given(st.integers(2, 9), st.lists(st.lists(st.integers(1, 50), max_size=30), max_size=12))
 def test_packing_loses_and_adds_nothing_but_padding_at_the_end(seq_length, documents):
     eod = 0
-    packer = Packer(seq_length, eod)
+    packer = GreedyPacker(seq_length, eod)
     rows = [row for ids in documents for row in packer.add(np.array([*ids, eod], np.uint32))]
     last, num_padding = packer.finish()
     rows += [last] if last is not None else []
