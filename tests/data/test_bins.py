@@ -125,10 +125,14 @@ def test_resuming_with_other_rows_or_another_file_is_an_error(foreign, bins):
         for keys in ({"windows": "random"}, {"seq_length": T // 2}):
             with pytest.raises(UserError, match=r"keep data\.windows and seq_length"):
                 resume_row(state, open_bins(folder, **keys), seed=1)
+    np.zeros(2_000_000, "<u2").tofile(foreign / "train.bin")
     state = BatchStream(open_bins(foreign), seed=1, rows_per_step=2).state()
-    flip(foreign / "train.bin", -1)
-    with pytest.raises(UserError, match="is not the data set the checkpoint was trained on"):
-        resume_row(state, open_bins(foreign), seed=1)
+    for position in (0, -1):
+        flip(foreign / "train.bin", position)
+        with pytest.raises(UserError, match="is not the data set the checkpoint was trained on"):
+            resume_row(state, open_bins(foreign), seed=1)
+        flip(foreign / "train.bin", position)
+    resume_row(state, open_bins(foreign), seed=1)
 
 
 def test_ids_of_a_large_vocabulary_are_read_as_uint32(foreign):

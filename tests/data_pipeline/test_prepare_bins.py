@@ -104,9 +104,9 @@ def test_max_documents_takes_the_first_and_trains_the_tokenizer_on_them_alone(fo
 
 def test_max_documents_keeps_the_tokenizers_share_of_text(tmp_path):
     source = write_texts(tmp_path / "text", texts(150))
-    wanted = {"train_vocab_size": 257, "train_bytes": 10**6}
+    wanted = {"train_vocab_size": 257, "train_bytes": 10_000}
     report = prepare(config(source, tmp_path / "data", max_documents=40, tokenizer=wanted))
-    assert report["tokenizer"]["trained_on_bytes"] == report["splits"]["train"]["text_bytes"]
+    assert report["tokenizer"]["trained_on_bytes"] == report["splits"]["train"]["text_bytes"] < 10_000
 
 
 def test_killed_run_leaves_no_bins_and_the_next_equals_an_uninterrupted_one(read_tokenizer, tmp_path):
