@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from data_pipeline.sources import Document
-from lfm.data.bins import BIN_NAMES, BLOCK_BYTES, BinFile, block_hash, write_record
+from lfm.data.bins import BIN_NAMES, BLOCK_BYTES, BinFile, hash_blocks, write_record
 from lfm.data.format import SPLITS, Split, id_dtype
 from lfm.data.tokenizer import Tokenizer
 from lfm.files import sync
@@ -87,12 +87,11 @@ class BinsWriter:
     def _finished(self, split: Split) -> BinFile:
         path = self._paths[split]
         sync(path)
-        num_blocks = -(-path.stat().st_size // self._block_bytes)
         return BinFile(
             num_tokens=self._num_tokens[split],
             num_documents=self._num_documents[split] if self._tail is None else None,
             text_bytes=self._text_bytes[split] if self._tail is None else None,
-            xxh64=tuple(block_hash(path, block, self._block_bytes) for block in range(num_blocks)),
+            xxh64=hash_blocks(path, self._block_bytes),
         )
 
     def _move_tail(self, num_tokens: int) -> None:

@@ -13,7 +13,9 @@ the ids themselves are all that can be checked.  Each failure is a UserError tha
 
 import hashlib
 import json
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -102,11 +104,10 @@ def read_record(folder: Path) -> BinsRecord | None:
     return record
 
 
-def block_hash(path: Path, block: int, block_bytes: int) -> str:
-    """xxh64 of the `block`-th block of a file, counted from 0."""
+def hash_blocks(path: Path, block_bytes: int) -> tuple[str, ...]:
+    """xxh64 of each block of a file."""
     with open(path, "rb") as file:
-        file.seek(block * block_bytes)
-        return xxhash.xxh64_hexdigest(file.read(block_bytes))
+        return tuple(xxhash.xxh64_hexdigest(block) for block in iter(lambda: file.read(block_bytes), b""))
 
 
 class BinReader(RowReader):
@@ -122,7 +123,9 @@ class BinReader(RowReader):
         """Raises UserError for a missing file, one of a wrong size, a damaged bins.json and a foreign tokenizer."""
         self.folder = Path(folder)
         self._path = self.folder / BIN_NAMES[split]
-        size = self._size()
+        self._descriptor = self._open()
+        weakref.finalize(self, os.close, self._descriptor)
+        size = os.fstat(self._descriptor).st_size
         tokenizer = Tokenizer.from_file(self.folder / TOKENIZER_NAME)
         record = read_record(self.folder)
         if record is not None and record.tokenizer_sha256 != tokenizer.sha256:
@@ -183,14 +186,8 @@ class BinReader(RowReader):
     def _read_window(self, first: int) -> np.ndarray:
         """`seq_length` ids from the `first`-th on, int64."""
         width, count = self._dtype.itemsize, self.index.seq_length
-        try:
-            self._verify(first * width, (first + count) * width)
-            # Not a memory map: a file that is cut while it is mapped kills the process instead of raising.
-            ids = np.fromfile(self._path, self._dtype, count, offset=first * width).astype(np.int64)
-        except OSError as error:
-            raise self._changed(f"changed while in use ({error.strerror or error})") from None
-        if len(ids) < count:
-            raise self._changed("changed while in use: it is shorter than when it was opened")
+        self._verify(first * width, (first + count) * width)
+        ids = np.frombuffer(self._bytes(first * width, count * width), self._dtype).astype(np.int64)
         if ids.max() >= self.index.vocab_size:
             where = int(np.argmax(ids >= self.index.vocab_size))
             raise UserError(
@@ -207,19 +204,33 @@ class BinReader(RowReader):
         with self._lock:
             for block in range(start // block_bytes, (stop - 1) // block_bytes + 1):
                 if block not in self._verified:
-                    if block_hash(self._path, block, block_bytes) != self._file.xxh64[block]:
-                        raise self._changed(f"is damaged: its xxh64 from byte {block * block_bytes} on is another")
+                    begin, end = block * block_bytes, self._file.num_tokens * self._dtype.itemsize
+                    content = self._bytes(begin, min(block_bytes, end - begin))
+                    if xxhash.xxh64_hexdigest(content) != self._file.xxh64[block]:
+                        raise self._changed(f"is damaged: its xxh64 from byte {begin} on is another")
                     self._verified.add(block)
 
-    def _size(self) -> int:
+    def _bytes(self, start: int, count: int) -> bytes:
+        # Not a memory map: a file that is cut while it is mapped kills the process instead of raising.
         try:
-            return self._path.stat().st_size
+            content = os.pread(self._descriptor, count, start)
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be read: {error.strerror}; check the disk it is on") from None
+        if len(content) < count:
+            raise self._changed("changed while in use: it is shorter than when it was opened")
+        return content
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._path, os.O_RDONLY)
         except FileNotFoundError:
             present = " and ".join(name for name in BIN_NAMES.values() if (self.folder / name).exists())
             raise UserError(
                 f"{self._path} does not exist and {self.folder} holds {present or 'no .bin file'}; put it there, or "
                 "prepare the data set with format=bins"
             ) from None
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be read: {error.strerror}") from None
 
     def _identity(self, size: int, tokenizer: Tokenizer, seq_length: int) -> str:
         """What a checkpoint remembers of the data: its content, and how rows are cut out of it."""
@@ -227,10 +238,9 @@ class BinReader(RowReader):
             content = self._record.checksum
         else:
             # Files of many gigabytes are not read whole just to be told apart.
-            with open(self._path, "rb") as file:
-                head = file.read(_SAMPLE_BYTES)
-                file.seek(max(0, size - _SAMPLE_BYTES))
-                content = [size, tokenizer.sha256, xxhash.xxh64_hexdigest(head + file.read())]
+            sample = min(size, _SAMPLE_BYTES)
+            ends = self._bytes(0, sample) + self._bytes(size - sample, sample)
+            content = [size, tokenizer.sha256, xxhash.xxh64_hexdigest(ends)]
         facts = [content, self._path.name, seq_length, "random" if self._random else "sequential"]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
