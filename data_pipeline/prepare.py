@@ -1,6 +1,7 @@
 """Text to a data set: `python -m data_pipeline.prepare --config configs/data/NAME.yaml [key=value ...]`.
 
-    find files -> read documents -> drop duplicates -> stop at max_bytes -> encode -> split -> pack -> shards
+    find files -> read documents -> drop duplicates -> stop at the limits -> encode -> split -+-> pack -> shards
+                                                                                              +-> train.bin, val.bin
 
 Everything is written to a hidden folder beside the output, which takes the output's name when all of it is on the disk:
 a killed run leaves nothing that looks like a data set, and running again starts over.
@@ -15,21 +16,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 from tqdm import tqdm
 
 from data_pipeline.dedup import drop_duplicates
 from data_pipeline.encode import encode
+from data_pipeline.pack import cut_to_row
 from data_pipeline.sources import Document, InputFile, SourceConfig, find_files, read_documents
 from data_pipeline.split import in_tokenizer_sample, split_of
+from data_pipeline.write_bins import BinsWriter
 from data_pipeline.write_shards import SplitWriter
 from lfm.config import Config, parse_command_line
-from lfm.data.format import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, SplitIndex
+from lfm.data.bins import BinFile
+from lfm.data.format import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, Packing, Split, SplitIndex
 from lfm.data.tokenizer import TiktokenPattern, Tokenizer, from_tiktoken, train_bpe
 from lfm.errors import UserError, command
 from lfm.files import held_alone, sync, write_durably
 
 REPORT_NAME = "report.json"
+FEWEST_TOKENS = 1000
+"""Of a data set of .bin files: less is a wrong path rather than a corpus."""
+
+_Counts = dict[str, Counter[str]]
+_Splits = dict[Split, SplitIndex] | dict[Split, BinFile]
 
 
 class TokenizerConfig(Config):
@@ -54,24 +64,56 @@ class TokenizerConfig(Config):
 
 class PrepareConfig(Config):
     output: str
-    """Folder of the data set: tokenizer.json, train/, validation/, validation.txt and report.json."""
+    """Folder of the data set: tokenizer.json, both splits, validation.txt and report.json."""
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     """Where text comes from; read in this order."""
     tokenizer: TokenizerConfig
-    seq_length: Annotated[int, Field(ge=2)]
-    """Ids in a row; the run that trains on it uses the same."""
+    format: Literal["mds", "bins"] = "mds"
+    """mds: rows in shards, documents apart; bins: all ids end to end in train.bin and val.bin."""
+    seq_length: Annotated[int, Field(ge=2)] | None = None
+    """Ids in a row of shards; the run that trains on it uses the same.  null for bins: the run cuts the rows."""
+    packing: Packing = "greedy"
+    """greedy: shards' rows are full, documents go on in the next row; one_document: each row is one, cut or padded."""
+    separator: Literal["eod", "none"] = "eod"
+    """What follows each document: its end-of-document id, or, in bins only, nothing."""
+    validation: Literal["hash", "tail"] = "hash"
+    """Which text is held out: documents chosen by a hash of their text, or, in bins only, the last ids of all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Share of the documents in the validation split, chosen by a hash of their text."""
+    """Share of the documents (hash) or of the ids (tail) in the validation split."""
     shard_bytes: PositiveInt = 1 << 26
     """Largest size of an uncompressed shard file."""
     compression: Literal["zstd"] | None = None
     """null is best on a shared file system; zstd suits shards that are fetched from a remote."""
     max_bytes: PositiveInt | None = None
     """Stop after this many bytes of text, duplicates not counted; null: take all."""
+    max_documents: PositiveInt | None = None
+    """Stop after this many documents, duplicates not counted; null: take all."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the choice of validation documents and of the tokenizer's training text."""
     overwrite: bool = False
     """Prepare anew and replace the data set that `output` holds."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_format(self) -> "PrepareConfig":
+        if self.format == "mds":
+            if self.seq_length is None:
+                raise ValueError("seq_length=null: rows of shards need a length; set seq_length, or format=bins")
+            if (self.separator, self.validation) != ("eod", "hash"):
+                raise ValueError(
+                    f"separator={self.separator} and validation={self.validation}: shards keep documents apart; "
+                    "set separator=eod and validation=hash, or format=bins"
+                )
+        elif (self.seq_length, self.packing, self.compression) != (None, "greedy", None):
+            raise ValueError(
+                f"seq_length={self.seq_length}, packing={self.packing} and compression={self.compression}: .bin files "
+                "have no rows and no shards; remove these keys, or set format=mds"
+            )
+        elif self.validation == "tail" and self.tokenizer.file is None:
+            raise ValueError(
+                "tokenizer.file=null: with validation=tail the held-out text is known only after encoding, so that a "
+                "tokenizer trained here would see it; set tokenizer.file, or validation=hash"
+            )
+        return self
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -113,28 +155,12 @@ def _build(config: PrepareConfig, files: Sequence[InputFile], found: Counter[str
     """Write tokenizer.json and both splits into `folder`; returns the report."""
     tokenizer, tokenizer_text_bytes = _make_tokenizer(config, files)
     tokenizer.save(folder / TOKENIZER_NAME)
-    writers = {
-        split: SplitWriter(
-            folder,
-            split,
-            tokenizer,
-            seq_length=config.seq_length,
-            shard_bytes=config.shard_bytes,
-            compression=config.compression,
-            keep_text=split == "validation",
-        )
-        for split in SPLITS
-    }
-    stages: dict[str, Counter[str]] = {"sources": Counter(found), "dedup": Counter(), "limit": Counter()}
-    documents = _documents(config, files, stages)
-    with tqdm(total=_expected_bytes(config, files), unit="B", unit_scale=True, desc="encode", disable=None) as bar:
-        for document, ids in encode(documents, tokenizer):
-            split = split_of(document.text, seed=config.seed, validation_fraction=config.validation_fraction)
-            writers[split].add(document, ids)
-            bar.update(document.num_bytes)
-    indices = {split: writer.finish() for split, writer in writers.items()}
-    for split, index in indices.items():
-        if index.num_documents == 0:
+    stages = {"sources": Counter(found), **{name: Counter() for name in ("dedup", "limit", "encode")}}
+    encoded = encode(_documents(config, files, stages), tokenizer, stages["encode"], separator=config.separator)
+    write = _write_bins if config.format == "bins" else _write_shards
+    splits = write(config, tokenizer, _with_bar(encoded, _expected_bytes(config, files)), stages, folder)
+    for split, counts in splits.items():
+        if counts.num_documents == 0:
             raise UserError(
                 f"validation_fraction={config.validation_fraction} of {stages['limit']['documents']} documents leaves "
                 f"the {split} split empty; change it or add text"
@@ -142,7 +168,7 @@ def _build(config: PrepareConfig, files: Sequence[InputFile], found: Counter[str
     sources = stages["sources"]
     files_left_out = sum(sources[f"files_{why}"] for why in ("repeated", "too_large", "unreadable", "not_utf8"))
     sources["files_not_reached"] = sources["files_found"] - sources["files_read"] - files_left_out
-    _check_sums(stages, indices)
+    _check_sums(stages, splits)
     return {
         "config": _lasting(config),
         "tokenizer": {
@@ -151,21 +177,81 @@ def _build(config: PrepareConfig, files: Sequence[InputFile], found: Counter[str
             "trained_on_bytes": tokenizer_text_bytes,
         },
         "stages": {name: dict(sorted(counts.items())) for name, counts in stages.items()},
-        "splits": {split: index.model_dump() for split, index in indices.items()},
+        "splits": {split: counts.model_dump(exclude={"xxh64"}) for split, counts in splits.items()},
     }
 
 
-def _documents(
-    config: PrepareConfig, files: Sequence[InputFile], stages: dict[str, Counter[str]]
-) -> Iterator[Document]:
+def _write_shards(
+    config: PrepareConfig,
+    tokenizer: Tokenizer,
+    encoded: Iterable[tuple[Document, np.ndarray]],
+    stages: _Counts,
+    folder: Path,
+) -> dict[Split, SplitIndex]:
+    assert config.seq_length is not None
+    writers: dict[Split, SplitWriter] = {
+        split: SplitWriter(
+            folder,
+            split,
+            tokenizer,
+            seq_length=config.seq_length,
+            packing=config.packing,
+            shard_bytes=config.shard_bytes,
+            compression=config.compression,
+            keep_text=split == "validation",
+        )
+        for split in SPLITS
+    }
+    if config.packing == "one_document":
+        stages["pack"] = Counter(documents_cut=0, tokens_cut=0, bytes_cut=0)
+    for document, ids in encoded:
+        split = _split(config, document)
+        if config.packing == "one_document":
+            document, ids = cut_to_row(
+                document, ids, seq_length=config.seq_length, tokenizer=tokenizer, counts=stages["pack"]
+            )
+        writers[split].add(document, ids)
+    return {split: writer.finish() for split, writer in writers.items()}
+
+
+def _write_bins(
+    config: PrepareConfig,
+    tokenizer: Tokenizer,
+    encoded: Iterable[tuple[Document, np.ndarray]],
+    stages: _Counts,
+    folder: Path,
+) -> dict[Split, BinFile]:
+    tail = config.validation_fraction if config.validation == "tail" else None
+    with BinsWriter(folder, tokenizer, separator=config.separator, tail=tail) as writer:
+        for document, ids in encoded:
+            writer.add(_split(config, document), document, ids)
+    num_tokens = stages["encode"]["tokens"]
+    if num_tokens < FEWEST_TOKENS:
+        raise UserError(
+            f"the text of all sources is {num_tokens} ids, fewer than the {FEWEST_TOKENS} that format=bins needs; "
+            "add text"
+        )
+    return writer.finish()
+
+
+def _with_bar(encoded: Iterable[tuple[Document, np.ndarray]], num_bytes: int) -> Iterator[tuple[Document, np.ndarray]]:
+    """The same, while a progress bar shows how much of `num_bytes` of text has passed."""
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="encode", disable=None) as bar:
+        for document, ids in encoded:
+            yield document, ids
+            bar.update(document.num_bytes)
+
+
+def _documents(config: PrepareConfig, files: Sequence[InputFile], stages: _Counts) -> Iterator[Document]:
     """All documents of both splits, in order."""
     documents = drop_duplicates(read_documents(files, stages["sources"]), stages["dedup"])
-    return _stop_at(config.max_bytes, documents, stages["limit"])
+    return _stop_at(config, documents, stages["limit"])
 
 
-def _stop_at(max_bytes: int | None, documents: Iterable[Document], counts: Counter[str]) -> Iterator[Document]:
+def _stop_at(config: PrepareConfig, documents: Iterable[Document], counts: Counter[str]) -> Iterator[Document]:
     for document in documents:
-        if max_bytes is not None and counts["bytes"] + document.num_bytes > max_bytes:
+        too_long = config.max_bytes is not None and counts["bytes"] + document.num_bytes > config.max_bytes
+        if too_long or counts["documents"] == config.max_documents:
             counts["over_limit"] += 1
             return
         counts["documents"] += 1
@@ -183,18 +269,27 @@ def _make_tokenizer(config: PrepareConfig, files: Sequence[InputFile]) -> tuple[
         return Tokenizer.from_file(path), 0
     assert wanted.train_vocab_size is not None
     counts: Counter[str] = Counter()
-    fraction = wanted.train_bytes / max(1, _expected_bytes(config, files))
+
+    def documents() -> Iterator[Document]:
+        return _documents(config, files, {"sources": Counter(), "dedup": Counter(), "limit": Counter()})
+
+    # How much text max_documents leaves shows only by reading it.
+    exact = config.max_documents is not None
+    total = sum(document.num_bytes for document in documents()) if exact else _expected_bytes(config, files)
+    fraction = wanted.train_bytes / max(1, total)
 
     def sample() -> Iterator[str]:
-        unused = {"sources": Counter(), "dedup": Counter(), "limit": Counter()}
-        for document in _documents(config, files, unused):
-            text = document.text
-            is_training = split_of(text, seed=config.seed, validation_fraction=config.validation_fraction) == "train"
-            if is_training and in_tokenizer_sample(text, seed=config.seed, fraction=fraction):
+        for document in documents():
+            is_training = _split(config, document) == "train"
+            if is_training and in_tokenizer_sample(document.text, seed=config.seed, fraction=fraction):
                 counts["bytes"] += document.num_bytes
-                yield text
+                yield document.text
 
     return train_bpe(sample(), wanted.train_vocab_size), counts["bytes"]
+
+
+def _split(config: PrepareConfig, document: Document) -> Split:
+    return split_of(document.text, seed=config.seed, validation_fraction=config.validation_fraction)
 
 
 def _expected_bytes(config: PrepareConfig, files: Sequence[InputFile]) -> int:
@@ -203,29 +298,43 @@ def _expected_bytes(config: PrepareConfig, files: Sequence[InputFile]) -> int:
     return total if config.max_bytes is None else min(total, config.max_bytes)
 
 
-def _check_sums(stages: dict[str, Counter[str]], indices: dict[str, SplitIndex]) -> None:
+def _check_sums(stages: _Counts, splits: _Splits) -> None:
     """What goes into a stage comes out of it or is counted as left out."""
-    sources, dedup, limit = stages["sources"], stages["dedup"], stages["limit"]
+    sources, dedup, limit, encoded = (stages[name] for name in ("sources", "dedup", "limit", "encode"))
+    cut = stages.get("pack", Counter())
     assert sources["files_not_reached"] == 0 or limit["over_limit"] == 1, sources
     assert sources["documents"] == dedup["documents"] + dedup["duplicates"], stages
     assert sources["bytes"] == dedup["bytes"] + dedup["duplicate_bytes"], stages
     assert dedup["documents"] == limit["documents"] + limit["over_limit"], stages
-    assert limit["documents"] == sum(index.num_documents for index in indices.values()), (stages, indices)
-    assert limit["bytes"] == sum(index.text_bytes for index in indices.values()), (stages, indices)
-    for index in indices.values():
-        assert index.num_rows * index.seq_length == index.num_tokens + index.num_padding, index
+    assert limit["documents"] == encoded["documents"], stages
+    assert encoded["tokens"] == sum(split.num_tokens for split in splits.values()) + cut["tokens_cut"], (stages, splits)
+    for split in splits.values():
+        if isinstance(split, SplitIndex):
+            assert split.num_rows * split.seq_length == split.num_tokens + split.num_padding, split
+    if all(split.num_documents is not None for split in splits.values()):
+        assert limit["documents"] == sum(split.num_documents or 0 for split in splits.values()), (stages, splits)
+        text_bytes = sum(split.text_bytes or 0 for split in splits.values())
+        assert limit["bytes"] == text_bytes + cut["bytes_cut"], (stages, splits)
 
 
 def _in_words(report: dict[str, Any]) -> str:
     lines = []
     for name, counts in report["stages"].items():
         lines.append(f"{name:>10}: " + ", ".join(f"{key.replace('_', ' ')} {n:,}" for key, n in counts.items()))
-    for split, index in report["splits"].items():
-        lines.append(
-            f"{split:>10}: {index['num_documents']:,} documents, {index['text_bytes']:,} bytes of text, "
-            f"{index['num_tokens']:,} tokens ({index['text_bytes'] / index['num_tokens']:.2f} bytes each), "
-            f"{index['num_rows']:,} rows of {index['seq_length']} with {index['num_padding']} pad ids, {index['dtype']}"
-        )
+    for split, counts in report["splits"].items():
+        parts = [f"{counts['num_tokens']:,} tokens"]
+        if counts["num_documents"] is not None:
+            each = counts["text_bytes"] / max(1, counts["num_tokens"])
+            parts = [
+                f"{counts['num_documents']:,} documents",
+                f"{counts['text_bytes']:,} bytes of text",
+                f"{parts[0]} ({each:.2f} bytes each)",
+            ]
+        if "num_rows" in counts:
+            parts.append(
+                f"{counts['num_rows']:,} rows of {counts['seq_length']} with {counts['num_padding']:,} pad ids"
+            )
+        lines.append(f"{split:>10}: " + ", ".join(parts))
     return "\n".join(lines)
 
 

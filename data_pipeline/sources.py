@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from lfm.config import Config
 from lfm.errors import UserError
@@ -34,6 +34,14 @@ class SourceConfig(Config):
     """The key that holds the text in each line of a jsonl file."""
     max_file_bytes: PositiveInt | None = None
     """Larger files are left out; null: 200000 for code (larger ones are mostly data), no limit for the others."""
+    not_utf8: Literal["skip", "latin-1"] = "skip"
+    """Text and code files that are no UTF-8 are left out, or read as Latin-1; both are counted."""
+
+    @model_validator(mode="after")
+    def _latin1_files_only(self) -> "SourceConfig":
+        if self.kind == "jsonl" and self.not_utf8 != "skip":
+            raise ValueError(f"not_utf8={self.not_utf8}: JSON lines are UTF-8; set not_utf8=skip for kind=jsonl")
+        return self
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class InputFile:
     path: Path
     kind: Literal["text", "code", "jsonl"]
     text_key: str
+    not_utf8: Literal["skip", "latin-1"]
     num_bytes: int
     mtime_ns: int
 
@@ -83,7 +92,9 @@ def find_files(sources: Sequence[SourceConfig], counts: Counter[str]) -> list[In
                 if limit is not None and status.st_size > limit:
                     counts["files_too_large"] += 1
                     continue
-                files.append(InputFile(path, source.kind, source.text_key, status.st_size, status.st_mtime_ns))
+                files.append(
+                    InputFile(path, source.kind, source.text_key, source.not_utf8, status.st_size, status.st_mtime_ns)
+                )
     return files
 
 
@@ -95,7 +106,7 @@ def read_documents(files: Sequence[InputFile], counts: Counter[str]) -> Iterator
     """
     for file in files:
         try:
-            found = _json_lines(file, counts) if file.kind == "jsonl" else _whole_file(file)
+            found = _json_lines(file, counts) if file.kind == "jsonl" else _whole_file(file, counts)
             for text, origin in found:
                 num_bytes = len(text.encode())
                 if not text.strip():
@@ -150,8 +161,16 @@ def _walk(folder: Path, root: Path, exclude: Sequence[str], *, seen: set[Path]) 
             yield entry
 
 
-def _whole_file(file: InputFile) -> Iterator[tuple[str, str]]:
-    yield file.path.read_bytes().decode(), str(file.path)
+def _whole_file(file: InputFile, counts: Counter[str]) -> Iterator[tuple[str, str]]:
+    content = file.path.read_bytes()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        if file.not_utf8 == "skip":
+            raise
+        text = content.decode("latin-1")
+        counts["files_as_latin1"] += 1
+    yield text, str(file.path)
 
 
 def _json_lines(file: InputFile, counts: Counter[str]) -> Iterator[tuple[str, str]]:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.pack import Packer
+from data_pipeline.pack import GreedyPacker, OneDocumentPacker
 from data_pipeline.sources import Document
-from lfm.data.format import RowWriter, Split, SplitIndex
+from lfm.data.format import Packing, RowWriter, Split, SplitIndex
 from lfm.data.tokenizer import Tokenizer
 from lfm.files import sync
 
@@ -25,13 +25,16 @@ class SplitWriter:
         tokenizer: Tokenizer,
         *,
         seq_length: int,
+        packing: Packing,
         shard_bytes: int,
         compression: str | None,
         keep_text: bool,
     ) -> None:
         self._split: Split = split
         self._tokenizer = tokenizer
-        self._packer = Packer(seq_length, tokenizer.eod_id)
+        self._packing: Packing = packing
+        packer = OneDocumentPacker if packing == "one_document" else GreedyPacker
+        self._packer = packer(seq_length, tokenizer.eod_id)
         self._rows = RowWriter(
             folder / split,
             seq_length=seq_length,
@@ -43,7 +46,7 @@ class SplitWriter:
         self._num_tokens = self._num_documents = self._text_bytes = 0
 
     def add(self, document: Document, ids: np.ndarray) -> None:
-        """Append a document; `ids` are its ids and the end-of-document id."""
+        """Append a document; `ids` are its ids and the end-of-document id, as far as the packing keeps them."""
         for row, lengths in self._packer.add(ids):
             self._rows.write(row, lengths)
         if self._text is not None:
@@ -68,4 +71,5 @@ class SplitWriter:
             num_padding=num_padding,
             num_documents=self._num_documents,
             text_bytes=self._text_bytes,
+            packing=self._packing,
         )

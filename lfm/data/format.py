@@ -1,4 +1,4 @@
-"""The data set on disk, and the writer of one split.
+"""The data set of shards on disk, and the writer of one split.
 
     <path>/tokenizer.json     the tokenizer that made the ids
     <path>/train/             MDS shards and their index.json
@@ -9,9 +9,14 @@ A row is exactly `seq_length` ids and the lengths of the documents, or pieces of
     ids          uint16 or uint32 [seq_length]
     doc_lengths  int32 [number of pieces], each >= 1, their sum is seq_length
 
-A document ends with the end-of-document id; one too long for the rest of a row goes on in the next row as a new piece.
-The label of a position is the next id of the same piece, so padding (the end-of-document id, only at the tail of the
-last row of a split, each position a piece of its own) has no labels and needs no mask.
+A document ends with the end-of-document id.  How documents become rows is the split's `packing`:
+
+    greedy          end to end; one too long for the rest of a row goes on in the next row as a new piece, and only the
+                    tail of the last row is padding
+    one_document    each row is the beginning of one document, cut to seq_length; what it leaves free is padding
+
+The label of a position is the next id of the same piece, so padding (the end-of-document id, each position a piece of
+its own) has no labels and needs no mask.
 
 index.json is MDSWriter's, with one more top-level key, "lfm": a `SplitIndex`.
 """
@@ -35,10 +40,11 @@ SPLITS = ("train", "validation")
 HASH = "xxh64"
 
 Split = Literal["train", "validation"]
+Packing = Literal["greedy", "one_document"]
 
 
 class SplitIndex(BaseModel):
-    """What index.json says about a split beyond the list of its shards."""
+    """What is known about a split: in index.json, beyond the list of its shards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -54,9 +60,11 @@ class SplitIndex(BaseModel):
     num_tokens: int
     """Ids of text and ends of documents, without padding."""
     num_padding: int
-    num_documents: int
-    text_bytes: int
-    """UTF-8 bytes of the text in the split; with a loss per token this gives bits per byte."""
+    num_documents: int | None
+    """None: not known."""
+    text_bytes: int | None
+    """UTF-8 bytes of the text in the split; with a loss per token this gives bits per byte.  None: not known."""
+    packing: Packing = "greedy"
     checksum: str
     """sha256 of everything else in index.json, so that damage to it is noticed too."""
 
@@ -134,6 +142,7 @@ class RowWriter:
         num_padding: int,
         num_documents: int,
         text_bytes: int,
+        packing: Packing = "greedy",
     ) -> SplitIndex:
         """Write the last shard, force all shards to the disk, then write the index.  The folder is then a split."""
         self._writer.finish()
@@ -152,6 +161,7 @@ class RowWriter:
             "num_padding": num_padding,
             "num_documents": num_documents,
             "text_bytes": text_bytes,
+            "packing": packing,
         }
         tree["lfm"] = record
         record["checksum"] = _checksum(tree)

@@ -22,6 +22,15 @@ def row_order(seed: int, num_rows: int, start: int, count: int) -> np.ndarray:
     return rows
 
 
+def random_order(seed: int, num_rows: int, start: int, count: int) -> np.ndarray:
+    """Rows at the same positions, int64 `[count]`, when each position draws its own uniformly and with replacement."""
+    assert num_rows > 0 and start >= 0 and count >= 0, (num_rows, start, count)
+    # Philox makes four numbers of each value of its counter, so any position is reached without those before it.
+    block, skipped = divmod(start, 4)
+    bits = np.random.Philox(np.random.SeedSequence(seed), counter=block).random_raw(skipped + count)[skipped:]
+    return (bits % np.uint64(num_rows)).astype(np.int64)  # uniform to within num_rows / 2**64
+
+
 @lru_cache(maxsize=4)  # two epochs each for a training and a validation stream
 def _epoch_permutation(seed: int, num_rows: int, epoch: int) -> np.ndarray:
     # Sorting raw bits rather than Generator.permutation: numpy promises that the bits of Philox and SeedSequence never

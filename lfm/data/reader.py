@@ -1,4 +1,4 @@
-"""Rows of one split by number, from local shards or through a local cache of remote ones.
+"""Rows of one split by number; those of shards, which are local or reached through a local cache of remote ones.
 
 Nothing damaged is ever read as data: the index has a checksum, every shard's size is checked at open, its whole content
 is hashed when it is first touched, and every row is checked against the index.  Each failure is a UserError that names
@@ -8,6 +8,7 @@ the file.  There are no background processes and no shared memory, so there is n
 import os
 import threading
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,36 @@ import torch
 import xxhash
 
 from lfm.data import streaming_shim
-from lfm.data.format import HASH, INDEX_NAME, read_index
+from lfm.data.format import HASH, INDEX_NAME, SplitIndex, read_index
+from lfm.data.order import row_order
 from lfm.errors import UserError
+
+
+class RowReader(ABC):
+    """The rows of one split, however they are stored.  Safe to call from several threads."""
+
+    folder: Path
+    index: SplitIndex
+
+    def __len__(self) -> int:
+        return self.index.num_rows
+
+    @abstractmethod
+    def read(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, list[list[int]]]:
+        """Ids, int64 `[len(rows), T]`, and the lengths of the documents in each row (each sums to T).
+
+        Raises UserError naming the file if it is missing, damaged or cannot be fetched in time.
+        """
+
+    def order(self, seed: int, start: int, count: int) -> np.ndarray:
+        """Rows at the global sample positions `start .. start + count - 1`, int64 `[count]`: no state but `seed`."""
+        return row_order(seed, len(self), start, count)
+
+    def num_padding(self, row: int, doc_lengths: Sequence[int]) -> int:
+        """How many positions at the end of `row`, which `read` gave with `doc_lengths`, are padding."""
+        if self.index.packing == "one_document":
+            return len(doc_lengths) - 1
+        return self.index.num_padding if row == len(self) - 1 else 0
 
 
 @dataclass(frozen=True)
@@ -39,7 +68,7 @@ class _Shard:
     verified: bool = False
 
 
-class RowReader:
+class ShardReader(RowReader):
     """The rows of the split in `folder`.  Safe to call from several threads, and from several processes on one folder.
 
     With `remote` (a path or URL of the same split: s3://, gs://, hf://, ...), `folder` is a cache that shards are
@@ -59,14 +88,7 @@ class RowReader:
         for shard in self._shards:
             self._check_sizes(shard)
 
-    def __len__(self) -> int:
-        return self.index.num_rows
-
     def read(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, list[list[int]]]:
-        """Ids, int64 `[len(rows), T]`, and the lengths of the documents in each row (each sums to T).
-
-        Raises UserError naming the shard if its file is missing, damaged or cannot be fetched in time.
-        """
         ids = torch.empty(len(rows), self.index.seq_length, dtype=torch.int64)
         doc_lengths = []
         for i, row in enumerate(rows):

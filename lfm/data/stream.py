@@ -3,15 +3,15 @@
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt
 
 from lfm.config import Config
-from lfm.data.format import INDEX_NAME, TOKENIZER_NAME, Split
-from lfm.data.order import row_order
-from lfm.data.reader import RowReader, fetch
+from lfm.data.bins import BIN_NAMES, BinReader
+from lfm.data.format import INDEX_NAME, SPLITS, TOKENIZER_NAME, Split
+from lfm.data.reader import RowReader, ShardReader, fetch
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 
@@ -22,9 +22,11 @@ class DataConfig(Config):
     """Where the rows come from."""
 
     path: str
-    """Data set folder written by data_pipeline.prepare; with `remote`, the local folder that caches it."""
+    """Data set folder: shards, or train.bin and val.bin; with `remote`, the local folder that caches it."""
     remote: str | None = None
     """URL or path of the data set (s3://, gs://, hf://, ...) to fetch shards from; null reads `path` alone."""
+    windows: Literal["sequential", "random"] = "sequential"
+    """Rows of train.bin: one window after the other, or windows at random places; val.bin is always sequential."""
     prefetch_threads: Annotated[int, Field(ge=0, le=16)] = 2
     """Threads that read ahead; 0 reads in the training loop."""
     prefetch_steps: PositiveInt = 4
@@ -36,11 +38,41 @@ class DataConfig(Config):
 
 
 def open_split(config: DataConfig, split: Split, *, seq_length: int, vocab_size: int) -> RowReader:
-    """The reader of one split, after checking that it fits the model and that its tokenizer.json made its shards.
+    """The reader of one split, after checking that it fits the model and that its tokenizer.json made its ids.
 
     Raises UserError for a missing folder, another seq_length, a vocabulary that does not fit, a foreign tokenizer.
     """
     root = Path(config.path).expanduser()
+    if any((root / name).exists() for name in BIN_NAMES.values()):
+        reader = _open_bins(config, root, split, seq_length)
+    else:
+        reader = _open_shards(config, root, split, seq_length)
+    size = reader.index.vocab_size
+    if size > vocab_size:
+        raise UserError(
+            f"the tokenizer of {root} has {size} ids, more than the model's vocab_size={vocab_size}; "
+            f"set vocab_size={size} or prepare the data with a smaller tokenizer"
+        )
+    if size < vocab_size and not config.allow_smaller_tokenizer:
+        raise UserError(
+            f"the tokenizer of {root} has {size} ids, fewer than the model's vocab_size={vocab_size}; "
+            f"set vocab_size={size}, or data.allow_smaller_tokenizer=true if that is meant"
+        )
+    return reader
+
+
+def _open_bins(config: DataConfig, root: Path, split: Split, seq_length: int) -> BinReader:
+    if config.remote is not None:
+        raise UserError(
+            f"data.remote={config.remote} fetches shards, and data.path={config.path} holds .bin files, which are read "
+            "in place; set data.remote=null or choose another data.path"
+        )
+    if any((root / each / INDEX_NAME).exists() for each in SPLITS):
+        raise UserError(f"data.path={config.path} holds shards and .bin files; move one of the two elsewhere")
+    return BinReader(root, split, seq_length=seq_length, windows=config.windows)
+
+
+def _open_shards(config: DataConfig, root: Path, split: Split, seq_length: int) -> ShardReader:
     folder = root / split
     remote = config.remote.rstrip("/") if config.remote is not None else None
     if remote is None and not (folder / INDEX_NAME).exists():
@@ -49,7 +81,12 @@ def open_split(config: DataConfig, split: Split, *, seq_length: int, vocab_size:
             f"data.path={config.path} {missing}; make it with "
             f"`python -m data_pipeline.prepare --config configs/data/NAME.yaml output={config.path}`"
         )
-    reader = RowReader(
+    if config.windows != "sequential":
+        raise UserError(
+            f"data.windows={config.windows} is for train.bin and data.path={config.path} holds shards, whose rows are "
+            "fixed; set data.windows=sequential"
+        )
+    reader = ShardReader(
         folder, remote=remote and f"{remote}/{split}", fetch_timeout_seconds=config.fetch_timeout_seconds
     )
     index = reader.index
@@ -57,16 +94,6 @@ def open_split(config: DataConfig, split: Split, *, seq_length: int, vocab_size:
         raise UserError(
             f"{folder} has rows of seq_length={index.seq_length} but the run asks for seq_length={seq_length}; "
             "change the run's or prepare the data again with the run's"
-        )
-    if index.vocab_size > vocab_size:
-        raise UserError(
-            f"the tokenizer of {root} has {index.vocab_size} ids, more than the model's vocab_size={vocab_size}; "
-            f"set vocab_size={index.vocab_size} or prepare the data with a smaller tokenizer"
-        )
-    if index.vocab_size < vocab_size and not config.allow_smaller_tokenizer:
-        raise UserError(
-            f"the tokenizer of {root} has {index.vocab_size} ids, fewer than the model's vocab_size={vocab_size}; "
-            f"set vocab_size={index.vocab_size}, or data.allow_smaller_tokenizer=true if that is meant"
         )
     if remote is not None and not (root / TOKENIZER_NAME).exists():
         fetch(f"{remote}/{TOKENIZER_NAME}", root / TOKENIZER_NAME, config.fetch_timeout_seconds)
@@ -79,7 +106,7 @@ def open_split(config: DataConfig, split: Split, *, seq_length: int, vocab_size:
 
 
 class BatchStream:
-    """Hands out the rows of one optimizer step after the other, in `row_order`, reading ahead in threads.
+    """Hands out the rows of one optimizer step after the other, in the reader's order, reading ahead in threads.
 
     Epochs follow each other without a seam: a step may hold the last rows of one and the first of the next.
     """
@@ -135,7 +162,7 @@ class BatchStream:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, start: int) -> Batch:
-        return self._reader.read(row_order(self._seed, len(self._reader), start, self._rows_per_step)[self._take])
+        return self._reader.read(self._reader.order(self._seed, start, self._rows_per_step)[self._take])
 
 
 def resume_row(state: dict[str, Any], reader: RowReader, *, seed: int) -> int:
@@ -147,6 +174,7 @@ def resume_row(state: dict[str, Any], reader: RowReader, *, seed: int) -> int:
         raise UserError(f"the checkpoint's data order has seed={state['seed']}, the run has seed={seed}; use the same")
     if state["data_checksum"] != reader.index.checksum:
         raise UserError(
-            f"{reader.folder} is not the data set the checkpoint was trained on; point data.path at that one"
+            f"{reader.folder} is not the data set the checkpoint was trained on, or is read in other rows; point "
+            "data.path at that one and keep data.windows and seq_length"
         )
     return state["position"]

@@ -72,12 +72,10 @@ def evaluate(
         ids, lengths = ranks.together(lambda chosen=chosen: rows.read(chosen))
         batch_nats, batch_labels = score(ids, lengths)
         nats, labels = nats + batch_nats, labels + batch_labels
-        # Padding is the tail of the last row of the split: documents of one end-of-document token.
-        padding = rows.index.num_padding if first + len(ids) == len(rows) else 0
-        flat = ids.flatten().numpy()
-        flat = flat[: len(flat) - padding]
-        tokens += len(flat)
-        histogram += np.bincount(flat, minlength=len(histogram))
+        for row, row_ids, row_lengths in zip(chosen, ids.numpy(), lengths, strict=True):
+            text = row_ids[: len(row_ids) - rows.num_padding(row, row_lengths)]
+            tokens += len(text)
+            np.add.at(histogram, text, 1)
     return HeldOut(nats, labels, tokens, histogram)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from lfm.data import streaming_shim
 from lfm.data.format import INDEX_NAME, RowWriter
-from lfm.data.reader import RowReader
+from lfm.data.reader import ShardReader
 from lfm.data.stream import BatchStream
 from lfm.errors import UserError
 from tests.data.corpus import SEQ_LENGTH, VOCAB_SIZE
@@ -45,7 +45,7 @@ DAMAGES = [flip, fill_with_zeros, cut, remove, empty]
 
 def read_epoch(folder, *, threads=0, remote=None):
     """All rows of one epoch through a stream."""
-    reader = RowReader(folder, remote=remote)
+    reader = ShardReader(folder, remote=remote)
     stream = BatchStream(reader, seed=0, rows_per_step=4, prefetch_threads=threads)
     try:
         ids, lengths = [], []
@@ -83,7 +83,7 @@ def test_damaged_shard_is_an_error_that_names_it(damage, compression, place, thr
 def test_damaged_index_is_an_error_that_names_it(damage, data_set):
     damage(data_set / "train" / INDEX_NAME)
     with pytest.raises(UserError, match=r"index\.json"):
-        RowReader(data_set / "train")
+        ShardReader(data_set / "train")
 
 
 @pytest.mark.parametrize("damage", [flip, fill_with_zeros, cut, empty], ids=lambda damage: damage.__name__)
@@ -102,7 +102,7 @@ def test_damaged_file_in_the_cache_is_an_error_that_says_to_delete_it(damage, zs
 
 @pytest.mark.parametrize("damage", [cut, remove, empty], ids=lambda damage: damage.__name__)
 def test_shard_that_breaks_while_in_use_is_an_error(damage, data_set):
-    reader = RowReader(data_set / "train")
+    reader = ShardReader(data_set / "train")
     reader.read(range(len(reader)))
     damage(data_set / "train" / "shard.00001.mds")
     with pytest.raises(UserError, match=r"shard\.00001\.mds changed while in use"):
@@ -127,7 +127,7 @@ def test_all_ways_to_reach_a_data_set_give_the_same_rows(threads, raw_data_set, 
 
 
 def test_many_threads_may_read_from_a_fresh_cache(zstd_data_set, tmp_path):
-    reader = RowReader(tmp_path / "cache", remote=str(zstd_data_set / "train"))
+    reader = ShardReader(tmp_path / "cache", remote=str(zstd_data_set / "train"))
     rows = list(range(len(reader)))
     with ThreadPoolExecutor(8) as threads:
         batches = list(threads.map(lambda shift: reader.read(rows[shift:] + rows[:shift]), range(8)))
@@ -143,9 +143,9 @@ def test_cache_of_another_version_of_the_data_set_is_an_error(raw_data_set, zstd
 
 def test_remote_that_is_not_there_is_an_error_that_names_it(tmp_path):
     with pytest.raises(UserError, match=r"nowhere/train/index\.json cannot be fetched"):
-        RowReader(tmp_path / "cache", remote=str(tmp_path / "nowhere" / "train"))
+        ShardReader(tmp_path / "cache", remote=str(tmp_path / "nowhere" / "train"))
     with pytest.raises(UserError, match=r"gopher://host/train/index\.json cannot be fetched"):
-        RowReader(tmp_path / "cache", remote="gopher://host/train")
+        ShardReader(tmp_path / "cache", remote="gopher://host/train")
 
 
 def test_fetch_that_takes_too_long_ends_with_the_name_of_the_file(tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_fetch_that_takes_too_long_ends_with_the_name_of_the_file(tmp_path, monk
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "made-up")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "made-up")
         with pytest.raises(UserError, match=r"s3://bucket/train/index\.json was not fetched within .*=1;"):
-            RowReader(tmp_path / "cache", remote="s3://bucket/train", fetch_timeout_seconds=1)
+            ShardReader(tmp_path / "cache", remote="s3://bucket/train", fetch_timeout_seconds=1)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_row_that_contradicts_the_index_is_an_error(ids, lengths, words, tmp_pat
         split="train", eod_id=0, tokenizer_sha256="", num_tokens=8, num_padding=0, num_documents=1, text_bytes=7
     )
     with pytest.raises(UserError, match=words):
-        RowReader(folder).read([0])
+        ShardReader(folder).read([0])
 
 
 def test_a_plain_mds_folder_is_an_error(tmp_path):
@@ -185,7 +185,7 @@ def test_a_plain_mds_folder_is_an_error(tmp_path):
     writer.write({"x": 1})
     writer.finish()
     with pytest.raises(UserError, match=r"was not made by data_pipeline\.prepare"):
-        RowReader(tmp_path / "train")
+        ShardReader(tmp_path / "train")
 
 
 def test_data_set_in_the_tests_has_several_shards_and_all_of_its_vocabulary(raw_data_set):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lfm.data.format import read_index
 from lfm.data.order import row_order
-from lfm.data.reader import RowReader
+from lfm.data.reader import ShardReader
 from lfm.data.stream import BatchStream, DataConfig, open_split, resume_row
 from lfm.data.tokenizer import train_bpe
 from lfm.errors import UserError
@@ -25,7 +25,7 @@ def take(stream, steps):
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 5])
 def test_steps_follow_row_order_across_epochs(threads, raw_data_set):
-    reader = RowReader(raw_data_set / "validation")
+    reader = ShardReader(raw_data_set / "validation")
     steps = 2 * len(reader) // 3 + 2
     stream = BatchStream(reader, seed=3, rows_per_step=3, prefetch_threads=threads)
     ids, lengths = take(stream, steps)
@@ -37,7 +37,7 @@ def test_steps_follow_row_order_across_epochs(threads, raw_data_set):
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 12), st.integers(1, 9), st.integers(1, 9), st.sampled_from([0, 2]))
 def test_resuming_anywhere_gives_the_same_rest(raw_data_set, steps, rows, rows_later, threads):
-    reader = RowReader(raw_data_set / "train")
+    reader = ShardReader(raw_data_set / "train")
     first = BatchStream(reader, seed=1, rows_per_step=rows, prefetch_threads=threads)
     for _ in range(steps):
         first.next()
@@ -57,7 +57,7 @@ def test_resuming_anywhere_gives_the_same_rest(raw_data_set, steps, rows, rows_l
 
 
 def test_ranks_that_take_a_part_each_have_the_whole_step_together(raw_data_set):
-    reader = RowReader(raw_data_set / "train")
+    reader = ShardReader(raw_data_set / "train")
     whole, _ = take(BatchStream(reader, seed=0, rows_per_step=6), 4)
     parts = [
         take(BatchStream(reader, seed=0, rows_per_step=6, take=slice(rank, None, 2), prefetch_threads=1), 4)[0]
@@ -72,7 +72,7 @@ def test_error_comes_at_the_step_that_needs_the_shard_and_is_never_skipped(threa
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    reader = RowReader(data_set / "train")
+    reader = ShardReader(data_set / "train")
     first_row = sum(shard["samples"] for shard in read_index(data_set / "train")[1][:3])
     bad_rows = range(first_row, first_row + read_index(data_set / "train")[1][3]["samples"])
     order = row_order(0, len(reader), 0, len(reader))
@@ -88,18 +88,18 @@ def test_error_comes_at_the_step_that_needs_the_shard_and_is_never_skipped(threa
 
 
 def test_resuming_with_another_seed_or_data_set_is_an_error(raw_data_set):
-    reader = RowReader(raw_data_set / "train")
+    reader = ShardReader(raw_data_set / "train")
     state = BatchStream(reader, seed=1, rows_per_step=2).state()
     with pytest.raises(UserError, match="seed=1, the run has seed=2"):
         resume_row(state, reader, seed=2)
     with pytest.raises(UserError, match="is not the data set the checkpoint was trained on"):
-        resume_row(state, RowReader(raw_data_set / "validation"), seed=1)
+        resume_row(state, ShardReader(raw_data_set / "validation"), seed=1)
 
 
 def test_process_with_a_stream_left_open_ends(raw_data_set):
     program = (
-        "import sys; from lfm.data.reader import RowReader; from lfm.data.stream import BatchStream\n"
-        f"reader = RowReader({str(raw_data_set / 'train')!r})\n"
+        "import sys; from lfm.data.reader import ShardReader; from lfm.data.stream import BatchStream\n"
+        f"reader = ShardReader({str(raw_data_set / 'train')!r})\n"
         "stream = BatchStream(reader, seed=0, rows_per_step=4, prefetch_threads=2)\n"
         "stream.next()\n"
         "print(sorted({'transformers', 'torchvision', 'streaming', 'streaming.base'} & set(sys.modules)))"

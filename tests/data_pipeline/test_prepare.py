@@ -10,7 +10,7 @@ import yaml
 
 from data_pipeline.prepare import PrepareConfig, main, prepare
 from lfm.data.format import SPLITS, read_index
-from lfm.data.reader import RowReader
+from lfm.data.reader import ShardReader
 from lfm.data.tokenizer import Tokenizer, train_bpe
 from lfm.errors import UserError
 from tests.data.corpus import SEQ_LENGTH, config, texts, write_texts
@@ -19,7 +19,7 @@ from tests.data.corpus import SEQ_LENGTH, config, texts, write_texts
 def stored_texts(data_set: Path, split: str) -> list[str]:
     """The documents of a split, read back from its rows."""
     tokenizer = Tokenizer.from_file(data_set / "tokenizer.json")
-    reader = RowReader(data_set / split)
+    reader = ShardReader(data_set / split)
     ids = reader.read(range(len(reader)))[0].flatten().tolist()
     ids = ids[: len(ids) - reader.index.num_padding]
     documents, start = [], 0

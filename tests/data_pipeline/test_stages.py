@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.dedup import drop_duplicates
-from data_pipeline.pack import Packer
+from data_pipeline.pack import GreedyPacker, OneDocumentPacker, cut_to_row
 from data_pipeline.sources import Document, SourceConfig, find_files, read_documents
 from data_pipeline.split import split_of
+from lfm.data.tokenizer import train_bpe
 from lfm.errors import UserError
 
 
@@ -67,6 +68,15 @@ def test_files_that_are_no_text_are_counted_and_left_out(tmp_path):
         "documents": 1,
         "bytes": 4,
     }
+
+
+def test_files_that_are_no_utf8_can_be_read_as_latin1(tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("é\r\n".encode("latin1"))
+    (tmp_path / "utf8.txt").write_bytes("é".encode())
+    counts = Counter()
+    documents = read_all(source("text", tmp_path, not_utf8="latin-1"), counts=counts)
+    assert [(document.text, document.num_bytes) for document in documents] == [("é\r\n", 4), ("é", 2)]
+    assert (counts["files_read"], counts["files_as_latin1"], counts["files_not_utf8"]) == (2, 1, 0)
 
 
 def test_excluded_files_and_folders_are_left_out(tmp_path):
@@ -126,7 +136,7 @@ def test_split_depends_on_text_and_seed_alone_and_keeps_its_share():
 @given(st.integers(2, 9), st.lists(st.lists(st.integers(1, 50), max_size=30), max_size=12))
 def test_packing_loses_and_adds_nothing_but_padding_at_the_end(seq_length, documents):
     eod = 0
-    packer = Packer(seq_length, eod)
+    packer = GreedyPacker(seq_length, eod)
     rows = [row for ids in documents for row in packer.add(np.array([*ids, eod], np.uint32))]
     last, num_padding = packer.finish()
     rows += [last] if last is not None else []
@@ -141,3 +151,38 @@ def test_packing_loses_and_adds_nothing_but_padding_at_the_end(seq_length, docum
         assert ends == sorted({*np.flatnonzero(ids == eod).tolist(), seq_length - 1})
         if number == len(rows) - 1 and num_padding > 0:
             assert lengths[-num_padding:] == [1] * num_padding  # a piece of one id has no label
+
+
+@given(st.integers(2, 9), st.lists(st.lists(st.integers(1, 50), max_size=30), max_size=12))
+def test_one_document_a_row_is_cut_or_padded_with_pieces_that_have_no_label(seq_length, documents):
+    eod = 0
+    packer = OneDocumentPacker(seq_length, eod)
+    kept = [np.array([*ids, eod], np.uint32)[:seq_length] for ids in documents]
+    rows = [row for ids in kept for row in packer.add(ids)]
+    last, num_padding = packer.finish()
+    assert last is None and len(rows) == len(documents)
+    for ids, (row, lengths) in zip(kept, rows, strict=True):
+        padding = seq_length - len(ids)
+        assert row.dtype == np.uint32 and row.tolist() == [*ids, *[eod] * padding]
+        assert lengths == [len(ids)] + [1] * padding
+    assert num_padding == sum(seq_length - len(ids) for ids in kept)
+
+
+def test_cut_documents_keep_the_text_of_whole_characters_and_are_counted():
+    tokenizer = train_bpe(["a b"], 257)  # an id is a byte
+    text = "né你好!"
+    document = Document(text, len(text.encode()), "test")
+    ids = np.array([*tokenizer.encode(text), tokenizer.eod_id], np.uint32)
+    for seq_length, kept in [(12, text), (11, text), (10, text), (9, "né你好"), (8, "né你"), (5, "né"), (1, "n")]:
+        counts = Counter()
+        cut, cut_ids = cut_to_row(document, ids, seq_length=seq_length, tokenizer=tokenizer, counts=counts)
+        assert cut_ids.tolist() == ids[:seq_length].tolist()
+        assert (cut.text, cut.num_bytes, cut.origin) == (kept, len(kept.encode()), "test")
+        if seq_length < 11:
+            assert counts == {
+                "documents_cut": 1,
+                "tokens_cut": 11 - seq_length,
+                "bytes_cut": len(text.encode()) - len(kept.encode()),
+            }
+        else:
+            assert not counts

@@ -20,7 +20,7 @@ import torch
 
 from data_pipeline.prepare import PrepareConfig, prepare
 from lfm.data.order import row_order
-from lfm.data.reader import RowReader
+from lfm.data.reader import ShardReader
 from lfm.training import checkpoint
 from lfm.training.loop import train
 from lfm.training.run import RunConfig, owning_folder
@@ -239,7 +239,7 @@ def test_a_loss_that_is_nan_on_one_rank_stops_all_before_the_update(tmp_path, te
 
 def _token_that_the_second_rank_meets_first(data: Path, start: int) -> tuple[int, int]:
     """A token that the second of two ranks meets in the step returned, and nobody before, from step `start` on."""
-    reader = RowReader(data / "train")
+    reader = ShardReader(data / "train")
     seen: set[int] = set()
     for step in range(start + 1, 1000):
         ids = reader.read(row_order(SEED, len(reader), 8 * (step - 1), 8))[0]
