@@ -1,7 +1,7 @@
 """Time and memory of one generated token after prefixes of 1k to 64k tokens: `python benchmarks/streaming.py`.
 
-Random weights: neither depends on them.  Families with a state of fixed size should be flat; attention grows, and goes as
-far as its context.
+Random weights: neither depends on them.  Families with a state of fixed size should be flat; attention grows, and goes
+as far as its context.
 """
 
 import argparse

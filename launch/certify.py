@@ -46,6 +46,8 @@ def main() -> None:
     if run.dtype.itemsize < 4:
         raise UserError(f"training.dtype={run.training.dtype} is too coarse to certify; use training.dtype=float32")
 
+    if run.model.kind != "lfm":
+        raise UserError(f"model.kind={run.model.kind} has no parallel layouts to certify; use a config of kind lfm")
     print(f"bounds: {', '.join(f'{key} {bound:.0e}' for key, bound in BOUNDS.items())}", flush=True)
     expected, findings, start = None, [], time.monotonic()
     for name in names:

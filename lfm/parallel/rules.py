@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # the model's module needs torch, its arithmetic does not
-    from lfm.models.registry import ModelConfig
+    from lfm.models.lfm import LFMConfig
     from lfm.parallel.layout import ParallelConfig
 
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the model's module needs torch, its arithmetic does not
 class Request:
     """What a user asks for, as far as the rules look at it; `m` and `p` are short for the rules' sentences."""
 
-    m: "ModelConfig"
+    m: "LFMConfig"
     p: "ParallelConfig"
     world: int
     global_batch_size: int

@@ -165,6 +165,10 @@ def check_architecture(checkpoint: Path, manifest: dict[str, Any], model: ModelC
             )
 
 
+_HASHED = (torch.float32, torch.bool, torch.int32)
+"""Dtypes in which frozen tensors are stored: one that was asked for in another cannot be compared with its hash."""
+
+
 def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[str, Tensor]) -> None:
     """Fill `targets` (key -> tensor, any dtype and device) in place; of a DTensor, this rank's shard.
 
@@ -176,7 +180,7 @@ def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[st
     dcp_load(dict(targets), checkpoint_id=checkpoint, no_dist=True)
     for name, expected in manifest["frozen"].items():
         target = targets.get(name)
-        if target is None or isinstance(target, DTensor) or target.dtype not in (torch.float32, torch.bool):
+        if target is None or isinstance(target, DTensor) or target.dtype not in _HASHED:
             continue
         if tensor_hash(target) != expected:
             raise UserError(f"frozen tensor {name} of {checkpoint} does not match its hash; {_way_out(checkpoint)}")

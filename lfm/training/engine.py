@@ -57,7 +57,8 @@ STATE = ("master", "exp_avg", "exp_avg_sq", "frozen")
 class Engine(abc.ABC):
     """What the training loop drives.  Every method is called on every process of the run, in the same order."""
 
-    config: ModelConfig
+    config: Any
+    """Of the model's family."""
     device: torch.device
     calm_steps: dict[int, int]
     warmups: dict[int, int]

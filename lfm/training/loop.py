@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from lfm.data.order import row_order
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_split, resume_row
 from lfm.data.tokenizer import Tokenizer
@@ -87,6 +86,7 @@ def _train_in_parallel(
 
     def parallel_engine(run: RunConfig, device: torch.device, watch: Watch) -> Engine:
         groups = process_groups.make_groups(layout, device)
+        assert run.model.kind == "lfm", "check_layout refuses the others"
         return ParallelEngine(
             run.model,
             run.optimizer,
@@ -237,7 +237,7 @@ def _train(
                 result = engine.forward_backward(ids, lengths)
                 grad_norm = engine.step(lr)
             except NonFiniteError as error:
-                batch = row_order(run.seed, len(rows), position, global_batch_size).tolist()
+                batch = rows.order(run.seed, position, global_batch_size).tolist()
                 raise NonFiniteError(
                     f"step {progress.step + 1}: {error}; no update was made; the batch is data rows {batch}"
                 ) from None

@@ -1,7 +1,7 @@
 """Does plasticity learn a new word while it reads?  The four-way probe of MiniLiquidGPT, over many made-up words.
 
-A short text says in several ways that an invented word means, say, sunset.  Afterwards the model reads `WORD is the`, and
-the probability of the words of that meaning is compared with that under three controls.
+A short text says in several ways that an invented word means, say, sunset.  Afterwards the model reads `WORD is the`,
+and the probability of the words of that meaning is compared with that under three controls.
 """
 
 import random
@@ -97,7 +97,7 @@ def probe(model: MiniLiquidGPT, tokenizer: Tokenizer, word: str, meaning: str) -
     text = tokenizer.encode(TEXT.format(word=word, meaning=meaning))
     question = tokenizer.encode(PROBE.format(word=word))
 
-    def read(ids: Sequence[int], state: LiquidNNState | None, mode: str) -> tuple[float, LiquidNNState]:
+    def read(ids: Sequence[int], state: LiquidNNState | None, mode: str) -> tuple[float, Any]:
         with model.evaluating(mode):
             hidden, state = prefill(model, ids, state)
         return float(model.logits(hidden)[0].float().softmax(-1)[targets].mean()), state
@@ -150,9 +150,7 @@ def record(found: Sequence[Probe], comparisons: Sequence[Comparison]) -> dict[st
     """What plasticity.json holds."""
     return {
         "conditions": CONDITIONS,
-        "comparisons": [
-            asdict(c) | {"relative_gain": c.relative_gain, "learnt": c.learnt} for c in comparisons
-        ],
+        "comparisons": [asdict(c) | {"relative_gain": c.relative_gain, "learnt": c.learnt} for c in comparisons],
         "words": [asdict(p) for p in found],
     }
 
