@@ -47,7 +47,7 @@ class DiagonalLiquid(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D"]]:
         """`starts` marks the first token of each document; the state returned is at least fp32."""
         value, delta, gate = self.projections(z).chunk(3, dim=-1)
-        # A bias of -9 plus a small drive keeps no digit of the drive in bf16.
+        # In bf16 the sum of a bias near -9 and a small drive would lose the drive.
         wide = torch.promote_types(z.dtype, torch.float32)
         delta = F.softplus(delta.to(wide) + self.delta_bias.to(wide)) + self.delta_min
         h, final = diagonal_scan(delta, value.tanh(), state, starts)

@@ -142,7 +142,7 @@ def test_the_state_of_another_model_or_batch_is_refused_by_one_sentence():
         with pytest.raises(ValueError, match=words):
             model(ids, other.empty_state(batch))
     with pytest.raises(ValueError, match="TransformerState is the state of another model family"):
-        model(ids, TransformerState(torch.zeros(2), []))
+        model(ids, TransformerState(torch.zeros(2, dtype=torch.int64), []))
     with pytest.raises(ValueError, match="exclude each other"):
         model(ids, model.empty_state(2), [[4], [4]])
 
