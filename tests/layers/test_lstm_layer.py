@@ -35,9 +35,10 @@ def outputs_and_grads(run, module, x, state):
     }
 
 
-def test_equals_torch_lstm_with_every_gradient():
+@pytest.mark.parametrize("tokens", [9, 1])
+def test_equals_torch_lstm_with_every_gradient(tokens):
     ours, truth = pair()
-    x, state = torch.randn(2, 9, 5, dtype=torch.float64), torch.randn(2, 2, 3, 7, dtype=torch.float64).unbind(0)
+    x, state = torch.randn(2, tokens, 5, dtype=torch.float64), torch.randn(2, 2, 3, 7, dtype=torch.float64).unbind(0)
 
     def run_truth(module, x, h, c):
         y, (h, c) = module(x, (h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()))
