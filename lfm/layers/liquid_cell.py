@@ -23,9 +23,9 @@ SMALLEST_TAU = 0.2
 class CellWeights:
     """A cell's weights in at least fp32, those that multiply the same vector joined: made once for many tokens."""
 
-    input: Float[Tensor, "2D D"]
-    input_bias: Float[Tensor, " 2D"]
-    hidden: Float[Tensor, "2D D"]
+    input: Float[Tensor, "two_D D"]
+    input_bias: Float[Tensor, " two_D"]
+    hidden: Float[Tensor, "two_D D"]
     tau: Float[Tensor, "D D"]
     tau_bias: Float[Tensor, " D"]
 
