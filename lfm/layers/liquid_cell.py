@@ -23,9 +23,9 @@ SMALLEST_TAU = 0.2
 class CellWeights:
     """A cell's weights in at least fp32, those that multiply the same vector joined: made once for many tokens."""
 
-    input: Float[Tensor, "2D D"]
-    input_bias: Float[Tensor, " 2D"]
-    hidden: Float[Tensor, "2D D"]
+    input: Float[Tensor, "two_D D"]
+    input_bias: Float[Tensor, " two_D"]
+    hidden: Float[Tensor, "two_D D"]
     tau: Float[Tensor, "D D"]
     tau_bias: Float[Tensor, " D"]
 
@@ -143,11 +143,11 @@ class LiquidCell(nn.Module):
             for k in range(self.steps):
                 if k:
                     z, tau = field(h)
-                h = self._stepped(h, z, tau, field, 1 / self.steps, 0.5 if self.steps > 1 else 0.0)
+                h = self._stepped(h, z, tau, field, 1 / self.steps, 0.5)
             return h
         # Each sequence has its own number of steps, so that its batch and the split into calls do not matter.
         steps = self.chosen_steps(tau.detach())
-        dt, half = 1 / steps.to(h.dtype), torch.where(steps > 1, 0.5, 0.0).to(h.dtype)
+        dt, half = 1 / steps.to(h.dtype), 0.5 * (steps > 1)
         for k in range(int(steps.max())):
             if k:
                 z, tau = field(h)
@@ -157,11 +157,13 @@ class LiquidCell(nn.Module):
     def _stepped(
         self, h: Tensor, z: Tensor, tau: Tensor, field: Field, dt: float | Tensor, half: float | Tensor
     ) -> Tensor:
-        """One step of `dt` from h, where the field is (z, tau); rk2 takes its slope after `half` of the step."""
+        """One step of `dt` from h, where the field is (z, tau); rk2 takes its slope after `half` of the step, which is
+        none of it for a sequence of one step.
+        """
         if self.integrator == "exponential":
             return h - torch.expm1(-dt / tau) * (z - h)
         slope = (z - h) / tau
-        if self.integrator == "rk2" and not (isinstance(half, float) and half == 0):
+        if self.integrator == "rk2" and (self.steps > 1 or self.adaptive_steps):
             middle = h + dt * half * slope
             z, tau = field(middle)
             slope = (z - middle) / tau

@@ -433,7 +433,7 @@ def test_initial_values_have_their_distributions():
     D = 128
     model = MiniLiquidGPT(LiquidNNConfig(hidden_size=D, vocab_size=1000))
     initialize(model, 0)
-    w = dict(model.named_parameters())
+    w = {name: p.detach() for name, p in model.named_parameters()}
     normal = {"embedding.weight": 0.02, "cells.3.ih.weight": 0.5 * D**-0.5, "cells.0.hh.alpha": 0.01}
     for name, std in normal.items():
         assert float(w[name].std()) == pytest.approx(std, rel=0.03) and abs(float(w[name].mean())) < 0.03 * std
