@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from lfm.config import Config
 from lfm.kernels.reservoir import RecurrenceStats
@@ -93,6 +92,9 @@ class Losses:
     """Of `config.reservoir_layers`."""
 
 
+AnyState = TypeVar("AnyState", bound="State")
+
+
 class State:
     """What streaming carries from one call to the next: a dataclass of tensors, and lists and dicts of tensors.
 
@@ -105,11 +107,11 @@ class State:
         self._map(lambda name, tensor: found.setdefault(name, tensor))
         return found
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def map(self: AnyState, change: Callable[[Tensor], Tensor]) -> AnyState:
         """The state with `change` applied to each tensor."""
         return self._map(lambda _, tensor: change(tensor))
 
-    def filled(self, tensors: Mapping[str, Tensor]) -> Self:
+    def filled(self: AnyState, tensors: Mapping[str, Tensor]) -> AnyState:
         """A state like this one with these tensors, by name, in its dtypes and on its devices.
 
         Raises ValueError, naming the first difference, unless names and shapes are its own.
@@ -123,11 +125,11 @@ class State:
     def num_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
-    def detach(self) -> Self:
+    def detach(self: AnyState) -> AnyState:
         return self.map(Tensor.detach)
 
     @classmethod
-    def stack(cls, states: Sequence[Any]) -> Self:
+    def stack(cls: type[AnyState], states: Sequence[Any]) -> AnyState:
         """One batch from several, in order."""
         parts = [state.tensors() for state in states]
         return states[0]._map(lambda name, _: torch.cat([tensors[name] for tensors in parts]))
@@ -144,7 +146,7 @@ class State:
         for name in sorted(own.keys() | wanted.keys()):
             _check_shape(name, own.get(name), wanted.get(name))
 
-    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Self:
+    def _map(self: AnyState, change: Callable[[str, Tensor], Tensor]) -> AnyState:
         return _map_tree("", self, change)
 
 
@@ -152,7 +154,7 @@ def _check_shape(name: str, found: Tensor | None, wanted: Tensor | None) -> None
     if found is None or wanted is None or found.shape != wanted.shape:
         raise ValueError(
             f"the state is of another model or batch: {name} is {'missing' if found is None else list(found.shape)}, "
-            f"this one needs {'none' if wanted is None else list(wanted.shape)}"
+            f"this model needs {'none' if wanted is None else list(wanted.shape)}"
         )
 
 

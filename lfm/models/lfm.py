@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from typing_extensions import Self
 
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
 from lfm.layers.attention import Attention, KeyValueCache
@@ -203,7 +202,7 @@ class LFMState(State):
     liquid: dict[int, Tensor]
 
     @classmethod
-    def stack(cls, states: Sequence[Any]) -> Self:
+    def stack(cls, states: Sequence[Any]) -> "LFMState":
         """One batch from several states, prefixes of different lengths allowed."""
         return cls(
             torch.cat([state.position for state in states]),
