@@ -34,7 +34,7 @@ def main() -> None:
     weights = f"{manifest['config']['name']} step {manifest['step']} ({digest})"
     talk = Conversation(model, sampling, end_of_document=tokenizer.eod_id)
     if flags.state is not None:
-        if model.empty_state(1) is None:
+        if model.config.context_limit is not None:
             raise UserError(f"--state: the state of {model.config.kind} grows with its text and is not kept in files")
         if flags.state.exists():
             talk.load(flags.state, checkpoint=weights)
@@ -64,10 +64,10 @@ def main() -> None:
 
 def describe(talk: Conversation) -> str:
     """Size of the state, and what it has seen."""
-    empty = talk.model.empty_state(1)
-    state = talk.state or empty
+    state = talk.state or talk.model.empty_state(1)
     size = f"{state.num_bytes / 1024:,.1f} KiB" if state is not None else "empty"
-    return f"state {size}, {'growing' if empty is None else 'constant'}, {talk.num_tokens:,} tokens read"
+    growth = "constant" if talk.model.config.context_limit is None else "growing"
+    return f"state {size}, {growth}, {talk.num_tokens:,} tokens read"
 
 
 def obey(talk: Conversation, line: str) -> str:

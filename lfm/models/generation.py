@@ -142,7 +142,7 @@ class Conversation:
     def load(self, path: Path, *, checkpoint: str) -> None:
         """Go on from a saved state.  Raises UserError for a file that is none, or of other weights."""
         empty = self.model.empty_state(1)
-        if empty is None:
+        if empty is None or self.model.config.context_limit is not None:
             raise UserError(f"the state of {self.model.config.kind} grows with its text and is not kept in files")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -102,7 +102,9 @@ class LiquidNNConfig(FamilyConfig):
             traces = 2 * (1 + 3 + 3) + 2 * (1 + evaluations)
             return (4 + 6 * evaluations + plastic * traces) * D * D
 
-        cells = self.num_fast * cell(self.fast_steps, 0.0) + self.num_deep * cell(self.deep_steps, 1 - self.plastic_from)
+        cells = self.num_fast * cell(self.fast_steps, 0.0) + self.num_deep * cell(
+            self.deep_steps, 1 - self.plastic_from
+        )
         return 3 * (cells + 2 * self.vocab_size * D)
 
 

@@ -364,9 +364,22 @@ class LocalEngine(Engine):
         read({key: tensor for key, tensor in self.tensors().items() if key.startswith(chosen)})
         self.publish_masters()
 
+    def counters(self) -> dict[str, Any]:
+        # Parameters that had no gradient for a while, such as plastic ones in a phase without plasticity.
+        late = {name: step for name, step in self._parameter_steps().items() if step != self.optimizer_step}
+        return super().counters() | ({"late_parameters": late} if late else {})
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        super().load_counters(counters)
+        for name, step in counters.get("late_parameters", {}).items():
+            self.optimizer.state[self.masters[name]]["step"].fill_(step)
+
+    def _parameter_steps(self) -> dict[str, int]:
+        return {name: int(self.optimizer.state[master]["step"]) for name, master in self.masters.items()}
+
     @property
     def optimizer_step(self) -> int:
-        return int(next(iter(self.optimizer.state.values()))["step"])
+        return max(self._parameter_steps().values())
 
     @optimizer_step.setter
     def optimizer_step(self, value: int) -> None:

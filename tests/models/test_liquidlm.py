@@ -190,7 +190,7 @@ def test_prefixes_of_several_lengths_continue_in_one_batch():
 def test_a_state_of_another_model_or_batch_is_refused_by_one_sentence():
     model = small_model()
     ids = torch.randint(0, 40, (2, 4))
-    with pytest.raises(ValueError, match=r"the state is of another model or batch: c is \[2, 1, 12\], this model needs"):
+    with pytest.raises(ValueError, match=r"is of another model or batch: c is \[2, 1, 12\], this model needs"):
         model(ids, small_model(num_layers=1)(ids)[1])
     with pytest.raises(ValueError, match=r"c is \[3, 3, 12\], this model needs \[2, 3, 12\]"):
         model(ids, model.empty_state(3))
