@@ -10,9 +10,10 @@ from pathlib import Path
 
 from lfm.config import add_flags, from_flags
 from lfm.errors import UserError, command
-from lfm.models.generation import Conversation, SamplingConfig
+from lfm.models.generation import Conversation, SamplingConfig, set_plasticity
+from lfm.models.liquidnn import MiniLiquidGPT, trace_norms
 
-HELP = "/reset forgets everything read; /state lists the state; /help; /quit (or Ctrl-D) ends"
+HELP = "/reset forgets everything read; /state lists the state; /hebb the traces of plastic cells; /quit ends"
 
 
 @command
@@ -22,6 +23,7 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_OR_STEP", help="run or step_* folder")
     parser.add_argument("--state", type=Path, metavar="FILE", help="go on from this state if it exists; keep it there")
+    parser.add_argument("--no-plasticity", action="store_true", help="kind liquidnn: traces neither act nor change")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_flags(parser, SamplingConfig)
     flags = parser.parse_args()
@@ -30,6 +32,7 @@ def main() -> None:
 
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
     manifest = read_manifest(checkpoint)
+    set_plasticity(model, off=flags.no_plasticity)
     digest = hashlib.blake2b((checkpoint / "manifest.json").read_bytes(), digest_size=4).hexdigest()
     weights = f"{manifest['config']['name']} step {manifest['step']} ({digest})"
     talk = Conversation(model, sampling, end_of_document=tokenizer.eod_id)
@@ -39,6 +42,8 @@ def main() -> None:
         if flags.state.exists():
             talk.load(flags.state, checkpoint=weights)
     print(f"{weights}, {model.config.kind}; {describe(talk)}. {HELP}", flush=True)
+    # Bytes that are no UTF-8 reach the tokenizer's check, which names them.
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -79,6 +84,12 @@ def obey(talk: Conversation, line: str) -> str:
         tensors = talk.state.tensors() if talk.state is not None else {}
         listed = (f"{name} {list(t.shape)}, RMS {t.float().square().mean().sqrt():.3g}" for name, t in tensors.items())
         return "\n".join([describe(talk), *listed])
+    if line == "/hebb":
+        if not isinstance(talk.model, MiniLiquidGPT):
+            return f"{talk.model.config.kind} has no plastic cells"
+        norms = trace_norms(talk.state or talk.model.empty_state(1))
+        cells = (f"deep cell {i}: |M_ih| {float(ih):.4f}, |M_hh| {float(hh):.4f}" for i, (ih, hh) in enumerate(norms))
+        return "\n".join(cells)
     return HELP
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lfm.config import add_flags, from_flags
 from lfm.errors import command
-from lfm.models.generation import SamplingConfig, generate
+from lfm.models.generation import SamplingConfig, generate, set_plasticity
 
 
 @command
@@ -13,6 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Continue prompts with a trained model; text appears as it is made.")
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_OR_STEP", help="run or step_* folder")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--no-plasticity", action="store_true", help="kind liquidnn: traces neither act nor change")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_flags(parser, SamplingConfig)
     flags = parser.parse_args()
@@ -20,6 +21,7 @@ def main() -> None:
     from lfm.training.checkpoint import open_model
 
     model, tokenizer, _ = open_model(flags.checkpoint, device=flags.device)
+    set_plasticity(model, off=flags.no_plasticity)
     prompts = [tokenizer.encode_prompt(prompt) for prompt in flags.prompt]
     decoders = [tokenizer.stream_decoder() for _ in prompts]
     # One prompt streams as it comes; several are collected, so that their texts do not mix.
