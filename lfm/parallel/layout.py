@@ -169,7 +169,7 @@ def _one_process(model: "ModelConfig", parallel: ParallelConfig, world_size: int
         zero_stage=0,
         offload_optimizer=False,
         num_micro_batches=num_micro_batches,
-        chunk_layers=(),
+        chunk_layers=(tuple(range(model.num_layers)),),
         balance=1.0,
     )
 
