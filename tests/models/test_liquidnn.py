@@ -442,7 +442,7 @@ def test_initial_values_have_their_distributions():
         assert 0.9 * inputs**-0.5 < float(values.abs().max()) <= inputs**-0.5
         assert float(values.std()) == pytest.approx((inputs * 3) ** -0.5, rel=0.2)
     rule = model.cells[2].ih.rule(mode="per_sequence", differentiable=True)
-    assert float(rule.eta) == pytest.approx(0.001458, abs=1e-6) and float(rule.decay) == pytest.approx(0.9526, abs=1e-4)
+    assert rule.eta.item() == pytest.approx(0.001458, abs=1e-6) and rule.decay.item() == pytest.approx(0.9526, abs=1e-4)
     assert all((w[f"norms.{i}.weight"] == 1).all() and (w[f"norms.{i}.bias"] == 0).all() for i in range(4))
     assert (w["cells.0.ih.bias"] == 0).all() and (w["final_norm.weight"] == 1).all()
 
