@@ -21,7 +21,7 @@ from lfm.models.global_names import global_views
 Recompute = Literal["none", "selective", "full"]
 
 
-class FamilyConfig(Config):
+class FamilyConfig(Config, abc.ABC):
     """Base of every family's configuration, which adds `kind` and its dimensions, `seq_length` and `vocab_size` among
     them.
     """
@@ -51,16 +51,16 @@ class FamilyConfig(Config):
         """What `name: auto` means."""
         return getattr(self, "kind", "run")
 
+    @abc.abstractmethod
     def count_parameters(self) -> "ParameterCounts":
         """Exact counts, tied tensors once, frozen sparse matrices as dense ones."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def flops_per_token(self, attended: float | None = None) -> float:
         """Useful FLOPs of a training token, forward and backward: a multiply and an add are two.
 
         `attended`: mean number of keys a query sees, for families with attention; by default that of whole rows.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

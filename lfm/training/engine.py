@@ -366,7 +366,9 @@ class LocalEngine(Engine):
 
     def counters(self) -> dict[str, Any]:
         # Parameters that had no gradient for a while, such as plastic ones in a phase without plasticity.
-        late = {name: step for name, step in self._parameter_steps().items() if step != self.optimizer_step}
+        steps = self._parameter_steps()
+        latest = max(steps.values())
+        late = {name: step for name, step in steps.items() if step != latest}
         return super().counters() | ({"late_parameters": late} if late else {})
 
     def load_counters(self, counters: dict[str, Any]) -> None:
