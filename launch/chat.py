@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lfm.config import add_flags, from_flags
 from lfm.errors import UserError, command
-from lfm.models.generation import Conversation, SamplingConfig, set_plasticity
-from lfm.models.liquidnn import MiniLiquidGPT, trace_norms
+from lfm.models.generation import Conversation, SamplingConfig
+from lfm.models.liquidnn import MiniLiquidGPT, trace_norms, turn_plasticity_off
 
 HELP = "/reset forgets everything read; /state lists the state; /hebb the traces of plastic cells; /quit ends"
 
@@ -32,7 +32,8 @@ def main() -> None:
 
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
     manifest = read_manifest(checkpoint)
-    set_plasticity(model, off=flags.no_plasticity)
+    if flags.no_plasticity:
+        turn_plasticity_off(model)
     digest = hashlib.blake2b((checkpoint / "manifest.json").read_bytes(), digest_size=4).hexdigest()
     weights = f"{manifest['config']['name']} step {manifest['step']} ({digest})"
     talk = Conversation(model, sampling, end_of_document=tokenizer.eod_id)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lfm.config import add_flags, from_flags
 from lfm.errors import command
-from lfm.models.generation import SamplingConfig, generate, set_plasticity
+from lfm.models.generation import SamplingConfig, generate
+from lfm.models.liquidnn import turn_plasticity_off
 
 
 @command
@@ -21,7 +22,8 @@ def main() -> None:
     from lfm.training.checkpoint import open_model
 
     model, tokenizer, _ = open_model(flags.checkpoint, device=flags.device)
-    set_plasticity(model, off=flags.no_plasticity)
+    if flags.no_plasticity:
+        turn_plasticity_off(model)
     prompts = [tokenizer.encode_prompt(prompt) for prompt in flags.prompt]
     decoders = [tokenizer.stream_decoder() for _ in prompts]
     # One prompt streams as it comes; several are collected, so that their texts do not mix.

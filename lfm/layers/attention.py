@@ -50,6 +50,19 @@ class KeyValueCache:
         )
 
 
+def check_heads(hidden_size: int, num_attention_heads: int, num_query_groups: int) -> None:
+    """Raise ValueError, naming the nearest legal value, for heads of no even size or groups that do not divide them."""
+    h, n = hidden_size, num_attention_heads
+    if h % n or h // n % 2:
+        raise ValueError(
+            f"hidden_size={h} over num_attention_heads={n} is not an even head size; "
+            f"the nearest hidden_size is {max(2 * n, round(h / (2 * n)) * 2 * n)}"
+        )
+    if n % num_query_groups:
+        legal = [g for g in range(1, n + 1) if n % g == 0]
+        raise ValueError(f"num_query_groups={num_query_groups} does not divide {n} heads; choose from {legal}")
+
+
 class Attention(nn.Module):
     """Query head i reads key/value head i // (H / K).  No biases.  Ainslie et al. 2023 (GQA, arXiv 2305.13245)."""
 

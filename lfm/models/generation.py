@@ -13,7 +13,6 @@ from lfm.config import Config
 from lfm.errors import UserError
 from lfm.files import write_durably
 from lfm.models.language_model import LanguageModel
-from lfm.models.liquidnn import MiniLiquidGPT
 
 
 class SamplingConfig(Config):
@@ -33,15 +32,6 @@ class SamplingConfig(Config):
         if self.temperature < 1e-3:
             raise ValueError(f"temperature={self.temperature} is below 0.001; for the most likely token use greedy")
         return self
-
-
-def set_plasticity(model: LanguageModel, *, off: bool) -> None:
-    """Turn a model's plasticity off for all that it reads from now on.  Raises UserError for one that has none."""
-    if not off:
-        return
-    if not isinstance(model, MiniLiquidGPT):
-        raise UserError(f"--no-plasticity is for kind liquidnn, and this is a model of kind {model.config.kind}")
-    model.plastic = False
 
 
 PREFILL_TOKENS = 2048

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
-from lfm.layers.attention import Attention, KeyValueCache
+from lfm.layers.attention import Attention, KeyValueCache, check_heads
 from lfm.layers.documents import Documents
 from lfm.layers.liquid import Liquid, LiquidConfig
 from lfm.layers.loss import VocabularyShard, linear_cross_entropy
@@ -71,15 +71,7 @@ class LFMConfig(FamilyConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "LFMConfig":
-        h, n = self.hidden_size, self.num_attention_heads
-        if h % n or h // n % 2:
-            raise ValueError(
-                f"hidden_size={h} over num_attention_heads={n} is not an even head size; "
-                f"the nearest hidden_size is {max(2 * n, round(h / (2 * n)) * 2 * n)}"
-            )
-        if n % self.num_query_groups:
-            legal = [g for g in range(1, n + 1) if n % g == 0]
-            raise ValueError(f"num_query_groups={self.num_query_groups} does not divide {n} heads; choose from {legal}")
+        check_heads(self.hidden_size, self.num_attention_heads, self.num_query_groups)
         if self.liquid is not None and self.liquid.norm == "post" and self.liquid.input_scaling != 1.0:
             raise ValueError(f"liquid.input_scaling={self.liquid.input_scaling} needs liquid.norm=pre; post has none")
         if self.moe_router_topk > self.num_moe_experts:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from lfm.errors import UserError
 from lfm.layers.documents import Documents
 from lfm.layers.liquid_cell import Integrator, LiquidCell, Traces
 from lfm.layers.loss import linear_cross_entropy
@@ -302,6 +303,13 @@ class MiniLiquidGPT(LanguageModel):
         if self.config.positions == "until_max":
             signal = signal.masked_fill((positions >= self.config.max_positions)[..., None], 0)
         return signal
+
+
+def turn_plasticity_off(model: LanguageModel) -> None:
+    """For all that the model reads from now on.  Raises UserError for one that has no plasticity."""
+    if not isinstance(model, MiniLiquidGPT):
+        raise UserError(f"--no-plasticity is for kind liquidnn, and this is a model of kind {model.config.kind}")
+    model.plastic = False
 
 
 def _first_columns(documents: Documents) -> set[int]:

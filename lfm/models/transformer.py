@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lfm.layers.attention import Attention, Backend, KeyValueCache
+from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
 from lfm.layers.documents import Documents
 from lfm.layers.loss import linear_cross_entropy
 from lfm.layers.mlp import SwiGLU
@@ -50,15 +50,7 @@ class TransformerConfig(FamilyConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "TransformerConfig":
-        h, n = self.hidden_size, self.num_attention_heads
-        if h % n or h // n % 2:
-            raise ValueError(
-                f"hidden_size={h} over num_attention_heads={n} is not an even head size; "
-                f"the nearest hidden_size is {max(2 * n, round(h / (2 * n)) * 2 * n)}"
-            )
-        if n % self.num_query_groups:
-            legal = [g for g in range(1, n + 1) if n % g == 0]
-            raise ValueError(f"num_query_groups={self.num_query_groups} does not divide {n} heads; choose from {legal}")
+        check_heads(self.hidden_size, self.num_attention_heads, self.num_query_groups)
         return self
 
     @property
