@@ -6,10 +6,11 @@ as far as its context.
 
 import argparse
 import json
+import multiprocessing
 import resource
 import statistics
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from lfm.models.generation import prefill
 from lfm.models.language_model import initialize
+from lfm.models.registry import build
 from lfm.training.engine import materialize
 from lfm.training.run import RunConfig, environment
 
@@ -25,9 +27,8 @@ PREFIXES = (1024, 4096, 16_384, 65_536)
 
 
 @torch.no_grad()
-def measure(config: str, device: torch.device, tokens: int) -> list[dict[str, Any]]:
-    from lfm.models.registry import build
-
+def measure(config: str, device_type: str, tokens: int) -> list[dict[str, Any]]:
+    device = torch.device(device_type)
     model_config = RunConfig.load(f"configs/{config}.yaml").model
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = materialize(lambda: build(model_config), device=device, dtype=dtype)
@@ -101,16 +102,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for config in flags.configs.split(","):
         # A process for each, so that its peak memory is its own.
-        if len(flags.configs.split(",")) > 1:
-            import subprocess
-
-            out = flags.out.with_suffix(f".{config}.json")
-            command = [sys.executable, __file__, "--configs", config, "--device", flags.device]
-            subprocess.run([*command, "--tokens", str(flags.tokens), "--out", str(out)], check=True)
-            rows += json.loads(out.read_text())["rows"]
-            out.unlink()
-        else:
-            rows += measure(config, torch.device(flags.device), flags.tokens)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            rows += process.submit(measure, config, flags.device, flags.tokens).result()
     result = {"date": date.today().isoformat(), "environment": environment(), "runs": 1, "rows": rows}
     flags.out.write_text(json.dumps(result, indent=1) + "\n")
     plot(rows, flags.plot)

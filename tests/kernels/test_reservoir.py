@@ -427,8 +427,10 @@ def test_mistakes_are_named(change, message):
 
 
 @pytest.mark.gpu
-def test_a_replayed_graph_has_the_bits_of_the_launched_loop():
+@pytest.mark.parametrize("cut", [True, False], ids=["chunked", "sequential"])
+def test_a_replayed_graph_has_the_bits_of_the_launched_loop(cut):
     plan = ChunkPlan(chunk_length=32, warmup=64, tolerance=1e-2, max_repair_passes=3)
+    plan = plan if cut else plan.sequential(300)
     for seed in range(3):  # the first captures, the others replay with other values
         drive, weight, _, reset = make_inputs((2, 300, 3, 64), seed=seed, dtype=torch.bfloat16, resets=[(0, 77 + seed)])
         drive, weight, reset = drive.cuda(), weight.cuda(), reset.cuda()

@@ -201,7 +201,7 @@ def graphed_forward_sweep(
         return states, gain, outcome.final, outcome.residual
 
     states, gain, final, residual = replayed(run, (drive, weight, initial, reset), ("forward", leak_rate, plan))
-    if plan.accepts(residual):
+    if plan.chunk_length >= drive.shape[1] or plan.accepts(residual):
         return states, gain, Outcome(final, residual, repair_passes=0, fell_back=False)
     return forward_sweep(drive, weight, initial, reset, leak_rate, plan, with_gain=True)
 
@@ -225,7 +225,7 @@ def graphed_backward_sweep(
 
     inputs = (grad_states, grad_final, gain, weight, reset)
     delta, final, residual = replayed(run, inputs, ("backward", leak_rate, plan))
-    if plan.accepts(residual):
+    if plan.chunk_length >= gain.shape[1] or plan.accepts(residual):
         return delta, Outcome(final, residual, repair_passes=0, fell_back=False)
     return backward_sweep(grad_states, grad_final, gain, weight, reset, leak_rate, plan)
 

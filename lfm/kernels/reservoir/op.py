@@ -17,6 +17,8 @@ from lfm.kernels.reservoir.chunked import (
     weight_gradient,
 )
 
+_MOST_GRAPHED_STEPS = 1024
+"""Dependent steps of about seven kernels each; a graph of more takes long to make."""
 SATURATED_BELOW = 0.0975
 """Gain 1 - tanh^2 below which |tanh| > 0.95."""
 
@@ -152,8 +154,9 @@ def _forward(
 
 
 def _graphed(x: Tensor, plan: ChunkPlan) -> bool:
-    """Whether one step loop is worth a CUDA graph: on a GPU, chunked (the sequential loop would be a huge graph)."""
-    return x.is_cuda and x.shape[1] > plan.chunk_length
+    """Whether one step loop is worth a CUDA graph, and not too long for one."""
+    steps = min(plan.chunk_length + plan.warmup, x.shape[1])
+    return x.is_cuda and 1 < steps <= _MOST_GRAPHED_STEPS
 
 
 def _check(
