@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/scaling.md, and its plot, from benchmarks/results/*.json:
+"""Write the tables of README.md and of docs/, and the plot of docs/scaling.md, from benchmarks/results/*.json:
 `python benchmarks/table.py [--check]`.
 """
 
@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- results: python benchmarks/table.py -->", "<!-- /results -->"
-SCALING, END_SCALING = "<!-- scaling: python benchmarks/table.py -->", "<!-- /scaling -->"
 
 
 def load(name: str) -> dict:
@@ -124,6 +122,48 @@ def _stages(row: dict) -> str:
     return f" ({found[1].replace(' | ', '/').replace(' ', '')})" if found else ""
 
 
+def families_table() -> str:
+    """Training speed of the smaller families' presets beside the original code's."""
+    result = load("families")
+    lines = [
+        "| preset | parameters | tokens a step | steps | tokens/s (slowest to fastest window) | original | loss | "
+        "peak GiB |",
+        "| --- " * 8 + "|",
+    ]
+    for row in result["presets"]:
+        slow, fast = row["range"]
+        speed = f"{row['tokens_per_second']:,.0f} ({slow:,.0f} to {fast:,.0f})"
+        original = row["original_tokens_per_second"]
+        if "plasticity_off" in row:
+            phases = ("off", "on")
+            speed = ", ".join(f"{row[f'plasticity_{phase}']:,.0f} with plasticity {phase}" for phase in phases)
+            original = original and " and ".join(f"{original[phase]:,}" for phase in phases)
+        elif original is not None:
+            original = f"{original:,}"
+        lines.append(
+            f"| `{row['name']}` | {row['parameters']:,} | {row['tokens_per_step']:,} | {row['steps']:,} | {speed} | "
+            f"{original or ''} | {row['first_loss']:.2f} to {row['last_loss']:.2f} | {row['memory_gib']:.1f} |"
+        )
+    return "\n".join([*lines, "", f"On {_where(result)} each."])
+
+
+def streaming_table() -> str:
+    """Milliseconds of a generated token by family and prefix, and the state's size."""
+    rows = load("streaming")["rows"]
+    prefixes = sorted({row["prefix"] for row in rows})
+    lines = [
+        f"| preset | {' | '.join(f'{prefix:,} tokens before' for prefix in prefixes)} | bytes of state |",
+        "| --- " * (len(prefixes) + 2) + "|",
+    ]
+    for config in dict.fromkeys(row["config"] for row in rows):
+        own = {row["prefix"]: row for row in rows if row["config"] == config}
+        times = [f"{own[prefix]['milliseconds_per_token']:.1f} ms" if prefix in own else "" for prefix in prefixes]
+        sizes = sorted({row["state_bytes"] for row in own.values()})
+        size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+        lines.append(f"| `{config}` | {' | '.join(times)} | {size} |")
+    return "\n".join(lines)
+
+
 def plot_scaling(path: Path) -> None:
     """How a step of each layout on four GPUs is spent, scaled to its share of one GPU's speed."""
     import matplotlib
@@ -164,18 +204,25 @@ def _where(result: dict) -> str:
     return f"one {result['environment']['gpu']}, torch {torch}, {result['date']}, {how_often}"
 
 
-PAGES = {"README.md": (BEGIN, END, table), "docs/scaling.md": (SCALING, END_SCALING, scaling_table)}
+PAGES = {
+    "README.md": {"results": table},
+    "docs/scaling.md": {"scaling": scaling_table},
+    "docs/families/README.md": {"families": families_table, "streaming": streaming_table},
+}
+"""Page -> name of the mark around a table -> what writes it."""
 
 
 def main() -> None:
-    for name, (begin, end, write) in PAGES.items():
+    for name, tables in PAGES.items():
         page = ROOT / name
-        text = page.read_text()
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        wanted = f"{before}{begin}\n{write()}\n{end}{after}"
+        text = wanted = page.read_text()
+        for mark, write in tables.items():
+            begin, end = f"<!-- {mark}: python benchmarks/table.py -->", f"<!-- /{mark} -->"
+            before, _, rest = wanted.partition(begin)
+            _, _, after = rest.partition(end)
+            wanted = f"{before}{begin}\n{write()}\n{end}{after}"
         if "--check" in sys.argv and wanted != text:
-            sys.exit(f"the table of {name} differs from benchmarks/results; run benchmarks/table.py")
+            sys.exit(f"the tables of {name} differ from benchmarks/results; run benchmarks/table.py")
         page.write_text(wanted)
     if "--check" not in sys.argv:
         plot_scaling(ROOT / "docs/scaling.png")
