@@ -164,15 +164,15 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER
   const bool watches = thread < COLUMNS && watched < sweep.num_columns;
   const int watched_sequence = watches ? watched / sweep.num_chunks : 0;
   const int watched_tau = (watched - watched_sequence * sweep.num_chunks) * sweep.length - sweep.warmup;
-  auto flags_at = [&](int step) {
-    const int tau = watched_tau + step;
-    if (!watches) return 0;
-    int found = tau >= 0 && tau < T ? LIVE : 0;
+  auto reset_at = [&](int step) -> int {
     // Backward, what is carried from t + 1 down to t crosses the edge at t + 1.
-    const int edge = BACKWARD ? T - tau : tau;
-    if (sweep.reset && edge >= 0 && edge < T && sweep.reset[static_cast<int64_t>(watched_sequence) * T + edge])
-      found |= CUT;
-    return found;
+    const int tau = watched_tau + step, edge = BACKWARD ? T - tau : tau;
+    if (!sweep.reset || !watches || edge < 0 || edge >= T) return 0;
+    return sweep.reset[static_cast<int64_t>(watched_sequence) * T + edge];
+  };
+  auto flags_at = [&](int step, int reset) {
+    const int tau = watched_tau + step;
+    return (watches && tau >= 0 && tau < T ? LIVE : 0) | (reset ? CUT : 0);
   };
 
   // Threads below VECTORS move 16 bytes of one column in and out.
@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER
   prefetch(0);
   prefetch(1);
   prefetch(2);
-  if (thread < COLUMNS) flags[0][thread] = flags_at(0);
-  int next_flags = flags_at(1);
+  if (thread < COLUMNS) flags[0][thread] = flags_at(0, reset_at(0));
+  int next_reset = reset_at(1);  // read a step ahead
   asm volatile("cp.async.wait_group 2;" ::: "memory");
   cluster.sync();  // every block's barriers are ready, and its stage and flags are written
   send(0);
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER
       }
     }
     if (step == products - 1 && BACKWARD) break;
-    if (thread < COLUMNS) flags[buffer ^ 1][thread] = next_flags;
+    if (thread < COLUMNS) flags[buffer ^ 1][thread] = flags_at(step + 1, next_reset);
     asm volatile("cp.async.wait_group 1;" ::: "memory");  // the inputs of step + 1
     __syncthreads();
     if (step + 1 < products) send(buffer ^ 1);
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER
             *reinterpret_cast<const uint4*>(staged + (OUTPUTS - 1) * BLOCK + moved_slot);
     }
     prefetch(step + 3);
-    next_flags = flags_at(step + 2);
+    next_reset = reset_at(step + 2);
   }
   cluster.sync();  // no block leaves while another may still address its memory
 }

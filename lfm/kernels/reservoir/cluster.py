@@ -118,7 +118,10 @@ def _cut(num_positions: int, plan: ChunkPlan) -> tuple[int, int]:
 
 
 def _solve(
-    run: Callable[[ChunkPlan, Tensor | None], tuple[Tensor, ...]], num_positions: int, plan: ChunkPlan, cut: Tensor | None
+    run: Callable[[ChunkPlan, Tensor | None], tuple[Tensor, ...]],
+    num_positions: int,
+    plan: ChunkPlan,
+    cut: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], Outcome]:
     """Run the chunks and repair until the boundaries agree, as `chunked.solve`.
 
@@ -344,7 +347,9 @@ def compile_library(source: Path, flags: tuple[str, ...]) -> Path:
 def find_nvcc() -> str:
     """CUDA's compiler: of CUDA_HOME if that is set, else on the PATH or where CUDA installs itself."""
     home = os.environ.get("CUDA_HOME")
-    found = shutil.which(f"{home}/bin/nvcc") if home else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    found = (
+        shutil.which(f"{home}/bin/nvcc") if home else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    )
     if found is None:
         where = f"under CUDA_HOME={home}" if home else "on the PATH"
         raise Unavailable(f"there is no nvcc {where}; install the CUDA toolkit, or set CUDA_HOME to where it is")

@@ -142,9 +142,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Run the sweep and fill `stats`, which need the gain; states, gain and the final state `[B, R, N]`."""
     if cluster.supports(drive):
-        states, gain, outcome = cluster.forward_sweep(
-            drive, weight, state, reset, leak_rate, plan, with_gain=with_gain
-        )
+        states, gain, outcome = cluster.forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
     elif training and _graphed(drive, plan):
         states, gain, outcome = graphed_forward_sweep(drive, weight, state, reset, leak_rate, plan)
     else:
