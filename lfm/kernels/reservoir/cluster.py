@@ -6,12 +6,7 @@ begins the sequence, backward chunk 0 ends it.
 """
 
 import ctypes
-import fcntl
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lfm.kernels.nvcc import Unavailable, compile_library
 from lfm.kernels.reservoir.chunked import ChunkGrid, ChunkPlan, Outcome, relative_mismatch
 from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
 
 SOURCE = Path(__file__).with_name("cluster.cu")
 NVCC_FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC")
-COMPILE_TIMEOUT_SECONDS = 300
 
 NUM_UNITS = (256, 512)
 """Reservoir sizes the kernel is compiled for."""
 STEP_COST = {8: 1.2, 16: 2.0, 32: 3.7}
 """Chunks a cluster advances together -> microseconds of a step with the device full.  Only the time depends on it."""
-
-
-class Unavailable(Exception):
-    """Why this process cannot use the kernel."""
 
 
 def supports(x: Tensor) -> bool:
@@ -311,49 +302,6 @@ def library() -> ctypes.CDLL:
     library.reservoir_resident_clusters.argtypes = [integer] * 4 + [ctypes.POINTER(integer)]
     library.reservoir_error.restype = ctypes.c_char_p
     return library
-
-
-def compile_library(source: Path, flags: tuple[str, ...]) -> Path:
-    """The shared library of `source`, compiled by one process of a node while others wait.
-
-    The lock is the system's, so a compiler that is killed leaves none behind; the library appears under its name only
-    when it is whole.
-    """
-    text = source.read_bytes()
-    digest = hashlib.sha256(text + "\0".join(flags).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    target = cache / "lfm" / f"{source.stem}_{digest}.so"
-    if target.exists():
-        return target
-    nvcc = find_nvcc()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            temporary = target.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                command = [nvcc, *flags, "-o", str(temporary), str(source)]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SECONDS)
-                if done.returncode != 0:
-                    raise Unavailable(f"{nvcc} failed on {source.name}: {done.stderr.strip()[-500:]}")
-                os.replace(temporary, target)
-            except subprocess.TimeoutExpired:
-                raise Unavailable(f"{nvcc} took more than {COMPILE_TIMEOUT_SECONDS} s on {source.name}") from None
-            finally:
-                temporary.unlink(missing_ok=True)
-    return target
-
-
-def find_nvcc() -> str:
-    """CUDA's compiler: of CUDA_HOME if that is set, else on the PATH or where CUDA installs itself."""
-    home = os.environ.get("CUDA_HOME")
-    found = (
-        shutil.which(f"{home}/bin/nvcc") if home else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    )
-    if found is None:
-        where = f"under CUDA_HOME={home}" if home else "on the PATH"
-        raise Unavailable(f"there is no nvcc {where}; install the CUDA toolkit, or set CUDA_HOME to where it is")
-    return found
 
 
 def _self_test(device: torch.device) -> None:
