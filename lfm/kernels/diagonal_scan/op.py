@@ -56,7 +56,7 @@ def _scan(
     delta_min: float,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _path(triton).forward(gate, bias, value, state, reset, delta_min)
+    return _path(triton=triton).forward(gate, bias, value, state, reset, delta_min)
 
 
 @torch.library.custom_op("lfm::diagonal_scan_backward", mutates_args=())
@@ -72,10 +72,10 @@ def _scan_backward(
     delta_min: float,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _path(triton).backward(gate, bias, value, state, reset, h, grad_h, grad_final, delta_min)
+    return _path(triton=triton).backward(gate, bias, value, state, reset, h, grad_h, grad_final, delta_min)
 
 
-def _path(triton: bool) -> ModuleType:
+def _path(*, triton: bool) -> ModuleType:
     if not triton:
         return chunked
     from lfm.kernels.diagonal_scan import kernel
@@ -118,16 +118,18 @@ def _gradient(ctx: Any, grad_h: Tensor, grad_final: Tensor) -> tuple[Tensor | No
 
 _scan.register_autograd(_gradient, setup_context=_keep)
 
-_agreements: dict[tuple[torch.device, torch.dtype, torch.dtype], bool] = {}
+_agreements: dict[tuple[Any, ...], bool] = {}
 
 
 def _triton_agrees(gate: Tensor, value: Tensor) -> bool:
-    """Whether the kernels run here and equal the plain path, found out by the first call with these dtypes."""
+    """Whether the kernels run here and equal the plain path: found out by the first call of its kind."""
     if torch.float64 in (gate.dtype, value.dtype):
         return False
-    key = (value.device, gate.dtype, value.dtype)
+    _, num_positions, num_channels = value.shape
+    long = num_positions > _path(triton=True).LONGEST_WALK
+    key = (value.device, gate.dtype, value.dtype, long)
     if key not in _agreements:
-        failure = _disagreement(*key, num_channels=value.shape[-1])
+        failure = disagreement(value.device, gate.dtype, value.dtype, num_channels, long=long)
         _agreements[key] = failure is None
         if failure is not None:
             warnings.warn(
@@ -140,39 +142,35 @@ def _triton_agrees(gate: Tensor, value: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _disagreement(
-    device: torch.device, gate_dtype: torch.dtype, value_dtype: torch.dtype, *, num_channels: int
+def disagreement(
+    device: torch.device, gate_dtype: torch.dtype, value_dtype: torch.dtype, num_channels: int, *, long: bool
 ) -> str | None:
-    """What is wrong with the kernels, from both ways to cut time, with resets, a state and a ragged end."""
-    try:
-        from lfm.kernels.diagonal_scan import kernel
-    except ImportError as error:
-        return f"cannot be imported ({error})"
+    """What is wrong with the kernels for short or for long sequences, seen with resets, a state and a ragged end."""
     generator = torch.Generator(device).manual_seed(0)
-    for num_positions in (131, kernel.LONGEST_WALK + 131):
 
-        def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device).to(dtype)
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-        shape = (2, num_positions, num_channels)
-        gate, value = draw(*shape, dtype=gate_dtype), draw(*shape, dtype=value_dtype)
-        bias, state = 3 * draw(num_channels) - 4, draw(2, num_channels).tanh()
-        reset = draw(2, num_positions) > 2
-        inputs = (gate, bias, value, state, reset)
-        upstream = (draw(*shape, dtype=value_dtype), draw(2, num_channels))
-        try:
-            got, want = (
-                (*path.forward(*inputs, 1e-5), *path.backward(*inputs, h, *upstream, 1e-5))
-                for path, h in ((kernel, value), (chunked, value))
-            )
-            names = ("h", "the final state", "the gradient of gate", "of bias", "of value", "of state")
-            bound = 1e-2 if torch.bfloat16 in (gate_dtype, value_dtype) else 1e-4
-            for name, a, b in zip(names, got, want, strict=True):
-                error = float((a.double() - b.double()).norm() / b.double().norm())
-                if not error < bound:
-                    return f"are off by {error:.1e} in {name} for T = {num_positions}"
-        except Exception as error:  # a compiler's or a driver's, of any class
-            return f"fail with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    num_positions = _path(triton=True).LONGEST_WALK + 131 if long else 131
+    shape = (2, num_positions, num_channels)
+    gate, value = draw(*shape, dtype=gate_dtype), draw(*shape, dtype=value_dtype)
+    bias, state, reset = 3 * draw(num_channels) - 4, draw(2, num_channels).tanh(), draw(2, num_positions) > 2
+    inputs = (gate, bias, value, state, reset)
+    upstream = (draw(*shape, dtype=value_dtype), draw(2, num_channels))
+    names = ("h", "the final state", "the gradient of gate", "of bias", "of value", "of state")
+    bound = 1e-4 if gate_dtype == value_dtype == torch.float32 else 1e-2
+    try:
+        # Any states do for the gradients: the same ones for both.
+        got, want = (
+            (*path.forward(*inputs, 1e-5), *path.backward(*inputs, value, *upstream, 1e-5))
+            for path in (_path(triton=True), chunked)
+        )
+        for name, a, b in zip(names, got, want, strict=True):
+            error = float((a.double() - b.double()).norm() / b.double().norm())
+            if not error < bound:
+                return f"are off by {error:.1e} in {name}"
+    except Exception as error:  # a compiler's or a driver's, of any class
+        return f"fail with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return None
 
 

@@ -21,9 +21,11 @@ def diagonal_scan_reference(
     """
     compute_dtype = torch.promote_types(torch.promote_types(gate.dtype, value.dtype), torch.float32)
     x, v = gate.to(compute_dtype) + bias.to(compute_dtype), value.to(compute_dtype).tanh()
-    # exp(-softplus(x)) is sigmoid(-x).  1 - alpha is a sum of positive terms: it keeps all digits near 0.
-    alpha = math.exp(-delta_min) * torch.sigmoid(-x)
-    gain = -math.expm1(-delta_min) + math.exp(-delta_min) * torch.sigmoid(x)
+    # exp(-softplus(x)) is sigmoid(-x).  Whichever of alpha and 1 - alpha is small is computed, the other one is its
+    # complement: so both, and their derivatives by autograd, have all their digits.
+    small = math.exp(-delta_min) * torch.sigmoid(torch.where(x > 0, -x, x))
+    gain = torch.where(x > 0, 1 - small, -math.expm1(-delta_min) + small)
+    alpha = torch.where(x > 0, small, 1 - gain)
     carry = torch.zeros_like(v[:, 0]) if state is None else state.to(compute_dtype)
     states = []
     for t in range(v.shape[1]):
