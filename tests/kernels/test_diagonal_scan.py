@@ -315,7 +315,7 @@ def test_the_self_test_names_what_fails():
     """Compiled for a device that no process of this machine has."""
     program = (
         "import torch; from lfm.kernels.diagonal_scan.op import disagreement; "
-        "print(disagreement(torch.device('cpu'), torch.float32, torch.float32, num_channels=2))"
+        "print(disagreement(torch.device('cpu'), torch.float32, torch.float32, 2, long=False))"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
