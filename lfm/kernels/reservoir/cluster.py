@@ -290,7 +290,8 @@ def resident_clusters(device_index: int, backward: bool, columns: int, num_units
 
 def _check(error: int) -> None:
     if error != 0:
-        raise RuntimeError(f"the reservoir's cluster kernel: CUDA error {error}, {library().reservoir_error(error)}")
+        reason = library().reservoir_error(error).decode()
+        raise RuntimeError(f"the reservoir's cluster kernel: CUDA error {error}, {reason}")
 
 
 @functools.cache

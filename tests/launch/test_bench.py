@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.ops.case import COPY_BYTES_PER_SECOND, MATMUL_FLOPS_PER_SECOND, floor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def bench(*flags):
