@@ -33,7 +33,8 @@ class Result:
     bytes: float
     seconds: float | None = None
     """None: an error is beyond its limit."""
-    peers: dict[str, float] | None = None
+    peers: dict[str, float | None] | None = None
+    """None: it does not run here."""
 
 
 def median_seconds(run: Callable[[], object], *, repeats: int = 15) -> float:
@@ -50,6 +51,15 @@ def median_seconds(run: Callable[[], object], *, repeats: int = 15) -> float:
         stop.synchronize()
         times.append(start.elapsed_time(stop) / 1e3 / RUNS_AT_A_TIME)
     return statistics.median(times)
+
+
+def peer_seconds(name: str, run: Callable[[], object]) -> float | None:
+    """A library that does not run here must not end the benchmark."""
+    try:
+        return median_seconds(run)
+    except Exception as error:
+        print(f"{name} does not run: {type(error).__name__}", flush=True)
+        return None
 
 
 @command
@@ -80,9 +90,9 @@ def main() -> None:
             print(f"{case.name}: NOT TIMED, {shown}", flush=True)
             continue
         result.seconds = median_seconds(case.run)
-        result.peers = {name: median_seconds(peer) for name, peer in case.peers.items()}
-        best = min(result.peers.items(), key=lambda peer: peer[1], default=None)
-        beside = "" if best is None else f"; {best[0]} {best[1] * 1e3:.3f} ms"
+        result.peers = {name: peer_seconds(name, peer) for name, peer in case.peers.items()}
+        best = min(((seconds, name) for name, seconds in result.peers.items() if seconds is not None), default=None)
+        beside = "" if best is None else f"; {best[1]} {best[0] * 1e3:.3f} ms"
         print(
             f"{case.name}: {result.seconds * 1e3:.3f} ms, {result.seconds / case.floor_seconds:.1f} x the floor "
             f"({case.floor_kind}) of {case.floor_seconds * 1e3:.3f} ms{beside}",

@@ -330,6 +330,18 @@ def cuda_inputs(shape, **options):
 GPU_SHAPES = [(1, 1, 1), (2, 300, 64), (3, 77, 200), (2, 1025, 96), (1, 5000, 130), (4, 2048, 64)]
 
 
+def test_the_bits_of_a_walk_do_not_depend_on_its_tiling():
+    """Which the tiling of a launch relies on: it follows the batch size."""
+    inputs = make_inputs((2, 37, 40), dtype=torch.float32, resets=[(0, 9), (1, 17)])
+    inputs = tuple(x if x is None or not torch.cuda.is_available() else x.cuda() for x in inputs)
+    found = [
+        kernel_outputs_and_grads(inputs, *(kernel.Tiling(1, length, block, 1, False) for _ in range(2)))
+        for length, block in ((32, 32), (16, 64), (8, 32))
+    ]
+    for other in found[1:]:
+        assert all(torch.equal(other[name], found[0][name]) for name in found[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 @pytest.mark.parametrize(

@@ -378,10 +378,6 @@ cudaError_t dispatch(bool backward, int num_units, int columns, const Sweep& swe
   CASE(512, 16)
   CASE(256, 8)
   CASE(256, 16)
-#if CLUSTER_SIZE == 4
-  CASE(512, 32)
-  CASE(256, 32)
-#endif
 #undef CASE
   return cudaErrorInvalidValue;
 }
