@@ -37,3 +37,4 @@ test-slurm: setup ## the job scripts on a throw-away Slurm; needs the packages s
 
 bench: setup ## benchmarks against floors and peers; results in benchmarks/results/
 	@$(PY) benchmarks/attention.py
+	@$(PY) launch/bench.py --op reservoir --out benchmarks/results/reservoir.json

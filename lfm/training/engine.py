@@ -400,10 +400,13 @@ AnyModel = TypeVar("AnyModel", bound=LanguageModel)
 def materialize(make: Callable[[], AnyModel], *, device: torch.device, dtype: torch.dtype) -> AnyModel:
     """What `make` builds, with empty parameters in `dtype` on `device`.
 
-    Frozen tensors keep their own dtype: they are few, and exact.
+    Parameters that a module lists in `wide_parameters` are in fp32 at least: they are their own masters then.  Frozen
+    tensors keep their own dtype: they are few, and exact.
     """
     with torch.device("meta"):
         model = make()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        wide = getattr(module, "wide_parameters", ())
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if name in wide else dtype)
     return model.to_empty(device=device)

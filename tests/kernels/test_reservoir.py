@@ -1,3 +1,4 @@
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -5,7 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.kernels.reservoir import WARMUP_NOTCHES, RecurrenceStats, make_reservoir, next_warmup, reservoir_recurrence
+from lfm.kernels.reservoir import (
+    WARMUP_NOTCHES,
+    RecurrenceStats,
+    cluster,
+    make_reservoir,
+    next_warmup,
+    reservoir_recurrence,
+)
 from lfm.kernels.reservoir.chunked import (
     ChunkPlan,
     backward_sweep,
@@ -53,7 +61,8 @@ def outputs_and_grads(recurrence, inputs, **options):
         leaves["drive"], leaves["weight"], leaves.get("state"), reset, leak_rate=LEAK_RATE, **options
     )
     generator = torch.Generator().manual_seed(99)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (states, final)]
+    # Rounded, so that every dtype has the same loss.
+    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (states, final)]
     torch.autograd.backward([states, final], weights)
     return {"states": states, "final": final} | {f"grad {name}": x.grad for name, x in leaves.items()}
 
@@ -474,3 +483,262 @@ def test_cuda_matches_the_cpu(backend, dtype, limit):
     want = outputs_and_grads(reservoir_recurrence, inputs, **options)
     got = outputs_and_grads(reservoir_recurrence, [None if x is None else x.cuda() for x in inputs], **options)
     assert_close({name: None if x is None else x.cpu() for name, x in got.items()}, want, limit)
+
+
+# The cluster kernel.
+
+needs_kernel = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+STATES_LIMIT, DELTA_LIMIT, WEIGHT_LIMIT = 3e-3, 4e-3, 5e-3  # of the norm; bf16 exchange leaves about half of each
+
+
+def on_gpu(inputs):
+    return [None if x is None else x.cuda() for x in inputs]
+
+
+def kernel_inputs(batch, num_positions, num_reservoirs, *, num_units=512, **options):
+    shape = (batch, num_positions, num_reservoirs, num_units)
+    return on_gpu(make_inputs(shape, dtype=torch.bfloat16, **options))
+
+
+def in_float64(inputs):
+    return [x if x is None or x.dtype == torch.bool else x.double() for x in inputs]
+
+
+def assert_as_exact_as_bf16_is(inputs, **options):
+    """States and all gradients against the float64 reference, whole and at the worst time step."""
+    got = outputs_and_grads(reservoir_recurrence, inputs, **options)
+    want = outputs_and_grads(reservoir_recurrence_reference, in_float64(inputs))
+    limits = {"states": STATES_LIMIT, "grad drive": DELTA_LIMIT, "grad weight": WEIGHT_LIMIT}
+    # One time step each, so held to the limit of a worst one.
+    limits |= {"final": 2 * STATES_LIMIT, "grad state": 2 * DELTA_LIMIT}
+    for name in want:
+        error = relative_error(got[name], want[name])
+        assert error <= limits[name], f"{name}: relative error {error:.2e} > {limits[name]:.0e}"
+    for name in ("states", "grad drive"):
+        worst = (got[name].double() - want[name]).norm(dim=-1).amax() / want[name].norm(dim=-1).mean()
+        assert worst <= 2 * limits[name], f"{name}: worst time step {worst:.2e} > {2 * limits[name]:.0e}"
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_the_kernel_is_what_runs():
+    drive, weight, _, _ = kernel_inputs(1, 4, 1, with_state=False)
+    assert cluster.supports(drive)
+    assert not cluster.supports(drive.float()) and not cluster.supports(drive[..., :64])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        reservoir_recurrence(drive, weight, None, None, leak_rate=LEAK_RATE)
+    assert any("reservoir_sweep" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.gpu
+@needs_kernel
+@pytest.mark.parametrize("backend", ["sequential", "chunked"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("num_reservoirs", [1, 3])
+@pytest.mark.parametrize("num_positions", [1, 300], ids=["one position", "300 positions"])
+def test_the_kernel_matches_reference(num_positions, num_reservoirs, batch, backend):
+    resets = [(0, 0)] if num_positions == 1 else [(0, 0), (0, 64), (batch - 1, 63), (batch - 1, 150), (0, 299)]
+    inputs = kernel_inputs(batch, num_positions, num_reservoirs, resets=resets)
+    assert_as_exact_as_bf16_is(inputs, backend=backend, chunk_length=64, warmup=96)
+
+
+@pytest.mark.gpu
+@needs_kernel
+@pytest.mark.parametrize("num_units", cluster.NUM_UNITS)
+@pytest.mark.parametrize("resets", [(), [(1, 100)]], ids=["one document", "documents"])
+@pytest.mark.parametrize("with_state", [False, True], ids=["zero start", "given start"])
+def test_the_kernel_takes_any_start(with_state, resets, num_units):
+    inputs = kernel_inputs(2, 200, 2, num_units=num_units, resets=resets, with_state=with_state)
+    assert_as_exact_as_bf16_is(inputs, backend="chunked", chunk_length=50, warmup=80)
+
+
+@pytest.mark.gpu
+@needs_kernel
+@pytest.mark.parametrize("chunk_length, warmup", [(7, 160), (100, 0), (400, 64), (1, 120)])
+def test_the_kernel_takes_any_cut(chunk_length, warmup):
+    inputs = kernel_inputs(2, 160, 1, resets=[(0, 31), (1, 33), (1, 100)])
+    assert_as_exact_as_bf16_is(inputs, backend="chunked", chunk_length=chunk_length, warmup=warmup)
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_the_kernels_short_warmup_is_repaired_in_both_directions():
+    inputs = kernel_inputs(2, 300, 3, resets=[(1, 130)])
+    stats = RecurrenceStats()
+    options = {"backend": "chunked", "chunk_length": 64, "warmup": 4, "tolerance": 3e-3, "stats": stats}
+    assert_as_exact_as_bf16_is(inputs, **options)
+    assert stats.forward_residual.min() > 1e-2 and stats.backward_residual is not None
+    assert stats.backward_residual.min() > 1e-2
+    assert 1 <= stats.repair_passes <= 3 and not stats.fell_back
+    assert 1 <= stats.backward_repair_passes <= 3 and not stats.backward_fell_back
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_the_kernel_reports_the_residual_of_the_chunked_path():
+    drive, weight, state, reset = kernel_inputs(2, 300, 3, resets=[(0, 64), (1, 130), (1, 236)])
+    plan = ChunkPlan(chunk_length=64, warmup=8, tolerance=1e9, max_repair_passes=0)
+    states, gain, outcome = cluster.forward_sweep(drive, weight, state, reset, LEAK_RATE, plan, with_gain=True)
+    want_states, want_gain, want = forward_sweep(drive, weight, state, reset, LEAK_RATE, plan, with_gain=True)
+    assert relative_error(states, want_states) < STATES_LIMIT and relative_error(gain, want_gain) < STATES_LIMIT
+    torch.testing.assert_close(outcome.residual, want.residual, rtol=2e-2, atol=0)
+    grad_states = torch.randn_like(drive)
+    args = (grad_states, torch.zeros_like(state), want_gain, weight, reset, LEAK_RATE, plan)
+    delta, outcome = cluster.backward_sweep(*args)
+    want_delta, want = backward_sweep(*args)
+    assert relative_error(delta, want_delta) < DELTA_LIMIT
+    assert want.residual.min() > 1e-2
+    torch.testing.assert_close(outcome.residual, want.residual, rtol=2e-2, atol=0)
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_chunks_that_never_agree_leave_the_kernels_exact_sweep():
+    """Nilpotent, of norm 2: the spectral radius is 0, yet what enters one end matters for hundreds of steps."""
+    drive, _, state, _ = kernel_inputs(1, 200, 1, scale=0.3)
+    weight = torch.diag(torch.full((511,), 2.0), 1)[None].bfloat16().cuda()
+    stats = RecurrenceStats()
+    inputs = (drive, weight, state, None)
+    options = {"backend": "chunked", "chunk_length": 16, "warmup": 32, "stats": stats}
+    got = outputs_and_grads(reservoir_recurrence, inputs, **options)
+    assert stats.fell_back and stats.repair_passes == 3
+    assert stats.backward_fell_back and stats.backward_repair_passes == 3
+    assert_same_bits(got, outputs_and_grads(reservoir_recurrence, inputs, backend="sequential"))
+    want, _ = reservoir_recurrence_reference(drive.double(), weight.double(), state.double(), None, leak_rate=LEAK_RATE)
+    assert relative_error(got["states"], want) < 1e-2
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_the_kernels_results_are_the_same_bits_twice_and_in_any_batch():
+    resets = [(5, 100), (2, 17)]
+    drive, weight, state, reset = kernel_inputs(8, 1000, 3, resets=resets)
+    options = {"backend": "chunked", "chunk_length": 32, "warmup": 64}  # 256 chunks: wider clusters than one row's
+
+    def rows(rows):
+        return outputs_and_grads(reservoir_recurrence, (drive[rows], weight, state[rows], reset[rows]), **options)
+
+    whole = rows(slice(None))
+    assert_same_bits(rows(slice(None)), whole)
+    del whole["grad weight"]  # a sum over the batch
+    generator = torch.Generator().manual_seed(99)
+    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (whole["states"], whole["final"])]
+    for row in (0, 2, 5):
+        one = [x[row : row + 1].clone() for x in (drive, state, reset)]
+        leaves = [x.requires_grad_() for x in one[:2]]
+        outputs = reservoir_recurrence(leaves[0], weight, leaves[1], one[2], leak_rate=LEAK_RATE, **options)
+        grads = torch.autograd.grad(outputs, leaves, [x[row : row + 1] for x in weights])
+        for name, x in zip(("states", "final", "grad drive", "grad state"), (*outputs, *grads), strict=True):
+            assert torch.equal(x[0], whole[name][row]), f"{name} of row {row}"
+
+
+@pytest.mark.gpu
+@needs_kernel
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("num_units", cluster.NUM_UNITS)
+def test_the_width_of_a_cluster_changes_no_bit(num_units, backward):
+    drive, weight, state, reset = kernel_inputs(3, 500, 2, num_units=num_units, resets=[(0, 77), (2, 200)])
+    gain = torch.rand_like(drive) if backward else None
+    found = []
+    for columns in cluster.STEP_COST:
+        # 63 chunks and 2 reservoirs: neither fills the last cluster
+        start, end = (state.new_empty(3, 21, 2, num_units) for _ in range(2))
+        states, gain_output = torch.empty_like(drive), torch.empty_like(drive)
+        outputs = (states, None if backward else gain_output)
+        given = (drive, gain, weight, *outputs, state, None, reset, start, end, LEAK_RATE, 24, 32)
+        cluster.launch(*given, columns=columns)
+        found.append((states, start, end, states if backward else gain_output))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+    assert not any(x.isnan().any() for x in found[0])
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_the_kernel_is_right_in_many_waves():
+    """More clusters than the device holds at once: 4 * 250 chunks of 3 reservoirs."""
+    inputs = kernel_inputs(4, 2000, 3)
+    assert_as_exact_as_bf16_is(inputs, backend="chunked", chunk_length=8, warmup=96)
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_a_drive_that_is_no_number_stays_in_its_sequence_and_document():
+    drive, weight, _, reset = kernel_inputs(2, 200, 1, resets=[(0, 120)], with_state=False)
+    stats, options = RecurrenceStats(), {"leak_rate": LEAK_RATE, "chunk_length": 50}
+    clean, _ = reservoir_recurrence(drive, weight, None, reset, backend="sequential", **options)
+    drive[0, 60, 0, 3] = torch.nan
+    states, _ = reservoir_recurrence(drive, weight, None, reset, backend="chunked", stats=stats, **options)
+    assert stats.fell_back and stats.forward_residual.isnan().all()
+    assert states[0, 61:120].isnan().all()
+    for sequence, positions in [(1, slice(None)), (0, slice(60)), (0, slice(120, None))]:
+        assert torch.equal(states[sequence, positions], clean[sequence, positions])
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_the_kernel_can_be_captured_in_a_cuda_graph():
+    drive, weight, _, reset = kernel_inputs(2, 300, 3, resets=[(1, 70)])
+    given = drive.clone(), torch.randn_like(drive)
+
+    def both_directions():
+        states, gain, _, end = cluster.forward_op(given[0], weight, None, None, reset, LEAK_RATE, 64, 64, True)
+        delta, _, _ = cluster.backward_op(given[1], gain, weight, None, None, reset, LEAK_RATE, 64, 64)
+        return states, gain, end, delta
+
+    both_directions()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_directions()
+    for _ in range(2):
+        for x in given:
+            x.normal_()
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        assert all(torch.equal(x, y) for x, y in zip(replayed, both_directions(), strict=True))
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_the_operators_meet_the_rules_of_the_dispatcher():
+    drive, weight, state, reset = kernel_inputs(1, 30, 1, resets=[(0, 4)])
+    checks = ("test_schema", "test_faketensor")
+    forward = (drive, weight, state, None, reset, LEAK_RATE, 8, 8, True)
+    torch.library.opcheck(cluster.forward_op, forward, test_utils=checks)
+    backward = (drive, torch.rand_like(drive), weight, state, None, reset, LEAK_RATE, 8, 8)
+    torch.library.opcheck(cluster.backward_op, backward, test_utils=checks)
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_without_a_compiler_the_chunked_path_is_taken_and_said_so(tmp_path, monkeypatch):
+    inputs = kernel_inputs(1, 150, 1)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    cluster.available.cache_clear()
+    cluster.library.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=f"chunked path on cuda:0.*no nvcc under CUDA_HOME={tmp_path}"):
+            assert not cluster.supports(inputs[0])
+        assert not cluster.supports(inputs[0])  # and said so once
+        assert_as_exact_as_bf16_is(inputs, backend="chunked", chunk_length=32, warmup=96)
+    finally:
+        cluster.available.cache_clear()
+        cluster.library.cache_clear()
+
+
+def test_a_cpu_takes_the_chunked_path_without_a_word(recwarn):
+    assert not cluster.supports(torch.zeros(1, 4, 1, 512, dtype=torch.bfloat16))
+    assert not recwarn.list
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_kernel_compiles_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    cluster.library.cache_clear()
+    try:
+        assert cluster.library().reservoir_sweep_launch is not None
+    finally:
+        cluster.library.cache_clear()

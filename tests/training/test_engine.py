@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from lfm.errors import UserError
 from lfm.models.global_names import global_views
+from lfm.models.liquidnet import LiquidNetConfig
 from lfm.training.engine import LocalEngine, NonFiniteError
 from lfm.training.optimizer import OptimizerConfig
 from tests.comparison import assert_close
@@ -57,6 +60,34 @@ def test_bf16_weights_follow_fp32_masters_with_fp32_accumulation():
         assert torch.equal(parameter, engine.masters[name].bfloat16())
     state = engine.optimizer.state[engine.masters["embedding.weight"]]
     assert state["exp_avg"].dtype == torch.float32
+
+
+def _bf16_liquidnet() -> LocalEngine:
+    config = LiquidNetConfig(hidden_size=64, num_layers=1, ffn_hidden_size=16, seq_length=20, vocab_size=40)
+    options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "micro_batch_size": 2}
+    return LocalEngine(config, OptimizerConfig(lr=1e-2), seed=7, **options)
+
+
+def test_half_lives_of_a_bf16_model_start_right_to_five_digits():
+    engine = _bf16_liquidnet()
+    bias = engine.model.layers[0].liquid.delta_bias
+    assert bias.dtype == torch.float32 and engine.model.embedding.weight.dtype == torch.bfloat16
+    delta = bias.detach().double().exp().log1p() + engine.config.delta_min
+    want = torch.logspace(0, 12, 64, base=2, dtype=torch.float64)
+    assert ((math.log(2) / delta) / want - 1).abs().max() < 1e-5
+
+
+def test_an_fp32_parameter_of_a_bf16_model_is_its_own_master():
+    engine = _bf16_liquidnet()
+    bias, name = engine.model.layers[0].liquid.delta_bias, "layers.0.liquid.delta_bias"
+    assert engine.masters[name] is bias
+    # The output projection starts at zero: nothing reaches the bias until it has moved.
+    for _ in range(2):
+        before = bias.detach().clone()
+        engine.forward_backward(_rows(), LENGTHS)
+        assert bias.grad.dtype == torch.float32 and bias.grad.isfinite().all()
+        engine.step(1e-2)
+    assert (bias != before).all() and (bias.grad == 0).all()
 
 
 def test_frozen_reservoirs_are_bit_identical_after_training():

@@ -1,97 +1,203 @@
-"""`diagonal_scan`: checks, the parallel path and the closed-form gradient."""
+"""`diagonal_scan`: checks, the choice of path, and its registration with torch."""
 
-from typing import Any
+import warnings
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lfm.kernels.diagonal_scan.chunked import linear_recurrence
+from lfm.kernels.diagonal_scan import chunked
+
+Backend = Literal["auto", "chunked", "triton"]
 
 
-def diagonal_scan(delta: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`h_t = alpha_t h_{t-1} + (1 - alpha_t) v_t` a channel, alpha = exp(-delta); the equation is in `reference.py`.
+def diagonal_scan(
+    gate: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    *,
+    delta_min: float,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`h_t = alpha_t h_{t-1} + (1 - alpha_t) tanh(value_t)` a channel; the equation is in `reference.py`.
 
-    delta: `[B, T, D]`, not negative; ln 2 / delta is the half-life in tokens.
-    v: `[B, T, D]`.
+    gate: `[B, T, D]`; alpha = exp(-delta) with delta = softplus(gate + bias) + delta_min, whose half-life is
+        ln 2 / delta tokens.
+    bias: `[D]`, at least fp32: half-lives of thousands of tokens do not fit into bf16.
+    value: `[B, T, D]`, before its tanh.  gate and value may be slices of one wider projection, as they lie.
     state: `[B, D]`, the state before position 0; None is zero.
     reset: bool `[B, T]` or None; True where a document starts: nothing is carried into that position.
+    delta_min: the smallest decay rate.
 
-    Returns h `[B, T, D]` in v's dtype and the final state `[B, D]`, fp32 (float64 if an input is).  Any of delta and v
-    may be bf16: decays, products and carried states are fp32 all the same.  Both results carry gradients to delta, v
-    and state.
+    Returns h `[B, T, D]` in value's dtype and the final state `[B, D]`, fp32 (float64 if gate or value is).  Everything
+    in between is at least fp32 whatever gate and value are.  Both results carry gradients to all four inputs.
+
+    "triton" is for GPUs and fp32 or less; "chunked" is plain PyTorch; "auto" is the first where it runs and, once per
+    process, was seen to agree with the second.  A GPU's first call waits for that comparison, so it cannot be recorded
+    in a CUDA graph.
     """
-    _check(delta, v, state, reset)
-    inputs = (delta, v, state)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _DiagonalScan.apply(delta, v, state, reset)
-    return _forward(delta, v, state, reset)
+    _check(gate, bias, value, state, reset, delta_min)
+    if backend not in ("auto", "chunked", "triton"):
+        raise ValueError(f"backend={backend!r} is not one of 'auto', 'chunked', 'triton'")
+    triton = backend == "triton" or (backend == "auto" and value.is_cuda and _triton_agrees(gate, value))
+    return torch.ops.lfm.diagonal_scan(gate, bias, value, state, reset, delta_min, triton)
 
 
-class _DiagonalScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, delta: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        h, final = _forward(delta, v, state, reset)
-        ctx.save_for_backward(delta, v, state, reset, h)
-        return h, final
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_h, grad_final = grad_outputs
-        delta, v, state, reset, h = ctx.saved_tensors
-        alpha, gain = _decay(delta, v)
-        carried = alpha if reset is None else alpha.masked_fill(reset[..., None], 0)
-
-        # The adjoint is the same recurrence, down in time, with the decay of the position after.
-        grad = grad_h.to(alpha.dtype, copy=True)
-        grad[:, -1] += grad_final
-        zero = torch.zeros_like(grad[:, 0])
-        decay = torch.cat((carried[:, 1:], zero[:, None]), dim=1)
-        grad = linear_recurrence(decay.flip(1), grad.flip(1), zero).flip(1)
-
-        before = torch.cat(((zero if state is None else state.to(zero.dtype))[:, None], h[:, :-1].to(zero.dtype)), 1)
-        if reset is not None:
-            before = before.masked_fill(reset[..., None], 0)
-        grad_delta = (grad * alpha * (v - before)).to(delta.dtype)
-        grad_state = (carried[:, 0] * grad[:, 0]).to(state.dtype) if state is not None else None
-        return grad_delta, (gain * grad).to(v.dtype), grad_state, None
+@torch.library.custom_op("lfm::diagonal_scan", mutates_args=())
+def _scan(
+    gate: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    delta_min: float,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    return _path(triton=triton).forward(gate, bias, value, state, reset, delta_min)
 
 
-def _forward(delta: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    alpha, gain = _decay(delta, v)
-    carried = alpha if reset is None else alpha.masked_fill(reset[..., None], 0)
-    start = torch.zeros_like(alpha[:, 0]) if state is None else state.to(alpha.dtype)
-    h = linear_recurrence(carried, gain * v, start)
-    return h.to(v.dtype), h[:, -1].clone()
+@torch.library.custom_op("lfm::diagonal_scan_backward", mutates_args=())
+def _scan_backward(
+    gate: Tensor,
+    bias: Tensor,
+    value: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    h: Tensor,
+    grad_h: Tensor,
+    grad_final: Tensor,
+    delta_min: float,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _path(triton=triton).backward(gate, bias, value, state, reset, h, grad_h, grad_final, delta_min)
 
 
-def _decay(delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and 1 - alpha, which expm1 gives to all digits where alpha is near 1."""
-    delta = delta.to(torch.promote_types(torch.promote_types(delta.dtype, v.dtype), torch.float32))
-    return torch.exp(-delta), -torch.expm1(-delta)
+def _path(*, triton: bool) -> ModuleType:
+    if not triton:
+        return chunked
+    from lfm.kernels.diagonal_scan import kernel
+
+    return kernel
 
 
-def _check(delta: Tensor, v: Tensor, state: Tensor | None, reset: Tensor | None) -> None:
-    if v.dim() != 3 or v.numel() == 0:
-        raise ValueError(f"v has shape {tuple(v.shape)}; it needs [B, T, D] with no empty dimension")
-    batch, num_positions, num_channels = v.shape
+@_scan.register_fake
+def _(
+    gate: Tensor, bias: Tensor, value: Tensor, state: Tensor | None, reset: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(torch.promote_types(gate.dtype, value.dtype), torch.float32)
+    return value.new_empty(value.shape), value.new_empty(value[:, 0].shape, dtype=wide)
+
+
+@_scan_backward.register_fake
+def _(gate: Tensor, bias: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(torch.promote_types(gate.dtype, value.dtype), torch.float32)
+    return (
+        gate.new_empty(gate.shape),
+        gate.new_empty(bias.shape, dtype=wide),
+        value.new_empty(value.shape),
+        value.new_empty(value[:, 0].shape, dtype=wide),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    gate, bias, value, state, reset, ctx.delta_min, ctx.triton = inputs
+    ctx.save_for_backward(gate, bias, value, state, reset, output[0])
+
+
+def _gradient(ctx: Any, grad_h: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+    gate, bias, value, state, reset, h = ctx.saved_tensors
+    grad_gate, grad_bias, grad_value, grad_state = torch.ops.lfm.diagonal_scan_backward(
+        gate, bias, value, state, reset, h, grad_h, grad_final, ctx.delta_min, ctx.triton
+    )
+    grad_state = grad_state.to(state.dtype) if state is not None else None
+    return grad_gate, grad_bias.to(bias.dtype), grad_value, grad_state, None, None, None
+
+
+_scan.register_autograd(_gradient, setup_context=_keep)
+
+_agreements: dict[tuple[Any, ...], bool] = {}
+
+
+def _triton_agrees(gate: Tensor, value: Tensor) -> bool:
+    """Whether the kernels run here and equal the plain path: found out by the first call of its kind."""
+    if torch.float64 in (gate.dtype, value.dtype):
+        return False
+    _, num_positions, num_channels = value.shape
+    long = num_positions > _path(triton=True).LONGEST_WALK
+    key = (value.device, gate.dtype, value.dtype, long)
+    if key not in _agreements:
+        failure = disagreement(value.device, gate.dtype, value.dtype, num_channels, long=long)
+        _agreements[key] = failure is None
+        if failure is not None:
+            warnings.warn(
+                f"diagonal_scan: the Triton kernels {failure} on {torch.cuda.get_device_name(value.device)}; this "
+                "process uses the plain PyTorch path, which is several times slower",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    return _agreements[key]
+
+
+@torch.no_grad()
+def disagreement(
+    device: torch.device, gate_dtype: torch.dtype, value_dtype: torch.dtype, num_channels: int, *, long: bool
+) -> str | None:
+    """What is wrong with the kernels for short or for long sequences, seen with resets, a state and a ragged end."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    num_positions = _path(triton=True).LONGEST_WALK + 131 if long else 131
+    shape = (2, num_positions, num_channels)
+    gate, value = draw(*shape, dtype=gate_dtype), draw(*shape, dtype=value_dtype)
+    bias, state, reset = 3 * draw(num_channels) - 4, draw(2, num_channels).tanh(), draw(2, num_positions) > 2
+    inputs = (gate, bias, value, state, reset)
+    upstream = (draw(*shape, dtype=value_dtype), draw(2, num_channels))
+    names = ("h", "the final state", "the gradient of gate", "of bias", "of value", "of state")
+    bound = 1e-4 if gate_dtype == value_dtype == torch.float32 else 1e-2
+    try:
+        # Any states do for the gradients: the same ones for both.
+        got, want = (
+            (*path.forward(*inputs, 1e-5), *path.backward(*inputs, value, *upstream, 1e-5))
+            for path in (_path(triton=True), chunked)
+        )
+        for name, a, b in zip(names, got, want, strict=True):
+            error = float((a.double() - b.double()).norm() / b.double().norm())
+            if not error < bound:
+                return f"are off by {error:.1e} in {name}"
+    except Exception as error:  # a compiler's or a driver's, of any class
+        return f"fail with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
+
+
+def _check(
+    gate: Tensor, bias: Tensor, value: Tensor, state: Tensor | None, reset: Tensor | None, delta_min: float
+) -> None:
+    if value.dim() != 3 or value.numel() == 0:
+        raise ValueError(f"value has shape {tuple(value.shape)}; it needs [B, T, D] with no empty dimension")
+    batch, num_positions, num_channels = value.shape
     expected = {
-        "delta": (delta, (batch, num_positions, num_channels)),
+        "gate": (gate, (batch, num_positions, num_channels)),
+        "bias": (bias, (num_channels,)),
         "state": (state, (batch, num_channels)),
         "reset": (reset, (batch, num_positions)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, but v [B, T, D] of {tuple(v.shape)} needs {shape}"
+                f"{name} has shape {tuple(tensor.shape)}, but value [B, T, D] of {tuple(value.shape)} needs {shape}"
             )
-    for name, tensor in (("delta", delta), ("v", v)):
+    for name, tensor in (("gate", gate), ("value", value)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; it must be a floating dtype")
     if reset is not None and reset.dtype != torch.bool:
         raise ValueError(f"reset is {reset.dtype}; it must be bool")
-    if state is not None and torch.promote_types(state.dtype, torch.float32) != state.dtype:
-        raise ValueError(f"state is {state.dtype}; carried states are at least float32")
+    for name, tensor in (("bias", bias), ("state", state)):
+        if tensor is not None and torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; it must be at least float32")
+    if delta_min < 0:
+        raise ValueError(f"delta_min={delta_min} must not be negative")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lfm.kernels.reservoir import cluster
 from lfm.kernels.reservoir.chunked import (
     ChunkPlan,
     backward_sweep,
@@ -70,7 +71,7 @@ def reservoir_recurrence(
 
     "sequential" is exact; "chunked" cuts time into chunks of `chunk_length` with `warmup` extra steps each, and is
     as exact as `tolerance` says; "auto" cuts only where that saves steps.  `chunk_length` must not follow the batch
-    size, or results would.
+    size, or results would.  Either way, bf16 reservoirs of 256 or 512 units take one launch per sweep on a Hopper GPU.
     """
     _check(drive, weight, state, reset, leak_rate, chunk_length, warmup, max_repair_passes)
     num_positions = drive.shape[1]
@@ -111,7 +112,10 @@ class _ReservoirRecurrence(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_states, grad_final = grad_outputs
         weight, state, reset, states, gain = ctx.saved_tensors
-        sweep = graphed_backward_sweep if _graphed(gain, ctx.plan) else backward_sweep
+        if cluster.supports(gain):
+            sweep = cluster.backward_sweep
+        else:
+            sweep = graphed_backward_sweep if _graphed(gain, ctx.plan) else backward_sweep
         delta, outcome = sweep(grad_states, grad_final, gain, weight, reset, ctx.leak_rate, ctx.plan)
         if ctx.stats is not None:
             ctx.stats.backward_residual = outcome.residual
@@ -139,7 +143,9 @@ def _forward(
     training: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Run the sweep and fill `stats`, which need the gain; states, gain and the final state `[B, R, N]`."""
-    if training and _graphed(drive, plan):
+    if cluster.supports(drive):
+        states, gain, outcome = cluster.forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
+    elif training and _graphed(drive, plan):
         states, gain, outcome = graphed_forward_sweep(drive, weight, state, reset, leak_rate, plan)
     else:
         states, gain, outcome = forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)

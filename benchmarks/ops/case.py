@@ -1,0 +1,37 @@
+"""One timed thing of `launch/bench.py`: what runs, what it must equal, and what no version could beat."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+COPY_BYTES_PER_SECOND = 4.25e12
+MATMUL_FLOPS_PER_SECOND = 784e12
+"""bf16.  Both measured on an H200: a large copy, reads and writes counted, and a large matrix product."""
+
+FloorKind = Literal["bytes", "flops", "latency"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Cases of one op may share inputs, made when first needed."""
+
+    name: str
+    run: Callable[[], object]
+    """Starts the work on the current stream."""
+    check: Callable[[], dict[str, float]]
+    """Output -> norm of its error over its norm, against a more precise reference.  Only if all are within `limits`,
+    which names the same outputs, time is taken."""
+    limits: dict[str, float]
+    floor_seconds: float
+    floor_kind: FloorKind
+    flops: float
+    bytes: float
+    """The fewest: each input read once, each output written once."""
+    peers: dict[str, Callable[[], object]] = field(default_factory=dict)
+    """Other ways to the same result."""
+
+
+def floor(flops: float, bytes: float) -> tuple[float, FloorKind]:
+    """Seconds below which nothing of so many bf16 matmul FLOPs and bytes goes, and which of the two says so."""
+    compute, traffic = flops / MATMUL_FLOPS_PER_SECOND, bytes / COPY_BYTES_PER_SECOND
+    return (compute, "flops") if compute > traffic else (traffic, "bytes")

@@ -1,0 +1,61 @@
+"""CUDA C++ compiled at first use into a plain shared library, for ctypes: seconds, and no headers of torch's."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TIMEOUT_SECONDS = 300
+
+
+class Unavailable(Exception):
+    """Why this process cannot have a compiled kernel."""
+
+
+def compile_library(source: Path, flags: tuple[str, ...]) -> Path:
+    """The shared library of `source`, in torch's cache of extensions; compiled by one process while others wait.
+
+    The lock is the system's, so a compiler that is killed leaves none behind; the library appears under its name only
+    when it is whole.
+    """
+    text = source.read_bytes()
+    digest = hashlib.sha256(text + "\0".join(flags).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    target = cache / "lfm" / f"{source.stem}_{digest}.so"
+    if target.exists():
+        return target
+    nvcc = find_nvcc()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            temporary = target.with_suffix(f".{os.getpid()}.tmp")
+            try:
+                libraries = Path(nvcc).parent.parent / "lib"  # where pip's has the runtime it links
+                command = [nvcc, *flags, f"-L{libraries}", "-o", str(temporary), str(source)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+                if done.returncode != 0:
+                    raise Unavailable(f"{nvcc} failed on {source.name}: {done.stderr.strip()[-500:]}")
+                os.replace(temporary, target)
+            except subprocess.TimeoutExpired:
+                raise Unavailable(f"{nvcc} took more than {TIMEOUT_SECONDS} s on {source.name}") from None
+            finally:
+                temporary.unlink(missing_ok=True)
+    return target
+
+
+def find_nvcc() -> str:
+    """CUDA's compiler: of CUDA_HOME if that is set, else on the PATH, where CUDA installs itself, or pip's."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = ["nvcc", "/usr/local/cuda/bin/nvcc", *(f"{folder}/nvidia/cu13/bin/nvcc" for folder in sys.path)]
+    found = next(filter(None, map(shutil.which, [f"{home}/bin/nvcc"] if home else candidates)), None)
+    if found is None:
+        where = f"under CUDA_HOME={home}" if home else "on the PATH"
+        raise Unavailable(
+            f"there is no nvcc {where}; install the CUDA toolkit, or nvidia-cuda-nvcc and nvidia-cuda-cccl of torch's "
+            "CUDA version, or set CUDA_HOME"
+        )
+    return found

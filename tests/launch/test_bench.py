@@ -1,0 +1,39 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.ops.case import COPY_BYTES_PER_SECOND, MATMUL_FLOPS_PER_SECOND, floor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bench(*flags):
+    return subprocess.run([sys.executable, ROOT / "launch/bench.py", *flags], capture_output=True, text=True)
+
+
+def test_an_unknown_op_is_named_with_those_there_are():
+    done = bench("--op", "nothing")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --op nothing is not one of ") and "reservoir" in done.stderr
+    assert "case" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_nothing_to_time():
+    done = bench("--op", "reservoir")
+    assert done.returncode == 2 and "no GPU" in done.stderr
+
+
+def test_the_floor_is_the_larger_of_arithmetic_and_traffic():
+    assert floor(MATMUL_FLOPS_PER_SECOND, 0.5 * COPY_BYTES_PER_SECOND) == (1.0, "flops")
+    assert floor(MATMUL_FLOPS_PER_SECOND, 2 * COPY_BYTES_PER_SECOND) == (2.0, "bytes")
+
+
+@pytest.mark.gpu
+def test_a_case_within_its_limits_is_timed():
+    done = bench("--op", "reservoir", "--only", "forward B=1 L=128 w=64")
+    assert done.returncode == 0, done.stderr
+    assert "x the floor" in done.stdout and "NOT TIMED" not in done.stdout
