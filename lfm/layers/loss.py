@@ -82,16 +82,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        # `out` casts as it is written: the fp32 product of the largest weight never exists.
-        scaled_weight = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
         return (
-            grad_hidden * grad.to(grad_hidden.dtype),
-            torch.mul(grad_weight, grad, out=scaled_weight),
+            _scaled(grad_hidden, grad, grad_hidden.dtype),
+            _scaled(grad_weight, grad, ctx.weight_dtype),
             None,
-            None if grad_bias is None else (grad_bias * grad).to(ctx.weight_dtype),
+            None if grad_bias is None else _scaled(grad_bias, grad, ctx.weight_dtype),
             None,
             None,
         )
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x * factor` in the wider dtype of the two, rounded to `dtype` as it is written: in one pass, with no copy.
+
+    A factor without dimensions would be rounded to x's dtype first.
+    """
+    return torch.mul(x, factor.view(1), out=torch.empty_like(x, dtype=dtype))
 
 
 def _chunk_tokens(device: torch.device, vocabulary: int) -> int:
