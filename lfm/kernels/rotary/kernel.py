@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lfm.kernels.rotary.reference import split_heads
+
 HEADS, NUM_WARPS = 8, 2
 
 
@@ -44,7 +46,31 @@ def _rotate_kernel(
     tl.store(target + HALF, second * c + first * s, exists)
 
 
-def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, backwards: bool = False) -> None:
+def rotated_heads_forward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, head_size: int, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `op.rotated_heads`, of contiguous tables."""
+    q, k, v = split_heads(qkv, head_size, num_groups)
+    rotated_q, rotated_k = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k))
+    _rotate_into(rotated_q, q, cos, sin)
+    _rotate_into(rotated_k, k, cos, sin)
+    return rotated_q, rotated_k, v
+
+
+def rotated_heads_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, head_size: int, num_groups: int
+) -> Tensor:
+    """Gradient `[B, T, (H + 2G) K]` of the projection."""
+    B, H, T, _ = grad_q.shape
+    grad = grad_q.new_empty(B, T, (H + 2 * num_groups) * head_size)
+    q, k, v = split_heads(grad, head_size, num_groups)
+    _rotate_into(q, grad_q, cos, sin, backwards=True)
+    _rotate_into(k, grad_k, cos, sin, backwards=True)
+    v.copy_(grad_v)
+    return grad
+
+
+def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, backwards: bool = False) -> None:
     """Write x rotated, `[B, H, T, K]`, to `out`; both with any strides but the last, which must be 1.
 
     cos, sin: contiguous `[B, 1, T, K/2]`.

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lfm.kernels.backend import Backend, runs_triton
-from lfm.kernels.rotary.reference import rotated_heads_reference, split_heads
+from lfm.kernels.rotary.reference import rotated_heads_reference
 
 
 def rotated_heads(
@@ -36,26 +36,17 @@ class _RotatedHeads(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, head_size: int, num_groups: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from lfm.kernels.rotary.kernel import rotate_into
+        from lfm.kernels.rotary.kernel import rotated_heads_forward
 
         ctx.save_for_backward(cos, sin)
-        ctx.shape, ctx.heads = qkv.shape, (head_size, num_groups)
-        q, k, v = split_heads(qkv, head_size, num_groups)
-        rotated = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k)]
-        for x, out in zip((q, k), rotated, strict=True):
-            rotate_into(out, x, cos, sin)
-        return rotated[0], rotated[1], v
+        ctx.heads = (head_size, num_groups)
+        return rotated_heads_forward(qkv, cos, sin, head_size, num_groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        from lfm.kernels.rotary.kernel import rotate_into
+        from lfm.kernels.rotary.kernel import rotated_heads_backward
 
-        cos, sin = ctx.saved_tensors
         grad_q, grad_k, grad_v = grad_outputs
-        grad = grad_q.new_empty(ctx.shape)
-        q, k, v = split_heads(grad, *ctx.heads)
-        for out, x in ((q, grad_q), (k, grad_k)):
-            rotate_into(out, x, cos, sin, backwards=True)
-        v.copy_(grad_v)
-        return grad, None, None, None, None
+        cos, sin = ctx.saved_tensors
+        return rotated_heads_backward(grad_q, grad_k, grad_v, cos, sin, *ctx.heads), None, None, None, None
