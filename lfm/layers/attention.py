@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lfm.kernels.rotary import rotated_heads
 from lfm.layers.documents import Documents
 from lfm.layers.parts import PLAIN, Parts
-from lfm.layers.rotary import rotate
 
 Backend = Literal["auto", "reference", "sdpa", "flex"]
 
@@ -103,8 +103,8 @@ class Attention(nn.Module):
         """Attend within `documents` (training, prefill), or over `cache` followed by x (streaming)."""
         qkv = self.qkv(x)
         B, T, _ = qkv.shape
-        q, k, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in qkv.split(self.widths, dim=-1))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        num_groups = self.widths[1] // self.head_size
+        q, k, v = rotated_heads(qkv, *rotary, head_size=self.head_size, num_groups=num_groups)
         if cache is None:
             y = attend(q, k, v, documents or Documents.whole_rows(B, T, x.device), backend=self.backend)
             new_cache = KeyValueCache(k, v, torch.zeros(B, dtype=torch.int64, device=x.device)) if keep_cache else None

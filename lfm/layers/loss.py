@@ -7,9 +7,10 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lfm.kernels.cross_entropy import cross_entropy_
 from lfm.layers.documents import IGNORED_LABEL
 
-# Logits of one chunk: bounds the memory at 2 GiB of fp32 on a GPU, and stays near the cache on a CPU.
+# Logits of one chunk: bounds the memory at 1 GiB of bf16 on a GPU, and stays near the cache on a CPU.
 _CHUNK_ELEMENTS = {"cuda": 2**29, "cpu": 2**24}
 
 
@@ -50,39 +51,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = needs_grad and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_grad else None
+        grad_weight = torch.empty(weight.shape, dtype=wide, device=weight.device) if needs_grad else None
         grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if needs_grad and bias is not None else None
         rows = len(weight) if shard is None else shard.stored_rows
-        for chunk in torch.arange(len(hidden)).split(max(1, _CHUNK_ELEMENTS[hidden.device.type] // rows)):
+        for chunk in torch.arange(len(hidden)).split(_chunk_tokens(hidden.device, rows)):
             part = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            kept = labels[part] != IGNORED_LABEL
-            logits = (hidden[part] @ weight.T).to(wide)
+            logits = hidden[part] @ weight.T
             if bias is not None:
-                logits += bias
+                logits = logits.to(wide).add_(bias)
             if shard is None:
-                here, label = kept, labels[part].masked_fill(~kept, 0)[:, None]
-                log_normalizer = logits.logsumexp(-1)
-                label_logit = logits.gather(1, label)[:, 0]
+                losses = cross_entropy_(logits, labels[part], gradient=needs_grad)
             else:
-                label = labels[part] - shard.first_id
-                here = kept & (label >= 0) & (label < len(weight))
-                label = label.masked_fill(~here, 0)[:, None]
-                log_normalizer, label_logit = _vocabulary_parallel(logits, label, here, shard.group)
-            total += ((log_normalizer - label_logit) * kept).sum()
+                losses = _vocabulary_parallel_(logits, labels[part], shard, gradient=needs_grad)
+            total += losses.sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            grad = logits.sub_(log_normalizer[:, None]).exp_()  # softmax, in place
-            if len(weight):
-                grad.scatter_add_(1, label, -here.to(wide)[:, None])
-            grad = grad.mul_(kept[:, None])
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+                grad_bias += logits.sum(0)
+            grad = logits.to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[part])
+            beta = 0 if part.start == 0 else 1  # 0: what the first chunk adds to is not read
             if grad.is_cuda and grad.dtype != wide:
-                torch.addmm(grad_weight, grad.T, hidden[part], out_dtype=wide, out=grad_weight)
+                torch.addmm(grad_weight, grad.T, hidden[part], beta=beta, out_dtype=wide, out=grad_weight)
             else:
-                grad_weight.addmm_(grad.T.to(wide), hidden[part].to(wide))
+                grad_weight.addmm_(grad.T.to(wide), hidden[part].to(wide), beta=beta)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
         return total
@@ -91,27 +83,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return (
-            grad_hidden * grad.to(grad_hidden.dtype),
-            (grad_weight * grad).to(ctx.weight_dtype),
+            _scaled(grad_hidden, grad, grad_hidden.dtype),
+            _scaled(grad_weight, grad, ctx.weight_dtype),
             None,
-            None if grad_bias is None else (grad_bias * grad).to(ctx.weight_dtype),
+            None if grad_bias is None else _scaled(grad_bias, grad, ctx.weight_dtype),
             None,
             None,
         )
 
 
-def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
-    dist.all_reduce(x, op=op, group=group)
-    return x
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x * factor` in the wider dtype of the two, rounded to `dtype` as it is written: in one pass, with no copy.
+
+    A factor without dimensions would be rounded to x's dtype first.
+    """
+    return torch.mul(x, factor.view(1), out=torch.empty_like(x, dtype=dtype))
 
 
-def _vocabulary_parallel(
-    logits: Tensor, label: Tensor, here: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Log normalizer and label logit `[n]` of logits whose columns are cut over `group`."""
+def _chunk_tokens(device: torch.device, vocabulary: int) -> int:
+    """Whole tiles of a matrix product where there are some."""
+    tokens = max(1, _CHUNK_ELEMENTS[device.type] // vocabulary)
+    return tokens - tokens % 256 if tokens > 256 else tokens
+
+
+def _vocabulary_parallel_(logits: Tensor, labels: Tensor, shard: VocabularyShard, *, gradient: bool) -> Tensor:
+    """As `cross_entropy_`, of logits `[n, V]` whose columns are cut over the shard's group; the losses are the same on
+    all processes."""
     n, V = logits.shape
-    top = _reduced(logits.amax(-1) if V else logits.new_full((n,), -torch.inf), dist.ReduceOp.MAX, group)
-    mine = logits.gather(1, label)[:, 0] * here if V else logits.new_zeros(n)
-    sums = torch.stack([(logits - top[:, None]).exp().sum(-1), mine])
-    normalizer, label_logit = _reduced(sums, dist.ReduceOp.SUM, group)
-    return normalizer.log() + top, label_logit
+    kept, label = labels != IGNORED_LABEL, labels - shard.first_id
+    here = kept & (label >= 0) & (label < V)
+    label = label.masked_fill(~here, 0)[:, None]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = wide.amax(-1) if V else wide.new_full((n,), -torch.inf)
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
+    mine = wide.gather(1, label)[:, 0] * here if V else wide.new_zeros(n)
+    sums = torch.stack([(wide - top[:, None]).exp().sum(-1), mine])
+    dist.all_reduce(sums, group=shard.group)
+    log_normalizer, label_logit = sums[0].log() + top, sums[1]
+    if gradient and V:
+        softmax = wide.sub_(log_normalizer[:, None]).exp_()
+        softmax.scatter_add_(1, label, -here.to(wide.dtype)[:, None])
+        logits.copy_(softmax.mul_(kept[:, None]))
+    return (log_normalizer - label_logit) * kept

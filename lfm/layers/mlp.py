@@ -1,8 +1,9 @@
 """The gated feed-forward layer of the dense families."""
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from lfm.kernels.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -25,5 +26,4 @@ class SwiGLU(nn.Module):
         }
 
     def forward(self, u: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        gate, up = self.gate_up(u).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(u)))

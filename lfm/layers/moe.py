@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lfm.kernels.permutation import combine, dispatch, sorted_places
+from lfm.kernels.swiglu import swiglu
 from lfm.layers.parts import PLAIN, Parts
 
 
@@ -57,37 +59,10 @@ def route(
     return Routing(experts.flatten(0, 1), weights.flatten(0, 1), balance_loss, z_loss, chosen.sum((0, 1)))
 
 
-def invert(order: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
-    """The permutation that undoes `order`."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-
-
 def count(values: Int[Tensor, " m"], num: int) -> Int[Tensor, " num"]:
     """How often each of `0..num` occurs, without waiting for the device; `num` itself may occur and is not counted."""
     ones = torch.ones_like(values)
     return torch.zeros(num + 1, dtype=values.dtype, device=values.device).scatter_add_(0, values, ones)[:num]
-
-
-def gather_rows(
-    x: Float[Tensor, "n D"], order: Int[Tensor, " m"], inverse: Int[Tensor, " m"], copies: int = 1
-) -> Float[Tensor, "m D"]:
-    """`x[order // copies]`, where `order` is a permutation of n * copies and `inverse` its inverse."""
-    return _Gather.apply(x, order, inverse, copies)
-
-
-class _Gather(torch.autograd.Function):
-    """Its backward is again a gather, by the inverse: deterministic and without atomics."""
-
-    @staticmethod
-    def forward(ctx, x, index, inverse, copies):  # type: ignore[override]
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x[index // copies]
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse].view(-1, ctx.copies, grad.shape[-1]).sum(1), None, None, None
 
 
 class MoE(nn.Module):
@@ -139,12 +114,10 @@ class MoE(nn.Module):
         E = self.transport.num_experts
         flat = torch.where(flat < 0, E, flat)
         load = routing.load if len(experts) == len(routing.experts) else count(flat, E)
-        order = flat.argsort(stable=True)
-        inverse = invert(order)
-        inputs = gather_rows(x.flatten(0, 1), order, inverse, self.top_k)
+        place = sorted_places(flat, E + 1).view_as(experts)
+        inputs = dispatch(x.flatten(0, 1), place)
         outputs = self.transport.run(inputs, load, self._experts)
-        outputs = gather_rows(outputs, inverse, order).view(-1, self.top_k, x.shape[-1])
-        y = (outputs * weights.unsqueeze(-1).to(x.dtype)).sum(1)
+        y = combine(outputs, place, weights)
         return self.transport.finish(y.view_as(x)), routing
 
     def _experts(self, inputs: Float[Tensor, "m D"], load: Int[Tensor, " E"]) -> Float[Tensor, "m D"]:
@@ -156,13 +129,12 @@ class MoE(nn.Module):
             # grouped_mm never writes the rows past its last offset, nor their gradients: `where` keeps both out.
             computed = (torch.arange(len(inputs), device=inputs.device) < ends[-1])[:, None] if dropping else None
             inputs = inputs if computed is None else torch.where(computed, inputs, 0)
-            gate, up = F.grouped_mm(inputs, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-            outputs = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+            gate_up = F.grouped_mm(inputs, self.gate_up.transpose(1, 2), offs=ends)
+            outputs = F.grouped_mm(swiglu(gate_up), self.down.transpose(1, 2), offs=ends)
             return outputs if computed is None else torch.where(computed, outputs, 0)
         counts = load.tolist()
         pieces = inputs.split([*counts, len(inputs) - sum(counts)])
         outputs = []
         for e, piece in enumerate(pieces[:-1]):
-            gate, up = F.linear(piece, self.gate_up[e]).chunk(2, dim=-1)
-            outputs.append(F.linear(F.silu(gate) * up, self.down[e]))
+            outputs.append(F.linear(swiglu(F.linear(piece, self.gate_up[e])), self.down[e]))
         return torch.cat([*outputs, torch.zeros_like(pieces[-1])])

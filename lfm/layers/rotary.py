@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split pairing.  Su et al. 2021 (arXiv 2104.09864)."""
+"""Angles of rotary position embedding.  Su et al. 2021 (arXiv 2104.09864)."""
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +15,3 @@ def rotary_tables(
     j = torch.arange(head_size // 2, dtype=torch.float64, device=positions.device)
     angles = positions[:, None, :, None].double() * base ** (-2 * j / head_size)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Float[Tensor, "B H T K"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H T K"]:
-    """Rotate dimension j of the first half with dimension j + K/2; computed in the tables' dtype, returned in x's."""
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lfm.layers.moe import count, gather_rows, invert
+from lfm.kernels.permutation import combine, dispatch, sorted_places
+from lfm.layers.moe import count
 from lfm.layers.parts import Parts, Transport
 from lfm.models.lfm import LFMConfig
 from lfm.parallel.groups import Groups
@@ -198,10 +199,9 @@ class AllToAll(Transport):
         rows = mappings.all_to_all(self.group, inputs[:kept], from_each, to_each)
         experts = torch.arange(self.count, device=load.device).repeat(len(from_each))
         experts = experts.repeat_interleave(arriving.flatten(), output_size=num_arriving)
-        order = experts.argsort(stable=True)
-        inverse = invert(order)
-        rows = compute(gather_rows(rows, order, inverse), count(experts, self.count))
-        rows = mappings.all_to_all(self.group, gather_rows(rows, inverse, order), to_each, from_each)
+        place = sorted_places(experts, self.count)[:, None]
+        rows = compute(dispatch(rows, place), count(experts, self.count))
+        rows = mappings.all_to_all(self.group, combine(rows, place), to_each, from_each)
         dropped = len(inputs) - kept
         return torch.cat([rows, rows.new_zeros(dropped, rows.shape[1])]) if dropped else rows
 

@@ -66,6 +66,32 @@ def test_no_gradient_is_formed_in_evaluation():
     assert not value.requires_grad
 
 
+def test_a_narrow_gradient_is_scaled_by_the_whole_factor():
+    """0.37 in bf16 is 0.3691: rounded first, it would make every gradient 0.2 % too small."""
+    hidden, weight, labels = torch.randn(64, 8).bfloat16(), torch.randn(30, 8).bfloat16(), torch.arange(64) % 30
+    got = _outputs_and_grads(linear_cross_entropy, hidden, weight, labels)
+    want = _outputs_and_grads(linear_cross_entropy, hidden.double(), weight.double(), labels)
+    for name in ("hidden", "weight"):
+        projection = (got[name].double() * want[name]).sum() / want[name].square().sum()
+        assert abs(projection - 1) < 1e-3, name
+
+
+@pytest.mark.gpu
+def test_the_fused_head_equals_float64():
+    """Logits of a trained head's spread, in several chunks, in a vocabulary that no tile divides."""
+    hidden, weight = torch.randn(9000, 256).bfloat16().cuda(), (torch.randn(70_001, 256) / 8).bfloat16().cuda()
+    labels = torch.randint(0, len(weight), (len(hidden),)).cuda()
+    labels[::7] = IGNORED_LABEL
+    got = _outputs_and_grads(linear_cross_entropy, hidden, weight, labels)
+    assert all(
+        torch.equal(again, got[name])
+        for name, again in _outputs_and_grads(linear_cross_entropy, hidden, weight, labels).items()
+    )
+    want = _outputs_and_grads(linear_cross_entropy, hidden.double(), weight.double(), labels)
+    assert_close({"loss": got.pop("loss")}, {"loss": want.pop("loss")}, 1e-4)
+    assert_close(got, want, 5e-3)
+
+
 @pytest.mark.gpu
 def test_bf16_on_a_gpu_equals_float64():
     hidden, weight = torch.randn(300, 64).bfloat16(), (torch.randn(1000, 64) * 0.1).bfloat16()

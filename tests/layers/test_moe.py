@@ -114,16 +114,20 @@ def test_an_expert_without_tokens_gets_a_zero_gradient_not_none():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("preferred", [{}, {2: -9.0}, {1: 9.0, 3: 9.0}], ids=["random", "one without", "all on two"])
 @pytest.mark.parametrize("capacity_factor", [None, 0.7])
-def test_grouped_matmul_equals_the_loop(capacity_factor):
+def test_grouped_matmul_equals_the_loop(capacity_factor, preferred):
     layer = MoE(64, num_experts=4, top_k=2, ffn_hidden_size=128, capacity_factor=capacity_factor)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    for expert, score in preferred.items():
+        layer.router.weight.data[expert, 0] = score
     fast = MoE(64, num_experts=4, top_k=2, ffn_hidden_size=128, capacity_factor=capacity_factor)
     fast = fast.to("cuda", torch.bfloat16)
     fast.load_state_dict(layer.state_dict())
     layer.load_state_dict({n: t.float().cpu() for n, t in fast.state_dict().items()})
     x = torch.randn(2, 50, 64).bfloat16()
+    x[..., 0] = 1
 
     def run(layer, x):
         x = x.clone().requires_grad_()

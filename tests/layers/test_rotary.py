@@ -1,6 +1,7 @@
 import torch
 
-from lfm.layers.rotary import rotary_tables, rotate
+from lfm.kernels.rotary.reference import rotate
+from lfm.layers.rotary import rotary_tables
 
 
 def test_dimension_j_turns_with_dimension_j_plus_half():

@@ -1,0 +1,25 @@
+"""`cross_entropy_`: checks and the choice of path."""
+
+import torch
+from torch import Tensor
+
+from lfm.kernels.backend import Backend, runs_triton
+from lfm.kernels.cross_entropy.reference import cross_entropy_reference_
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool = True, backend: Backend = "auto") -> Tensor:
+    """-log softmax(logits)[label] in nats, `[n]`, at least fp32, of `logits [n, V]` and int64 `labels [n]`.
+
+    A position with a negative label counts nothing.  With `gradient`, the logits are overwritten by the gradient of
+    the losses' sum, softmax(logits) - onehot(label), rounded once to their dtype; autograd does not see it.
+    """
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"logits has shape {list(logits.shape)}, labels is {labels.dtype} of shape {list(labels.shape)}; they must "
+            "be [n, V] and torch.int64 [n]"
+        )
+    if not runs_triton(logits, backend):
+        return cross_entropy_reference_(logits, labels, gradient)
+    from lfm.kernels.cross_entropy.kernel import cross_entropy_kernel_
+
+    return cross_entropy_kernel_(logits, labels, gradient)

@@ -1,0 +1,38 @@
+"""`swiglu`: the choice of path and the closed-form gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lfm.kernels.backend import Backend, runs_triton
+from lfm.kernels.swiglu.reference import swiglu_reference
+
+
+def swiglu(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """`[..., 2F]`, gate first, -> `SiLU(gate) * up`, `[..., F]`, in the same dtype; the kernel computes in fp32.
+
+    Raises ValueError for an odd last dimension.
+    """
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; its last dimension must hold gate and up")
+    return _SwiGLU.apply(gate_up) if runs_triton(gate_up, backend) else swiglu_reference(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        from lfm.kernels.swiglu.kernel import swiglu_forward
+
+        gate_up = gate_up.contiguous()
+        ctx.save_for_backward(gate_up)
+        return swiglu_forward(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from lfm.kernels.swiglu.kernel import swiglu_backward
+
+        (gate_up,) = ctx.saved_tensors
+        return swiglu_backward(grad_outputs[0].contiguous(), gate_up)

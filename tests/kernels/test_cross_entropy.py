@@ -1,0 +1,78 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lfm.kernels.cross_entropy import cross_entropy_
+from tests.comparison import assert_close
+
+# The CPU interprets the kernels.  Its interpreter cuts fp32 off to bf16 where a GPU rounds, hence fp16 there.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _truth(logits, labels):
+    logits = logits.detach().double().requires_grad_()
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+    losses.sum().backward()
+    return {"losses": losses, "gradient": logits.grad}
+
+
+def _compare(n, V, dtype, bounds, scale=1.0):
+    logits = (scale * torch.randn(n, V, device=DEVICE)).to(dtype)
+    labels = torch.randint(0, V, (n,), device=DEVICE)
+    labels[: n // 3] = -100
+    got = []
+    for _ in range(2 if DEVICE == "cuda" else 1):
+        gradient = logits.clone()
+        got.append({"losses": cross_entropy_(gradient, labels, backend="triton"), "gradient": gradient})
+    assert all(torch.equal(got[0][name], got[-1][name]) for name in got[0])
+    want = _truth(logits, labels)
+    for name, bound in zip(("losses", "gradient"), bounds, strict=True):
+        assert_close({name: got[0][name]}, {name: want[name]}, bound)
+    assert (got[0]["losses"][: n // 3] == 0).all() and (got[0]["gradient"][: n // 3] == 0).all()
+    kept = logits.clone()
+    assert torch.equal(cross_entropy_(kept, labels, gradient=False, backend="triton"), got[0]["losses"])
+    assert torch.equal(kept, logits)
+
+
+@pytest.mark.parametrize(
+    "dtype, bounds", [(torch.float32, (1e-6, 1e-6)), (torch.float16, (1e-6, 5e-4))], ids=["fp32", "fp16"]
+)
+@pytest.mark.parametrize("n, V", [(1, 2), (5, 300), (4, 8200), (3, 20_011)])
+def test_the_kernel_equals_the_definition(n, V, dtype, bounds):
+    _compare(n, V, dtype, bounds)
+
+
+def test_logits_far_apart_stay_finite():
+    logits = torch.full((2, 300), -1e4, device=DEVICE)
+    logits[:, 7] = 1e4
+    labels = torch.tensor([7, 8], device=DEVICE)
+    losses = cross_entropy_(logits, labels, backend="triton")
+    assert losses.tolist() == [0, 2e4]
+    assert logits[0].abs().max() == 0 and logits[1, 7] == 1 and logits[1, 8] == -1
+
+
+def test_a_logit_that_is_not_a_number_reaches_the_loss():
+    logits = torch.randn(2, 300, device=DEVICE)
+    logits[1, 5] = torch.nan
+    losses = cross_entropy_(logits, torch.tensor([0, 1], device=DEVICE), backend="triton")
+    assert losses.isfinite().tolist() == [True, False]
+
+
+def test_columns_past_the_vocabulary_are_left_alone():
+    padded = torch.randn(4, 70, device=DEVICE)
+    want, before = padded[:, :65].clone(), padded[:, 65:].clone()
+    labels = torch.tensor([0, 64, 3, -100], device=DEVICE)
+    losses = cross_entropy_(padded[:, :65], labels, backend="triton")
+    assert torch.equal(padded[:, 65:], before)
+    assert_close({"losses": losses, "gradient": padded[:, :65]}, _truth(want, labels), 1e-6)
+
+
+def test_labels_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="must be \\[n, V\\]"):
+        cross_entropy_(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n, V", [(512, 128_256), (100, 50_257)])
+def test_large_vocabularies_equal_float64(n, V):
+    _compare(n, V, torch.bfloat16, (1e-6, 3e-3), scale=2.0)
