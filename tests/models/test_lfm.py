@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -326,16 +327,24 @@ def test_impossible_shapes_are_refused(changes, words):
 
 
 @pytest.mark.gpu
-def test_bf16_on_a_gpu_is_near_float64_on_the_cpu():
+def test_bf16_on_a_gpu_is_as_near_to_float64_as_the_plain_path_in_bf16():
     config = {"hidden_size": 256, "num_attention_heads": 2, "num_query_groups": 1, "moe_ffn_hidden_size": 64}
     model = small_model(**config)
-    fast = LFM(model.config).to("cuda")
-    fast.load_state_dict({n: t.float() for n, t in model.state_dict().items()})
-    for parameter in fast.parameters():
+    plain = LFM(model.config)
+    plain.load_state_dict({n: t.float() for n, t in model.state_dict().items()})
+    for parameter in plain.parameters():
         parameter.data = parameter.data.bfloat16()
-    model.load_state_dict({n: t.double().cpu() for n, t in fast.state_dict().items()})
-    ids = torch.randint(0, 40, (2, 64))
-    got, want = fast(ids.cuda(), doc_lengths=[[64], [20, 44]])[0], model(ids, doc_lengths=[[64], [20, 44]])[0]
-    # Near-ties route differently in bf16, so a few positions may be far off; most are near.
-    error = (got.cpu().double() - want).norm(dim=-1) / want.norm(dim=-1)
-    assert error.median() < 3e-2
+    model.load_state_dict({n: t.double() for n, t in plain.state_dict().items()})
+    fast = copy.deepcopy(plain).to("cuda")
+    ids, lengths = torch.randint(0, 40, (2, 64)), [[64], [20, 44]]
+    want = model(ids, doc_lengths=lengths)[0]
+    errors = {}
+    for name, found in (
+        ("plain", plain(ids, doc_lengths=lengths)[0]),
+        ("fast", fast(ids.cuda(), doc_lengths=lengths)[0]),
+    ):
+        errors[name] = (found.cpu().double() - want).norm(dim=-1).flatten() / want.norm(dim=-1).flatten()
+    # Near-ties route differently in bf16, so that some positions are far off on either path; a quarter is not.
+    assert errors["plain"].quantile(0.25) < 3e-2
+    for quantile in (0.1, 0.25, 0.5):
+        assert errors["fast"].quantile(quantile) < 1.25 * errors["plain"].quantile(quantile)
