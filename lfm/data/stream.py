@@ -1,5 +1,6 @@
 """From a data set folder to the rows of each optimizer step, in an order that survives every restart."""
 
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +11,9 @@ from pydantic import Field, PositiveInt
 
 from lfm.config import Config
 from lfm.data.bins import BIN_NAMES, BinReader
+from lfm.data.cache import fetch
 from lfm.data.format import INDEX_NAME, SPLITS, TOKENIZER_NAME, Split
-from lfm.data.reader import RowReader, ShardReader, fetch
+from lfm.data.reader import RowReader, ShardReader
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 
@@ -127,6 +129,8 @@ class BatchStream:
         """
         self.position = start_row
         """Rows handed out so far by all steps, over all epochs; those read ahead do not count."""
+        self.wait_seconds = 0.0
+        """Time that `next` has taken."""
         self._reader = reader
         self._seed = seed
         self._rows_per_step = rows_per_step
@@ -141,6 +145,7 @@ class BatchStream:
         Raises UserError for damaged data, at the step that needs it whatever the number of threads, and again at each
         further call: a step is never skipped.
         """
+        start_time = time.perf_counter()
         if self._threads is None:
             batch = self._read(self.position)
         else:
@@ -150,6 +155,7 @@ class BatchStream:
             batch = self._ahead[0].result()
             self._ahead.popleft()
         self.position += self._rows_per_step
+        self.wait_seconds += time.perf_counter() - start_time
         return batch
 
     def state(self) -> dict[str, Any]:
