@@ -106,8 +106,7 @@ def fetch(
                 streaming_shim.download(remote, temporary, timeout_seconds)
                 return
             except BaseException as error:
-                last = pause is None or time.monotonic() + pause > deadline
-                if last or _is_final(error):
+                if pause is None or time.monotonic() + pause > deadline or _is_final(error):
                     failure.append(error)
                     return
             time.sleep(pause)
