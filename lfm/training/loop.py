@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from lfm.data.consumed import START, Consumed, ConsumedRecord, chained
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_tokenizer, open_training, open_validation, resume_row
 from lfm.data.tokenizer import Tokenizer
@@ -50,6 +51,8 @@ class Progress:
     tokens: int = 0
     best_validation: float = math.inf
     validations_without_gain: int = 0
+    chain: str = START
+    """Of the digests of all steps so far: what they consumed."""
 
 
 def train(run: RunConfig, process: Process | None = None, layout: Layout | None = None) -> Progress:
@@ -179,6 +182,8 @@ def _train(
     engine = make_engine(run, device, watch)
     progress = _restore(run, engine, start, weights, ranks)
     log = Metrics(run.logging, run.folder, name=run.folder.name, resumed_step=progress.step) if ranks.is_main else None
+    done = {"resumed_step": progress.step, "chain": progress.chain}
+    consumed = ConsumedRecord(run.folder, **done) if ranks.is_main else None
     global_batch_size = run.training.global_batch_size
     stream = BatchStream(
         rows,
@@ -210,6 +215,8 @@ def _train(
             "rng": checkpoint.rng_state(device),
         }
         start = time.perf_counter()
+        if consumed is not None:
+            consumed.sync()
         saver.wait()  # the engine may give the same host memory again
         share = engine.share()
         saver.save(progress.step, share, manifest, tokenizer.definition, owned=engine.share_is_fresh, best=best)
@@ -246,6 +253,9 @@ def _train(
             tokens = global_batch_size * ids.shape[1]
             progress.step += 1
             progress.tokens += tokens
+            progress.chain = chained(progress.chain, progress.step, result.digest)
+            if consumed is not None:
+                consumed.add(Consumed(progress.step, result.digest, progress.chain))
             speed.add(tokens, result.attended_pairs)
             window.append(result.cross_entropy)
             bar.update()
@@ -258,6 +268,9 @@ def _train(
                 following = min(progress.step, run.training.steps - 1)
                 next_lr = run.optimizer.lr * lr_factor(run.schedule, following, run.training.steps)
                 record |= {"mean_cross_entropy": statistics.mean(window), "next_lr": next_lr}
+                waited = ranks.largest(int(1e6 * stream.wait_seconds)) / 1e6 / len(window)  # of the slowest process
+                record |= {"data_wait_seconds": waited}
+                stream.wait_seconds = 0.0
                 window.clear()
                 record |= training_record(result) | speed.measure((run.training.steps - progress.step) * tokens, memory)
                 if stalls:  # how long training was held, and the last save that is whole took
