@@ -171,7 +171,7 @@ def _is_final(error: BaseException) -> bool:
 def _is_full(error: BaseException | None) -> bool:
     """Whether `error` is, or comes from, a disk or quota without room."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -199,7 +199,7 @@ def _open_shards(config: DataConfig, root: Path, split: Split, seq_length: int) 
     folder = root / split
     remote = config.remote.rstrip("/") if config.remote is not None else None
     if remote is None and not (folder / INDEX_NAME).exists():
-        missing = f"holds no {split} split" if root.exists() else "does not exist"
+        missing = f"holds no {split}/{INDEX_NAME}" if root.exists() else "does not exist"
         raise UserError(
             f"data.path={config.path} {missing}; make it with "
             f"`python -m data_pipeline.prepare --config configs/data/NAME.yaml output={config.path}`"

@@ -55,6 +55,8 @@ def _load(name: str) -> ModuleType:
             bare.__path__ = [str(folder)]
             sys.modules[package] = bare
         try:
+            # First of all: its submodules import each other in a circle, which closes from any other point.
+            importlib.import_module("streaming.base.format")
             return importlib.import_module(name)
         finally:
             for package in _PACKAGES:
