@@ -61,10 +61,6 @@ class Cache:
         finally:
             fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, number)
 
-    def touch(self, path: Path) -> None:
-        """Note that `path` was opened now; when it was last written to stays known."""
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-
     def make_room(self, num_bytes: int, shards: Collection[Collection[Path]]) -> None:
         """Remove the least recently opened `shards` (the files of each) until `num_bytes` more keep the limit.
 

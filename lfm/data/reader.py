@@ -8,6 +8,7 @@ there is nothing to hang and nothing to clean up.
 
 import os
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -240,14 +241,17 @@ class ShardReader(RowReader):
 
     def _opened(self, shard: _Shard) -> _OpenFile:
         for _ in range(_ATTEMPTS_TO_OPEN):
-            if not shard.raw.path.exists():
-                self._make(shard)
             try:
+                if not shard.raw.path.exists():
+                    self._make(shard)
                 file = _OpenFile(shard.raw.path)
-            except FileNotFoundError:  # another process needed the room
-                continue
+            except FileNotFoundError:
+                if self._cache is None:
+                    raise
+                continue  # another process needed the room
             if self._cache is not None:
-                self._cache.touch(shard.raw.path)
+                # For `make_room`; when the file was last written to stays known.
+                os.utime(file.descriptor, ns=(time.time_ns(), file.status.st_mtime_ns))
             return file
         raise UserError(
             f"shard {shard.raw.path} is removed by other processes as fast as it is fetched; "
