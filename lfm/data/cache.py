@@ -37,10 +37,11 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, self._lock)
+        self._making_room = threading.Lock()
 
     @contextmanager
     def alone(self, number: int) -> Iterator[None]:
-        """Keep other processes from fetching shard `number`.  The system lets go of it however this process ends.
+        """Keep other processes, though not other threads of this one, from fetching shard `number`.  The system lets go of it however this process ends.
 
         Raises UserError when another process holds it for longer than a fetch may take.
         """
@@ -68,7 +69,7 @@ class Cache:
         """
         if self._limit_bytes is None:
             return
-        with self.alone(_ROOM):
+        with self._making_room, self.alone(_ROOM):
             present: list[tuple[int, int, Collection[Path]]] = []
             for files in shards:
                 stats = [path.stat() for path in files if path.exists()]
