@@ -41,9 +41,9 @@ class Cache:
 
     @contextmanager
     def alone(self, number: int) -> Iterator[None]:
-        """Keep other processes, though not other threads of this one, from fetching shard `number`.  The system lets go of it however this process ends.
+        """Keep other processes from fetching shard `number`; the system lets go of it however this process ends.
 
-        Raises UserError when another process holds it for longer than a fetch may take.
+        Threads of one process do not wait for each other.  Raises UserError when another process holds it for longer than a fetch may take.
         """
         deadline = time.monotonic() + self._timeout_seconds
         while True:
