@@ -43,7 +43,8 @@ class Cache:
     def alone(self, number: int) -> Iterator[None]:
         """Keep other processes from fetching shard `number`; the system lets go of it however this process ends.
 
-        Threads of one process do not wait for each other.  Raises UserError when another process holds it for longer than a fetch may take.
+        Threads of one process do not wait for each other.  Raises UserError when another process holds it for longer
+        than a fetch may take.
         """
         deadline = time.monotonic() + self._timeout_seconds
         while True:
