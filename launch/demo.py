@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 @command
 def main() -> None:
     run = RunConfig.load(ROOT / "configs/lfm_debug.yaml", [*sys.argv[1:], "name=demo"])
+    assert run.data.path is not None, "the demo has one data set"
     prepare(PrepareConfig.load(ROOT / "configs/data/stdlib_8k.yaml", [f"output={run.data.path}"]))
     shutil.rmtree(run.folder, ignore_errors=True)  # runs/demo is the demo's own, and trained anew each time
     if train(run).step < run.training.steps:

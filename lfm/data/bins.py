@@ -175,19 +175,20 @@ class BinReader(RowReader):
     def read(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, list[list[int]]]:
         seq_length = self.index.seq_length
         ids = torch.empty(len(rows), seq_length, dtype=torch.int64)
+        table = ids.numpy()
         for i, row in enumerate(rows):
             assert 0 <= row < len(self), f"row {row} of {len(self)}"
-            ids[i] = torch.from_numpy(self._read_window(int(row) * self._stride))
+            table[i] = self._read_window(int(row) * self._stride)
         return ids, [[seq_length] for _ in rows]
 
     def order(self, seed: int, start: int, count: int) -> np.ndarray:
         return random_order(seed, len(self), start, count) if self._random else super().order(seed, start, count)
 
     def _read_window(self, first: int) -> np.ndarray:
-        """`seq_length` ids from the `first`-th on, int64."""
+        """`seq_length` ids from the `first`-th on, as stored."""
         width, count = self._dtype.itemsize, self.index.seq_length
         self._verify(first * width, (first + count) * width)
-        ids = np.frombuffer(self._bytes(first * width, count * width), self._dtype).astype(np.int64)
+        ids = np.frombuffer(self._bytes(first * width, count * width), self._dtype)
         if ids.max() >= self.index.vocab_size:
             where = int(np.argmax(ids >= self.index.vocab_size))
             raise UserError(

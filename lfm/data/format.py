@@ -104,6 +104,20 @@ def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
     return index, shards
 
 
+def split_row(data: bytes, seq_length: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids `[seq_length]` and document lengths of one stored row, without a copy.  Raises ValueError if it is none.
+
+    MDS stores columns by name: the size of doc_lengths in 4 bytes; a byte of (number of axes) * 4 + log2 of the bytes
+    of a length of an axis, which here is one; that length; the values; and then the ids.
+    """
+    ids_bytes = seq_length * np.dtype(dtype).itemsize
+    if len(data) < 5 + ids_bytes or 4 + int.from_bytes(data[:4], "little") + ids_bytes != len(data):
+        raise ValueError(f"{len(data)} bytes are no row of {seq_length} ids")
+    lengths_at, ids_at = 5 + (1 << (data[4] & 3)), len(data) - ids_bytes
+    lengths = np.frombuffer(data, "<i4", offset=lengths_at, count=(ids_at - lengths_at) // 4)
+    return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"), offset=ids_at), lengths
+
+
 class RowWriter:
     """Writes one split.  Until `finish` returns, the folder has no valid index and no reader takes it for a split."""
 

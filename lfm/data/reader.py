@@ -1,16 +1,22 @@
 """Rows of one split by number; those of shards, which are local or reached through a local cache of remote ones.
 
 Nothing damaged is ever read as data: the index has a checksum, every shard's size is checked at open, its whole content
-is hashed when it is first touched, and every row is checked against the index.  Each failure is a UserError that names
-the file.  There are no background processes and no shared memory, so there is nothing to hang and nothing to clean up.
+is hashed when it is first touched and again when the file is another than it was, and every row is checked against the
+index.  Each failure is a UserError that names the file.  There are no background processes and no shared memory, so
+there is nothing to hang and nothing to clean up.
 """
 
 import os
 import threading
-import uuid
+import time
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +25,15 @@ import torch
 import xxhash
 
 from lfm.data import streaming_shim
-from lfm.data.format import HASH, INDEX_NAME, SplitIndex, read_index
-from lfm.data.order import row_order
+from lfm.data.cache import Cache, fetch, remove_abandoned, temporary_name
+from lfm.data.format import HASH, INDEX_NAME, SplitIndex, read_index, split_row
+from lfm.data.order import epoch_permutation, row_order
 from lfm.errors import UserError
+
+_OPEN_FILES = 64
+_OPEN_FILES_OF_A_LIMITED_CACHE = 4
+"""An open file keeps its room on the disk even after it was removed."""
+_ATTEMPTS_TO_OPEN = 5
 
 
 class RowReader(ABC):
@@ -42,13 +54,22 @@ class RowReader(ABC):
 
     def order(self, seed: int, start: int, count: int) -> np.ndarray:
         """Rows at the global sample positions `start .. start + count - 1`, int64 `[count]`: no state but `seed`."""
-        return row_order(seed, len(self), start, count)
+        return row_order(seed, len(self), start, count, self._permutation)
+
+    def identity(self, position: int) -> str:
+        """What a checkpoint remembers of the rows and the order in which the first `position` of them come."""
+        assert position >= 0
+        return self.index.checksum
 
     def num_padding(self, row: int, doc_lengths: Sequence[int]) -> int:
         """How many positions at the end of `row`, which `read` gave with `doc_lengths`, are padding."""
         if self.index.packing == "one_document":
             return len(doc_lengths) - 1
         return self.index.num_padding if row == len(self) - 1 else 0
+
+    @cached_property
+    def _permutation(self) -> Any:
+        return lru_cache(maxsize=2)(epoch_permutation)  # a step may need the end of one epoch and the next
 
 
 @dataclass(frozen=True)
@@ -60,12 +81,31 @@ class _File:
 
 @dataclass
 class _Shard:
+    number: int
     raw: _File
     zip: _File | None
     compression: str | None
-    reader: Any
     lock: threading.Lock = field(default_factory=threading.Lock)
-    verified: bool = False
+    verified: tuple[int, ...] | None = None
+    """`_OpenFile.identity` of the raw file when its hash was found right."""
+
+    @property
+    def files(self) -> list[_File]:
+        return [self.raw, self.zip] if self.zip is not None else [self.raw]
+
+
+class _OpenFile:
+    """A shard's raw file, closed when the last reader lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.ends: np.ndarray | None = None
+        """Where each row begins and the last one ends, int64; known once the content is."""
+
+    @property
+    def status(self) -> os.stat_result:
+        return os.fstat(self.descriptor)
 
 
 class ShardReader(RowReader):
@@ -75,82 +115,163 @@ class ShardReader(RowReader):
     fetched into when first needed; otherwise `folder` must hold all of them.
     """
 
-    def __init__(self, folder: Path | str, *, remote: str | None = None, fetch_timeout_seconds: float = 120.0) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        remote: str | None = None,
+        fetch_timeout_seconds: float = 120.0,
+        cache_limit_bytes: int | None = None,
+    ) -> None:
         """Raises UserError for a missing or damaged index and for a local shard that is missing or of a wrong size."""
         self.folder = Path(folder)
         self._remote = remote
         self._fetch_timeout_seconds = fetch_timeout_seconds
+        self._cache = None
+        remove_abandoned(self.folder)
         if remote is not None:
             _fetch_index(remote, self.folder, fetch_timeout_seconds)
+            try:
+                self._cache = Cache(self.folder, timeout_seconds=fetch_timeout_seconds, limit_bytes=cache_limit_bytes)
+            except OSError as error:
+                raise UserError(f"{self.folder} cannot be a cache ({error}); choose another data.path") from None
         self.index, shards = read_index(self.folder)
-        self._shards = [self._open_shard(shard) for shard in shards]
-        self._first_rows = np.cumsum([0, *(shard["samples"] for shard in shards[:-1])])
+        self._shards = [self._shard(number, entry) for number, entry in enumerate(shards)]
+        self._first_rows = np.cumsum([0, *(shard["samples"] for shard in shards[:-1])]).tolist()
+        self._num_rows = [shard["samples"] for shard in shards]
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._max_open = _OPEN_FILES if cache_limit_bytes is None else _OPEN_FILES_OF_A_LIMITED_CACHE
+        self._lock = threading.Lock()
         for shard in self._shards:
             self._check_sizes(shard)
+        largest = max(sum(file.num_bytes for file in shard.files) for shard in self._shards)
+        if cache_limit_bytes is not None and cache_limit_bytes < 2 * largest:
+            raise UserError(
+                f"data.cache_limit_bytes={cache_limit_bytes} does not hold two shards of {remote or folder}, of "
+                f"up to {largest} bytes each; set it to {2 * largest} or more"
+            )
 
     def read(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, list[list[int]]]:
         ids = torch.empty(len(rows), self.index.seq_length, dtype=torch.int64)
-        doc_lengths = []
-        for i, row in enumerate(rows):
-            row_ids, row_lengths = self._read_row(int(row))
-            ids[i] = torch.from_numpy(row_ids)
-            doc_lengths.append(row_lengths)
-        return ids, doc_lengths
+        table = ids.numpy()
+        return ids, [self._read_row(int(row), table[i]) for i, row in enumerate(rows)]
 
-    def _read_row(self, row: int) -> tuple[np.ndarray, list[int]]:
+    def _read_row(self, row: int, ids: np.ndarray) -> list[int]:
+        """Put the ids of `row` into `ids`; returns its document lengths."""
         assert 0 <= row < len(self), f"row {row} of {len(self)}"
-        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        number = bisect_right(self._first_rows, row) - 1
         shard = self._shards[number]
-        self._verify(shard)
+        file = self._whole_file(shard)
+        assert file.ends is not None
+        begin, end = file.ends[row - self._first_rows[number] :][:2].tolist()
         try:
-            sample = shard.reader.get_item(row - int(self._first_rows[number]))
-        except (OSError, ValueError, IndexError) as error:  # the file was whole when it was verified
-            raise self._damaged(shard.raw.path, f"changed while in use ({error})") from None
-        ids, lengths = sample["ids"].astype(np.int64), sample["doc_lengths"].tolist()
-        if min(lengths) < 1 or sum(lengths) != self.index.seq_length:
+            # Not a memory map: a file that is cut while it is mapped kills the process instead of raising.
+            stored, doc_lengths = split_row(
+                os.pread(file.descriptor, end - begin, begin), self.index.seq_length, self.index.dtype
+            )
+        except (OSError, ValueError) as error:
+            raise self._damaged(shard.raw.path, f"has no readable row {row} ({error})") from None
+        lengths = doc_lengths.tolist()
+        if not lengths or min(lengths) < 1 or sum(lengths) != self.index.seq_length:
             what = f"has document lengths in row {row} that do not add up to seq_length={self.index.seq_length}"
             raise self._damaged(shard.raw.path, what)
-        if ids.max() >= self.index.vocab_size:
-            what = f"has id {ids.max()} in row {row}, past vocab_size={self.index.vocab_size}"
+        largest = stored.max()
+        if largest >= self.index.vocab_size:
+            what = f"has id {largest} in row {row}, past vocab_size={self.index.vocab_size}"
             raise self._damaged(shard.raw.path, what)
-        return ids, lengths
+        ids[:] = stored
+        return lengths
 
-    def _open_shard(self, entry: dict[str, Any]) -> _Shard:
+    def _shard(self, number: int, entry: dict[str, Any]) -> _Shard:
         def file(info: dict[str, Any]) -> _File:
             return _File(self.folder / info["basename"], info["bytes"], info["hashes"][HASH])
 
         zipped = file(entry["zip_data"]) if entry["zip_data"] else None
-        reader = streaming_shim.make_shard_reader(self.folder, entry)
-        return _Shard(file(entry["raw_data"]), zipped, entry["compression"], reader)
+        return _Shard(number, file(entry["raw_data"]), zipped, entry["compression"])
 
     def _check_sizes(self, shard: _Shard) -> None:
-        """Missing and cut files show in a stat, before any training; flipped bytes show in `_verify`."""
+        """Missing and cut files show in a stat, before any training; flipped bytes show in `_whole_file`."""
         present = False
-        for file in (shard.raw, shard.zip):
-            if file is not None and file.path.exists():
-                present = True
-                self._check_size(file, file.path)
+        for file in shard.files:
+            try:
+                size = file.path.stat().st_size
+            except FileNotFoundError:  # or removed from the cache by another process just now
+                continue
+            present = True
+            self._check_size(file, size)
         if not present and self._remote is None:
             raise self._damaged((shard.zip or shard.raw).path, "is missing")
 
-    def _verify(self, shard: _Shard) -> None:
-        """Make sure that the raw file of `shard` is there and is, byte for byte, what was written."""
+    def _whole_file(self, shard: _Shard) -> _OpenFile:
+        """The raw file of `shard`, which is there and is, byte for byte, what was written."""
+        with self._lock:
+            file = self._open.get(shard.number)
+            if file is not None:
+                self._open.move_to_end(shard.number)
+        if file is not None and shard.verified == _identity(status := file.status) and self._is_in_place(status):
+            return file
         with shard.lock:
-            if shard.verified:
-                return
             try:
-                if shard.raw.path.exists():
-                    self._check_content(shard.raw, shard.raw.path)
-                elif shard.zip is not None:
-                    self._obtain(shard.zip)
-                    self._decompress(shard, shard.zip)
-                else:
-                    self._obtain(shard.raw)
+                file = self._verified(shard)
             except OSError as error:
                 raise UserError(
                     f"shard {shard.raw.path} cannot be prepared ({error}); check access to and room in {self.folder}"
                 ) from None
-            shard.verified = True
+            with self._lock:
+                self._open[shard.number] = file
+                self._open.move_to_end(shard.number)
+                while len(self._open) > self._max_open:
+                    self._open.popitem(last=False)
+            return file
+
+    def _is_in_place(self, status: os.stat_result) -> bool:
+        """Removing a file is no damage to one who has it open, and in a cache it is only to make room."""
+        return self._remote is not None or status.st_nlink > 0
+
+    def _verified(self, shard: _Shard) -> _OpenFile:
+        file = self._opened(shard)
+        identity = _identity(file.status)
+        if shard.verified != identity:
+            since = "changed while in use and " if shard.verified else ""
+            self._check_content(shard.raw, file.descriptor, since=since)
+        shard.verified = identity
+        num_rows = self._num_rows[shard.number]
+        file.ends = np.frombuffer(os.pread(file.descriptor, 4 * (num_rows + 1), 4), "<u4").astype(np.int64)
+        return file
+
+    def _opened(self, shard: _Shard) -> _OpenFile:
+        for _ in range(_ATTEMPTS_TO_OPEN):
+            try:
+                if not shard.raw.path.exists():
+                    self._make(shard)
+                file = _OpenFile(shard.raw.path)
+            except FileNotFoundError:
+                if self._cache is None:
+                    raise
+                continue  # another process needed the room
+            if self._cache is not None:
+                # For `make_room`; when the file was last written to stays known.
+                os.utime(file.descriptor, ns=(time.time_ns(), file.status.st_mtime_ns))
+            return file
+        raise UserError(
+            f"shard {shard.raw.path} is removed by other processes as fast as it is fetched; "
+            "raise data.cache_limit_bytes"
+        )
+
+    def _make(self, shard: _Shard) -> None:
+        """Fetch or decompress the raw file, or wait for another process of the node that does."""
+        if shard.verified and self._remote is None and shard.zip is None:
+            raise self._damaged(shard.raw.path, "changed while in use and is missing")
+        with self._cache.alone(shard.number) if self._cache is not None else nullcontext():
+            if shard.raw.path.exists():
+                return
+            if self._cache is not None:
+                need = sum(file.num_bytes for file in shard.files if not file.path.exists())
+                others = [[file.path for file in other.files] for other in self._shards if other is not shard]
+                self._cache.make_room(need, others)
+            self._obtain(shard.zip or shard.raw)
+            if shard.zip is not None:
+                self._decompress(shard, shard.zip)
 
     def _obtain(self, file: _File) -> None:
         """Check the local file, or fetch it from the remote."""
@@ -169,7 +290,7 @@ class ShardReader(RowReader):
     def _decompress(self, shard: _Shard, zipped: _File) -> None:
         assert shard.compression is not None
         data = streaming_shim.decompress(shard.compression, zipped.path.read_bytes())
-        temporary = _temporary(shard.raw.path)
+        temporary = temporary_name(shard.raw.path)
         try:
             temporary.write_bytes(data)
             self._check_content(shard.raw, temporary)
@@ -177,21 +298,17 @@ class ShardReader(RowReader):
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _check_size(self, file: _File, path: Path) -> None:
-        size = path.stat().st_size
+    def _check_size(self, file: _File, size: int, *, since: str = "", fetched: bool = False) -> None:
         if size != file.num_bytes:
-            raise self._damaged(file.path, f"has {size} bytes instead of {file.num_bytes}", fetched=path != file.path)
+            raise self._damaged(file.path, f"{since}has {size} bytes instead of {file.num_bytes}", fetched=fetched)
 
-    def _check_content(self, file: _File, path: Path) -> None:
-        """Compare `path`, which is `file` or a temporary copy of it, with what the index says of `file`."""
-        self._check_size(file, path)
-        digest = xxhash.xxh64()
-        with open(path, "rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != file.xxh64:
-            what = f"is damaged: its {HASH} is not the one in {INDEX_NAME}"
-            raise self._damaged(file.path, what, fetched=path != file.path)
+    def _check_content(self, file: _File, path: Path | int, *, since: str = "") -> None:
+        """Compare `path`, which is `file`, open or not, or a temporary copy, with what the index says of `file`."""
+        fetched = isinstance(path, Path) and path != file.path
+        self._check_size(file, os.stat(path).st_size, since=since, fetched=fetched)
+        if hash_file(path) != file.xxh64:
+            what = f"{since}is damaged: its {HASH} is not the one in {INDEX_NAME}"
+            raise self._damaged(file.path, what, fetched=fetched)
 
     def _damaged(self, path: Path, what: str, *, fetched: bool = False) -> UserError:
         if self._remote is None:
@@ -203,41 +320,19 @@ class ShardReader(RowReader):
         return UserError(f"shard {path} {what}; {way_out}")
 
 
-def fetch(
-    remote: str, local: Path, timeout_seconds: float, *, check: Callable[[Path], None] = lambda fetched: None
-) -> None:
-    """Copy one remote file to `local`, which appears whole and after `check` of the temporary copy, or not at all.
+def hash_file(path: Path | int) -> str:
+    """xxh64 of the content of a path or descriptor."""
+    digest = xxhash.xxh64()
+    with open(path, "rb", closefd=isinstance(path, Path)) as opened:
+        opened.seek(0)
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
-    Raises UserError naming `remote` if that fails or takes too long.
-    """
-    temporary = _temporary(local)
-    failure: list[BaseException] = []
 
-    def work() -> None:
-        try:
-            local.parent.mkdir(parents=True, exist_ok=True)
-            streaming_shim.download(remote, temporary, timeout_seconds)
-        except BaseException as error:
-            failure.append(error)
-
-    # A daemon thread, because not every downloader heeds its timeout and a dead mount blocks for ever: the process
-    # must be able to report the file and exit while the thread still hangs.
-    thread = threading.Thread(target=work, daemon=True, name=f"fetch {remote}")
-    thread.start()
-    thread.join(timeout_seconds)
-    try:
-        if thread.is_alive():
-            raise UserError(
-                f"{remote} was not fetched within fetch_timeout_seconds={timeout_seconds:g}; "
-                "check the connection or allow more time"
-            )
-        if failure:
-            reason = " ".join(str(failure[0]).split()) or type(failure[0]).__name__
-            raise UserError(f"{remote} cannot be fetched ({reason}); check data.remote and the access to it")
-        check(temporary)
-        os.replace(temporary, local)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Changes when the file is replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _fetch_index(remote: str, folder: Path, timeout_seconds: float) -> None:
@@ -249,8 +344,3 @@ def _fetch_index(remote: str, folder: Path, timeout_seconds: float) -> None:
             raise UserError(f"{folder} caches another data set than {remote}; delete it or choose another data.path")
 
     fetch(f"{remote}/{INDEX_NAME}", cached, timeout_seconds, check=check)
-
-
-def _temporary(path: Path) -> Path:
-    """A name beside `path` that no other thread, process or machine uses."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

@@ -1,47 +1,170 @@
 """From a data set folder to the rows of each optimizer step, in an order that survives every restart."""
 
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from typing_extensions import Self
 
 from lfm.config import Config
 from lfm.data.bins import BIN_NAMES, BinReader
+from lfm.data.cache import fetch
 from lfm.data.format import INDEX_NAME, SPLITS, TOKENIZER_NAME, Split
-from lfm.data.reader import RowReader, ShardReader, fetch
+from lfm.data.mix import LONGEST_CYCLE, MixedReader, Segment, cycle_parts
+from lfm.data.reader import RowReader, ShardReader
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 
 Batch = tuple[torch.Tensor, list[list[int]]]
+Windows = Literal["sequential", "random"]
+Proportion = Annotated[float, Field(ge=0)]
+
+
+class StreamConfig(Config):
+    """One of several data sets that are mixed."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """In messages and in the names of its metrics."""
+    path: str
+    """As data.path."""
+    remote: str | None = None
+    """As data.remote."""
+    windows: Windows = "sequential"
+    """As data.windows."""
+    proportion: Proportion | dict[NonNegativeInt, Proportion]
+    """Its share of the rows, over the sum of all streams' numbers; or `{step: number, ...}`, each from that optimizer
+    step on, and 0 before the first."""
+
+    def proportion_at(self, step: int) -> float:
+        """Of optimizer step `step`, counted from 0."""
+        if not isinstance(self.proportion, dict):
+            return self.proportion
+        begun = [begin for begin in self.proportion if begin <= step]
+        return self.proportion[max(begun)] if begun else 0.0
 
 
 class DataConfig(Config):
     """Where the rows come from."""
 
-    path: str
+    path: str | None = None
     """Data set folder: shards, or train.bin and val.bin; with `remote`, the local folder that caches it."""
     remote: str | None = None
     """URL or path of the data set (s3://, gs://, hf://, ...) to fetch shards from; null reads `path` alone."""
-    windows: Literal["sequential", "random"] = "sequential"
+    windows: Windows = "sequential"
     """Rows of train.bin: one window after the other, or windows at random places; val.bin is always sequential."""
+    streams: tuple[StreamConfig, ...] = ()
+    """Several data sets in given proportions, in place of `path`."""
     prefetch_threads: Annotated[int, Field(ge=0, le=16)] = 2
     """Threads that read ahead; 0 reads in the training loop."""
     prefetch_steps: PositiveInt = 4
     """How many optimizer steps the threads read ahead."""
     fetch_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
     """Longest time for one remote file; exceeding it ends the run with the file's name."""
+    cache_limit_bytes: PositiveInt | None = None
+    """Room for fetched shards of one split in `path`; those not opened for longest are removed.  null: no limit."""
     allow_smaller_tokenizer: bool = False
     """Accept a tokenizer with fewer ids than the model's vocab_size (the rest of the embedding is then untrained)."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.streams:
+            if self.path is None:
+                raise ValueError("one of path and streams is needed; set data.path to a data set folder")
+            return self
+        if self.path is not None or self.remote is not None or self.windows != "sequential":
+            raise ValueError(
+                f"streams has {len(self.streams)} entries, so path={self.path}, remote={self.remote} and "
+                f"windows={self.windows} have no meaning; set path=null and give the others in each stream"
+            )
+        names = [stream.name for stream in self.streams]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"streams has two entries of name={name}; give each another")
+        for step in self.steps_of_change:
+            if not sum(stream.proportion_at(step) for stream in self.streams) > 0:
+                raise ValueError(f"the proportions of all streams are 0 from step {step} on; give one of them a part")
+        return self
+
+    @property
+    def steps_of_change(self) -> list[int]:
+        """Optimizer steps from which proportions hold, in order; 0 is the first."""
+        given = [stream.proportion for stream in self.streams if isinstance(stream.proportion, dict)]
+        return sorted({0}.union(*given))
+
+    @property
+    def sources(self) -> "dict[str, DataConfig]":
+        """The config of each stream alone, by its name; of a single data set, which has no name, under ''."""
+        if not self.streams:
+            return {"": self}
+        common = {key: value for key, value in self if key not in ("streams", "path", "remote", "windows")}
+        return {s.name: DataConfig(path=s.path, remote=s.remote, windows=s.windows, **common) for s in self.streams}
+
+
+def open_training(config: DataConfig, *, seq_length: int, vocab_size: int, rows_per_step: int) -> RowReader:
+    """The training rows, mixed if there are several streams.
+
+    `rows_per_step` says at which row a step begins that changes proportions.  Raises UserError as `open_split` does,
+    and for streams of different tokenizers.
+    """
+    readers = {
+        name: open_split(source, "train", seq_length=seq_length, vocab_size=vocab_size)
+        for name, source in config.sources.items()
+    }
+    if not config.streams:
+        return readers[""]
+    _check_tokenizers(config, readers)
+    segments = []
+    for step in config.steps_of_change:
+        weights = [stream.proportion_at(step) for stream in config.streams]
+        parts = cycle_parts(weights)
+        for stream, weight, part in zip(config.streams, weights, parts, strict=True):
+            if weight > 0 and part == 0:
+                raise UserError(
+                    f"proportion={weight:g} of the stream {stream.name} is less than one row in {LONGEST_CYCLE} from "
+                    f"step {step} on; raise it or set it to 0"
+                )
+        segments.append(Segment(step * rows_per_step, parts))
+    return MixedReader(list(readers.values()), segments)
+
+
+def open_validation(config: DataConfig, *, seq_length: int, vocab_size: int) -> dict[str, RowReader]:
+    """The validation split of each stream by its name; of a single data set under ''."""
+    readers = {
+        name: open_split(source, "validation", seq_length=seq_length, vocab_size=vocab_size)
+        for name, source in config.sources.items()
+    }
+    _check_tokenizers(config, readers)
+    return readers
+
+
+def open_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that made all ids, once the splits are open."""
+    first = next(iter(config.sources.values()))
+    assert first.path is not None
+    return Tokenizer.from_file(Path(first.path).expanduser() / TOKENIZER_NAME)
+
+
+def _check_tokenizers(config: DataConfig, readers: dict[str, RowReader]) -> None:
+    """All streams must have the first one's."""
+    first, *others = readers
+    for name in others:
+        if readers[name].index.tokenizer_sha256 != readers[first].index.tokenizer_sha256:
+            raise UserError(
+                f"the stream {name} ({config.sources[name].path}) is of another tokenizer than the stream {first} "
+                f"({config.sources[first].path}); prepare one of them again with the other's tokenizer.json"
+            )
+
 
 def open_split(config: DataConfig, split: Split, *, seq_length: int, vocab_size: int) -> RowReader:
-    """The reader of one split, after checking that it fits the model and that its tokenizer.json made its ids.
+    """The reader of one split of one data set, after checking that it fits the model and its tokenizer.json.
 
     Raises UserError for a missing folder, another seq_length, a vocabulary that does not fit, a foreign tokenizer.
     """
+    assert config.path is not None, "streams are opened by open_training and open_validation"
     root = Path(config.path).expanduser()
     if any((root / name).exists() for name in BIN_NAMES.values()):
         reader = _open_bins(config, root, split, seq_length)
@@ -76,7 +199,7 @@ def _open_shards(config: DataConfig, root: Path, split: Split, seq_length: int) 
     folder = root / split
     remote = config.remote.rstrip("/") if config.remote is not None else None
     if remote is None and not (folder / INDEX_NAME).exists():
-        missing = f"holds no {split} split" if root.exists() else "does not exist"
+        missing = f"holds no {split}/{INDEX_NAME}" if root.exists() else "does not exist"
         raise UserError(
             f"data.path={config.path} {missing}; make it with "
             f"`python -m data_pipeline.prepare --config configs/data/NAME.yaml output={config.path}`"
@@ -87,7 +210,10 @@ def _open_shards(config: DataConfig, root: Path, split: Split, seq_length: int) 
             "fixed; set data.windows=sequential"
         )
     reader = ShardReader(
-        folder, remote=remote and f"{remote}/{split}", fetch_timeout_seconds=config.fetch_timeout_seconds
+        folder,
+        remote=remote and f"{remote}/{split}",
+        fetch_timeout_seconds=config.fetch_timeout_seconds,
+        cache_limit_bytes=config.cache_limit_bytes,
     )
     index = reader.index
     if index.seq_length != seq_length:
@@ -127,6 +253,8 @@ class BatchStream:
         """
         self.position = start_row
         """Rows handed out so far by all steps, over all epochs; those read ahead do not count."""
+        self.wait_seconds = 0.0
+        """Time that `next` has taken."""
         self._reader = reader
         self._seed = seed
         self._rows_per_step = rows_per_step
@@ -141,6 +269,7 @@ class BatchStream:
         Raises UserError for damaged data, at the step that needs it whatever the number of threads, and again at each
         further call: a step is never skipped.
         """
+        start_time = time.perf_counter()
         if self._threads is None:
             batch = self._read(self.position)
         else:
@@ -150,11 +279,16 @@ class BatchStream:
             batch = self._ahead[0].result()
             self._ahead.popleft()
         self.position += self._rows_per_step
+        self.wait_seconds += time.perf_counter() - start_time
         return batch
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain values, from which `resume_row` finds the place again."""
-        return {"position": self.position, "seed": self._seed, "data_checksum": self._reader.index.checksum}
+    def state(self, position: int | None = None) -> dict[str, Any]:
+        """What a checkpoint keeps: plain values, from which `resume_row` finds the place again.
+
+        `position`: of an earlier place, when what was handed out last was not used.
+        """
+        position = self.position if position is None else position
+        return {"position": position, "seed": self._seed, "data_checksum": self._reader.identity(position)}
 
     def close(self) -> None:
         """Stop reading ahead, after the reads under way.  The stream cannot be used afterwards."""
@@ -172,7 +306,12 @@ def resume_row(state: dict[str, Any], reader: RowReader, *, seed: int) -> int:
     """
     if state["seed"] != seed:
         raise UserError(f"the checkpoint's data order has seed={state['seed']}, the run has seed={seed}; use the same")
-    if state["data_checksum"] != reader.index.checksum:
+    if state["data_checksum"] != reader.identity(state["position"]):
+        if isinstance(reader, MixedReader):
+            raise UserError(
+                f"data.streams or their proportions before row {state['position']} of the run are not those that the "
+                "checkpoint was trained on; restore them, with the data sets, and change later steps only"
+            )
         raise UserError(
             f"{reader.folder} is not the data set the checkpoint was trained on, or is read in other rows; point "
             "data.path at that one and keep data.windows and seq_length"

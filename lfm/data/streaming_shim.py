@@ -29,18 +29,14 @@ def make_writer(
     )
 
 
-def make_shard_reader(folder: Path, shard: dict[str, Any]) -> Any:
-    """The reader of one `shards` entry of index.json; `get_item(i)` decodes row i from the raw file in `folder`."""
-    return _load("streaming.base.format").reader_from_json(str(folder), None, shard)
-
-
 def decompress(algorithm: str, data: bytes) -> bytes:
     """Undo the writer's `compression`.  Raises whatever the algorithm raises on damaged data."""
     return _load("streaming.base.compression").decompress(algorithm, data)
 
 
 def download(remote: str, local: Path, timeout_seconds: float) -> None:
-    """Copy one remote file (s3://, gs://, hf://, a plain path, ...) to `local`.  Not every scheme heeds the timeout."""
+    """Copy one remote file (s3://, hf://, file://, a path, ...) to `local`.  Not every scheme heeds the timeout."""
+    remote = remote.removeprefix("file://")
     _load("streaming.base.storage.download").CloudDownloader.direct_download(remote, str(local), timeout_seconds)
 
 
@@ -59,6 +55,8 @@ def _load(name: str) -> ModuleType:
             bare.__path__ = [str(folder)]
             sys.modules[package] = bare
         try:
+            # First of all: its submodules import each other in a circle, which closes from any other point.
+            importlib.import_module("streaming.base.format")
             return importlib.import_module(name)
         finally:
             for package in _PACKAGES:

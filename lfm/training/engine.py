@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lfm.data.consumed import rows_digest
 from lfm.errors import NonFiniteError
 from lfm.kernels.reservoir import RecurrenceStats, next_warmup
 from lfm.layers.documents import Documents
@@ -45,6 +46,8 @@ class StepResult:
     """Share of reservoir activations with |tanh| > 0.95, by layer."""
     repair_passes: int
     fallbacks: int
+    digest: int
+    """`rows_digest` of all rows of the step, of the tensors that the model was given."""
 
 
 Read = Callable[[Mapping[str, Tensor]], None]
@@ -265,6 +268,7 @@ class LocalEngine(Engine):
     def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
         self.model.train()
         documents = Documents.from_lengths(lengths, self.device)
+        digest = rows_digest(ids, lengths)
         ids = ids.to(self.device, non_blocking=True)
         rows, labels = len(ids), max(1, documents.num_labels)
         sums: list[Tensor] = []
@@ -301,6 +305,7 @@ class LocalEngine(Engine):
             num_labels=documents.num_labels,
             attended_pairs=documents.attended_pairs,
             load=torch.stack(loads).sum(0).tolist() if loads else [],
+            digest=digest,
             **self._watch_reservoirs(recurrences),
         )
 

@@ -60,6 +60,16 @@ class HeldOut:
         return float(-(counts * np.log2(counts / counts.sum())).sum() / text_bytes)
 
 
+def together(parts: Sequence[HeldOut]) -> HeldOut:
+    """The sums over all parts: each label counts once, wherever it is."""
+    return HeldOut(
+        nats=sum(part.nats for part in parts),
+        labels=sum(part.labels for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        token_counts=np.sum([part.token_counts for part in parts], axis=0),
+    )
+
+
 def evaluate(
     score: Score, rows: RowReader, *, max_rows: int | None = None, batch_rows: int = 8, ranks: Ranks | None = None
 ) -> HeldOut:

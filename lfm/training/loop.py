@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from lfm.data.consumed import START, Consumed, ConsumedRecord, chained
 from lfm.data.reader import RowReader
-from lfm.data.stream import BatchStream, open_split, resume_row
+from lfm.data.stream import BatchStream, open_tokenizer, open_training, open_validation, resume_row
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import NonFiniteError, ProcessError, UserError
 from lfm.files import write_durably
@@ -30,7 +31,7 @@ from lfm.parallel.ranks import Ranks
 from lfm.parallel.watch import Watch, watched
 from lfm.training import checkpoint
 from lfm.training.engine import Engine, LocalEngine
-from lfm.training.evaluate import evaluate
+from lfm.training.evaluate import HeldOut, evaluate, together
 from lfm.training.metrics import Metrics, Speed, say, show, training_record
 from lfm.training.run import RunConfig, owning_folder, write_run_files
 from lfm.training.saver import Saver
@@ -50,6 +51,8 @@ class Progress:
     tokens: int = 0
     best_validation: float = math.inf
     validations_without_gain: int = 0
+    chain: str = START
+    """Of the digests of all steps so far: what they consumed."""
 
 
 def train(run: RunConfig, process: Process | None = None, layout: Layout | None = None) -> Progress:
@@ -160,9 +163,10 @@ def _train(
     make_engine: Callable[[RunConfig, torch.device, Watch], Engine],
 ) -> Progress:
     watch.phase("opening data and checkpoint", allow_seconds=_SAVING_SECONDS)
-    rows = open_split(run.data, "train", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
-    held_out = open_split(run.data, "validation", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
-    tokenizer = Tokenizer.from_file(Path(run.data.path).expanduser() / "tokenizer.json")
+    sizes = {"seq_length": run.model.seq_length, "vocab_size": run.model.vocab_size}
+    rows = open_training(run.data, **sizes, rows_per_step=run.training.global_batch_size)
+    held_out = open_validation(run.data, **sizes)
+    tokenizer = open_tokenizer(run.data)
     prompts = [tokenizer.encode_prompt(prompt) for prompt in run.samples.prompts]
     check_prompts(prompts, run.model.context_limit)
     start, weights = _starting_point(run, rows, ranks), _starting_weights(run, ranks)
@@ -178,6 +182,8 @@ def _train(
     engine = make_engine(run, device, watch)
     progress = _restore(run, engine, start, weights, ranks)
     log = Metrics(run.logging, run.folder, name=run.folder.name, resumed_step=progress.step) if ranks.is_main else None
+    done = {"resumed_step": progress.step, "chain": progress.chain}
+    consumed = ConsumedRecord(run.folder, **done) if ranks.is_main else None
     global_batch_size = run.training.global_batch_size
     stream = BatchStream(
         rows,
@@ -205,10 +211,12 @@ def _train(
             "config": run.model_dump(mode="json"),
             "progress": asdict(progress) | {"best_validation": _finite(progress.best_validation)},
             "counters": engine.counters(),
-            "data": stream.state() | {"position": position},
+            "data": stream.state(position),
             "rng": checkpoint.rng_state(device),
         }
         start = time.perf_counter()
+        if consumed is not None:
+            consumed.sync()
         saver.wait()  # the engine may give the same host memory again
         share = engine.share()
         saver.save(progress.step, share, manifest, tokenizer.definition, owned=engine.share_is_fresh, best=best)
@@ -245,6 +253,9 @@ def _train(
             tokens = global_batch_size * ids.shape[1]
             progress.step += 1
             progress.tokens += tokens
+            progress.chain = chained(progress.chain, progress.step, result.digest)
+            if consumed is not None:
+                consumed.add(Consumed(progress.step, result.digest, progress.chain))
             speed.add(tokens, result.attended_pairs)
             window.append(result.cross_entropy)
             bar.update()
@@ -257,6 +268,9 @@ def _train(
                 following = min(progress.step, run.training.steps - 1)
                 next_lr = run.optimizer.lr * lr_factor(run.schedule, following, run.training.steps)
                 record |= {"mean_cross_entropy": statistics.mean(window), "next_lr": next_lr}
+                waited = ranks.largest(int(1e6 * stream.wait_seconds)) / 1e6 / len(window)  # of the slowest process
+                record |= {"data_wait_seconds": waited}
+                stream.wait_seconds = 0.0
                 window.clear()
                 record |= training_record(result) | speed.measure((run.training.steps - progress.step) * tokens, memory)
                 if stalls:  # how long training was held, and the last save that is whole took
@@ -390,15 +404,22 @@ def _restore(
     return Progress()
 
 
-def _validate(run: RunConfig, engine: Engine, held_out: RowReader, progress: Progress, ranks: Ranks) -> dict[str, Any]:
-    """Mean cross entropy over the first rows of the validation split; keeps count for early stopping."""
+def _validate(
+    run: RunConfig, engine: Engine, held_out: dict[str, RowReader], progress: Progress, ranks: Ranks
+) -> dict[str, Any]:
+    """Mean cross entropy over the first rows of every stream's validation split; keeps count for early stopping."""
     batch = engine.rows_a_round
-    by_mode = {}
+    by_mode: dict[str, HeldOut] = {}
+    by_stream: dict[str, HeldOut] = {}
     for mode in engine.evaluation_modes or ("",):
         with engine.evaluating(mode):
-            by_mode[mode] = evaluate(
-                engine.evaluate, held_out, max_rows=run.validation.max_rows, batch_rows=batch, ranks=ranks
-            )
+            parts = {
+                name: evaluate(engine.evaluate, rows, max_rows=run.validation.max_rows, batch_rows=batch, ranks=ranks)
+                for name, rows in held_out.items()
+            }
+        by_mode[mode] = together(list(parts.values()))
+        if mode == engine.evaluation_mode and len(parts) > 1:
+            by_stream = parts
     found = by_mode[engine.evaluation_mode]
     loss = found.loss
     if loss < progress.best_validation:
@@ -416,6 +437,7 @@ def _validate(run: RunConfig, engine: Engine, held_out: RowReader, progress: Pro
         "validation_perplexity": math.exp(min(loss, 700)),
         "validation_labels": found.labels,
         **{f"validation_loss_{mode}": other.loss for mode, other in by_mode.items() if mode},
+        **{f"validation_loss_of_{name}": part.loss for name, part in by_stream.items()},
     }
 
 

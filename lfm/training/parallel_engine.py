@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from lfm.data.consumed import rows_digest
 from lfm.errors import NonFiniteError
 from lfm.layers.documents import Documents
 from lfm.layers.liquid import Liquid
@@ -39,6 +40,7 @@ from lfm.training.optimizer import OptimizerConfig
 
 _BATCH_BYTES = 2**30
 """Host memory for tensors on their way from a checkpoint into the partitions."""
+_PIECES = (0, 16, 32, 48)
 
 
 class ParallelEngine(Engine):
@@ -240,8 +242,9 @@ class ParallelEngine(Engine):
                 balance=layout.data * self.config.moe_aux_loss_coeff / rows,
                 z=layout.data * self.config.moe_z_loss_coeff / rows,
             )
+        digest = rows_digest(ids, lengths, first=self.rows_of_step(rows).start)
         self._run(micro_batches, forward_only=False)
-        return self._result(documents, num_labels, rows)
+        return self._result(documents, num_labels, rows, digest)
 
     def _micro_batches(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[list[MicroBatch], Documents]:
         documents = Documents.from_lengths(lengths, self.device)
@@ -267,7 +270,7 @@ class ParallelEngine(Engine):
         dist.all_reduce(total, group=self.groups.data)
         return int(total)
 
-    def _result(self, documents: Documents, num_labels: int, rows: int) -> StepResult:
+    def _result(self, documents: Documents, num_labels: int, rows: int, digest: int) -> StepResult:
         self.phase("sums over all processes")
         config = self.config
         table = self._loss_table().double().cpu()
@@ -294,7 +297,10 @@ class ParallelEngine(Engine):
             "repairs": sum(s.repair_passes + s.backward_repair_passes for s in every),
             "fallbacks": sum(int(s.fell_back) + int(s.backward_fell_back) for s in every),
         }
+        # In pieces of 16 bits, which a sum of doubles keeps exactly.
+        pieces = torch.tensor([float(digest >> bits & 0xFFFF) for bits in _PIECES])
         sums = {"losses": table.sum(0), "saturation": saturation, "load": load}
+        sums["digest"] = pieces * (self.groups.pipeline.rank() == 0)
         sums |= {name: torch.tensor(float(value)) for name, value in counts.items()}
         # Tensor-parallel processes have the same of everything: one of them counts.
         counts_here = self.groups.tensor.rank() == 0
@@ -315,6 +321,7 @@ class ParallelEngine(Engine):
             saturation=dict(zip(config.liquid_layers, sums["saturation"].tolist(), strict=True)),
             repair_passes=int(sums["repairs"]),
             fallbacks=int(sums["fallbacks"]),
+            digest=sum(int(p) << bits for p, bits in zip(sums["digest"].tolist(), _PIECES, strict=True)) % 2**64,
         )
 
     def _over_all(self, operation: Any, **named: Tensor) -> dict[str, Tensor]:

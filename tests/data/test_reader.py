@@ -1,6 +1,7 @@
 """Every kind of damage ends in an error that names the shard: never in silence, a shorter epoch or a hang."""
 
 import json
+import os
 import shutil
 import socket
 import time
@@ -186,6 +187,60 @@ def test_a_plain_mds_folder_is_an_error(tmp_path):
     writer.finish()
     with pytest.raises(UserError, match=r"was not made by data_pipeline\.prepare"):
         ShardReader(tmp_path / "train")
+
+
+@pytest.mark.parametrize("vocab_size, lengths", [(300, [8]), (70_000, [1] * 300 + [20]), (300, [100, 220])])
+def test_rows_are_those_of_mds_own_reader(vocab_size, lengths, tmp_path):
+    seq_length = sum(lengths)
+    writer = RowWriter(
+        tmp_path / "train", seq_length=seq_length, vocab_size=vocab_size, shard_bytes=10_000, compression=None
+    )
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        writer.write(random.integers(0, vocab_size, seq_length), lengths)
+    writer.finish(
+        split="train", eod_id=0, tokenizer_sha256="", num_tokens=8, num_padding=0, num_documents=1, text_bytes=7
+    )
+    reader = ShardReader(tmp_path / "train")
+    ids, found = reader.read(range(20))
+    want = []
+    for shard in json.loads((tmp_path / "train" / INDEX_NAME).read_bytes())["shards"]:
+        mds = streaming_shim._load("streaming.base.format").reader_from_json(str(tmp_path / "train"), None, shard)
+        want += [mds.get_item(i) for i in range(shard["samples"])]
+    assert found == [row["doc_lengths"].tolist() for row in want] == [lengths] * 20
+    assert np.array_equal(ids.numpy(), np.stack([row["ids"] for row in want])) and ids.dtype == torch.int64
+
+
+def test_a_shard_written_to_in_place_while_in_use_is_hashed_again(data_set):
+    reader = ShardReader(data_set / "train")
+    want = reader.read(range(len(reader)))
+    path = data_set / "train" / "shard.00001.mds"
+    content = path.read_bytes()
+    os.utime(path)
+    assert torch.equal(reader.read(range(len(reader)))[0], want[0])
+    with open(path, "r+b") as file:
+        file.write(bytes([content[0] ^ 1]))
+    with pytest.raises(UserError, match=r"shard\.00001\.mds changed while in use and is damaged: its xxh64"):
+        reader.read(range(len(reader)))
+    path.write_bytes(content)
+    assert torch.equal(reader.read(range(len(reader)))[0], want[0])
+
+
+def test_one_process_reads_20_million_tokens_a_second(tmp_path):
+    writer = RowWriter(tmp_path / "train", seq_length=8192, vocab_size=128256, shard_bytes=1 << 22, compression=None)
+    random = np.random.default_rng(0)
+    for _ in range(256):
+        writer.write(random.integers(0, 128256, 8192), [4000, 4192])
+    writer.finish(
+        split="train", eod_id=0, tokenizer_sha256="", num_tokens=8, num_padding=0, num_documents=1, text_bytes=7
+    )
+    stream = BatchStream(ShardReader(tmp_path / "train"), seed=0, rows_per_step=16)
+    rates = []
+    for _ in range(64):  # the fastest of many: what a busy machine took away is not the reader's
+        start = time.perf_counter()
+        ids, _ = stream.next()
+        rates.append(ids.numel() / (time.perf_counter() - start))
+    assert max(rates) > 20e6
 
 
 def test_data_set_in_the_tests_has_several_shards_and_all_of_its_vocabulary(raw_data_set):

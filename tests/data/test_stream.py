@@ -108,6 +108,16 @@ def test_process_with_a_stream_left_open_ends(raw_data_set):
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
+def test_a_fresh_process_reads_a_remote_data_set(zstd_data_set, tmp_path):
+    program = (
+        "from lfm.data.reader import ShardReader\n"
+        f"reader = ShardReader({str(tmp_path / 'cache')!r}, remote='file://{zstd_data_set / 'train'}')\n"
+        "print(reader.read([0])[0].shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"torch.Size([1, {SEQ_LENGTH}])\n", "")
+
+
 def test_open_split_reads_a_good_data_set_locally_and_through_a_cache(raw_data_set, tmp_path):
     local = open_split(DataConfig(path=str(raw_data_set)), "train", **SIZES)
     config = DataConfig(path=str(tmp_path / "cache"), remote=f"{raw_data_set}/")

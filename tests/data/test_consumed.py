@@ -1,0 +1,96 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lfm.data.consumed import CONSUMED_NAME, START, Consumed, ConsumedRecord, chained, read_record, rows_digest
+from lfm.errors import UserError
+
+
+def a_step(num_rows=6, T=5):
+    ids = torch.arange(num_rows * T).view(num_rows, T)
+    return ids, [[T - 2, 2] for _ in range(num_rows)]
+
+
+def write(folder, digests, *, start=0, chain=START):
+    record = ConsumedRecord(folder, resumed_step=start, chain=chain)
+    for step, digest in enumerate(digests, start=start + 1):
+        chain = chained(chain, step, digest)
+        record.add(Consumed(step, digest, chain))
+    record.sync()
+    return chain
+
+
+@given(st.lists(st.integers(0, 6), max_size=4))
+def test_a_step_has_one_digest_however_it_is_cut(cuts):
+    ids, lengths = a_step()
+    bounds = [0, *sorted(cuts), 6]
+    parts = [rows_digest(ids[a:b], lengths[a:b], first=a) for a, b in pairwise(bounds)]
+    assert sum(parts) % 2**64 == rows_digest(ids, lengths)
+
+
+def test_any_other_step_has_another_digest():
+    ids, lengths = a_step()
+    digest = rows_digest(ids, lengths)
+    changed = ids.clone()
+    changed[3, 4] += 1
+    others = [
+        rows_digest(changed, lengths),
+        rows_digest(ids[[1, 0, 2, 3, 4, 5]], lengths),
+        rows_digest(ids[:5], lengths[:5]),
+        rows_digest(ids, [*lengths[:5], [2, 3]]),
+        rows_digest(ids, [*lengths[:5], [5]]),
+        rows_digest(ids, lengths, first=1),
+    ]
+    assert len({digest, *others}) == 7
+    assert rows_digest(torch.stack([ids, ids], 2)[:, :, 0], lengths) == digest  # a view that is not contiguous
+
+
+def test_digests_and_chains_are_the_same_on_every_machine_and_version():
+    assert f"{rows_digest(*a_step()):016x}" == "aad77660983930ea"
+    assert chained(START, 1, 7) == "199f00d917d34d083ebe5ead854352fc"
+
+
+def test_a_record_goes_on_from_the_step_of_the_checkpoint(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    chain = write(whole, range(9))
+    write(parts, [0, 1, 2, 3, 99, 98])
+    with open(parts / CONSUMED_NAME, "a") as file:
+        file.write("7 00")  # cut short by a crash
+    kept = read_record(parts)[3]
+    assert write(parts, range(4, 9), start=4, chain=kept.chain) == chain
+    assert (parts / CONSUMED_NAME).read_bytes() == (whole / CONSUMED_NAME).read_bytes()
+
+
+def test_a_record_that_did_not_lead_to_the_checkpoint_is_dropped(tmp_path):
+    write(tmp_path, range(4))
+    write(tmp_path, [7, 8], start=4, chain="f" * 32)
+    assert [entry.step for entry in read_record(tmp_path)] == [5, 6]
+
+
+def test_a_record_that_cannot_be_written_is_given_up_with_one_message(tmp_path, capsys):
+    (tmp_path / CONSUMED_NAME).mkdir()
+    write(tmp_path, range(4))
+    assert capsys.readouterr().err.count("consumed.txt is not written from now on") == 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda text: text.replace("3 0000000000000002", "3 0000000000000003"), "the chain of step 3 does not follow"),
+        (lambda text: text.replace(text.splitlines(keepends=True)[1], ""), "goes from step 1 to step 3"),
+        (lambda text: "", "has no steps"),
+    ],
+)
+def test_a_record_that_was_changed_is_an_error(change, words, tmp_path):
+    write(tmp_path, range(4))
+    path = tmp_path / CONSUMED_NAME
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=rf"consumed\.txt .*{words}"):
+        read_record(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"consumed\.txt cannot be read"):
+        read_record(tmp_path)
