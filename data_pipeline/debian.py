@@ -4,9 +4,9 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
-from data_pipeline.files import walk
 from data_pipeline.markup import Markup
 from lfm.errors import UserError
 
@@ -53,10 +53,14 @@ def find(packages: Sequence[str], cache: str) -> list[tuple[Path, Markup]]:
         if not folder.is_dir():
             _fetch(package, folder)
         taken = []
-        for path in walk(folder, folder, _EXCLUDE, seen=set()):
-            markup = _markup_of(path.relative_to(folder), _RULES.get(package, _ANY))
-            if markup is not None and path.is_file():
-                taken.append((path, markup))
+        for parent, folders, names in os.walk(folder):  # does not follow links, by which packages name files twice
+            folders.sort()
+            for path in (Path(parent, name) for name in sorted(names)):
+                below = path.relative_to(folder)
+                markup = _markup_of(below, _RULES.get(package, _ANY))
+                excluded = any(fnmatch(below.as_posix(), pattern) for pattern in _EXCLUDE)
+                if markup is not None and not excluded and not path.is_symlink():
+                    taken.append((path, markup))
         if not taken:
             raise UserError(f"the Debian package {package} holds no documentation that is known here; remove it")
         found += taken

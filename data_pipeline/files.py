@@ -131,11 +131,11 @@ def _matches(pattern: str, suffixes: tuple[str, ...], exclude: Sequence[str]) ->
         if not root.is_dir():
             found.append(root)  # named one by one or by a glob: taken whatever its suffix
             continue
-        found += [path for path in walk(root, root, exclude, seen=set()) if path.name.endswith(suffixes)]
+        found += [path for path in _walk(root, root, exclude, seen=set()) if path.name.endswith(suffixes)]
     return found
 
 
-def walk(folder: Path, root: Path, exclude: Sequence[str], *, seen: set[Path]) -> Iterator[Path]:
+def _walk(folder: Path, root: Path, exclude: Sequence[str], *, seen: set[Path]) -> Iterator[Path]:
     """Files below `folder`, sorted; linked folders are followed, each real folder once, so a loop of links ends."""
     real = folder.resolve()
     if real in seen:
@@ -150,6 +150,6 @@ def walk(folder: Path, root: Path, exclude: Sequence[str], *, seen: set[Path]) -
         if entry.is_dir():
             # A pattern that ends in /* and matches the folder matches all that is in it: do not even look.
             if not any(pattern.endswith("/*") and fnmatch(below + "/", pattern) for pattern in exclude):
-                yield from walk(entry, root, exclude, seen=seen)
+                yield from _walk(entry, root, exclude, seen=seen)
         elif not any(fnmatch(below, pattern) for pattern in exclude):
             yield entry

@@ -28,7 +28,7 @@ _KINDS = {
     "pre": "pre",
     "/pre": "pre",
 }
-_POD_COMMAND = re.compile(r"^=(?:begin|for)\b.*?(?:^=end\b.*?$|\n\n|\Z)|^=\w+[ \t]*", re.DOTALL | re.MULTILINE)
+_POD_COMMAND = re.compile(r"^=begin\b.*?^=end\b[^\n]*|^=for\b.*?(?:\n\n|\Z)|^=\w+[ \t]*", re.DOTALL | re.MULTILINE)
 _POD_CODE = re.compile(r"[A-Z](?:<<+ (.*?) >>+|<([^<>]*)>)", re.DOTALL)
 _ENTRY = re.compile(r"\n(?=\S)")
 
