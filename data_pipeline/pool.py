@@ -65,7 +65,7 @@ class _Worker:
     """One process; used as a context."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        path = os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([_ROOT, *filter(None, sys.path)])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "data_pipeline.pool"],
             stdin=subprocess.PIPE,
