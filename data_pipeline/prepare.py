@@ -1,30 +1,41 @@
 """Text to a data set: `python -m data_pipeline.prepare --config configs/data/NAME.yaml [key=value ...]`.
 
-    find files -> read documents -> drop duplicates -> stop at the limits -> encode -> split -+-> pack -> shards
-                                                                                              +-> train.bin, val.bin
+    find files -> batches -> read, clean, hash, encode -> drop duplicates -> stop at the limits -+-> pack -> shards
+                             (in several processes)       (in the order of the files)            +-> .bin files
+
+Documents are encoded before it is known whether another process has met the same text: that costs less than asking.
+Neither ids nor counts depend on the number of processes.
 
 Everything is written to a hidden folder beside the output, which takes the output's name when all of it is on the disk:
 a killed run leaves nothing that looks like a data set, and running again starts over.
 """
 
+import errno
 import hashlib
+import heapq
+import itertools
 import json
+import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from tqdm import tqdm
 
-from data_pipeline.dedup import drop_duplicates
-from data_pipeline.encode import encode
-from data_pipeline.pack import cut_to_row
-from data_pipeline.sources import Document, InputFile, SourceConfig, find_files, read_documents
-from data_pipeline.split import in_tokenizer_sample, split_of
+from data_pipeline.batches import Batch, InputFile, documents
+from data_pipeline.clean import clean
+from data_pipeline.dedup import ExactDuplicates, NearDuplicates
+from data_pipeline.fast_tokenizer import FastEncoder, first_difference
+from data_pipeline.pack import SplitCounter
+from data_pipeline.pool import ordered_map
+from data_pipeline.sources import SourceConfig, StdinConfig, find_files, read_batches, title
+from data_pipeline.worker import BatchWorker, Dropped, Encoding, Prepared
 from data_pipeline.write_bins import BinsWriter
 from data_pipeline.write_shards import SplitWriter
 from lfm.config import Config, parse_command_line
@@ -37,6 +48,16 @@ from lfm.files import held_alone, sync, write_durably
 REPORT_NAME = "report.json"
 FEWEST_TOKENS = 1000
 """Of a data set of .bin files: less is a wrong path rather than a corpus."""
+
+DROPPED_NAME = "dropped.jsonl"
+"""A few documents that each rule dropped, to be looked at."""
+BEGIN_OF_TEXT_NAMES = ("<|begin_of_text|>", "<s>", "<|startoftext|>", "<|bos|>")
+
+_SMALL_INPUT_BYTES = 1 << 23  # starting processes takes longer than preparing it
+_SAMPLES_A_RULE = 5
+_COMPARED_DOCUMENTS, _COMPARED_CHARACTERS = 64, 20_000  # about a second
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LASTING_NOT = {"output", "overwrite", "num_workers", "tokenizer_backend"}
 
 _Counts = dict[str, Counter[str]]
 _Splits = dict[Split, SplitIndex] | dict[Split, BinFile]
@@ -73,7 +94,10 @@ class PrepareConfig(Config):
     seq_length: Annotated[int, Field(ge=2)] | None = None
     """Ids in a row of shards; the run that trains on it uses the same.  null for bins: the run cuts the rows."""
     packing: Packing = "greedy"
-    """greedy: shards' rows are full, documents go on in the next row; one_document: each row is one, cut or padded."""
+    """greedy: shards' rows are full, documents go on in the next row; one_document: each row is one, cut or padded;
+    best_fit: rows of whole documents, padded, and only documents longer than a row are split."""
+    bos: bool = False
+    """Begin each document with the tokenizer's beginning-of-text id, which counts as a token."""
     separator: Literal["eod", "none"] = "eod"
     """What follows each document: its end-of-document id, or, in bins only, nothing."""
     validation: Literal["hash", "tail"] = "hash"
@@ -84,12 +108,19 @@ class PrepareConfig(Config):
     """Largest size of an uncompressed shard file."""
     compression: Literal["zstd"] | None = None
     """null is best on a shared file system; zstd suits shards that are fetched from a remote."""
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Drop documents at least this similar to an earlier one (Jaccard, of runs of five words; 0.8 is usual); null:
+    equal ones only.  Needs the extra `dedup`."""
     max_bytes: PositiveInt | None = None
     """Stop after this many bytes of text, duplicates not counted; null: take all."""
     max_documents: PositiveInt | None = None
     """Stop after this many documents, duplicates not counted; null: take all."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the choice of validation documents and of the tokenizer's training text."""
+    num_workers: NonNegativeInt | None = None
+    """Processes; 0: this one alone; null: one a core, none for little text.  The result is the same."""
+    tokenizer_backend: Literal["auto", "tokenizers"] = "auto"
+    """auto: tiktoken, three times as fast, where it is installed and gives the same ids."""
     overwrite: bool = False
     """Prepare anew and replace the data set that `output` holds."""
 
@@ -115,19 +146,31 @@ class PrepareConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _standard_input_once(self) -> "PrepareConfig":
+        if any(isinstance(source, StdinConfig) for source in self.sources) and self.tokenizer.file is None:
+            raise ValueError(
+                "tokenizer.file=null: the standard input can be read only once, and training a tokenizer reads it "
+                "first; set tokenizer.file"
+            )
+        return self
+
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Make the data set unless it is there already; returns the content of its report.json.
 
-    Raises UserError if `output` holds something else, a source or the tokenizer cannot be used, or a split stays empty.
+    Raises UserError if `output` holds something else, a source or the tokenizer cannot be used, a split stays empty, or
+    the disk is full.
     """
     started = time.monotonic()
     output = Path(config.output).expanduser().absolute()
-    found: Counter[str] = Counter()
-    files = find_files(config.sources, found)
-    fingerprint = _fingerprint(config, files)
+    counts: Counter[str] = Counter()
+    found = find_files(config.sources, counts)
+    fingerprint = _fingerprint(config, found)
     report = _finished_report(output)
-    if report is not None and report["fingerprint"] == fingerprint and not config.overwrite:
+    # What the standard input holds now is not known.
+    can_differ = config.overwrite or any(isinstance(source, StdinConfig) for source in config.sources)
+    if report is not None and report["fingerprint"] == fingerprint and not can_differ:
         print(f"{config.output} is already prepared: same config, same inputs")
         return report
 
@@ -139,36 +182,61 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     ):
         _check_replaceable(output, config)
         shutil.rmtree(partial, ignore_errors=True)  # a killed run's
-        partial.mkdir()
         try:
-            report = {"fingerprint": fingerprint, **_build(config, files, found, partial)}
+            partial.mkdir()
+            report = {"fingerprint": fingerprint, **_build(config, found, counts, partial)}
             write_durably(partial / REPORT_NAME, json.dumps(report, indent=2).encode())
             _publish(partial, output)
+        except OSError as error:
+            if error.errno not in _FULL_DISK:
+                raise
+            raise UserError(
+                f"output={config.output} cannot be written ({error.strerror}); make room, or choose another output"
+            ) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    seconds = time.monotonic() - started
+    tokens = report["stages"]["encode"]["tokens"]
     print(_in_words(report))
-    print(f"{config.output} is ready, after {time.monotonic() - started:.1f} s")
+    print(f"{config.output} is ready, after {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
     return report
 
 
-def _build(config: PrepareConfig, files: Sequence[InputFile], found: Counter[str], folder: Path) -> dict[str, Any]:
-    """Write tokenizer.json and both splits into `folder`; returns the report."""
-    tokenizer, tokenizer_text_bytes = _make_tokenizer(config, files)
+def _build(
+    config: PrepareConfig, found: Sequence[Sequence[InputFile]], counts: Counter[str], folder: Path
+) -> dict[str, Any]:
+    """Write all files but the report into `folder`; returns the report."""
+    tokenizer, tokenizer_text_bytes = _make_tokenizer(config, found)
     tokenizer.save(folder / TOKENIZER_NAME)
-    stages = {"sources": Counter(found), **{name: Counter() for name in ("dedup", "limit", "encode")}}
-    encoded = encode(_documents(config, files, stages), tokenizer, stages["encode"], separator=config.separator)
+    collector = _Collector(config, counts)
+    batches = read_batches(config.sources, found)
+    first = next(batches, None)
+    fast = _fast_encoder(config, tokenizer, first)
+    if first is not None:
+        batches = itertools.chain([first], batches)
+    encoding = Encoding(
+        definition=tokenizer.definition,
+        fast=fast,
+        bos_id=_bos_id(tokenizer) if config.bos else None,
+        eod_id=tokenizer.eod_id if config.separator == "eod" else None,
+        longest=config.seq_length if config.packing == "one_document" else None,
+    )
+    prepared = ordered_map(_worker(config, encoding), batches, _num_workers(config, found))
     write = _write_bins if config.format == "bins" else _write_shards
-    splits = write(config, tokenizer, _with_bar(encoded, _expected_bytes(config, files)), stages, folder)
-    for split, counts in splits.items():
-        if counts.num_documents == 0:
+    taken = collector.taken(_with_bar(prepared, _input_bytes(found)))
+    splits = write(config, tokenizer, taken, collector.stages, folder)
+    for split, index in splits.items():
+        if index.num_documents == 0:
+            num_documents = collector.stages["limit"]["documents"]
             raise UserError(
-                f"validation_fraction={config.validation_fraction} of {stages['limit']['documents']} documents leaves "
-                f"the {split} split empty; change it or add text"
+                f"validation_fraction={config.validation_fraction} of {num_documents} documents leaves the {split} "
+                "split empty; change it or add text"
             )
-    sources = stages["sources"]
+    sources = collector.stages["sources"]
     files_left_out = sum(sources[f"files_{why}"] for why in ("repeated", "too_large", "unreadable", "not_utf8"))
     sources["files_not_reached"] = sources["files_found"] - sources["files_read"] - files_left_out
-    _check_sums(stages, splits)
+    _check_sums(collector.stages, splits)
+    write_durably(folder / DROPPED_NAME, collector.dropped_lines())
     return {
         "config": _lasting(config),
         "tokenizer": {
@@ -176,17 +244,139 @@ def _build(config: PrepareConfig, files: Sequence[InputFile], found: Counter[str
             "sha256": tokenizer.sha256,
             "trained_on_bytes": tokenizer_text_bytes,
         },
-        "stages": {name: dict(sorted(counts.items())) for name, counts in stages.items()},
-        "splits": {split: counts.model_dump(exclude={"xxh64"}) for split, counts in splits.items()},
+        "stages": {name: dict(sorted(of_stage.items())) for name, of_stage in collector.stages.items()},
+        "sources": [
+            {"name": title(source), **dict(sorted(of_source.items()))}
+            for source, of_source in zip(config.sources, collector.by_source, strict=True)
+        ],
+        "document_lengths": {str(1 << i): int(n) for i, n in enumerate(collector.lengths) if n > 0},
+        "splits": {split: index.model_dump(exclude={"xxh64"}) for split, index in splits.items()},
     }
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """What is kept of a batch: ids of documents end to end, and facts about each document."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    num_bytes: np.ndarray
+    """Of the text as far as it is encoded."""
+    is_validation: np.ndarray
+    validation_text: bytes
+
+    def of_split(self, split: Split) -> tuple[np.ndarray, np.ndarray, int]:
+        """Ids, lengths and bytes of text of the documents in a split."""
+        mask = self.is_validation == (split == "validation")
+        return self.ids[np.repeat(mask, self.lengths)], self.lengths[mask], int(self.num_bytes[mask].sum())
+
+
+class _Collector:
+    """Takes prepared batches in order and decides which documents stay; all counts end up here."""
+
+    def __init__(self, config: PrepareConfig, found: Counter[str]) -> None:
+        self._config = config
+        self._exact = ExactDuplicates()
+        self._near = None if config.near_duplicates is None else NearDuplicates(config.near_duplicates)
+        self._dropped: dict[str, list[Dropped]] = {}
+        names = ("clean", "dedup", "limit", "encode")
+        self.stages: _Counts = {"sources": Counter(found), **{name: Counter() for name in names}}
+        self.by_source: list[Counter[str]] = [Counter() for _ in config.sources]
+        self.lengths = np.zeros(64, np.int64)
+        """How many documents have 2**i .. 2**(i + 1) - 1 ids."""
+
+    def kept(self, batches: Iterable[Prepared]) -> Iterator[tuple[Prepared, list[int]]]:
+        """Each batch with the numbers of the documents that stay in it; ends when a limit is reached."""
+        for batch in batches:
+            for stage, counts in batch.counts.items():
+                self.stages[stage].update(counts)
+            for dropped in batch.dropped:
+                self._keep_sample(dropped)
+            kept, is_full = self._within_limits(batch, self._first_ones(batch))
+            of_source = self.by_source[batch.source]
+            of_source["documents"] += batch.counts["sources"]["documents"]
+            of_source["bytes"] += batch.counts["sources"]["bytes"]
+            of_source["documents_kept"] += len(kept)
+            of_source["bytes_kept"] += int(batch.num_bytes[kept].sum())
+            yield batch, kept
+            if is_full:
+                return
+
+    def taken(self, batches: Iterable[Prepared]) -> Iterator[_Taken]:
+        """The ids of the documents that stay."""
+        for batch, kept in self.kept(batches):
+            assert batch.ids is not None and batch.lengths is not None
+            assert batch.tokens_cut is not None and batch.bytes_cut is not None
+            mask = np.zeros(len(batch.lengths), bool)
+            mask[kept] = True
+            lengths = batch.lengths[mask]
+            ids = batch.ids if len(batch.ids) == lengths.sum() else batch.ids[np.repeat(mask, batch.lengths)]
+            num_tokens = int(lengths.sum() + batch.tokens_cut[mask].sum())
+            self.stages["encode"]["documents"] += len(kept)
+            self.stages["encode"]["tokens"] += num_tokens
+            self.by_source[batch.source]["tokens"] += num_tokens
+            self.lengths += np.bincount(np.log2(np.maximum(lengths, 1)).astype(int), minlength=64)
+            if self._config.packing == "one_document":
+                self.stages["pack"].update(
+                    documents_cut=int(np.count_nonzero(batch.tokens_cut[mask])),
+                    tokens_cut=int(batch.tokens_cut[mask].sum()),
+                    bytes_cut=int(batch.bytes_cut[mask].sum()),
+                )
+            texts = [batch.texts[i] for i in kept if batch.is_validation[i]]
+            num_bytes = (batch.num_bytes - batch.bytes_cut)[mask]
+            yield _Taken(ids, lengths, num_bytes, batch.is_validation[mask], "".join(texts).encode())
+
+    def dropped_lines(self) -> bytes:
+        """Samples of what each rule dropped, as lines of JSON."""
+        samples = itertools.chain.from_iterable(self._dropped.values())
+        return b"".join(json.dumps(asdict(sample)).encode() + b"\n" for sample in samples)
+
+    def _first_ones(self, batch: Prepared) -> list[int]:
+        """The documents that are no copies of earlier ones."""
+        counts = self.stages["dedup"]
+        kept = []
+        for i, (digest, num_bytes) in enumerate(zip(batch.digests, batch.num_bytes.tolist(), strict=True)):
+            rule, like = None, None
+            if not self._exact.is_new(digest):
+                rule = "duplicate"
+            elif self._near is not None and batch.sketches is not None:
+                like = self._near.original(batch.sketches[i], batch.origins[i])
+                rule = None if like is None else "near_duplicate"
+            if rule is None:
+                kept.append(i)
+            else:
+                counts[f"{rule}s"] += 1
+                counts[f"{rule}_bytes"] += num_bytes
+                self._keep_sample(Dropped(rule, batch.origins[i], batch.heads[i], like))
+        counts["documents"] += len(kept)
+        counts["bytes"] += int(batch.num_bytes[kept].sum())
+        return kept
+
+    def _within_limits(self, batch: Prepared, kept: list[int]) -> tuple[list[int], bool]:
+        """The documents before the first that exceeds a limit, and whether there is such a one."""
+        counts, config = self.stages["limit"], self._config
+        sizes = counts["bytes"] + np.cumsum(batch.num_bytes[kept])
+        numbers = counts["documents"] + 1 + np.arange(len(kept))
+        fits = np.ones(len(kept), bool)
+        if config.max_bytes is not None:
+            fits &= sizes <= config.max_bytes
+        if config.max_documents is not None:
+            fits &= numbers <= config.max_documents
+        is_full = not fits.all()
+        taken = kept[: int(np.argmin(fits))] if is_full else kept
+        counts["documents"] += len(taken)
+        counts["bytes"] += int(batch.num_bytes[taken].sum())
+        counts["over_limit"] += len(kept) - len(taken)
+        return taken, is_full
+
+    def _keep_sample(self, dropped: Dropped) -> None:
+        samples = self._dropped.setdefault(dropped.rule, [])
+        if len(samples) < _SAMPLES_A_RULE:
+            samples.append(dropped)
+
+
 def _write_shards(
-    config: PrepareConfig,
-    tokenizer: Tokenizer,
-    encoded: Iterable[tuple[Document, np.ndarray]],
-    stages: _Counts,
-    folder: Path,
+    config: PrepareConfig, tokenizer: Tokenizer, taken: Iterable[_Taken], stages: _Counts, folder: Path
 ) -> dict[Split, SplitIndex]:
     assert config.seq_length is not None
     writers: dict[Split, SplitWriter] = {
@@ -202,29 +392,34 @@ def _write_shards(
         )
         for split in SPLITS
     }
-    if config.packing == "one_document":
-        stages["pack"] = Counter(documents_cut=0, tokens_cut=0, bytes_cut=0)
-    for document, ids in encoded:
-        split = _split(config, document)
-        if config.packing == "one_document":
-            document, ids = cut_to_row(
-                document, ids, seq_length=config.seq_length, tokenizer=tokenizer, counts=stages["pack"]
-            )
-        writers[split].add(document, ids)
-    return {split: writer.finish() for split, writer in writers.items()}
+    if_greedy = {split: SplitCounter(config.seq_length) for split in SPLITS}
+    pack = stages["pack"] = Counter(documents_cut=0, tokens_cut=0, bytes_cut=0)
+    for batch in taken:
+        for split, writer in writers.items():
+            ids, lengths, text_bytes = batch.of_split(split)
+            writer.add(ids, lengths, text_bytes=text_bytes, text=batch.validation_text)
+            if_greedy[split].add(lengths)
+            pack["documents_longer_than_a_row"] += int(np.count_nonzero(lengths > config.seq_length))
+    indices: dict[Split, SplitIndex] = {split: writer.finish() for split, writer in writers.items()}
+    pack["tokens_cut"] += sum(writer.num_cropped for writer in writers.values())
+    pack["documents_split_if_greedy"] = sum(counter.num_split for counter in if_greedy.values())
+    pack["padding"] = sum(index.num_padding for index in indices.values())
+    return indices
 
 
 def _write_bins(
-    config: PrepareConfig,
-    tokenizer: Tokenizer,
-    encoded: Iterable[tuple[Document, np.ndarray]],
-    stages: _Counts,
-    folder: Path,
+    config: PrepareConfig, tokenizer: Tokenizer, taken: Iterable[_Taken], stages: _Counts, folder: Path
 ) -> dict[Split, BinFile]:
     tail = config.validation_fraction if config.validation == "tail" else None
     with BinsWriter(folder, tokenizer, separator=config.separator, tail=tail) as writer:
-        for document, ids in encoded:
-            writer.add(_split(config, document), document, ids)
+        for batch in taken:
+            if tail is not None:  # in the order of the documents
+                text_bytes = int(batch.num_bytes.sum())
+                writer.add("train", batch.ids, num_documents=len(batch.lengths), text_bytes=text_bytes, text=b"")
+                continue
+            for split in SPLITS:
+                ids, lengths, text_bytes = batch.of_split(split)
+                writer.add(split, ids, num_documents=len(lengths), text_bytes=text_bytes, text=batch.validation_text)
     num_tokens = stages["encode"]["tokens"]
     if num_tokens < FEWEST_TOKENS:
         raise UserError(
@@ -234,32 +429,36 @@ def _write_bins(
     return writer.finish()
 
 
-def _with_bar(encoded: Iterable[tuple[Document, np.ndarray]], num_bytes: int) -> Iterator[tuple[Document, np.ndarray]]:
-    """The same, while a progress bar shows how much of `num_bytes` of text has passed."""
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="encode", disable=None) as bar:
-        for document, ids in encoded:
-            yield document, ids
-            bar.update(document.num_bytes)
+def _with_bar(batches: Iterable[Prepared], num_bytes: int | None, what: str = "prepare") -> Iterator[Prepared]:
+    """The same, while a progress bar shows how much of `num_bytes` of input has passed; None: of an unknown amount."""
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=what, disable=None) as bar:
+        tokens, started = 0, time.monotonic()
+        for batch in batches:
+            if batch.lengths is not None:
+                tokens += int(batch.lengths.sum())
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - started) / 1e6:.2f}M tokens/s", refresh=False)
+            yield batch
+            bar.update(batch.input_bytes)
 
 
-def _documents(config: PrepareConfig, files: Sequence[InputFile], stages: _Counts) -> Iterator[Document]:
-    """All documents of both splits, in order."""
-    documents = drop_duplicates(read_documents(files, stages["sources"]), stages["dedup"])
-    return _stop_at(config, documents, stages["limit"])
+def _worker(config: PrepareConfig, encoding: Encoding | None) -> BatchWorker:
+    return BatchWorker(
+        clean=[source.clean for source in config.sources],
+        seed=config.seed,
+        validation_fraction=config.validation_fraction,
+        near_duplicates=config.near_duplicates is not None and encoding is not None,
+        encoding=encoding,
+    )
 
 
-def _stop_at(config: PrepareConfig, documents: Iterable[Document], counts: Counter[str]) -> Iterator[Document]:
-    for document in documents:
-        too_long = config.max_bytes is not None and counts["bytes"] + document.num_bytes > config.max_bytes
-        if too_long or counts["documents"] == config.max_documents:
-            counts["over_limit"] += 1
-            return
-        counts["documents"] += 1
-        counts["bytes"] += document.num_bytes
-        yield document
+def _num_workers(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) -> int:
+    if config.num_workers is not None:
+        return config.num_workers
+    size = _input_bytes(found)
+    return 0 if size is not None and size < _SMALL_INPUT_BYTES else len(os.sched_getaffinity(0))
 
 
-def _make_tokenizer(config: PrepareConfig, files: Sequence[InputFile]) -> tuple[Tokenizer, int]:
+def _make_tokenizer(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) -> tuple[Tokenizer, int]:
     """The tokenizer, and how many bytes of text it was trained on (0 if it was read from a file)."""
     wanted = config.tokenizer
     if wanted.file is not None:
@@ -268,43 +467,76 @@ def _make_tokenizer(config: PrepareConfig, files: Sequence[InputFile]) -> tuple[
             return from_tiktoken(path, wanted.tiktoken_pattern), 0
         return Tokenizer.from_file(path), 0
     assert wanted.train_vocab_size is not None
-    counts: Counter[str] = Counter()
-
-    def documents() -> Iterator[Document]:
-        return _documents(config, files, {"sources": Counter(), "dedup": Counter(), "limit": Counter()})
-
-    # How much text max_documents leaves shows only by reading it.
-    exact = config.max_documents is not None
-    total = sum(document.num_bytes for document in documents()) if exact else _expected_bytes(config, files)
-    fraction = wanted.train_bytes / max(1, total)
-
-    def sample() -> Iterator[str]:
-        for document in documents():
-            is_training = _split(config, document) == "train"
-            if is_training and in_tokenizer_sample(document.text, seed=config.seed, fraction=fraction):
-                counts["bytes"] += document.num_bytes
-                yield document.text
-
-    return train_bpe(sample(), wanted.train_vocab_size), counts["bytes"]
+    batches = read_batches(config.sources, found)
+    prepared = ordered_map(_worker(config, None), batches, _num_workers(config, found))
+    texts = _sample(config, _with_bar(prepared, _input_bytes(found), "tokenizer"), wanted.train_bytes)
+    return train_bpe(texts, wanted.train_vocab_size), sum(len(text.encode()) for text in texts)
 
 
-def _split(config: PrepareConfig, document: Document) -> Split:
-    return split_of(document.text, seed=config.seed, validation_fraction=config.validation_fraction)
+def _sample(config: PrepareConfig, batches: Iterable[Prepared], num_bytes: int) -> list[str]:
+    """About `num_bytes` of training text, in order: the documents with the smallest keys, near-duplicates too."""
+    heap: list[tuple[float, int, int, str]] = []  # the largest key first
+    total = number = 0
+    for batch, kept in _Collector(config, Counter()).kept(batches):
+        assert batch.keys is not None
+        for i in kept:
+            if i not in batch.texts:
+                continue
+            size = int(batch.num_bytes[i])
+            heapq.heappush(heap, (-batch.keys[i], number, size, batch.texts[i]))
+            total, number = total + size, number + 1
+            while total - heap[0][2] >= num_bytes:
+                total -= heapq.heappop(heap)[2]
+    return [text for _, _, _, text in sorted(heap, key=lambda item: item[1])]
 
 
-def _expected_bytes(config: PrepareConfig, files: Sequence[InputFile]) -> int:
-    """The most text there can be, for the progress bar and for sampling."""
-    total = sum(file.num_bytes for file in files)
-    return total if config.max_bytes is None else min(total, config.max_bytes)
+def _fast_encoder(config: PrepareConfig, tokenizer: Tokenizer, first: Batch | None) -> FastEncoder | None:
+    """tiktoken, if it can encode as the tokenizer does and does so on the first documents; else None."""
+    if config.tokenizer_backend != "auto":
+        return None
+    fast = FastEncoder.make(tokenizer)
+    if isinstance(fast, FastEncoder):
+        texts = []
+        if first is not None:
+            rules = config.sources[first.source].clean
+            sample = itertools.islice(documents(first, Counter()), _COMPARED_DOCUMENTS)
+            texts = [clean(document.text, rules).text[:_COMPARED_CHARACTERS] for document in sample]
+        difference = first_difference(fast, tokenizer, texts)
+        if difference is None:
+            return fast
+        fast = f"tiktoken encodes {difference} differently"
+    print(f"encoding with Hugging Face tokenizers rather than tiktoken: {fast}")
+    return None
+
+
+def _bos_id(tokenizer: Tokenizer) -> int:
+    known = [tokenizer.id_of(name) for name in BEGIN_OF_TEXT_NAMES]
+    if not any(i is not None for i in known):
+        raise UserError(
+            f"bos=true: the tokenizer has no beginning-of-text token, such as {BEGIN_OF_TEXT_NAMES[0]}; set bos=false"
+        )
+    return next(i for i in known if i is not None)
+
+
+def _input_bytes(found: Sequence[Sequence[InputFile]]) -> int | None:
+    """Of all files; None if a source has none, so that its size is not known."""
+    return sum(file.num_bytes for of_source in found for file in of_source) if all(found) else None
 
 
 def _check_sums(stages: _Counts, splits: _Splits) -> None:
     """What goes into a stage comes out of it or is counted as left out."""
-    sources, dedup, limit, encoded = (stages[name] for name in ("sources", "dedup", "limit", "encode"))
+    sources, cleaned, dedup, limit, encoded = (
+        stages[name] for name in ("sources", "clean", "dedup", "limit", "encode")
+    )
     cut = stages.get("pack", Counter())
-    assert sources["files_not_reached"] == 0 or limit["over_limit"] == 1, sources
-    assert sources["documents"] == dedup["documents"] + dedup["duplicates"], stages
-    assert sources["bytes"] == dedup["bytes"] + dedup["duplicate_bytes"], stages
+    assert sources["files_not_reached"] == 0 or limit["over_limit"] > 0, sources
+    dropped = {key: n for key, n in cleaned.items() if key.startswith("dropped_by_")}
+    assert sources["documents"] == cleaned["documents"] + sum(dropped.values()), stages
+    bytes_dropped = sum(cleaned[f"bytes_{key}"] for key in dropped)
+    assert sources["bytes"] == cleaned["bytes"] + cleaned["bytes_taken_out"] + bytes_dropped, stages
+    copies = dedup["duplicates"] + dedup["near_duplicates"]
+    assert cleaned["documents"] == dedup["documents"] + copies, stages
+    assert cleaned["bytes"] == dedup["bytes"] + dedup["duplicate_bytes"] + dedup["near_duplicate_bytes"], stages
     assert dedup["documents"] == limit["documents"] + limit["over_limit"], stages
     assert limit["documents"] == encoded["documents"], stages
     assert encoded["tokens"] == sum(split.num_tokens for split in splits.values()) + cut["tokens_cut"], (stages, splits)
@@ -340,12 +572,12 @@ def _in_words(report: dict[str, Any]) -> str:
 
 def _lasting(config: PrepareConfig) -> dict[str, Any]:
     """The part of the config that decides the content."""
-    return config.model_dump(mode="json", exclude={"output", "overwrite"})
+    return config.model_dump(mode="json", exclude=_LASTING_NOT)
 
 
-def _fingerprint(config: PrepareConfig, files: Sequence[InputFile]) -> str:
+def _fingerprint(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) -> str:
     """Equal for equal configs over unchanged inputs; the inputs count by path, size and time, without reading them."""
-    inputs = [(str(file.path), file.num_bytes, file.mtime_ns) for file in files]
+    inputs = [(str(file.path), file.num_bytes, file.mtime_ns) for of_source in found for file in of_source]
     if config.tokenizer.file is not None:
         path = Path(config.tokenizer.file).expanduser()
         if path.exists():  # if not, reading it says so

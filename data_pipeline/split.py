@@ -2,21 +2,19 @@
 
 import hashlib
 
-from lfm.data.format import Split
+
+def in_validation(text: bytes, seed: int, fraction: float) -> bool:
+    """Whether a text, in UTF-8, is held out; equal texts always are or are not."""
+    return _uniform(text, seed, b"split") < fraction
 
 
-def split_of(text: str, *, seed: int, validation_fraction: float) -> Split:
-    """The split a text belongs to; equal texts are always in the same one."""
-    return "validation" if _uniform(text, seed, b"split") < validation_fraction else "train"
+def tokenizer_key(text: bytes, seed: int) -> float:
+    """A text's place among those that a tokenizer is trained on: the smallest keys are taken."""
+    return _uniform(text, seed, b"tokenizer")
 
 
-def in_tokenizer_sample(text: str, *, seed: int, fraction: float) -> bool:
-    """Whether a text is among the `fraction` that the tokenizer is trained on."""
-    return _uniform(text, seed, b"tokenizer") < fraction
-
-
-def _uniform(text: str, seed: int, purpose: bytes) -> float:
+def _uniform(text: bytes, seed: int, purpose: bytes) -> float:
     """A number in [0, 1) drawn from (text, seed, purpose)."""
     key = seed.to_bytes(8, "little")
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=key, person=purpose).digest()
+    digest = hashlib.blake2b(text, digest_size=8, key=key, person=purpose).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53

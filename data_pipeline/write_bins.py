@@ -1,4 +1,4 @@
-"""Documents with their ids go in; train.bin, val.bin and bins.json come out."""
+"""Documents' ids go in; train.bin, val.bin and bins.json come out."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipeline.sources import Document
 from lfm.data.bins import BIN_NAMES, BLOCK_BYTES, BinFile, hash_blocks, write_record
 from lfm.data.format import SPLITS, Split, id_dtype
 from lfm.data.tokenizer import Tokenizer
@@ -51,17 +50,17 @@ class BinsWriter:
         for file in (*self._files.values(), *([self._text] if self._text is not None else [])):
             file.close()
 
-    def add(self, split: Split, document: Document, ids: np.ndarray) -> None:
-        """Append a document; `ids` are all that is to be stored of it."""
+    def add(self, split: Split, ids: np.ndarray, *, num_documents: int, text_bytes: int, text: bytes) -> None:
+        """Append documents; `ids` are all that is to be stored of them, `text` what they stand for."""
         if self._tail is not None:
             split = "train"  # until `finish` knows how many ids there are
         assert len(ids) == 0 or ids.max() < self._tokenizer.vocab_size
         self._files[split].write(ids.astype(self._stored).tobytes())
         if self._text is not None and split == "validation":
-            self._text.write(document.text.encode())
+            self._text.write(text)
         self._num_tokens[split] += len(ids)
-        self._num_documents[split] += 1
-        self._text_bytes[split] += document.num_bytes
+        self._num_documents[split] += num_documents
+        self._text_bytes[split] += text_bytes
 
     def finish(self) -> dict[Split, BinFile]:
         """Cut off the tail if that is wanted and write bins.json; all is on the disk afterwards."""

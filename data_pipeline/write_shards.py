@@ -1,14 +1,15 @@
-"""One split of a data set: documents with their ids go in, shards and counts come out."""
+"""One split of a data set: documents' ids go in, shards and counts come out."""
 
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.pack import GreedyPacker, OneDocumentPacker
-from data_pipeline.sources import Document
+from data_pipeline.pack import BestFitPacker, GreedyPacker, OneDocumentPacker
 from lfm.data.format import Packing, RowWriter, Split, SplitIndex
 from lfm.data.tokenizer import Tokenizer
 from lfm.files import sync
+
+_PACKERS = {"greedy": GreedyPacker, "one_document": OneDocumentPacker, "best_fit": BestFitPacker}
 
 
 class SplitWriter:
@@ -33,8 +34,7 @@ class SplitWriter:
         self._split: Split = split
         self._tokenizer = tokenizer
         self._packing: Packing = packing
-        packer = OneDocumentPacker if packing == "one_document" else GreedyPacker
-        self._packer = packer(seq_length, tokenizer.eod_id)
+        self._packer = _PACKERS[packing](seq_length, tokenizer.eod_id)
         self._rows = RowWriter(
             folder / split,
             seq_length=seq_length,
@@ -45,21 +45,25 @@ class SplitWriter:
         self._text = open(folder / f"{split}.txt", "wb") if keep_text else None
         self._num_tokens = self._num_documents = self._text_bytes = 0
 
-    def add(self, document: Document, ids: np.ndarray) -> None:
-        """Append a document; `ids` are its ids and the end-of-document id, as far as the packing keeps them."""
-        for row, lengths in self._packer.add(ids):
-            self._rows.write(row, lengths)
+    def add(self, ids: np.ndarray, lengths: np.ndarray, *, text_bytes: int, text: bytes) -> None:
+        """Append documents: ids end to end, as many a document as `lengths` says; `text` is what they stand for."""
+        for row, piece_lengths in self._packer.add(ids, lengths):
+            self._rows.write(row, piece_lengths)
         if self._text is not None:
-            self._text.write(document.text.encode())
+            self._text.write(text)
         self._num_tokens += len(ids)
-        self._num_documents += 1
-        self._text_bytes += document.num_bytes
+        self._num_documents += len(lengths)
+        self._text_bytes += text_bytes
+
+    @property
+    def num_cropped(self) -> int:
+        """Ids that the packing left out."""
+        return self._packer.num_cropped
 
     def finish(self) -> SplitIndex:
         """Write what is left, and the index; all of it is on the disk afterwards."""
-        last, num_padding = self._packer.finish()
-        if last is not None:
-            self._rows.write(*last)
+        for row, piece_lengths in self._packer.finish():
+            self._rows.write(row, piece_lengths)
         if self._text is not None:
             self._text.close()
             sync(Path(self._text.name))
@@ -67,8 +71,8 @@ class SplitWriter:
             split=self._split,
             eod_id=self._tokenizer.eod_id,
             tokenizer_sha256=self._tokenizer.sha256,
-            num_tokens=self._num_tokens,
-            num_padding=num_padding,
+            num_tokens=self._num_tokens - self.num_cropped,
+            num_padding=self._packer.num_padding,
             num_documents=self._num_documents,
             text_bytes=self._text_bytes,
             packing=self._packing,

@@ -14,6 +14,7 @@ A document ends with the end-of-document id.  How documents become rows is the s
     greedy          end to end; one too long for the rest of a row goes on in the next row as a new piece, and only the
                     tail of the last row is padding
     one_document    each row is the beginning of one document, cut to seq_length; what it leaves free is padding
+    best_fit        whole documents, chosen to fill the row, and padding; only documents longer than a row are split
 
 The label of a position is the next id of the same piece, so padding (the end-of-document id, each position a piece of
 its own) has no labels and needs no mask.
@@ -23,6 +24,7 @@ index.json is MDSWriter's, with one more top-level key, "lfm": a `SplitIndex`.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +42,7 @@ SPLITS = ("train", "validation")
 HASH = "xxh64"
 
 Split = Literal["train", "validation"]
-Packing = Literal["greedy", "one_document"]
+Packing = Literal["greedy", "one_document", "best_fit"]
 
 
 class SplitIndex(BaseModel):
@@ -140,11 +142,12 @@ class RowWriter:
             folder, columns, compression=compression, hashes=[HASH], shard_bytes=shard_bytes
         )
 
-    def write(self, ids: np.ndarray, doc_lengths: list[int]) -> None:
+    def write(self, ids: np.ndarray, doc_lengths: Sequence[int] | np.ndarray) -> None:
         """Append a row: integer ids `[seq_length]` and the lengths of its pieces."""
+        lengths = np.asarray(doc_lengths, np.int32)
         assert ids.shape == (self._seq_length,) and 0 <= ids.min() and ids.max() < self._vocab_size
-        assert min(doc_lengths) >= 1 and sum(doc_lengths) == self._seq_length
-        self._writer.write({"ids": ids.astype(self._dtype), "doc_lengths": np.array(doc_lengths, np.int32)})
+        assert lengths.min() >= 1 and lengths.sum() == self._seq_length
+        self._writer.write({"ids": ids.astype(self._dtype), "doc_lengths": lengths})
 
     def finish(
         self,

@@ -65,6 +65,8 @@ class RowReader(ABC):
         """How many positions at the end of `row`, which `read` gave with `doc_lengths`, are padding."""
         if self.index.packing == "one_document":
             return len(doc_lengths) - 1
+        if self.index.packing == "best_fit":  # no document's piece there is of one id
+            return len(doc_lengths) - next((n for n in range(len(doc_lengths), 0, -1) if doc_lengths[n - 1] > 1), 0)
         return self.index.num_padding if row == len(self) - 1 else 0
 
     @cached_property

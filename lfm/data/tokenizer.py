@@ -78,6 +78,10 @@ class Tokenizer:
         """Write the tokenizer.json, byte for byte what was read or trained, so that its sha256 is `self.sha256`."""
         write_durably(Path(path), self.definition)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None: there is none."""
+        return self._inner.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`."""
         return self._inner.encode(text, add_special_tokens=False).ids
@@ -175,11 +179,11 @@ def from_tiktoken(path: Path | str, pattern: TiktokenPattern | None = None) -> T
     """
     ranks = _read_ranks(path)
     published_pattern, eod_id = _PUBLISHED_RANKS.get(len(ranks), ("gpt2", max(ranks.values()) + 1))
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     vocab = {"".join(alphabet[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        pieces = _pieces_before(token, rank, ranks)
+        pieces = pieces_before(token, rank, ranks)
         if len(pieces) == 2:
             merges.append(tuple("".join(alphabet[byte] for byte in piece) for piece in pieces))
     vocab[END_OF_DOCUMENT] = eod_id
@@ -201,7 +205,7 @@ def _byte_level(model: models.BPE, pattern: TiktokenPattern) -> tokenizers.Token
     return inner
 
 
-def _pieces_before(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
+def pieces_before(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
     """The pieces `token` is in just before the merge that makes it: merge from single bytes by ranks below its own."""
     pieces = [token[i : i + 1] for i in range(len(token))]
     while len(pieces) > 2:
@@ -241,7 +245,7 @@ def _read(path: Path | str) -> bytes:
         raise UserError(f"tokenizer file {path} cannot be read: {error.strerror}") from None
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """GPT-2's printable character for each byte: itself where it prints, else the next one from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(256, 512))

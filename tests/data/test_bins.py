@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.sources import Document
 from data_pipeline.write_bins import BinsWriter
 from lfm.data.bins import BINS_NAME, BinReader
 from lfm.data.stream import BatchStream, DataConfig, open_split, resume_row
@@ -234,7 +233,7 @@ def test_damage_is_found_in_each_block_that_a_row_touches(tmp_path, found):
     tokenizer = Tokenizer.from_file(found / "tokenizer.json")
     tokenizer.save(tmp_path / "tokenizer.json")
     with BinsWriter(tmp_path, tokenizer, separator="none", tail=0.4, block_bytes=100) as writer:
-        writer.add("train", Document("x", 1, "test"), np.arange(300, dtype=np.uint32))
+        writer.add("train", np.arange(300, dtype=np.uint32), num_documents=1, text_bytes=1, text=b"x")
     writer.finish()
     rows = open_bins(tmp_path).read(range(5))[0]  # 64 bytes each
     assert rows.flatten().tolist() == list(range(160))

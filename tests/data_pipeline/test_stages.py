@@ -8,22 +8,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from data_pipeline.dedup import drop_duplicates
-from data_pipeline.pack import GreedyPacker, OneDocumentPacker, cut_to_row
-from data_pipeline.sources import Document, SourceConfig, find_files, read_documents
-from data_pipeline.split import split_of
+from data_pipeline.batches import documents
+from data_pipeline.dedup import ExactDuplicates, digest
+from data_pipeline.pack import BestFitPacker, GreedyPacker, OneDocumentPacker, SplitCounter
+from data_pipeline.sources import SourceConfig, find_files, read_batches
+from data_pipeline.split import in_validation
+from data_pipeline.worker import text_of_beginning
 from lfm.data.tokenizer import train_bpe
 from lfm.errors import UserError
 
 
 def read_all(*sources, counts=None):
     counts = Counter() if counts is None else counts
-    return list(read_documents(find_files(sources, counts), counts))
+    batches = read_batches(sources, find_files(sources, counts))
+    return [document for batch in batches for document in documents(batch, counts)]
 
 
 def source(kind, *paths, **keys):
-    return SourceConfig(kind=kind, paths=[str(path) for path in paths], **keys)
+    return TypeAdapter(SourceConfig).validate_python({"kind": kind, "paths": [str(path) for path in paths], **keys})
 
 
 def test_folders_are_read_in_the_order_of_their_names(tmp_path):
@@ -88,8 +92,11 @@ def test_excluded_files_and_folders_are_left_out(tmp_path):
 
 
 def test_standard_library_and_installed_packages_can_be_named():
-    files = find_files([source("code", "{stdlib}/json"), source("code", "{site-packages}/yaml")], Counter())
-    assert {"decoder.py", "loader.py"} <= {file.path.name for file in files}
+    found = find_files([source("code", "{stdlib}/json"), source("code", "{site-packages}/yaml")], Counter())
+    assert [
+        name in {file.path.name for file in files}
+        for name, files in zip(("decoder.py", "loader.py"), found, strict=True)
+    ] == [True, True]
 
 
 def test_each_line_of_a_jsonl_file_is_a_document_and_malformed_ones_are_counted(tmp_path):
@@ -116,31 +123,37 @@ def test_path_that_leads_to_no_file_is_an_error(tmp_path):
 
 @given(st.lists(st.text(max_size=3)))
 def test_the_first_of_equal_texts_stays(texts):
-    documents = [Document(text, len(text.encode()), str(i)) for i, text in enumerate(texts)]
-    counts = Counter()
-    kept = list(drop_duplicates(documents, counts))
-    assert [document.text for document in kept] == list(dict.fromkeys(texts))
-    assert counts["documents"] + counts["duplicates"] == len(texts)
+    exact = ExactDuplicates()
+    assert [text for text in texts if exact.is_new(digest(text.encode()))] == list(dict.fromkeys(texts))
 
 
 def test_split_depends_on_text_and_seed_alone_and_keeps_its_share():
-    texts = [str(i) for i in range(4000)]
-    splits = [split_of(text, seed=5, validation_fraction=0.1) for text in texts]
-    assert splits == [split_of(text, seed=5, validation_fraction=0.1) for text in texts]
-    assert splits != [split_of(text, seed=6, validation_fraction=0.1) for text in texts]
-    assert 320 < splits.count("validation") < 480
-    larger = [split_of(text, seed=5, validation_fraction=0.2) for text in texts]
-    assert all(b == "validation" for a, b in zip(splits, larger, strict=True) if a == "validation")
+    texts = [str(i).encode() for i in range(4000)]
+    held_out = [in_validation(text, 5, 0.1) for text in texts]
+    assert held_out == [in_validation(text, 5, 0.1) for text in texts]
+    assert held_out != [in_validation(text, 6, 0.1) for text in texts]
+    assert 320 < sum(held_out) < 480
+    larger = [in_validation(text, 5, 0.2) for text in texts]
+    assert all(b for a, b in zip(held_out, larger, strict=True) if a)
+
+
+def packed(packer, documents):
+    """The rows of documents that come two at a time."""
+    rows = []
+    for i in range(0, len(documents), 2):
+        pair = documents[i : i + 2]
+        rows += packer.add(np.array([i for ids in pair for i in ids], np.uint32), np.array([len(ids) for ids in pair]))
+    rows += packer.finish()
+    for ids, lengths in rows:
+        assert len(ids) == lengths.sum() and lengths.min() >= 1 and (ids.dtype, lengths.dtype) == (np.uint32, np.int32)
+    return rows, packer
 
 
 @given(st.integers(2, 9), st.lists(st.lists(st.integers(1, 50), max_size=30), max_size=12))
 def test_packing_loses_and_adds_nothing_but_padding_at_the_end(seq_length, documents):
     eod = 0
-    packer = GreedyPacker(seq_length, eod)
-    rows = [row for ids in documents for row in packer.add(np.array([*ids, eod], np.uint32))]
-    last, num_padding = packer.finish()
-    rows += [last] if last is not None else []
-    assert all(len(ids) == seq_length == sum(lengths) and min(lengths) >= 1 for ids, lengths in rows)
+    rows, packer = packed(GreedyPacker(seq_length, eod), [[*ids, eod] for ids in documents])
+    num_padding = packer.num_padding
     line = [int(i) for ids, _ in rows for i in ids]
     assert line == [i for ids in documents for i in [*ids, eod]] + [eod] * num_padding
     assert num_padding < seq_length
@@ -150,39 +163,58 @@ def test_packing_loses_and_adds_nothing_but_padding_at_the_end(seq_length, docum
         ends = (np.cumsum(lengths) - 1).tolist()
         assert ends == sorted({*np.flatnonzero(ids == eod).tolist(), seq_length - 1})
         if number == len(rows) - 1 and num_padding > 0:
-            assert lengths[-num_padding:] == [1] * num_padding  # a piece of one id has no label
+            assert lengths[-num_padding:].tolist() == [1] * num_padding  # a piece of one id has no label
 
 
 @given(st.integers(2, 9), st.lists(st.lists(st.integers(1, 50), max_size=30), max_size=12))
 def test_one_document_a_row_is_cut_or_padded_with_pieces_that_have_no_label(seq_length, documents):
     eod = 0
-    packer = OneDocumentPacker(seq_length, eod)
-    kept = [np.array([*ids, eod], np.uint32)[:seq_length] for ids in documents]
-    rows = [row for ids in kept for row in packer.add(ids)]
-    last, num_padding = packer.finish()
-    assert last is None and len(rows) == len(documents)
+    kept = [[*ids, eod][:seq_length] for ids in documents]
+    rows, packer = packed(OneDocumentPacker(seq_length, eod), kept)
+    assert len(rows) == len(documents)
     for ids, (row, lengths) in zip(kept, rows, strict=True):
         padding = seq_length - len(ids)
-        assert row.dtype == np.uint32 and row.tolist() == [*ids, *[eod] * padding]
-        assert lengths == [len(ids)] + [1] * padding
-    assert num_padding == sum(seq_length - len(ids) for ids in kept)
+        assert row.tolist() == [*ids, *[eod] * padding]
+        assert lengths.tolist() == [len(ids)] + [1] * padding
+    assert packer.num_padding == sum(seq_length - len(ids) for ids in kept)
 
 
-def test_cut_documents_keep_the_text_of_whole_characters_and_are_counted():
+@given(st.integers(2, 9), st.lists(st.integers(1, 30), max_size=40), st.sampled_from([4, 40, 1000]))
+def test_best_fit_splits_only_what_is_longer_than_a_row_and_crops_only_single_ids(seq_length, sizes, window):
+    documents = [[100 * i + k for k in range(size)] for i, size in enumerate(sizes, start=1)]
+    rows, packer = packed(BestFitPacker(seq_length, 0, window_tokens=window), documents)
+    pieces = [
+        ids[end - length : end].tolist()
+        for ids, lengths in rows
+        for length, end in zip(lengths.tolist(), np.cumsum(lengths).tolist(), strict=True)
+    ]
+    wanted = [ids[i : i + seq_length] for ids in documents for i in range(0, len(ids), seq_length)]
+    assert sorted(piece for piece in pieces if len(piece) > 1) == sorted(piece for piece in wanted if len(piece) > 1)
+    assert packer.num_cropped == sum(len(piece) == 1 for piece in wanted)
+    assert packer.num_padding == pieces.count([0]) == sum(len(piece) == 1 for piece in pieces)
+    for ids, _ in rows:
+        assert 0 not in np.trim_zeros(ids, "b")  # padding is at the end
+
+
+def test_best_fit_fills_rows_that_first_come_first_served_would_not():
+    rows, packer = packed(BestFitPacker(10, 0), [[1] * n for n in (3, 7, 4, 6, 2, 8, 5, 5)])
+    assert len(rows) == 4 and packer.num_padding == 0
+
+
+@given(st.integers(2, 9), st.lists(st.integers(1, 30), max_size=40))
+def test_documents_that_greedy_splits_are_counted_as_it_splits_them(seq_length, sizes):
+    documents = [[i] * size for i, size in enumerate(sizes, start=1)]
+    rows, _ = packed(GreedyPacker(seq_length, 0), documents)
+    counter = SplitCounter(seq_length)
+    for size in sizes:
+        counter.add(np.array([size]))
+    assert counter.num_split == sum(sum(i in ids for ids, _ in rows) > 1 for i in range(1, len(sizes) + 1))
+
+
+def test_text_of_a_beginning_ends_with_a_whole_character():
     tokenizer = train_bpe(["a b"], 257)  # an id is a byte
-    text = "né你好!"
-    document = Document(text, len(text.encode()), "test")
+    text = "n\u00e9\u4f60\u597d!"
     ids = np.array([*tokenizer.encode(text), tokenizer.eod_id], np.uint32)
-    for seq_length, kept in [(12, text), (11, text), (10, text), (9, "né你好"), (8, "né你"), (5, "né"), (1, "n")]:
-        counts = Counter()
-        cut, cut_ids = cut_to_row(document, ids, seq_length=seq_length, tokenizer=tokenizer, counts=counts)
-        assert cut_ids.tolist() == ids[:seq_length].tolist()
-        assert (cut.text, cut.num_bytes, cut.origin) == (kept, len(kept.encode()), "test")
-        if seq_length < 11:
-            assert counts == {
-                "documents_cut": 1,
-                "tokens_cut": 11 - seq_length,
-                "bytes_cut": len(text.encode()) - len(kept.encode()),
-            }
-        else:
-            assert not counts
+    for length, kept in [(10, text), (9, text[:4]), (8, text[:3]), (5, text[:2]), (1, "n")]:
+        assert text_of_beginning(ids[:length], tokenizer, None) == kept
+        assert text_of_beginning(np.array([7, *ids[:length]]), tokenizer, 7) == kept

@@ -75,12 +75,12 @@ def test_a_uniform_model_costs_log2_of_the_vocabulary_for_every_token_that_was_k
 def test_an_end_of_document_before_the_padding_is_no_padding(tmp_path):
     writer = RowWriter(tmp_path / "validation", seq_length=4, vocab_size=9, shard_bytes=10_000, compression=None)
     packer = GreedyPacker(4, eod_id=0)
-    for row in packer.add(np.array([1, 2, 3, 4, 0], np.uint32)):
+    for row in packer.add(np.array([1, 2, 3, 4, 0], np.uint32), np.array([5])):
         writer.write(*row)
-    last, num_padding = packer.finish()
-    assert last is not None and last[1] == [1, 1, 1, 1]  # the end of the document looks like the padding after it
+    [last] = packer.finish()
+    assert last[1].tolist() == [1, 1, 1, 1]  # the end of the document looks like the padding after it
     writer.write(*last)
     facts = {"eod_id": 0, "tokenizer_sha256": "", "num_documents": 1, "text_bytes": 4}
-    writer.finish(split="validation", num_tokens=5, num_padding=num_padding, **facts)
+    writer.finish(split="validation", num_tokens=5, num_padding=packer.num_padding, **facts)
     found = evaluate(lambda ids, lengths: (0.0, 0), ShardReader(tmp_path / "validation"))
     assert found.tokens == 5 and found.token_counts.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]

@@ -1,0 +1,153 @@
+"""Text to shards, ours beside `datasets.map` with MDSWriter: `-m benchmarks.prepare --text FILE --tokenizer FILE`.
+
+Both read the same lines of JSON, drop equal texts, encode with the same ids, pack them greedily into rows of the same
+length and write uncompressed MDS shards.  The result goes to benchmarks/results/prepare.json.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from data_pipeline import extras
+from data_pipeline.prepare import PrepareConfig, prepare
+from lfm.data import streaming_shim
+from lfm.data.tokenizer import Tokenizer, from_tiktoken
+
+SEQ_LENGTH = 2048
+
+
+def ours(text: Path, tokenizer: Path, folder: Path, workers: int, **changes) -> int:
+    tree = {
+        "output": str(folder / "ours"),
+        "sources": [{"kind": "jsonl", "paths": [str(text)]}],
+        "tokenizer": {"file": str(tokenizer)},
+        "seq_length": SEQ_LENGTH,
+        "num_workers": workers,
+        **changes,
+    }
+    return prepare(PrepareConfig.from_tree(tree, source="benchmark"))["stages"]["encode"]["tokens"]
+
+
+def datasets_map(text: Path, tokenizer: Path, folder: Path, workers: int) -> int:
+    encoder = from_tiktoken(tokenizer) if tokenizer.suffix == ".tiktoken" else Tokenizer.from_file(tokenizer)
+    rows = datasets.load_dataset("json", data_files=[str(text)], split="train", cache_dir=str(folder / "cache"))
+    seen: set[bytes] = set()
+
+    def is_new(document: dict) -> bool:
+        digest = hashlib.blake2b(document["text"].encode(), digest_size=16).digest()
+        before = len(seen)
+        seen.add(digest)
+        return len(seen) > before
+
+    def encode(batch: dict) -> dict:
+        return {"ids": [[*ids, encoder.eod_id] for ids in encoder.encode_batch(batch["text"])]}
+
+    rows = rows.filter(is_new, load_from_cache_file=False)
+    columns = rows.column_names
+    rows = rows.map(encode, batched=True, num_proc=workers, remove_columns=columns, load_from_cache_file=False)
+    writer = streaming_shim.make_writer(
+        folder / "mds", {"ids": f"ndarray:uint16:{SEQ_LENGTH}"}, compression=None, hashes=["xxh64"], shard_bytes=1 << 26
+    )
+    held, tokens = np.empty(0, np.uint16), 0
+    for batch in rows.with_format("numpy").iter(batch_size=256):
+        held = np.concatenate([held, *batch["ids"]]).astype(np.uint16)
+        full = len(held) // SEQ_LENGTH * SEQ_LENGTH
+        for row in held[:full].reshape(-1, SEQ_LENGTH):
+            writer.write({"ids": row})
+        tokens, held = tokens + full, held[full:]
+    writer.finish()
+    return tokens + len(held)
+
+
+def measure(run: Callable[..., int], *arguments, **changes) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder, cpu_seconds() as cpu:
+        started = time.monotonic()
+        tokens = run(*arguments[:2], Path(folder), *arguments[2:], **changes)
+        seconds = time.monotonic() - started
+    size = arguments[0].stat().st_size
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "cpu_seconds": cpu[0],
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_cpu_second": tokens / cpu[0],
+        "megabytes_per_second": size / seconds / 1e6,
+        "load_before": os.getloadavg()[0],
+    }
+
+
+@contextmanager
+def cpu_seconds() -> Iterator[list[float]]:
+    """Of this process and of its children that have ended."""
+
+    def used() -> float:
+        own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+    result = [0.0]
+    before = used()
+    yield result
+    result[0] = used() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, required=True, help="lines of JSON with a text")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json or .tiktoken")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prepare.json"))
+    flags = parser.parse_args()
+    datasets.disable_progress_bars()
+    cases: dict[str, tuple[Callable[..., int], dict]] = {
+        "ours": (ours, {}),
+        "ours, best_fit": (ours, {"packing": "best_fit"}),
+        "ours, without tiktoken": (ours, {"tokenizer_backend": "tokenizers"}),
+        "datasets.map and MDSWriter": (datasets_map, {}),
+    }
+    if extras.has("rensa"):
+        cases["ours, near-duplicates dropped"] = (ours, {"near_duplicates": 0.8})
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    for _ in range(flags.runs):  # in turn, so that other work on the machine meets all of them
+        for name, (run, changes) in cases.items():
+            runs[name].append(measure(run, flags.text, flags.tokenizer, flags.workers, **changes))
+    packages = ("tokenizers", "tiktoken", "datasets", "mosaicml-streaming", "numpy")
+    result = {
+        "date": date.today().isoformat(),
+        "environment": {
+            "python": platform.python_version(),
+            "cores": len(os.sched_getaffinity(0)),
+            **{name: version(name) for name in packages if extras.has(name.replace("mosaicml-", ""))},
+        },
+        "input_bytes": flags.text.stat().st_size,
+        "workers": flags.workers,
+        "median_tokens_per_second": {
+            name: statistics.median(run["tokens_per_second"] for run in of) for name, of in runs.items()
+        },
+        "median_tokens_per_cpu_second": {
+            name: statistics.median(run["tokens_per_cpu_second"] for run in of) for name, of in runs.items()
+        },
+        "runs": runs,
+    }
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name, rate in result["median_tokens_per_second"].items():
+        print(f"{name:30} {rate / 1e6:6.2f} M tokens/s")
+
+
+if __name__ == "__main__":
+    main()

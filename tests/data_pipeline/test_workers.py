@@ -1,0 +1,199 @@
+"""Several processes: the same bytes as one, and clear ends."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from data_pipeline import extras
+from data_pipeline.fast_tokenizer import HARD_TEXTS, FastEncoder, first_difference
+from data_pipeline.pool import ordered_map
+from data_pipeline.prepare import prepare
+from lfm.data.tokenizer import Tokenizer, train_bpe
+from lfm.errors import UserError
+from tests.data.corpus import config, texts, write_texts
+from tests.data_pipeline.test_prepare import contents
+
+LARGE = {"seq_length": 256, "shard_bytes": 1 << 18, "tokenizer": {"train_vocab_size": 320}}
+
+
+def jsonl(path, documents):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return {"kind": "jsonl", "paths": [str(path)]}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """More than one batch, with copies in other batches than their originals."""
+    documents = texts(900, words=300)
+    return jsonl(tmp_path_factory.mktemp("many") / "a.jsonl", documents + documents[::3] + ["x " * 60_000])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": "best_fit", "near_duplicates": 0.8},
+        {"packing": "one_document", "max_documents": 600},
+        {"format": "bins", "seq_length": None},
+    ],
+    ids=["best_fit", "one_document", "bins"],
+)
+def test_any_number_of_processes_gives_the_same_bytes(changes, source, tmp_path):
+    if "near_duplicates" in changes and not extras.has("rensa"):
+        changes = {"packing": "best_fit"}
+    sources = [{**source, "clean": {"min_chars": 20}}]
+    for workers in (0, 1, 3):
+        prepare(config(tmp_path, tmp_path / str(workers), sources=sources, num_workers=workers, **{**LARGE, **changes}))
+    one = contents(tmp_path / "0")
+    assert contents(tmp_path / "1") == one
+    assert contents(tmp_path / "3") == one
+    report = json.loads(one["report.json"])
+    assert "max_documents" in changes or report["stages"]["dedup"]["duplicates"] > 200
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_and_started_again_gives_the_same_bytes(source, tmp_path):
+    run = config(tmp_path, tmp_path / "data", sources=[source], num_workers=2, packing="best_fit", **LARGE)
+    (tmp_path / "run.yaml").write_text(run.to_yaml())
+    command = [sys.executable, "-m", "data_pipeline.prepare", "--config", str(tmp_path / "run.yaml")]
+    started = time.monotonic()
+    prepare(config(tmp_path, tmp_path / "whole", sources=[source], num_workers=2, packing="best_fit", **LARGE))
+    seconds = time.monotonic() - started
+    chance = random.Random(0)
+    killed = 0
+    for _ in range(20):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0.3, 0.5 + seconds))
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        if (tmp_path / "data").exists():
+            assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    assert killed > 0
+    prepare(run)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(source, tmp_path):
+    run = config(tmp_path, tmp_path / "data", sources=[source], num_workers=0, **{**LARGE, "shard_bytes": 1 << 26})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # Python ignores the signal: writing fails
+    try:
+        with pytest.raises(UserError, match=r"output=.* cannot be written \(File too large\); make room, or choose"):
+            prepare(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == [".data.lock"]
+
+
+def negated(item: int) -> int:
+    if item == 3:
+        raise UserError("three is wrong")
+    if item == 5:
+        raise KeyError("a bug")
+    if item == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.02 * (item % 2))
+    return -item
+
+
+def endless() -> Iterator[int]:
+    i = 10
+    while True:
+        yield i
+        i += 1
+
+
+def test_results_come_in_order_and_errors_as_they_are():
+    assert list(ordered_map(negated, range(10, 40), 3)) == list(range(-10, -40, -1))
+    with pytest.raises(UserError, match="three is wrong"):
+        list(ordered_map(negated, [1, 2, 3], 2))
+    with pytest.raises(RuntimeError, match="KeyError: 'a bug'"):
+        list(ordered_map(negated, [5], 2))
+    with pytest.raises(UserError, match=r"ended by signal 9 \(SIGKILL\).* set num_workers"):
+        list(ordered_map(negated, [1, 7, 2], 2))
+
+
+def test_stopping_early_ends_the_processes():
+    results = ordered_map(negated, endless(), 2)
+    assert next(results) == -10
+    children = subprocess.run(
+        ["pgrep", "-P", str(os.getpid()), "-f", "data_pipeline.pool"], capture_output=True, text=True
+    )
+    assert len(children.stdout.split()) == 2
+    results.close()  # type: ignore[attr-defined]
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children.stdout.split())
+
+
+TOKENIZER = train_bpe(texts(300), 600)
+
+
+def test_tiktoken_gives_the_same_ids_and_names_of_special_tokens_stay_text():
+    pytest.importorskip("tiktoken")
+    fast = FastEncoder.make(TOKENIZER)
+    assert isinstance(fast, FastEncoder)
+    assert first_difference(fast, TOKENIZER, texts(100)) is None
+    for text in (*HARD_TEXTS, *texts(100)):
+        assert TOKENIZER.decode(fast.encode(text).tolist()) == text
+        assert TOKENIZER.eod_id not in fast.encode(text)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda tree: tree.update(normalizer={"type": "NFC"}), "no plain byte-level BPE"),
+        (lambda tree: tree["pre_tokenizer"].update(add_prefix_space=True), "no plain byte-level BPE"),
+        (lambda tree: tree["added_tokens"][0].update(special=False), "no plain byte-level BPE"),
+        (lambda tree: tree["model"]["merges"].reverse(), "not in the order of its merges"),
+        (lambda tree: tree["model"]["merges"].pop(), "not in the order of its merges"),
+    ],
+    ids=["normalizer", "prefix space", "added token", "order", "unreachable"],
+)
+def test_what_tiktoken_cannot_stand_for_is_refused_with_a_reason(change, reason):
+    pytest.importorskip("tiktoken")
+    tree = json.loads(TOKENIZER.definition)
+    change(tree)
+    assert reason in FastEncoder.make(Tokenizer(json.dumps(tree).encode(), source="test"))
+
+
+def test_a_difference_on_the_corpus_turns_tiktoken_off_and_is_said(tmp_path, capsys):
+    pytest.importorskip("tiktoken")
+    tree = json.loads(TOKENIZER.definition)
+    # To one of the two engines ^ is the beginning of each line, to the other that of the text.
+    tree["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": r"^..|[\s\S]"}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    pairs = "\n".join(a + b for a in "aeinorstl" for b in "aeinorstl")
+    source = write_texts(tmp_path / "text", [pairs, *texts(50)])
+    wanted = {"tokenizer": {"file": str(tmp_path / "tokenizer.json")}}
+    prepare(config(source, tmp_path / "auto", **wanted))
+    assert "encoding with Hugging Face tokenizers rather than tiktoken: tiktoken" in capsys.readouterr().out
+    prepare(config(source, tmp_path / "plain", tokenizer_backend="tokenizers", **wanted))
+    assert contents(tmp_path / "auto") == contents(tmp_path / "plain")
+
+
+def test_beginnings_of_text_are_counted_and_stand_before_each_document(tmp_path):
+    tree = json.loads(TOKENIZER.definition)
+    tree["added_tokens"].append({**tree["added_tokens"][0], "id": 600, "content": "<s>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    source = write_texts(tmp_path / "text", texts(50))
+    wanted = {
+        "tokenizer": {"file": str(tmp_path / "tokenizer.json")},
+        "packing": "best_fit",
+        "seq_length": 512,
+        "shard_bytes": 65536,
+    }
+    reports = [prepare(config(source, tmp_path / str(bos), bos=bos, **wanted)) for bos in (False, True)]
+    without, with_bos = (report["stages"]["encode"]["tokens"] for report in reports)
+    assert with_bos == without + 50
