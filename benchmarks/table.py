@@ -16,22 +16,28 @@ def load(name: str) -> dict:
 
 
 def table() -> str:
-    big, attention, demo = load("lfm_3b_h200"), load("attention"), load("demo")
+    big, attention, demo, fused = load("lfm_3b_h200"), load("attention"), load("demo"), load("lfm_3b_fused")
     best = {}
     for row in attention["rows"]:
         known = best.get(row["documents"])
         if known is None or row["forward_backward_ms"] < known["forward_backward_ms"]:
             best[row["documents"]] = row
     slow, fast = big["tokens_per_second_range"]
+    fused_slow, fused_fast = fused["tokens_per_second_range"]
     lines = [
         "| what | result | on |",
         "| --- | --- | --- |",
-        f"| LFM-3B, {big['parameters']:,} parameters, 8192 context, packed real text, {big['steps']} steps of "
+        f"| LFM-3B, {fused['parameters']:,} parameters, 8192 context, packed real text, {fused['steps']} steps of "
+        f"{fused['tokens_per_step']:,} tokens, with the kernels of [kernels](docs/kernels.md) | "
+        f"{fused['tokens_per_second']:,.0f} tokens/s ({fused_slow:,.0f} to {fused_fast:,.0f}), MFU "
+        f"{fused['mfu_attended']:.1%} of 989 TFLOP/s counting attended pairs, peak {fused['peak_memory_gib']:.1f} GiB "
+        f"| {_where(fused)} |",
+        f"| the same model before those kernels, {big['steps']} steps of "
         f"{big['tokens_per_step']:,} tokens | loss {big['first_logged_loss']:.2f} (step 5) to {big['last_loss']:.2f}; "
         f"{big['tokens_per_second']:,.0f} tokens/s ({slow:,.0f} to {fast:,.0f}), MFU {big['mfu_attended']:.1%} of 989 "
         f"TFLOP/s counting attended pairs ({big['mfu_if_rows_were_one_document']:.1%} if rows were one document), "
         f"peak {big['peak_memory_gib']:.1f} GiB | {_where(big)} |",
-        f"| the same, resumed from step 100 in a new process | loss after 110 steps "
+        f"| that run, resumed from step 100 in a new process | loss after 110 steps "
         f"{big['resumed_in_a_new_process']['loss'][-1][1]:.4f}, uninterrupted "
         f"{big['resumed_in_a_new_process']['uninterrupted'][-1][1]:.4f} | {_where(big)} |",
         f"| `lfm_debug` (the demo), {demo['parameters']:,} parameters, {demo['steps']} steps of "
@@ -122,6 +128,25 @@ def _stages(row: dict) -> str:
     return f" ({found[1].replace(' | ', '/').replace(' ', '')})" if found else ""
 
 
+OPS = ("reservoir", "diagonal_scan", "moe", "head", "rotary")
+
+
+def kernels_table() -> str:
+    """Every case of launch/bench.py on a GPU, next to its floor and its best peer."""
+    lines = ["| op | case | ms | floor, ms | times the floor | best peer, ms | largest error |", "| --- " * 7 + "|"]
+    for op in OPS:
+        for case in load(f"op_{op}")["cases"]:
+            milliseconds, floor = 1e3 * case["seconds"], 1e3 * case["floor_seconds"]
+            peers = {name: seconds for name, seconds in case["peers"].items() if seconds is not None}
+            best = min(peers, key=lambda name: peers[name], default=None)
+            beside = "" if best is None else f"{1e3 * peers[best]:.3f} ({best})"
+            lines.append(
+                f"| {op} | {case['name']} | {milliseconds:.3f} | {floor:.4f} ({case['floor_kind']}) | "
+                f"{milliseconds / floor:,.1f} | {beside} | {max(case['errors'].values()):.1e} |"
+            )
+    return "\n".join([*lines, "", f"On {_where(load('op_diagonal_scan') | {'runs': 1})}."])
+
+
 def families_table() -> str:
     """Training speed of the smaller families' presets beside the original code's."""
     result = load("families")
@@ -207,6 +232,7 @@ def _where(result: dict) -> str:
 PAGES = {
     "README.md": {"results": table},
     "docs/scaling.md": {"scaling": scaling_table},
+    "docs/kernels.md": {"kernels": kernels_table},
     "docs/families/README.md": {"families": families_table, "streaming": streaming_table},
 }
 """Page -> name of the mark around a table -> what writes it."""
