@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 COPY_BYTES_PER_SECOND = 4.25e12
 MATMUL_FLOPS_PER_SECOND = 784e12
 """bf16.  Both measured on an H200: a large copy, reads and writes counted, and a large matrix product."""
@@ -29,6 +31,12 @@ class Case:
     """The fewest: each input read once, each output written once."""
     peers: dict[str, Callable[[], object]] = field(default_factory=dict)
     """Other ways to the same result."""
+
+
+def norm_ratio(got: Tensor, want: Tensor) -> float:
+    """Norm of the error over the norm of what is right."""
+    right = want.double()
+    return float((got.double() - right).norm() / right.norm())
 
 
 def floor(flops: float, bytes: float) -> tuple[float, FloorKind]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor
+from benchmarks.ops.case import Case, floor, norm_ratio
 from lfm.kernels.diagonal_scan import chunked, kernel
 
 SHAPES = ((48, 512, 384), (256, 512, 384), (4, 8192, 3072), (1, 8192, 3072))
@@ -18,10 +18,6 @@ LIMITS = {
     "forward": {"h": 3e-3, "final": 1e-4},
     "backward": {"grad gate": 6e-3, "grad bias": 6e-3, "grad value": 6e-3, "grad state": 6e-3},
 }
-
-
-def norm_ratio(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def graphed(run: Callable[[int], object], count: int) -> Callable[[], object]:

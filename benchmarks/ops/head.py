@@ -6,17 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor
+from benchmarks.ops.case import Case, floor, norm_ratio
 from lfm.kernels.cross_entropy import cross_entropy_
 from lfm.kernels.cross_entropy.reference import cross_entropy_reference_
 from lfm.layers.loss import linear_cross_entropy
 
 N, V, D = 8192, 128_256, 3072
 CHUNK = 4096
-
-
-def norm_ratio(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor
+from benchmarks.ops.case import Case, floor, norm_ratio
 from lfm.kernels import backend
 from lfm.kernels.permutation import kernel as moves
 from lfm.kernels.permutation import sorted_places
@@ -23,10 +23,6 @@ from lfm.layers.moe import MoE
 
 N, D, F, E, K = 8192, 3072, 1408, 8, 2
 M = N * K
-
-
-def norm_ratio(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor
+from benchmarks.ops.case import Case, floor, norm_ratio
 from lfm.kernels.reservoir import cluster, make_reservoir
 from lfm.kernels.reservoir.chunked import (
     ChunkPlan,
@@ -30,10 +30,6 @@ ONE_WAVE = {1: 103, 2: 205, 8: 410}
 def matrices() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.stack([make_reservoir(N, 0.1, 0.99, generator) for _ in range(R)]).cuda()
-
-
-def norm_ratio(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 class Recurrence:

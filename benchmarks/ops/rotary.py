@@ -5,16 +5,12 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor
+from benchmarks.ops.case import Case, floor, norm_ratio
 from lfm.kernels.rotary.kernel import rotated_heads_backward, rotated_heads_forward
 from lfm.kernels.rotary.reference import rotated_heads_reference
 from lfm.layers.rotary import rotary_tables
 
 T, H, G, K = 8192, 24, 8, 128
-
-
-def norm_ratio(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 @functools.cache
