@@ -55,7 +55,7 @@ def find_nvcc() -> str:
     if found is None:
         where = f"under CUDA_HOME={home}" if home else "on the PATH"
         raise Unavailable(
-            f"there is no nvcc {where}; install the CUDA toolkit, or nvidia-cuda-nvcc and nvidia-cuda-cccl of torch's "
-            "CUDA version, or set CUDA_HOME"
+            f"there is no nvcc {where}; install the CUDA toolkit of torch's CUDA version (13.0: `pip install "
+            "'lfm[cuda]'`), or set CUDA_HOME"
         )
     return found
