@@ -1,5 +1,7 @@
 # `make` alone prints what there is.
 PY := .venv/bin/python
+# Test processes of `make test`; a test file stays in one of them.
+WORKERS := 2
 # The shapes and types written in the layers' and models' signatures are checked while their tests run.
 TYPED := --jaxtyping-packages=lfm.layers,lfm.models,beartype.beartype
 
@@ -22,7 +24,7 @@ check: setup ## lint, types, import contracts
 	@.venv/bin/lint-imports
 
 test: setup ## the CPU tests that take minutes
-	@$(PY) -m pytest -q $(TYPED) -m "not slow and not slurm"
+	@$(PY) -m pytest -q $(TYPED) -m "not slow and not slurm" --numprocesses $(WORKERS) --dist loadfile
 
 test-full: setup ## everything a CPU can run
 	@$(PY) -m pytest -q $(TYPED)

@@ -62,7 +62,13 @@ class Store:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.environment = {
+            "S3_ENDPOINT_URL": f"http://127.0.0.1:{self.server.server_port}",
+            "AWS_ACCESS_KEY_ID": "made-up",
+            "AWS_SECRET_ACCESS_KEY": "made-up",
+            "AWS_MAX_ATTEMPTS": "1",  # so that the attempts are ours
+            "NO_PROXY": "127.0.0.1",
+        }
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
@@ -76,11 +82,8 @@ def few_shards(tmp_path_factory):
 def s3(few_shards, monkeypatch):
     pytest.importorskip("boto3")
     store = Store(few_shards)
-    monkeypatch.setenv("S3_ENDPOINT_URL", store.url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "made-up")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "made-up")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # so that the attempts are ours
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
     yield store
     store.server.shutdown()
     store.server.server_close()
@@ -109,8 +112,9 @@ def test_a_store_that_is_busy_for_a_while_is_asked_again(s3, tmp_path):
     assert time.monotonic() - start < 5  # what is not there is not asked for again
 
 
-def epoch_on_a_rank(rank, config, turns):
+def epoch_on_a_rank(rank, config, turns, environment):
     """All rows of an epoch, through the ranks' common cache; with `turns`, in another order on each."""
+    os.environ.update(environment)  # ranks are forked from a server that an earlier test may have started
     reader = open_training(config, seq_length=SEQ_LENGTH, vocab_size=VOCAB_SIZE, rows_per_step=4)
     stream = BatchStream(reader, seed=rank if turns else 0, rows_per_step=4, prefetch_threads=2)
     batches = [stream.next()[0] for _ in range(len(reader) // 4)]
@@ -120,7 +124,7 @@ def epoch_on_a_rank(rank, config, turns):
 
 def test_ranks_of_a_node_read_from_s3_and_fetch_each_shard_once(s3, few_shards, tmp_path):
     config = DataConfig(path=str(tmp_path / "cache"), remote="s3://bucket")
-    first, second = run_on_ranks(epoch_on_a_rank, 2, config, False)
+    first, second = run_on_ranks(epoch_on_a_rank, 2, config, False, s3.environment)
     alone = open_training(
         DataConfig(path=str(few_shards)), seq_length=SEQ_LENGTH, vocab_size=VOCAB_SIZE, rows_per_step=4
     )
@@ -153,7 +157,7 @@ def test_processes_that_remove_each_others_shards_read_on(raw_data_set, tmp_path
     data = raw_data_set / "train"
     largest = max(shard["raw_data"]["bytes"] for shard in read_index(data)[1])
     changes = {"remote": str(raw_data_set), "cache_limit_bytes": 3 * largest}
-    run_on_ranks(epoch_on_a_rank, 2, DataConfig(path=str(tmp_path / "cache"), **changes), True)
+    run_on_ranks(epoch_on_a_rank, 2, DataConfig(path=str(tmp_path / "cache"), **changes), True, {})
     assert size_of_shards(tmp_path / "cache/train") <= 5 * largest  # each may bring one more at the same moment
 
 

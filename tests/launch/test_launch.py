@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from lfm.training.loop import train
+from tests import shared_memory
 from tests.training.tiny_run import PYTHON, ROOT, pretrain_command, tiny_run
 
 
@@ -170,11 +171,11 @@ def test_of_several_processes_with_the_same_mistake_the_first_says_so(tmp_path, 
 def test_one_process_trains_under_each_launcher(launcher, tmp_path, text_data):
     if "deepspeed" in launcher[1]:
         pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'lfm[parallel]'")
-    shared = set(os.listdir("/dev/shm"))
+    shared = shared_memory.names()
     found = run(*launcher, *pretrain_command(tmp_path, text_data, "training.steps=1")[1:])
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "lfm_debug/checkpoints/step_00000001").exists()
-    assert set(os.listdir("/dev/shm")) <= shared, "shared memory was left behind"
+    assert not shared_memory.abandoned(shared), "shared memory was left behind"
 
 
 def test_generate_streams_one_prompt_and_separates_several(trained):

@@ -25,6 +25,7 @@ from lfm.training import checkpoint
 from lfm.training.loop import train
 from lfm.training.run import RunConfig, owning_folder
 from lfm.training.saver import Saver
+from tests import shared_memory
 from tests.launch.job import Job, bare, deepspeed, free_port, slurm, torchrun, until
 from tests.training.tiny_run import (
     PYTHON,
@@ -112,11 +113,11 @@ def four_ranks(tmp_path_factory, text_data):
 
 
 def test_deepspeed_trains_as_one_process_does_and_leaves_no_shared_memory(tmp_path, text_data, reference):
-    shared = set(os.listdir("/dev/shm"))
+    shared = shared_memory.names()
     with Job(tmp_path / "output", (deepspeed(2, command(tmp_path, text_data, *DATA_2)), {})) as job:
         assert job.wait() == [0], job.output
     assert "layout: world 2 = tensor 1 x pipeline 1 x data 2, ZeRO-1" in job.output
-    assert set(os.listdir("/dev/shm")) <= shared, "shared memory was left behind"
+    assert not shared_memory.abandoned(shared), "shared memory was left behind"
     assert_losses_of(tmp_path, reference)
 
 
