@@ -92,8 +92,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("tokens of prefix")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    times.legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*times.get_legend_handles_labels(), loc="lower center", ncol=6, fontsize=8)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
