@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from data_pipeline import extras
@@ -183,17 +184,24 @@ def test_a_difference_on_the_corpus_turns_tiktoken_off_and_is_said(tmp_path, cap
     assert contents(tmp_path / "auto") == contents(tmp_path / "plain")
 
 
-def test_beginnings_of_text_are_counted_and_stand_before_each_document(tmp_path):
+def test_documents_and_prompts_begin_with_the_beginning_of_text_or_neither_does(tmp_path):
     tree = json.loads(TOKENIZER.definition)
     tree["added_tokens"].append({**tree["added_tokens"][0], "id": 600, "content": "<s>"})
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    plain = Tokenizer(json.dumps(tree).encode(), source="test")
     source = write_texts(tmp_path / "text", texts(50))
-    wanted = {
-        "tokenizer": {"file": str(tmp_path / "tokenizer.json")},
-        "packing": "best_fit",
-        "seq_length": 512,
-        "shard_bytes": 65536,
-    }
-    reports = [prepare(config(source, tmp_path / str(bos), bos=bos, **wanted)) for bos in (False, True)]
-    without, with_bos = (report["stages"]["encode"]["tokens"] for report in reports)
-    assert with_bos == without + 50
+    for given in (plain, plain.beginning_with("<s>")):  # Llama's definition says it, though data may be without
+        given.save(tmp_path / "tokenizer.json")
+        wanted = {"tokenizer": {"file": str(tmp_path / "tokenizer.json")}, "format": "bins", "seq_length": None}
+        counts, tokenizers = {}, {}
+        for bos in (False, True):
+            output = tmp_path / f"{given.bos_id} {bos}"
+            counts[bos] = prepare(config(source, output, bos=bos, **wanted))["stages"]["encode"]["tokens"]
+            tokenizers[bos] = Tokenizer.from_file(output / "tokenizer.json")
+            ids = np.fromfile(output / "train.bin", np.uint16)
+            first = np.concatenate([ids[:1], ids[1:][ids[:-1] == TOKENIZER.eod_id]])
+            assert ((first == 600) == bos).all()
+            assert (tokenizers[bos].encode_prompt("a b")[0] == 600) == bos
+            assert tokenizers[bos].encode_prompt("a b", begin=False) == plain.encode("a b")
+        assert counts[True] == counts[False] + 50
+        assert tokenizers[given.bos_id is not None].definition == given.definition
+        assert tokenizers[False].sha256 != tokenizers[True].sha256  # no run mixes the two
