@@ -1,4 +1,6 @@
-"""Text to shards, ours beside `datasets.map` with MDSWriter: `-m benchmarks.prepare --text FILE --tokenizer FILE`.
+"""Text to shards, ours beside `datasets.map` with MDSWriter:
+
+    python benchmarks/prepare.py --text FILE --tokenizer FILE [--html PACKAGE ...]
 
 Both read the same lines of JSON, drop equal texts, encode with the same ids, pack them greedily into rows of the same
 length and write uncompressed MDS shards.  The result goes to benchmarks/results/prepare.json.
