@@ -164,6 +164,27 @@ def streaming_table() -> str:
     return "\n".join(lines)
 
 
+def prepare_table() -> str:
+    """Speed of data preparation, case by case, with what other work the machine had."""
+    result = load("prepare")
+    lines = [
+        "| case | input | ids kept | million ids/s | million ids per CPU second | load before |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs in result["runs"].items():
+        loads = [run["load_before"] for run in runs]
+        lines.append(
+            f"| {name} | {runs[0]['input_bytes'] / 1e6:.0f} MB | {runs[0]['tokens'] / 1e6:.1f} M | "
+            f"{result['median_tokens_per_second'][name] / 1e6:.2f} | "
+            f"{result['median_tokens_per_cpu_second'][name] / 1e6:.2f} | {min(loads):.1f} to {max(loads):.1f} |"
+        )
+    where = f"{result['environment']['cores']} cores, {result['workers']} processes, GPT-2's ids"
+    runs = f"median of {len(next(iter(result['runs'].values())))} runs"
+    return "\n".join(
+        [*lines, "", f"On {where}, {result['date']}, {runs}. Where the load is above the cores, other work took turns."]
+    )
+
+
 def plot_scaling(path: Path) -> None:
     """How a step of each layout on four GPUs is spent, scaled to its share of one GPU's speed."""
     import matplotlib
@@ -207,6 +228,7 @@ def _where(result: dict) -> str:
 PAGES = {
     "README.md": {"results": table},
     "docs/scaling.md": {"scaling": scaling_table},
+    "docs/data.md": {"prepare": prepare_table},
     "docs/families/README.md": {"families": families_table, "streaming": streaming_table},
 }
 """Page -> name of the mark around a table -> what writes it."""
