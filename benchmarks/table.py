@@ -178,11 +178,11 @@ def prepare_table() -> str:
             f"{result['median_tokens_per_second'][name] / 1e6:.2f} | "
             f"{result['median_tokens_per_cpu_second'][name] / 1e6:.2f} | {min(loads):.1f} to {max(loads):.1f} |"
         )
-    where = f"{result['environment']['cores']} cores, {result['workers']} processes, GPT-2's ids"
-    runs = f"median of {len(next(iter(result['runs'].values())))} runs"
-    return "\n".join(
-        [*lines, "", f"On {where}, {result['date']}, {runs}. Where the load is above the cores, other work took turns."]
+    note = (
+        f"On {result['environment']['cores']} cores with {result['workers']} processes and GPT-2's vocabulary, "
+        f"{result['date']}, median of {len(runs)} runs. A load above the cores is other work that took turns."
     )
+    return "\n".join([*lines, "", note])
 
 
 def plot_scaling(path: Path) -> None:
