@@ -1,6 +1,6 @@
 """Tokens/s of the reader from one process, MDS's own reader on the same shards beside it, and what training waits for.
 
-    python -m benchmarks.reader [--out benchmarks/results/reader.json]
+    python benchmarks/reader.py [--out benchmarks/results/reader.json]
 
 Random ids in rows of 8192 and shards of 64 MiB, in the page cache.  `first touch` includes hashing every shard.  An
 epoch is timed, which for MDS includes the start of its workers.
@@ -155,7 +155,7 @@ def main() -> None:
                     )
         shares = {threads: waiting(ShardReader(Path(folder) / "uint32"), threads, 45_000) for threads in (0, 2)}
         note(training_tokens_per_second=45_000, share_of_time_waited_by_threads=shares)
-    where = environment() | {"command": ["-m", "benchmarks.reader"]}
+    where = environment() | {"command": ["benchmarks/reader.py"]}
     result = {"date": date.today().isoformat(), "environment": where, "seq_length": T, "rows": rows}
     flags.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -189,6 +189,27 @@ def streaming_table() -> str:
     return "\n".join(lines)
 
 
+def prepare_table() -> str:
+    """Speed of data preparation, case by case, with what other work the machine had."""
+    result = load("prepare")
+    lines = [
+        "| case | input | ids kept | million ids/s | million ids per CPU second | load before |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs in result["runs"].items():
+        loads = [run["load_before"] for run in runs]
+        lines.append(
+            f"| {name} | {runs[0]['input_bytes'] / 1e6:.0f} MB | {runs[0]['tokens'] / 1e6:.1f} M | "
+            f"{result['median_tokens_per_second'][name] / 1e6:.2f} | "
+            f"{result['median_tokens_per_cpu_second'][name] / 1e6:.2f} | {min(loads):.1f} to {max(loads):.1f} |"
+        )
+    note = (
+        f"On {result['environment']['cores']} cores with {result['workers']} processes and GPT-2's vocabulary, "
+        f"{result['date']}, median of {len(runs)} runs. A load above the cores is other work that took turns."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def plot_scaling(path: Path) -> None:
     """How a step of each layout on four GPUs is spent, scaled to its share of one GPU's speed."""
     import matplotlib
@@ -233,6 +254,7 @@ PAGES = {
     "README.md": {"results": table},
     "docs/scaling.md": {"scaling": scaling_table},
     "docs/kernels.md": {"kernels": kernels_table},
+    "docs/data.md": {"prepare": prepare_table},
     "docs/families/README.md": {"families": families_table, "streaming": streaming_table},
 }
 """Page -> name of the mark around a table -> what writes it."""

@@ -1,6 +1,8 @@
 """Text out of Debian packages: fetched by apt-get, unpacked by dpkg-deb, installed by nobody."""
 
+import functools
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -56,9 +58,9 @@ def find(packages: Sequence[str], cache: str) -> list[tuple[Path, Markup]]:
         for parent, folders, names in os.walk(folder):  # does not follow links, by which packages name files twice
             folders.sort()
             for path in (Path(parent, name) for name in sorted(names)):
-                below = path.relative_to(folder)
+                below = path.relative_to(folder).as_posix()
                 markup = _markup_of(below, _RULES.get(package, _ANY))
-                excluded = any(fnmatch(below.as_posix(), pattern) for pattern in _EXCLUDE)
+                excluded = any(fnmatch(below, pattern) for pattern in _EXCLUDE)
                 if markup is not None and not excluded and not path.is_symlink():
                     taken.append((path, markup))
         if not taken:
@@ -67,17 +69,16 @@ def find(packages: Sequence[str], cache: str) -> list[tuple[Path, Markup]]:
     return found
 
 
-def _markup_of(path: Path, rules: Sequence[Rule]) -> Markup | None:
-    return next((markup for pattern, markup in rules if _matches(path.parts, pattern.split("/"))), None)
+def _markup_of(path: str, rules: Sequence[Rule]) -> Markup | None:
+    return next((markup for pattern, markup in rules if _as_expression(pattern).fullmatch(path)), None)
 
 
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path matches a glob in which ** stands for any number of folders."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts)))
-    return bool(parts) and Path(parts[0]).match(pattern[0]) and _matches(parts[1:], pattern[1:])
+@functools.cache
+def _as_expression(pattern: str) -> re.Pattern[str]:
+    """A glob in which ** stands for any number of folders and * for no slash."""
+    parts = {"**/": "(?:[^/]+/)*", "*": "[^/]*", "[a-z]": "[a-z]"}
+    found = re.split(r"(\*\*/|\*|\[a-z\])", pattern)
+    return re.compile("".join(parts.get(part, re.escape(part)) for part in found))
 
 
 def _fetch(package: str, folder: Path) -> None:

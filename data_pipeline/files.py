@@ -37,27 +37,28 @@ def matching_paths(patterns: Sequence[str], suffixes: Sequence[str], exclude: Se
 def checked(
     wanted: Sequence[tuple[Path, Markup]],
     counts: Counter[str],
-    seen: set[Path],
+    seen: set[tuple[int, int]],
     *,
     max_file_bytes: int | None,
     not_utf8: Literal["skip", "latin-1"],
 ) -> list[InputFile]:
-    """Those of `wanted` that are files and not in `seen`, to which they are added; the others are counted."""
+    """Those of `wanted` that are files and not in `seen` (device, inode), which they join; others are counted."""
     files = []
     for path, markup in wanted:
         counts["files_found"] += 1
-        real = path.resolve()
-        if real in seen:
-            counts["files_repeated"] += 1
-            continue
-        seen.add(real)
         try:
-            status = real.stat()
+            status = path.stat()
         except OSError:
             status = None
         if status is None or not stat.S_ISREG(status.st_mode):
             counts["files_unreadable"] += 1
-        elif max_file_bytes is not None and status.st_size > max_file_bytes:
+            continue
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            counts["files_repeated"] += 1
+            continue
+        seen.add(identity)
+        if max_file_bytes is not None and status.st_size > max_file_bytes:
             counts["files_too_large"] += 1
         else:
             files.append(InputFile(path, not_utf8, markup, status.st_size, status.st_mtime_ns))

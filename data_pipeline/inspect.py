@@ -9,7 +9,7 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.prepare import DROPPED_NAME, REPORT_NAME
 from lfm.errors import UserError, command
@@ -26,9 +26,11 @@ _SPLIT_TITLES = {
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
-td, th { text-align: right; padding: 2px 10px; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse }
+td, th { text-align: right; padding: 2px 10px; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
 td:first-child, th:first-child { text-align: left }
-pre { white-space: pre-wrap; background: #f5f5f5; padding: 8px; font-size: 13px }
+p { overflow-wrap: anywhere }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: 8px; font-size: 13px }
 """
 
 
@@ -43,65 +45,90 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def tables(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """The counts worth looking at: a title, and rows of a name and a count."""
-    stages = report["stages"]
+class Table(NamedTuple):
+    """Counts worth looking at."""
+
+    title: str
+    rows: list[tuple[str, list[int]]]
+    """A name and a count for each column."""
+    columns: tuple[str, ...] = ("",)
+    bars: bool = True
+    """The counts of all rows are of the same kind, so that bars can be compared."""
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """What as_text and as_page show, without tables that would be empty."""
+    stages, splits, sources = report["stages"], report["splits"], report["sources"]
     clean, dedup = stages["clean"], stages["dedup"]
-    prefix = "dropped_by_"
-    dropped = [(key.removeprefix(prefix), n) for key, n in clean.items() if key.startswith(prefix)]
-    copies = [(key.replace("_", " "), dedup.get(key, 0)) for key in ("duplicates", "near_duplicates")]
-    lengths = [(f"{int(low):,}-{2 * int(low) - 1:,}", n) for low, n in report["document_lengths"].items()]
+    of_splits = [(title, [of.get(unit) for of in splits.values()]) for unit, title in _SPLIT_TITLES.items()]
     found = [
-        ("Bytes of text kept, by source", [(of["name"], of["bytes_kept"]) for of in report["sources"]]),
-        ("Tokens by source", [(of["name"], of.get("tokens", 0)) for of in report["sources"]]),
-        ("Documents by number of tokens", lengths),
-        ("Documents dropped by each rule", dropped),
-        ("Copies dropped", copies),
+        Table("Splits", [row for row in of_splits if None not in row[1]], columns=tuple(splits), bars=False),
+        Table("Bytes of text kept, by source", [(of["name"], [of["bytes_kept"]]) for of in sources]),
+        Table("Tokens, by source", [(of["name"], [of.get("tokens", 0)]) for of in sources]),
+        Table(
+            "Documents, by number of tokens",
+            [(f"{int(low):,}-{2 * int(low) - 1:,}", [n]) for low, n in report["document_lengths"].items()],
+        ),
+        Table(
+            "Documents dropped, by rule",
+            [(key.removeprefix("dropped_by_"), [n]) for key, n in clean.items() if key.startswith("dropped_by_")]
+            + [(key.replace("_", " "), [dedup.get(key, 0)]) for key in ("duplicates", "near_duplicates")],
+        ),
     ]
     if "pack" in stages:
-        found.append(
-            (f"Packing: {report['config']['packing']}", [(k.replace("_", " "), n) for k, n in stages["pack"].items()])
-        )
-    splits = report["splits"]
-    for unit, title in _SPLIT_TITLES.items():
-        found.append((title, [(split, of[unit]) for split, of in splits.items() if of.get(unit) is not None]))
-    return [(title, rows) for title, rows in found if rows]
+        packing = [(key.replace("_", " "), [n]) for key, n in stages["pack"].items()]
+        found.append(Table(f"Packing: {report['config']['packing']}", packing, bars=False))
+    return [table for table in found if table.rows]
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The tables with a bar to each count."""
+    """The tables, with a bar to each count that can be compared with those above it."""
     lines = []
-    for title, rows in tables(report):
-        most = max(1, *(n for _, n in rows))
-        width = max(len(name) for name, _ in rows)
-        lines += [title, *(f"  {name:<{width}} {n:>15,} {'#' * round(30 * n / most)}" for name, n in rows), ""]
-    return "\n".join(lines)
+    for table in tables(report):
+        width = max(len(name) for name, _ in table.rows)
+        lines.append(table.title)
+        if len(table.columns) > 1:
+            lines.append(f"  {'':<{width}}" + "".join(f" {column:>15}" for column in table.columns))
+        for (name, counts), share in zip(table.rows, _shares(table), strict=True):
+            lines.append(f"  {name:<{width}}" + "".join(f" {n:>15,}" for n in counts) + " " + "#" * round(30 * share))
+        lines.append("")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def as_page(report: dict[str, Any], folder: Path) -> str:
     """One page of HTML that refers to nothing outside it."""
-    parts = [f"<title>{html.escape(folder.name)}</title><style>{_STYLE}</style><h1>{html.escape(folder.name)}</h1>"]
-    for title, rows in tables(report):
-        parts.append(f"<h2>{html.escape(title)}</h2>{_bars(rows)}")
-    parts.append("<h2>Samples of what was dropped</h2>")
-    for line in _text_of(folder / DROPPED_NAME).splitlines():
-        sample = json.loads(line)
+    name = html.escape(folder.name)
+    parts = [f"<title>{name}</title><style>{_STYLE}</style><h1>{name}</h1>"]
+    parts += [f"<h2>{html.escape(table.title)}</h2>{_as_html(table)}" for table in tables(report)]
+    samples = [json.loads(line) for line in _text_of(folder / DROPPED_NAME).splitlines()]
+    if samples:
+        parts.append("<h2>Samples of what was dropped</h2>")
+    for sample in samples:
         like = f", like {sample['like']}" if sample["like"] else ""
-        words = html.escape(f"{sample['rule']}: {sample['origin']}{like}")
-        parts.append(f"<p>{words}</p><pre>{html.escape(sample['text'])}</pre>")
+        origin = html.escape(f"{sample['origin']}{like}")
+        parts.append(f"<p><b>{sample['rule']}</b> {origin}</p><pre>{html.escape(sample['text'])}</pre>")
     text = _text_of(folder / "validation.txt", _SAMPLE_CHARACTERS)
-    parts.append(f"<h2>Beginning of the validation text</h2><pre>{html.escape(text)}</pre>")
+    if text:
+        parts.append(f"<h2>Beginning of the validation text</h2><pre>{html.escape(text)}</pre>")
     return '<!DOCTYPE html><html lang="en"><meta charset="utf-8">' + "\n".join(parts) + "</html>\n"
 
 
-def _bars(rows: Sequence[tuple[str, int]]) -> str:
-    """A table with a bar chart in SVG."""
-    most = max(1, *(n for _, n in rows))
+def _as_html(table: Table) -> str:
+    """A table, with a bar chart in SVG beside it."""
     lines = []
-    for name, n in rows:
-        bar = f'<svg width="300" height="14"><rect width="{300 * n / most:.1f}" height="14" fill="#4477aa"/></svg>'
-        lines.append(f"<tr><td>{html.escape(name)}</td><td>{n:,}</td><td>{bar}</td></tr>")
+    if len(table.columns) > 1:
+        lines.append("<tr>" + "".join(f"<th>{html.escape(column)}</th>" for column in ("", *table.columns)) + "</tr>")
+    for (name, counts), share in zip(table.rows, _shares(table), strict=True):
+        cells = "".join(f"<td>{n:,}</td>" for n in counts)
+        bar = f'<svg width="300" height="14"><rect width="{300 * share:.1f}" height="14" fill="#4477aa"/></svg>'
+        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}{f'<td>{bar}</td>' if table.bars else ''}</tr>")
     return f"<table>{''.join(lines)}</table>"
+
+
+def _shares(table: Table) -> list[float]:
+    """The length of each row's bar as a share of the longest; 0 where there are none."""
+    most = max(1, *(counts[0] for _, counts in table.rows))
+    return [counts[0] / most if table.bars else 0.0 for _, counts in table.rows]
 
 
 def _text_of(path: Path, num_bytes: int = -1) -> str:

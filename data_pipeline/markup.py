@@ -12,22 +12,20 @@ _PART_CHARACTERS = 8192  # of a dictionary, whose single entries are too short f
 
 # Script and style hold anything, so they end at their own end tag alone.
 _RAW = re.compile(r"<(?:([sS][cC][rR][iI][pP][tT]|[sS][tT][yY][lL][eE])\b.*?</\1\s*>|!--.*?-->|[!?][^>]*>)", re.DOTALL)
-_TAG = re.compile(r'<(/?[a-zA-Z][a-zA-Z0-9]*)[^>"]*(?:"[^"]*"[^>"]*)*>')
-_SPACES_AT_END = re.compile(r"[ \t\r]+$", re.MULTILINE)
-_SPACES = re.compile(r"(?<=\S)  +")
+_SKIPPED = "nav|head|header|footer|noscript|svg|form|button|select"
+_BLOCKS = (
+    "address|article|aside|blockquote|body|br|caption|center|dd|details|div|dl|dt|fieldset|figcaption|figure|h1|h2|h3|h4|"
+    "h5|h6|hr|li|main|ol|option|p|section|summary|table|tbody|td|tfoot|th|thead|tr|ul"
+)
+_REST_OF_TAG = r'(?![a-zA-Z0-9])[^>"]*(?:"[^"]*"[^>"]*)*>'
+# All small or all capital letters: to ignore case would take twice as long.
+_REGION_TAG = re.compile(rf"<(/?(?:{_SKIPPED}|pre|{_SKIPPED.upper()}|PRE)){_REST_OF_TAG}")
+_BLOCK_TAG = re.compile(rf"</?(?:{_BLOCKS}|{_BLOCKS.upper()}){_REST_OF_TAG}")
+_TAG = re.compile(rf"</?[a-zA-Z][a-zA-Z0-9]*{_REST_OF_TAG}")
+_SPACES = re.compile("  +")
+_SPACES_IN_LINE = re.compile(r"(?<=\S)  +")
 _MANY_NEWLINES = re.compile(r"\n\n\n+")
 
-_SKIPPED = frozenset(("nav", "head", "header", "footer", "noscript", "svg", "form", "button", "select"))
-_BLOCKS = frozenset(
-    "address article aside blockquote body br caption center dd details div dl dt fieldset figcaption figure h1 h2 h3 "
-    "h4 h5 h6 hr li main ol option p section summary table tbody td tfoot th thead tr ul".split()
-)
-_KINDS = {
-    **dict.fromkeys(_SKIPPED, "skip"),
-    **dict.fromkeys((slash + name for name in _BLOCKS for slash in ("", "/")), "block"),
-    "pre": "pre",
-    "/pre": "pre",
-}
 _POD_COMMAND = re.compile(r"^=begin\b.*?^=end\b[^\n]*|^=for\b.*?(?:\n\n|\Z)|^=\w+[ \t]*", re.DOTALL | re.MULTILINE)
 _POD_CODE = re.compile(r"[A-Z](?:<<+ (.*?) >>+|<([^<>]*)>)", re.DOTALL)
 _ENTRY = re.compile(r"\n(?=\S)")
@@ -50,27 +48,36 @@ def texts_of_markup(text: str, markup: Markup, *, origin: str) -> Iterator[tuple
 def text_of_html(page: str) -> str:
     """The text of a page, a line a block; without scripts, styles, navigation, headers, footers and forms.
 
-    A scan over tags rather than html.parser, which is ten times slower.  What it does not understand stays as text.
+    A few passes of regular expressions rather than html.parser, which is ten times slower.  What they do not understand
+    stays as text.
     """
     # `split` gives text, tag, text, tag, ..., text.
-    pieces = iter(_TAG.split(_RAW.sub("", page)))
-    kept = [next(pieces)]
+    page = _RAW.sub("", page).replace("\r", "").replace("&nbsp;", " ").replace("\u00a0", " ")
+    text, *rest = _REGION_TAG.split(page)
+    kept = [_text_of_region(text, preformatted=False)]
     preformatted = 0
-    pairs = zip(pieces, pieces, strict=True)
+    pairs = zip(rest[0::2], rest[1::2], strict=True)
     for tag, text in pairs:
-        kind = _KINDS.get(tag)
-        if kind is None:
-            kind = _KINDS.get(tag.lower())
-        if kind == "skip":
-            text = _text_after_element(tag.lower(), pairs)
-        elif kind == "block":
+        tag = tag.lower()
+        if tag == "pre":
+            preformatted += 1
             kept.append("\n")
-            text = text if preformatted > 0 else text.lstrip()
-        elif kind == "pre":
-            preformatted += 1 if tag[0] != "/" else -1
+        elif tag == "/pre":
+            preformatted -= 1
             kept.append("\n")
-        kept.append(text if preformatted > 0 else text.replace("\n", " "))
-    return _tidy(html.unescape("".join(kept)))
+        elif tag[0] != "/":
+            text = _text_after_element(tag, pairs)
+        kept.append(_text_of_region(text, preformatted=preformatted > 0))
+    lines = html.unescape("".join(kept)).split("\n")
+    return _MANY_NEWLINES.sub("\n\n", "\n".join([line.rstrip(" \t") for line in lines])).strip("\n ")
+
+
+def _text_of_region(text: str, *, preformatted: bool) -> str:
+    """Without tags; where no line is as the page has it, blocks make them."""
+    if preformatted:
+        return _SPACES_IN_LINE.sub(" ", _TAG.sub("", _BLOCK_TAG.sub("\n", text)))
+    text = _TAG.sub("", _BLOCK_TAG.sub("\n", text.replace("\n", " ")))
+    return _SPACES.sub(" ", text.replace("\t", " ")).replace("\n ", "\n")
 
 
 def _text_after_element(name: str, pairs: Iterator[tuple[str, str]]) -> str:
@@ -90,11 +97,6 @@ def text_of_pod(page: str) -> str:
     for _ in range(3):  # they nest
         page = _POD_CODE.sub(lambda match: match[1] or match[2] or "", page)
     return page
-
-
-def _tidy(text: str) -> str:
-    text = _SPACES_AT_END.sub("", _SPACES.sub(" ", text.replace("\u00a0", " ")))
-    return _MANY_NEWLINES.sub("\n\n", text).strip("\n ")
 
 
 def _glosses(text: str) -> Iterator[str]:

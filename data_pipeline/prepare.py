@@ -43,7 +43,7 @@ from lfm.data.bins import BinFile
 from lfm.data.format import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, Packing, Split, SplitIndex
 from lfm.data.tokenizer import TiktokenPattern, Tokenizer, from_tiktoken, train_bpe
 from lfm.errors import UserError, command
-from lfm.files import held_alone, sync, write_durably
+from lfm.files import held_alone, replace_folder, write_durably
 
 REPORT_NAME = "report.json"
 FEWEST_TOKENS = 1000
@@ -97,7 +97,8 @@ class PrepareConfig(Config):
     """greedy: shards' rows are full, documents go on in the next row; one_document: each row is one, cut or padded;
     best_fit: rows of whole documents, padded, and only documents longer than a row are split."""
     bos: bool = False
-    """Begin each document with the tokenizer's beginning-of-text id, which counts as a token."""
+    """Begin each document with the tokenizer's beginning-of-text id, which counts as a token.  The data set's
+    tokenizer.json says which, so that prompts begin with it too."""
     separator: Literal["eod", "none"] = "eod"
     """What follows each document: its end-of-document id, or, in bins only, nothing."""
     validation: Literal["hash", "tail"] = "hash"
@@ -186,7 +187,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             partial.mkdir()
             report = {"fingerprint": fingerprint, **_build(config, found, counts, partial)}
             write_durably(partial / REPORT_NAME, json.dumps(report, indent=2).encode())
-            _publish(partial, output)
+            replace_folder(output, by=partial)
         except OSError as error:
             if error.errno not in _FULL_DISK:
                 raise
@@ -207,6 +208,8 @@ def _build(
 ) -> dict[str, Any]:
     """Write all files but the report into `folder`; returns the report."""
     tokenizer, tokenizer_text_bytes = _make_tokenizer(config, found)
+    if config.bos != (tokenizer.bos_id is not None):
+        tokenizer = tokenizer.beginning_with(_begin_of_text(tokenizer) if config.bos else None)
     tokenizer.save(folder / TOKENIZER_NAME)
     collector = _Collector(config, counts)
     batches = read_batches(config.sources, found)
@@ -217,7 +220,7 @@ def _build(
     encoding = Encoding(
         definition=tokenizer.definition,
         fast=fast,
-        bos_id=_bos_id(tokenizer) if config.bos else None,
+        bos_id=tokenizer.bos_id,
         eod_id=tokenizer.eod_id if config.separator == "eod" else None,
         longest=config.seq_length if config.packing == "one_document" else None,
     )
@@ -509,13 +512,13 @@ def _fast_encoder(config: PrepareConfig, tokenizer: Tokenizer, first: Batch | No
     return None
 
 
-def _bos_id(tokenizer: Tokenizer) -> int:
-    known = [tokenizer.id_of(name) for name in BEGIN_OF_TEXT_NAMES]
-    if not any(i is not None for i in known):
+def _begin_of_text(tokenizer: Tokenizer) -> str:
+    known = [name for name in BEGIN_OF_TEXT_NAMES if tokenizer.id_of(name) is not None]
+    if not known:
         raise UserError(
             f"bos=true: the tokenizer has no beginning-of-text token, such as {BEGIN_OF_TEXT_NAMES[0]}; set bos=false"
         )
-    return next(i for i in known if i is not None)
+    return known[0]
 
 
 def _input_bytes(found: Sequence[Sequence[InputFile]]) -> int | None:
@@ -604,17 +607,6 @@ def _check_replaceable(output: Path, config: PrepareConfig) -> None:
         )
     if not is_data_set and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"output={config.output} exists and is no data set of this program; choose another output")
-
-
-def _publish(partial: Path, output: Path) -> None:
-    """Give `partial`, whose files are on the disk, the name `output`."""
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    partial.rename(output)
-    sync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @command

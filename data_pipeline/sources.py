@@ -139,7 +139,7 @@ def find_files(sources: Sequence[SourceConfig], counts: Counter[str]) -> list[li
     files_found = files_repeated + files_too_large + files_unreadable + the number of files in the result.
     Raises UserError for a path that leads to no file.
     """
-    seen: set[Any] = set()
+    seen: set[tuple[int, int]] = set()
     found = []
     for source in sources:
         match source:

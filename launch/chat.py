@@ -56,7 +56,7 @@ def main() -> None:
             print(obey(talk, line), flush=True)
             continue
         try:
-            talk.read(tokenizer.encode_prompt(line + "\n"))
+            talk.read(tokenizer.encode_prompt(line + "\n", begin=talk.num_tokens == 0))
             decoder = tokenizer.stream_decoder()
             for token in talk.reply():
                 print(decoder.push(token), end="", flush=True)

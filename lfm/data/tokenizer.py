@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lfm.errors import UserError
 from lfm.files import write_durably
@@ -40,7 +40,7 @@ _PUBLISHED_RANKS: dict[int, tuple[TiktokenPattern, int]] = {
 
 
 class Tokenizer:
-    """Text to ids and back.  No id is ever added: no beginning-of-text, no end-of-document.
+    """Text to ids and back.  No id is added but to a prompt: the beginning-of-text id, where documents begin with it.
 
     Names of special tokens inside text are ordinary text, so a document that mentions `<|endoftext|>` stays one
     document and comes back unchanged.
@@ -68,6 +68,9 @@ class Tokenizer:
                 f"{source} has no end-of-document token; one of {', '.join(END_OF_DOCUMENT_NAMES)} is needed"
             )
         self.eod_id: int = next(i for i in known if i is not None)
+        first = self._inner.encode("").ids[:1]
+        self.bos_id: int | None = first[0] if first and first[0] != self.eod_id else None
+        """What a document begins with, by the definition's post-processor; None: nothing."""
 
     @classmethod
     def from_file(cls, path: Path | str) -> "Tokenizer":
@@ -78,6 +81,23 @@ class Tokenizer:
         """Write the tokenizer.json, byte for byte what was read or trained, so that its sha256 is `self.sha256`."""
         write_durably(Path(path), self.definition)
 
+    def beginning_with(self, token: str | None) -> "Tokenizer":
+        """The same tokenizer, but for `bos_id`: that of the token of this name; None: there is none.
+
+        The definition says so, as a template, because it is all that goes with a checkpoint.
+        """
+        wanted = None if token is None else self.id_of(token)
+        if wanted == self.bos_id:
+            return self
+        assert token is None or wanted is not None, token
+        inner = tokenizers.Tokenizer.from_buffer(self.definition)
+        inner.post_processor = (
+            processors.ByteLevel(trim_offsets=False)  # changes no ids
+            if token is None
+            else processors.TemplateProcessing(single=[token, "$A"], special_tokens=[(token, wanted)])
+        )
+        return Tokenizer(inner.to_str().encode(), source=f"the tokenizer that begins with {token}")
+
     def id_of(self, token: str) -> int | None:
         """The id of a token by its name; None: there is none."""
         return self._inner.token_to_id(token)
@@ -86,8 +106,11 @@ class Tokenizer:
         """The ids of `text`."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """The ids of what a user typed.  Raises UserError for text that is no UTF-8 or that the vocabulary lacks."""
+    def encode_prompt(self, text: str, *, begin: bool = True) -> list[int]:
+        """The ids of what a user typed; with `begin`, as the beginning of a document.
+
+        Raises UserError for text that is no UTF-8 or that the vocabulary lacks.
+        """
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -100,7 +123,7 @@ class Tokenizer:
                         f"the tokenizer has no token for {character!r} (U+{ord(character):04X}) of the prompt; "
                         "leave it out, or train with a byte-level tokenizer"
                     )
-        return ids
+        return [self.bos_id, *ids] if begin and self.bos_id is not None else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed on all cores."""

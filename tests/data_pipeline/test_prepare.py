@@ -217,7 +217,10 @@ def test_help_lists_every_key(capsys):
         assert f"  {key}" in text
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs/data").glob("*.yaml")), ids=lambda path: path.stem)
+SHIPPED = sorted(set(Path("configs/data").glob("*.yaml")) - set(Path("configs/data").glob("medical_*.yaml")))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_data_config_loads_and_reads_back(path):
     shipped = PrepareConfig.load(path)
     assert PrepareConfig.from_tree(yaml.safe_load(shipped.to_yaml()), source=str(path)) == shipped

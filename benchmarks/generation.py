@@ -1,4 +1,4 @@
-"""Time and memory of one generated token after prefixes of 1k to 64k tokens: `python benchmarks/streaming.py`.
+"""Time and memory of one generated token after prefixes of 1k to 64k tokens: `python benchmarks/generation.py`.
 
 Random weights: neither depends on them.  Families with a state of fixed size should be flat; attention grows.
 """

