@@ -55,6 +55,11 @@ def test_blocks_are_lines_and_preformatted_text_keeps_its_lines():
     assert text_of_html(page).replace("\n\n", "\n").split("\n") == ["A b", "one two", "x = 1", "  y = 2", "z"]
 
 
+def test_old_pages_with_capital_tags_and_crlf_are_read_too():
+    page = "<HTML><HEAD><TITLE>t</TITLE></HEAD><P>One\r\n  two&nbsp; three<BR>four<PRE>\r\n  a  b\r\n</PRE>\r\n"
+    assert text_of_html(page) == "One two three\nfour\n\n  a b"
+
+
 def test_pod_loses_commands_and_codes():
     page = "=head1 NAME\n\nB<perl> - C<< a->b >> I<B<x>>\n\n=begin html\n\n<p>\n\n=end html\n\n=cut\n"
     assert text_of_pod(page).split() == ["NAME", "perl", "-", "a->b", "x"]

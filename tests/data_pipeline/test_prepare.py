@@ -135,8 +135,8 @@ def test_a_folder_that_is_no_data_set_is_never_replaced(tmp_path):
 
 
 def test_run_killed_twice_leaves_no_data_set_and_the_third_equals_an_uninterrupted_one(tmp_path):
-    source = write_texts(tmp_path / "text", texts(1500, words=400))
-    changes = {"tokenizer": {"train_vocab_size": 1000}}
+    source = write_texts(tmp_path / "text", texts(800, words=400))
+    changes = {"tokenizer": {"train_vocab_size": 600}}
     run = config(source, tmp_path / "data", **changes)
     (tmp_path / "run.yaml").write_text(run.to_yaml())
     partial = tmp_path / ".data.partial"
