@@ -18,27 +18,10 @@ from lfm.data.tokenizer import train_bpe
 from lfm.errors import UserError
 from lfm.parallel.ranks import Ranks
 from tests.data.corpus import SEQ_LENGTH, VOCAB_SIZE, texts
+from tests.data.damage import cut, fill_with_zeros, flip, remove
 from tests.ranks import run_on_ranks
 
 LIMIT_SECONDS = 30
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    path.write_bytes(content)
-
-
-def fill_with_zeros(path):
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def remove(path):
-    path.unlink()
 
 
 def swap(path):

@@ -17,29 +17,7 @@ from lfm.data.reader import ShardReader
 from lfm.data.stream import BatchStream
 from lfm.errors import UserError
 from tests.data.corpus import SEQ_LENGTH, VOCAB_SIZE
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    path.write_bytes(data)
-
-
-def fill_with_zeros(path):
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def remove(path):
-    path.unlink()
-
-
-def empty(path):
-    path.write_bytes(b"")
-
+from tests.data.damage import cut, empty, fill_with_zeros, flip, remove
 
 DAMAGES = [flip, fill_with_zeros, cut, remove, empty]
 
