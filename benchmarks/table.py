@@ -53,8 +53,29 @@ def table() -> str:
             f"({row['forward_backward_ms'] / row['floor_ms']:.1f} x the floor of {row['floor_ms']:.2f} ms); "
             f"error {row['relative_error']:.1e} | {_where(attention)} |"
         )
+    lines += _data(load("prepare"), load("reader"))
     lines += _scaling(load("scale_out_4xh200"), load("certificate_cpu"))
     return "\n".join(lines)
+
+
+def _data(preparing: dict, reading: dict) -> list[str]:
+    """Text to shards, and rows of shards, each beside a library's way."""
+    speed = {case: rate / 1e6 for case, rate in preparing["median_tokens_per_second"].items()}
+    of_ids = [row for row in reading["rows"] if "order" in row]  # the others are of a training run
+    shuffled = [row for row in of_ids if row["order"] == "shuffled" and row["dtype"] == "uint16"]
+    ours, theirs = (
+        max((row for row in shuffled if row["reader"] == reader), key=lambda row: row["tokens_per_second"])
+        for reader in ("lfm", "StreamingDataset")
+    )
+    return [
+        "| text to shards: JSON lines, GPT-2's ids, exact duplicates dropped ([data](docs/data.md)) | "
+        f"{speed['ours']:.2f} M tokens/s; `datasets.map` with MDSWriter {speed['datasets.map and MDSWriter']:.2f} | "
+        f"2 CPU cores, {preparing['date']}, median of {len(preparing['runs']['ours'])} runs |",
+        f"| rows of {reading['seq_length']} ids from shards, shuffled, one process | "
+        f"{ours['tokens_per_second'] / 1e6:,.0f} M tokens/s with {ours['threads']} threads; mosaicml-streaming's own "
+        f"reader {theirs['tokens_per_second'] / 1e6:,.0f} M with {theirs['workers']} workers | 2 CPU cores, busy, "
+        f"{reading['date']} |",
+    ]
 
 
 def _scaling(four: dict, cpus: dict) -> list[str]:
