@@ -32,7 +32,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /opt/venv \
     && torch=$(grep -i '^torch==' "constraints/$CONSTRAINTS.txt") \
     && pip install --no-cache-dir --disable-pip-version-check --constraint "constraints/$CONSTRAINTS.txt" \
-        "$torch" ".[parallel,datasets,fast-tokenizer,wandb$COMPILER]" \
+        "$torch" ".[parallel,datasets,fast-tokenizer,dedup,wandb$COMPILER]" \
     && pip uninstall --yes torchvision lfm \
     && rm -rf build ./*.egg-info
 
