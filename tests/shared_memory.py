@@ -7,7 +7,7 @@ _FOLDER = Path("/dev/shm")
 def abandoned(before: set[str], *, within_seconds: float = 10.0) -> set[str]:
     """New names in /dev/shm, since there were `before`, that no living process has mapped: whoever made them is gone.
 
-    Other tests and programs may make and unmake their own meanwhile.
+    Other programs may make and unmake their own meanwhile.
     """
     deadline = time.monotonic() + within_seconds
     while True:

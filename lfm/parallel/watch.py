@@ -141,7 +141,7 @@ class Watch:
         self._num_outer_frames = len(callers) - 1
         self._raised: _Raised | None = None
         self._left = False
-        self._wake, self._over, self._second_store_known = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._over, self._started = threading.Event(), threading.Event(), threading.Event()
 
         self._address, self._store_rank = address, 0
         self._second_address: tuple[str, int] | None = None
@@ -172,8 +172,8 @@ class Watch:
     def _start(self) -> None:
         self._exchange_on(self._address)
         threading.Thread(target=self._guard, name="watch guard", daemon=True).start()
-        # Not for long, as all enter together; from here on the first store may be lost.
-        self._second_store_known.wait(START_SECONDS)
+        # Not for long, as all enter together; from here on the first store may be lost, and a rank be missed.
+        self._started.wait(START_SECONDS)
 
     def _end_by(self, error: BaseException) -> NoReturn:
         """Hand `error` to the exchange, which ends this process; the main thread has nothing more to do."""
@@ -193,8 +193,9 @@ class Watch:
     def _guard(self) -> None:
         while not self._over.wait(BEAT_SECONDS / 4):
             now = self._clock()
-            started = self._second_store_known.is_set()
-            patience = self._heartbeat_timeout if started else max(self._heartbeat_timeout, START_SECONDS)
+            patience = (
+                self._heartbeat_timeout if self._started.is_set() else max(self._heartbeat_timeout, START_SECONDS)
+            )
             if self._ending_since is not None:
                 if now - self._ending_since > ENDING_SECONDS:
                     os._exit(self._exit_code)
@@ -252,11 +253,11 @@ class Watch:
                 if self._exchange_thread is not threading.current_thread():
                     return  # the guard gave this store up, which then answered after all
                 self._answered = self._clock()
-                if second:
+                self._note(dict(zip(read, beats, strict=True)))
+                if second and all(beats):  # who was never heard is given much longer than who falls silent
                     host, port = json.loads(second)
                     self._second_address = (host, port)
-                    self._second_store_known.set()
-                self._note(dict(zip(read, beats, strict=True)))
+                    self._started.set()
                 failure = json.loads(failed) if failed else self._find_failure(store)
                 if failure is not None:
                     self._end(store, failure)

@@ -160,6 +160,7 @@ def test_of_several_processes_with_the_same_mistake_the_first_says_so(tmp_path, 
     assert silent.returncode == 2 and silent.stderr == ""
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "launcher",
     [

@@ -112,6 +112,7 @@ def four_ranks(tmp_path_factory, text_data):
     return folder
 
 
+@pytest.mark.alone
 def test_deepspeed_trains_as_one_process_does_and_leaves_no_shared_memory(tmp_path, text_data, reference):
     shared = shared_memory.names()
     with Job(tmp_path / "output", (deepspeed(2, command(tmp_path, text_data, *DATA_2)), {})) as job:

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from lfm.errors import NonFiniteError, UserError
 from lfm.parallel.watch import watched
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 HEARTBEAT, HANG = 3, 4
 
