@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lfm.kernels.permutation import combine, dispatch, sorted_places
+from lfm.kernels.router import choose_experts, router_logits
 from lfm.kernels.swiglu import swiglu
 from lfm.layers.parts import PLAIN, Parts
 
@@ -36,27 +37,22 @@ def route(
     expert i (Fedus et al. 2021, arXiv 2101.03961), per row of the batch.  z-loss: Zoph et al. 2022, arXiv 2202.08906.
     """
     B, T, E = logits.shape
-    probabilities = logits.softmax(-1)
-    top, experts = probabilities.topk(top_k, dim=-1)
-    weights = top / top.sum(-1, keepdim=True)
+    experts, weights, probability, load, z_loss = choose_experts(logits, top_k)
 
-    chosen = F.one_hot(experts, E).sum(2)  # [B, T, E], before dropping
-    share = chosen.sum(1).to(logits.dtype) / (T * top_k)
-    mean_probability = probabilities.mean(1)
+    share = load.to(logits.dtype) / (T * top_k)  # before dropping
     if balance_over == "batch":
-        share, mean_probability = (part.mean(0, keepdim=True).expand(B, E) for part in (share, mean_probability))
-    balance_loss = E * (share * mean_probability).sum(-1)
-    z_loss = logits.logsumexp(-1).square().mean(-1)
+        share, probability = (part.mean(0, keepdim=True).expand(B, E) for part in (share, probability))
+    balance_loss = E * (share * probability).sum(-1)
 
     if capacity_factor is not None:
         # Per row, so that micro-batch and layout do not matter; earlier positions win, so that it stays causal.
         capacity = math.ceil(capacity_factor * top_k * T / E)
-        place = chosen.cumsum(1).gather(2, experts)  # 1 for the first token of that expert
+        place = F.one_hot(experts, E).sum(2).cumsum(1).gather(2, experts)  # 1 for the first token of that expert
         kept = place <= capacity
         weights = weights * kept
         experts = experts.masked_fill(~kept, -1)
-        chosen = chosen * (chosen.cumsum(1) <= capacity)
-    return Routing(experts.flatten(0, 1), weights.flatten(0, 1), balance_loss, z_loss, chosen.sum((0, 1)))
+        load = load.clamp(max=capacity)
+    return Routing(experts.flatten(0, 1), weights.flatten(0, 1), balance_loss, z_loss, load.sum(0))
 
 
 def count(values: Int[Tensor, " m"], num: int) -> Int[Tensor, " num"]:
@@ -101,8 +97,7 @@ class MoE(nn.Module):
         return names
 
     def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Routing]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.parts.shared(self.router.weight).to(wide))
+        logits = router_logits(x, self.parts.shared(self.router.weight))
         # Balance losses and capacity are of whole rows, wherever their tokens are.
         logits = self.parts.whole_sequence(logits, partial_gradients=False)
         # Dropping is a training device: evaluation and streaming are dropless, or they would depend on the split.

@@ -1,9 +1,11 @@
 """`cross_entropy_`: checks and the choice of path."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from lfm.kernels.backend import Backend, runs_triton
+from lfm.kernels.backend import Backend, draw, runs_triton
 from lfm.kernels.cross_entropy.reference import cross_entropy_reference_
 
 
@@ -18,8 +20,17 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool = True, bac
             f"logits has shape {list(logits.shape)}, labels is {labels.dtype} of shape {list(labels.shape)}; they must "
             "be [n, V] and torch.int64 [n]"
         )
-    if not runs_triton(logits, backend):
+    if not runs_triton(logits, backend, _comparison, logits.shape[1]):
         return cross_entropy_reference_(logits, labels, gradient)
     from lfm.kernels.cross_entropy.kernel import cross_entropy_kernel_
 
     return cross_entropy_kernel_(logits, labels, gradient)
+
+
+def _comparison(device: torch.device, dtype: torch.dtype, num_classes: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    logits = draw(0, 4, num_classes, device=device, dtype=dtype)
+    labels = torch.tensor([num_classes - 1, -100, 0, num_classes // 2], device=device)
+    wide = logits.to(torch.float32, copy=True)
+    losses = cross_entropy_(logits, labels, backend="triton")
+    yield "the losses", losses, cross_entropy_reference_(wide, labels, True)
+    yield "the gradient", logits, wide

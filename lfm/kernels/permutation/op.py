@@ -4,13 +4,14 @@
 write each row once, in any order, and have the same bits every time.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lfm.kernels.backend import Backend, runs_triton
+from lfm.kernels.backend import Backend, draw, runs_triton
 from lfm.kernels.permutation.reference import (
     combine_backward_reference,
     combine_reference,
@@ -24,7 +25,7 @@ _MOST_KEYS = 1024
 
 def sorted_places(keys: Tensor, num_keys: int, *, backend: Backend = "auto") -> Tensor:
     """Where each of `keys [m]`, integers in `0..num_keys - 1`, goes in a stable sort: int64 `[m]`, a permutation."""
-    if num_keys <= _MOST_KEYS and runs_triton(keys, backend):
+    if num_keys <= _MOST_KEYS and runs_triton(keys, backend, _sort_comparison, num_keys):
         from lfm.kernels.permutation.kernel import counting_sort
 
         return counting_sort(keys.contiguous(), num_keys)
@@ -34,7 +35,7 @@ def sorted_places(keys: Tensor, num_keys: int, *, backend: Backend = "auto") -> 
 def dispatch(x: Tensor, place: Tensor, *, backend: Backend = "auto") -> Tensor:
     """`rows[place[n, i]] = x[n]`: `[n, D]`, int64 `[n, k]` -> `[n * k, D]`."""
     _check(x, place, num_rows=place.shape[0])
-    return _Dispatch.apply(x, place, runs_triton(x, backend))
+    return _Dispatch.apply(x, place, _fused(x, place, backend))
 
 
 def combine(rows: Tensor, place: Tensor, weights: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
@@ -45,10 +46,10 @@ def combine(rows: Tensor, place: Tensor, weights: Tensor | None = None, *, backe
     """
     _check(rows, place, num_rows=place.numel())
     if weights is None:
-        return _Sum.apply(rows, place, runs_triton(rows, backend))
+        return _Sum.apply(rows, place, _fused(rows, place, backend))
     if weights.shape != place.shape:
         raise ValueError(f"weights has shape {list(weights.shape)}, place {list(place.shape)}; they must agree")
-    return _Combine.apply(rows, place, weights, runs_triton(rows, backend))
+    return _Combine.apply(rows, place, weights, _fused(rows, place, backend))
 
 
 class _Dispatch(torch.autograd.Function):
@@ -114,6 +115,30 @@ def _combine(rows: Tensor, place: Tensor, weights: Tensor | None, fused: bool) -
     from lfm.kernels.permutation.kernel import combine_forward
 
     return combine_forward(rows.contiguous(), place.contiguous(), None if weights is None else weights.contiguous())
+
+
+def _fused(x: Tensor, place: Tensor, backend: Backend) -> bool:
+    return runs_triton(x, backend, _move_comparison, place.shape[1], x.shape[1])
+
+
+def _sort_comparison(device: torch.device, dtype: torch.dtype, num_keys: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    keys = draw(0, 3000, device=device, dtype=torch.float32).mul(1e6).to(dtype) % num_keys
+    yield "the places", sorted_places(keys, num_keys, backend="triton"), sorted_places_reference(keys)
+
+
+def _move_comparison(device: torch.device, dtype: torch.dtype, k: int, D: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    n = 40
+    place = draw(0, n * k, device=device, dtype=torch.float32).argsort().view(n, k)
+    x, grad = (draw(seed, n, D, device=device, dtype=dtype) for seed in (1, 2))
+    rows, weights = draw(3, n * k, D, device=device, dtype=dtype), draw(4, n, k, device=device, dtype=torch.float32)
+    yield "the rows", dispatch(x, place, backend="triton"), dispatch_reference(x, place)
+    yield "their sums", combine(rows, place, backend="triton"), combine_reference(rows.float(), place, None)
+    leaves = [rows.requires_grad_(), weights.requires_grad_()]
+    y = combine(rows, place, weights, backend="triton")
+    yield "the weighted sums", y, combine_reference(rows.float(), place, weights)
+    got = torch.autograd.grad(y, leaves, grad)
+    want = combine_backward_reference(grad.float(), rows.float(), place, weights)
+    yield from zip(("the gradient of rows", "the gradient of weights"), got, want, strict=True)
 
 
 def _check(x: Tensor, place: Tensor, *, num_rows: int) -> None:

@@ -1,12 +1,13 @@
 """`swiglu`: the choice of path and the closed-form gradient."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lfm.kernels.backend import Backend, runs_triton
+from lfm.kernels.backend import Backend, draw, runs_triton
 from lfm.kernels.swiglu.reference import swiglu_reference
 
 
@@ -17,7 +18,8 @@ def swiglu(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
     """
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up has shape {list(gate_up.shape)}; its last dimension must hold gate and up")
-    return _SwiGLU.apply(gate_up) if runs_triton(gate_up, backend) else swiglu_reference(gate_up)
+    fused = runs_triton(gate_up, backend, _comparison, gate_up.shape[-1])
+    return _SwiGLU.apply(gate_up) if fused else swiglu_reference(gate_up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -36,3 +38,11 @@ class _SwiGLU(torch.autograd.Function):
 
         (gate_up,) = ctx.saved_tensors
         return swiglu_backward(grad_outputs[0].contiguous(), gate_up)
+
+
+def _comparison(device: torch.device, dtype: torch.dtype, width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    gate_up, grad = draw(0, 40, width, device=device, dtype=dtype), draw(1, 40, width // 2, device=device, dtype=dtype)
+    leaf, wide = gate_up.requires_grad_(), gate_up.detach().float().requires_grad_()
+    y, want = swiglu(leaf, backend="triton"), swiglu_reference(wide)
+    yield "y", y, want
+    yield "the gradient", *torch.autograd.grad(y, leaf, grad), *torch.autograd.grad(want, wide, grad.float())

@@ -1,0 +1,112 @@
+"""`router_logits` and `choose_experts`: checks, the choice of path, and the closed-form gradients."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lfm.kernels.backend import Backend, draw, runs_triton
+from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
+
+_MOST_EXPERTS = 256
+"""The kernels hold the logits of a block of tokens in registers."""
+
+
+class Choice(NamedTuple):
+    """Which experts the tokens of `[B, T, E]` logits go to, and what the losses need; at least fp32."""
+
+    experts: Tensor
+    """int64 `[B, T, k]`, by falling probability."""
+    weights: Tensor
+    """`[B, T, k]`, their probabilities over their sum."""
+    probability: Tensor
+    """`[B, E]`, the mean over the row's tokens."""
+    load: Tensor
+    """int64 `[B, E]`, how many tokens of the row chose each expert."""
+    z: Tensor
+    """`[B]`, mean over the row's tokens of logsumexp(logits)^2."""
+
+
+def router_logits(x: Tensor, weight: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """`x [..., D]` times `weight [E, D]` -> `[..., E]` in at least fp32, products and sums too."""
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight has shape {list(weight.shape)}, x {list(x.shape)}; weight must be [E, {x.shape[-1]}]")
+    # In fp32 the products would not be exact on tensor cores.
+    narrow = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16) and len(weight) <= _MOST_EXPERTS
+    if (narrow or backend == "triton") and runs_triton(x, backend, _logits_comparison, *reversed(weight.shape)):
+        return _RouterLogits.apply(x, weight)
+    return router_logits_reference(x, weight)
+
+
+def choose_experts(logits: Tensor, top_k: int, *, backend: Backend = "auto") -> Choice:
+    """The `top_k` most probable of softmax(`logits [B, T, E]`).  Weights, probability and z carry gradients."""
+    num_experts = logits.shape[-1]
+    if logits.dim() != 3 or not 1 <= top_k <= num_experts:
+        raise ValueError(f"logits has shape {list(logits.shape)}: no [B, T, E] with top_k={top_k} of E")
+    held = num_experts <= _MOST_EXPERTS and logits.shape[1] > 0
+    if held and runs_triton(logits, backend, _choice_comparison, num_experts, top_k):
+        return Choice(*_ChooseExperts.apply(logits, top_k))
+    return Choice(*choose_experts_reference(logits, top_k))
+
+
+class _RouterLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        from lfm.kernels.router.kernel import logits_forward
+
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        return logits_forward(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from lfm.kernels.router.kernel import logits_backward
+
+        return logits_backward(grad_outputs[0].contiguous(), *ctx.saved_tensors)
+
+
+class _ChooseExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
+        from lfm.kernels.router.kernel import choose_forward
+
+        logits = logits.contiguous()
+        experts, weights, probability, load, z = choose_forward(logits, top_k)
+        ctx.save_for_backward(logits, experts, weights)
+        ctx.mark_non_differentiable(experts, load)
+        return experts, weights, probability, load, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from lfm.kernels.router.kernel import choose_backward
+
+        _, grad_weights, grad_probability, _, grad_z = (grad.contiguous() for grad in grad_outputs)
+        return choose_backward(grad_weights, grad_probability, grad_z, *ctx.saved_tensors), None
+
+
+def _logits_comparison(
+    device: torch.device, dtype: torch.dtype, D: int, num_experts: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    x, weight = (draw(seed, n, D, device=device, dtype=dtype) for seed, n in ((0, 40), (1, num_experts)))
+    grad = draw(2, 40, num_experts, device=device, dtype=torch.float32)
+    leaves, wide = [[part.requires_grad_() for part in (t(x), t(weight))] for t in (Tensor.detach, Tensor.float)]
+    got, want = router_logits(*leaves, backend="triton"), router_logits_reference(*wide)
+    yield "the logits", got, want
+    pairs = zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, wide, grad), strict=True)
+    yield from (("a gradient", *pair) for pair in pairs)
+
+
+def _choice_comparison(
+    device: torch.device, dtype: torch.dtype, num_experts: int, top_k: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    leaf = draw(0, 2, 40, num_experts, device=device, dtype=dtype).requires_grad_()
+    wide = leaf.detach().float().requires_grad_()
+    got, want = choose_experts(leaf, top_k, backend="triton"), Choice(*choose_experts_reference(wide, top_k))
+    yield from zip(Choice._fields, got, want, strict=True)
+    grads = [draw(i, *got[i].shape, device=device, dtype=got[i].dtype) for i in (1, 2, 4)]
+    right = torch.autograd.grad([want[i] for i in (1, 2, 4)], wide, [grad.float() for grad in grads])
+    yield "the gradient", *torch.autograd.grad([got[i] for i in (1, 2, 4)], leaf, grads), *right

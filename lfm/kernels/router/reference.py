@@ -1,0 +1,24 @@
+"""The definitions of a router's logits and of its choice, in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def router_logits_reference(x: Tensor, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), weight.to(wide))
+
+
+def choose_experts_reference(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Experts, weights, probability, load and z as in `op.Choice`."""
+    probabilities = logits.softmax(-1)
+    top, experts = probabilities.topk(top_k, dim=-1)
+    load = F.one_hot(experts, logits.shape[-1]).sum((1, 2))
+    return (
+        experts,
+        top / top.sum(-1, keepdim=True),
+        probabilities.mean(1),
+        load,
+        logits.logsumexp(-1).square().mean(-1),
+    )

@@ -1,0 +1,119 @@
+import pytest
+import torch
+
+from lfm.kernels.router import Choice, choose_experts, router_logits
+from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
+from tests.comparison import assert_close
+
+# The CPU interprets the kernels.  Its interpreter cuts fp32 off to bf16 where a GPU rounds, hence fp16 there.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOUNDS = {torch.float16: 5e-4, torch.bfloat16: 3e-3}
+
+
+def _compare_logits(shape, num_experts, dtype):
+    x, weight = torch.randn(shape, device=DEVICE).to(dtype), torch.randn(num_experts, shape[-1], device=DEVICE)
+    weight, grad = weight.to(dtype), torch.randn(*shape[:-1], num_experts, device=DEVICE)
+
+    def run(linear, *leaves):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        y = linear(*leaves)
+        return {"y": y, **dict(zip(("x", "weight"), torch.autograd.grad(y, leaves, grad.to(y.dtype)), strict=True))}
+
+    got = run(lambda x, w: router_logits(x, w, backend="triton"), x, weight)
+    want = run(router_logits_reference, x.double(), weight.double())
+    assert got["y"].dtype == torch.float32 and got["x"].dtype == got["weight"].dtype == dtype
+    assert_close({"y": got.pop("y")}, {"y": want.pop("y")}, 1e-6)  # nothing of the operands is lost
+    assert_close(got, want, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("shape, num_experts", [((1, 1), 1), ((2, 5, 24), 8), ((70, 300), 17)], ids=str)
+def test_logits_equal_the_definition(shape, num_experts):
+    _compare_logits(shape, num_experts, torch.float16)
+
+
+def _choice_and_grad(choose, logits, top_k):
+    logits = logits.detach().requires_grad_()
+    choice = Choice(*choose(logits, top_k))
+    generator = torch.Generator().manual_seed(1)
+    outputs = [choice.weights, choice.probability, choice.z]
+    grads = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+    return choice, torch.autograd.grad(outputs, logits, grads)[0]
+
+
+def _compare_choice(shape, top_k):
+    logits = torch.randn(shape, device=DEVICE).mul(2)
+    got, grad = _choice_and_grad(lambda x, k: choose_experts(x, k, backend="triton"), logits, top_k)
+    want, right = _choice_and_grad(choose_experts_reference, logits.double(), top_k)
+    assert torch.equal(got.experts, want.experts) and torch.equal(got.load, want.load)
+    found = {"weights": got.weights, "probability": got.probability, "z": got.z, "logits": grad}
+    right = {"weights": want.weights, "probability": want.probability, "z": want.z, "logits": right}
+    if top_k == 1:  # weights of p / p = 1 push nothing
+        assert torch.equal(found.pop("weights"), torch.ones_like(got.weights)) and right.pop("weights").all()
+    assert_close(found, right, 2e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 40, 8), (3, 700, 11)], ids=str)
+def test_the_choice_equals_the_definition(shape, top_k):
+    _compare_choice(shape, top_k)
+
+
+@pytest.mark.parametrize("only", [0, 3, 7])
+def test_all_tokens_on_one_expert(only):
+    logits = torch.zeros(1, 50, 8, device=DEVICE)
+    logits[..., only] = 90.0
+    got = choose_experts(logits, 1, backend="triton")
+    assert got.load.tolist() == [[50 * (e == only) for e in range(8)]]
+    assert torch.allclose(got.z, torch.tensor(8100.0, device=DEVICE)) and got.probability[0, only] == 1
+
+
+def test_of_equal_logits_the_first_experts_win():
+    got = choose_experts(torch.zeros(1, 5, 6, device=DEVICE), 2, backend="triton")
+    assert got.experts.tolist() == [[[0, 1]] * 5]
+
+
+def test_a_nan_is_sent_to_an_expert_that_exists():
+    logits = torch.full((1, 33, 5), float("nan"), device=DEVICE)
+    got = choose_experts(logits, 2, backend="triton")
+    assert got.experts.min() >= 0 and got.experts.max() < 5 and got.load.sum() == 66
+    assert got.z.isnan().all() and got.weights.isnan().all()
+
+
+def test_a_row_is_routed_alike_in_any_batch():
+    logits = torch.randn(3, 70, 8, device=DEVICE)
+    together = choose_experts(logits, 2, backend="triton")
+    alone = choose_experts(logits[1:2], 2, backend="triton")
+    assert all(torch.equal(a[1:2], b) for a, b in zip(together, alone, strict=True))
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"weight must be \[E, 3\]"):
+        router_logits(torch.zeros(2, 3), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="top_k=9"):
+        choose_experts(torch.zeros(1, 2, 8), 9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape, num_experts", [((8192, 3072), 8), ((2, 1001, 1000), 64)], ids=str)
+def test_large_logits_equal_float64(shape, num_experts):
+    _compare_logits(shape, num_experts, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 8192, 8), (4, 2048, 64)], ids=str)
+def test_large_choices_equal_float64(shape):
+    _compare_choice(shape, 2)
+
+
+@pytest.mark.gpu
+def test_both_have_the_same_bits_twice():
+    x, weight = torch.randn(4096, 512, device="cuda").bfloat16(), torch.randn(8, 512, device="cuda").bfloat16()
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+
+    def run():
+        logits = router_logits(x, weight, backend="triton")
+        choice = choose_experts(logits[None], 2, backend="triton")
+        loss = choice.weights[..., 0].sum() + (choice.probability**2).sum() + choice.z.sum()
+        return (*choice, *torch.autograd.grad(loss, (x, weight)))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
