@@ -1,8 +1,8 @@
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lfm.kernels.rms_norm import add_rms_norm
 from lfm.layers.parts import PLAIN, Parts
 
 
@@ -18,4 +18,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        return F.rms_norm(x, self.weight.shape, self.parts.shared(self.weight), self.eps)
+        return self.of_sum(x, None)[1]
+
+    def of_sum(
+        self, x: Float[Tensor, "... D"], y: Float[Tensor, "... D"] | None
+    ) -> tuple[Float[Tensor, "... D"], Float[Tensor, "... D"]]:
+        """`x + y`, or x where there is no y, and the same normalized."""
+        return add_rms_norm(x, y, self.parts.shared(self.weight), eps=self.eps)

@@ -267,20 +267,28 @@ class Block(nn.Module):
         y, cache = self.attention(
             self.attention_norm(x), rotary=rotary, documents=documents, cache=cache, keep_cache=keep_cache
         )
-        x = x + y
+        # Each part adds what the one before it put out, in one pass with its norm.
         if self.has_liquid:
             starts = documents.starts if documents is not None else None
-            x, liquid_state = part(self._liquid, x, liquid_state, starts, stats)
-        y, routing = part(self._moe, x)
+            x, y, liquid_state = part(self._liquid, x, y, liquid_state, starts, stats)
+        x, y, routing = part(self._moe, x, y)
         return x + y, cache, liquid_state, routing
 
-    def _liquid(self, x: Tensor, state: Tensor | None, starts: Tensor | None, stats: RecurrenceStats | None):
-        u = x if self.post_norm else self.liquid_norm(x)
-        y, state = self.liquid(u, state=state, starts=starts, stats=stats)
-        return (self.liquid_norm(x + y) if self.post_norm else x + y), state
+    def _liquid(
+        self, x: Tensor, y: Tensor, state: Tensor | None, starts: Tensor | None, stats: RecurrenceStats | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        if self.post_norm:
+            x = x + y
+            y, final = self.liquid(x, state=state, starts=starts, stats=stats)
+            return self.liquid_norm.of_sum(x, y)[1], None, final
+        x, u = self.liquid_norm.of_sum(x, y)
+        y, final = self.liquid(u, state=state, starts=starts, stats=stats)
+        return x, y, final
 
-    def _moe(self, x: Tensor):
-        return self.moe(self.moe_norm(x))
+    def _moe(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Routing]:
+        x, u = self.moe_norm.of_sum(x, y)
+        output, routing = self.moe(u)
+        return x, output, routing
 
 
 def _plain(fn, *args, **kwargs):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lfm.data.consumed import rows_digest
 from lfm.errors import NonFiniteError
+from lfm.kernels.accumulation import accumulate_
 from lfm.kernels.reservoir import RecurrenceStats, next_warmup
 from lfm.layers.documents import Documents
 from lfm.layers.liquid import Liquid
@@ -260,7 +261,7 @@ class LocalEngine(Engine):
 
             def accumulate(parameter: Tensor, total: Tensor = master.grad) -> None:
                 assert parameter.grad is not None
-                total.add_(parameter.grad)
+                accumulate_(total, parameter.grad)
                 parameter.grad = None
 
             parameter.register_post_accumulate_grad_hook(accumulate)

@@ -11,6 +11,8 @@ COMPARISONS = {
     "swiglu": ("_comparison", (24,)),
     "rotary": ("_comparison", (8, 8, 2)),
     "cross_entropy": ("_comparison", (1000,)),
+    "rms_norm": ("_comparison", (24,)),
+    "accumulation": ("_comparison", ()),
     "permutation": ("_move_comparison", (2, 24)),
     "router": ("_logits_comparison", (24, 8)),
     "router ": ("_choice_comparison", (8, 2)),

@@ -65,5 +65,5 @@ def _comparison(
     want = rotated_heads_reference(wide, *tables, head_size, num_groups)
     yield from zip("qkv", got, want, strict=True)
     grads = [draw(2 + i, *x.shape, device=device, dtype=dtype) for i, x in enumerate(got)]
-    right = torch.autograd.grad(want, wide, [grad.float() for grad in grads])
-    yield "the gradient", *torch.autograd.grad(got, leaf, grads), *right
+    (right,) = torch.autograd.grad(want, wide, [grad.float() for grad in grads])
+    yield "the gradient", torch.autograd.grad(got, leaf, grads)[0], right

@@ -157,9 +157,7 @@ def logits_forward(x: Tensor, weight: Tensor) -> Tensor:
     logits = x.new_empty(*x.shape[:-1], E, dtype=torch.float32)
     if n:
         sizes = (n, D, E, _width(E), TOKENS, min(COLUMNS, _width(D)))
-        _logits_kernel[(triton.cdiv(n, TOKENS),)](
-            x, weight, logits, *sizes, num_warps=NUM_WARPS, num_stages=NUM_STAGES
-        )
+        _logits_kernel[(triton.cdiv(n, TOKENS),)](x, weight, logits, *sizes, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
     return logits
 
 

@@ -108,5 +108,5 @@ def _choice_comparison(
     got, want = choose_experts(leaf, top_k, backend="triton"), Choice(*choose_experts_reference(wide, top_k))
     yield from zip(Choice._fields, got, want, strict=True)
     grads = [draw(i, *got[i].shape, device=device, dtype=got[i].dtype) for i in (1, 2, 4)]
-    right = torch.autograd.grad([want[i] for i in (1, 2, 4)], wide, [grad.float() for grad in grads])
-    yield "the gradient", *torch.autograd.grad([got[i] for i in (1, 2, 4)], leaf, grads), *right
+    (right,) = torch.autograd.grad([want[i] for i in (1, 2, 4)], wide, [grad.float() for grad in grads])
+    yield "the gradient", torch.autograd.grad([got[i] for i in (1, 2, 4)], leaf, grads)[0], right
