@@ -149,7 +149,7 @@ def _stages(row: dict) -> str:
     return f" ({found[1].replace(' | ', '/').replace(' ', '')})" if found else ""
 
 
-OPS = ("reservoir", "diagonal_scan", "moe", "head", "rotary")
+OPS = ("reservoir", "diagonal_scan", "moe", "head", "rotary", "rms_norm", "accumulation")
 
 
 def kernels_table() -> str:

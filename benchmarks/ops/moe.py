@@ -17,6 +17,8 @@ from lfm.kernels.permutation.reference import (
     dispatch_reference,
     sorted_places_reference,
 )
+from lfm.kernels.router import Choice, choose_experts, router_logits
+from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
 from lfm.kernels.swiglu import kernel as activation
 from lfm.kernels.swiglu.reference import swiglu_reference
 from lfm.layers.moe import MoE
@@ -92,6 +94,25 @@ def swiglu_grad(grad: Tensor, gate_up: Tensor) -> Tensor:
         return torch.autograd.grad(swiglu_reference(gate_up), gate_up, grad)[0]
 
 
+def routing(logits_of: Callable, choose: Callable, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The router alone: weights, and the gradients of x and of its matrix."""
+    leaves = [normal(1, N, D, seed=40), normal(E, D, seed=41, scale=D**-0.5)]
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    choice = Choice(*choose(logits_of(*leaves), K))
+    outputs = [choice.weights, choice.probability, choice.z]
+    grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(x) * x.detach() for x in outputs])
+    return {"weights": choice.weights.detach(), "x": grads[0], "router.weight": grads[1]}
+
+
+def fused_routing() -> dict[str, Tensor]:
+    return routing(router_logits, choose_experts, torch.bfloat16)
+
+
+def check_routing() -> dict[str, float]:
+    got, want = fused_routing(), routing(router_logits_reference, choose_experts_reference, torch.float64)
+    return {name: norm_ratio(got[name], want[name]) for name in want}
+
+
 def cases() -> list[Case]:
     flops = 18.0 * M * D * F + 6.0 * N * D * E
     moved = 2.0 * (4 * N * D + 2 * E * 3 * D * F)
@@ -111,6 +132,16 @@ def cases() -> list[Case]:
             flops,
             moved,
             {"dense products": dense_products, "unfused": unfused},
+        ),
+        Case(
+            "router, forward + backward",
+            fused_routing,
+            check_routing,
+            {"weights": 1e-5, "x": 5e-3, "router.weight": 5e-3},
+            *floor(6.0 * N * D * E, 6.0 * N * D),
+            6.0 * N * D * E,
+            6.0 * N * D,
+            {"plain PyTorch": lambda: routing(router_logits_reference, choose_experts_reference, torch.bfloat16)},
         ),
         piece("sort", lambda: sorted_places(keys, E + 1), sorted_places_reference, [keys], 16.0 * M),
         piece("dispatch", lambda: moves.dispatch_forward(x, place), dispatch_reference, [x, place], 2.0 * (N + M) * D),
