@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor, norm_ratio
+from benchmarks.ops.case import Case, floor, graphed, norm_ratio
 from lfm.kernels.accumulation.kernel import accumulate_kernel_
 
 SHAPE = (8, 2816, 3072)
@@ -31,12 +31,12 @@ def cases() -> list[Case]:
     return [
         Case(
             "accumulation",
-            lambda: accumulate_kernel_(total, grad),
+            graphed(lambda _: accumulate_kernel_(total, grad)),
             check,
             {"total": 1e-6},
             *floor(0, moved),
             0,
             moved,
-            {"plain PyTorch": lambda: total.add_(grad)},
+            {"plain PyTorch": graphed(lambda _: total.add_(grad))},
         )
     ]

@@ -1,9 +1,12 @@
 """One timed thing of `launch/bench.py`: what runs, what it must equal, and what no version could beat."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 COPY_BYTES_PER_SECOND = 4.25e12
@@ -43,3 +46,22 @@ def floor(flops: float, bytes: float) -> tuple[float, FloorKind]:
     """Seconds below which nothing of so many bf16 matmul FLOPs and bytes goes, and which of the two says so."""
     compute, traffic = flops / MATMUL_FLOPS_PER_SECOND, bytes / COPY_BYTES_PER_SECOND
     return (compute, "flops") if compute > traffic else (traffic, "bytes")
+
+
+def graphed(run: Callable[[int], object], count: int = 1) -> Callable[[], object]:
+    """Replays `run(0)` to `run(count - 1)` in turn, one a call, from CUDA graphs recorded by the first call: the
+    device's time alone, as in a training step, where the host is ahead of it."""
+
+    @functools.cache
+    def replays() -> itertools.cycle:
+        graphs = []
+        for index in range(count):
+            run(index)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run(index)
+            graphs.append(graph)
+        return itertools.cycle(graphs)
+
+    return lambda: next(replays()).replay()

@@ -1,14 +1,13 @@
 """LiquidNet's diagonal scan in bf16, forward and backward, over slices of a fused projection as the layer has them."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor, norm_ratio
+from benchmarks.ops.case import Case, floor, graphed, norm_ratio
 from lfm.kernels.diagonal_scan import chunked, kernel
 
 SHAPES = ((48, 512, 384), (256, 512, 384), (4, 8192, 3072), (1, 8192, 3072))
@@ -18,24 +17,6 @@ LIMITS = {
     "forward": {"h": 3e-3, "final": 1e-4},
     "backward": {"grad gate": 6e-3, "grad bias": 6e-3, "grad value": 6e-3, "grad state": 6e-3},
 }
-
-
-def graphed(run: Callable[[int], object], count: int) -> Callable[[], object]:
-    """Replays `run(0)` to `run(count - 1)` in turn, one a call, from CUDA graphs recorded by the first call."""
-
-    @functools.cache
-    def replays() -> itertools.cycle:
-        graphs = []
-        for index in range(count):
-            run(index)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run(index)
-            graphs.append(graph)
-        return itertools.cycle(graphs)
-
-    return lambda: next(replays()).replay()
 
 
 class Scan:

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor, norm_ratio
+from benchmarks.ops.case import Case, floor, graphed, norm_ratio
 from lfm.kernels import backend
 from lfm.kernels.permutation import kernel as moves
 from lfm.kernels.permutation import sorted_places
@@ -85,7 +85,8 @@ def piece(
         return {name: norm_ratio(got[name], want[name]) for name in want}
 
     limits = {output: 3e-3 for output in ("0", "1")[: 2 if name == "combine, backward" else 1]}
-    return Case(name, run, check, limits, *floor(0, moved), 0, moved, {"plain PyTorch": lambda: plain(*inputs)})
+    peers = {"plain PyTorch": graphed(lambda _: plain(*inputs))}
+    return Case(name, graphed(lambda _: run()), check, limits, *floor(0, moved), 0, moved, peers)
 
 
 def swiglu_grad(grad: Tensor, gate_up: Tensor) -> Tensor:
@@ -108,6 +109,10 @@ def fused_routing() -> dict[str, Tensor]:
     return routing(router_logits, choose_experts, torch.bfloat16)
 
 
+def plain_routing() -> dict[str, Tensor]:
+    return routing(router_logits_reference, choose_experts_reference, torch.bfloat16)
+
+
 def check_routing() -> dict[str, float]:
     got, want = fused_routing(), routing(router_logits_reference, choose_experts_reference, torch.float64)
     return {name: norm_ratio(got[name], want[name]) for name in want}
@@ -125,23 +130,23 @@ def cases() -> list[Case]:
     return [
         Case(
             "layer, forward + backward",
-            lambda: outputs_and_grads(torch.bfloat16),
+            graphed(lambda _: outputs_and_grads(torch.bfloat16)),
             check_layer,
             limits,
             *floor(flops, moved),
             flops,
             moved,
-            {"dense products": dense_products, "unfused": unfused},
+            {"dense products": graphed(lambda _: dense_products()), "unfused": graphed(lambda _: unfused())},
         ),
         Case(
             "router, forward + backward",
-            fused_routing,
+            graphed(lambda _: fused_routing()),
             check_routing,
             {"weights": 1e-5, "x": 5e-3, "router.weight": 5e-3},
             *floor(6.0 * N * D * E, 6.0 * N * D),
             6.0 * N * D * E,
             6.0 * N * D,
-            {"plain PyTorch": lambda: routing(router_logits_reference, choose_experts_reference, torch.bfloat16)},
+            {"plain PyTorch": graphed(lambda _: plain_routing())},
         ),
         piece("sort", lambda: sorted_places(keys, E + 1), sorted_places_reference, [keys], 16.0 * M),
         piece("dispatch", lambda: moves.dispatch_forward(x, place), dispatch_reference, [x, place], 2.0 * (N + M) * D),

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor, norm_ratio
+from benchmarks.ops.case import Case, floor, graphed, norm_ratio
 from lfm.kernels.rms_norm.kernel import add_rms_norm_backward, add_rms_norm_forward
 from lfm.kernels.rms_norm.reference import add_rms_norm_reference
 
@@ -55,27 +55,24 @@ def check_backward() -> dict[str, float]:
 
 def cases() -> list[Case]:
     moved = 8.0 * N * D
-    forward_peer = {"plain PyTorch": lambda: add_rms_norm_reference(*inputs()[:3], EPS)}
-    backward_peer = {"plain PyTorch, forward + backward": plain}
+    forward_peer = {"plain PyTorch": graphed(lambda _: add_rms_norm_reference(*inputs()[:3], EPS))}
+    backward_peer = {"plain PyTorch, forward + backward": graphed(lambda _: plain())}
+    about = (*floor(0, moved), 0.0, moved)
     return [
         Case(
             "sum and norm, forward",
-            forward,
+            graphed(lambda _: forward()),
             check_forward,
             {"s": 3e-3, "n": 5e-3},
-            *floor(0, moved),
-            0,
-            moved,
+            *about,
             forward_peer,
         ),
         Case(
             "sum and norm, backward",
-            backward,
+            graphed(lambda _: backward()),
             check_backward,
             {"x": 5e-3, "w": 5e-3},
-            *floor(0, moved),
-            0,
-            moved,
+            *about,
             backward_peer,
         ),
     ]

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor, norm_ratio
+from benchmarks.ops.case import Case, floor, graphed, norm_ratio
 from lfm.kernels.rotary.kernel import rotated_heads_backward, rotated_heads_forward
 from lfm.kernels.rotary.reference import rotated_heads_reference
 from lfm.layers.rotary import rotary_tables
@@ -64,22 +64,22 @@ def cases() -> list[Case]:
     return [
         Case(
             "rotary, forward",
-            forward,
+            graphed(lambda _: forward()),
             check_forward,
             {"q": 3e-3, "k": 3e-3},
             *floor(0, read_and_written),
             0,
             read_and_written,
-            {"plain PyTorch": plain},
+            {"plain PyTorch": graphed(lambda _: plain())},
         ),
         Case(
             "rotary, backward",
-            backward,
+            graphed(lambda _: backward()),
             check_backward,
             {"qkv": 3e-3},
             *floor(0, returned),
             0,
             returned,
-            {"plain PyTorch, forward + backward": plain_grad},
+            {"plain PyTorch, forward + backward": graphed(lambda _: plain_grad())},
         ),
     ]

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -47,7 +48,7 @@ def _agree(comparison: Comparison, device: torch.device, dtype: torch.dtype, *si
 def disagreement(comparison: Comparison, *arguments: Any) -> str | None:
     """What is wrong with the kernels, or None.  Integers must be equal, fp32 to 1e-4 and less to 1e-2 of the norm."""
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _own_saved_tensors():
             for name, got, want in comparison(*arguments):
                 if not got.is_floating_point():
                     if not torch.equal(got, want):
@@ -60,6 +61,11 @@ def disagreement(comparison: Comparison, *arguments: Any) -> str | None:
     except Exception as error:  # a compiler's or a driver's, of any class
         return f"fail with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return None
+
+
+def _own_saved_tensors() -> AbstractContextManager[None]:
+    """Whoever counts the tensors saved around a call, as activation checkpointing does, must not see a comparison's."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def draw(seed: int, *shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -67,6 +67,29 @@ def test_a_cpu_takes_the_plain_path():
     assert not runs_triton(torch.zeros(2), "auto", _results())
 
 
+def test_activation_checkpointing_does_not_see_the_tensors_of_a_self_test():
+    from lfm.kernels.swiglu.op import _comparison
+
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
+        assert disagreement(_comparison, DEVICE, torch.float32, 24) is None
+        assert not seen
+        torch.ones(2, requires_grad=True).exp()
+    assert seen
+
+
+@pytest.mark.gpu
+def test_a_first_call_inside_activation_checkpointing_is_right():
+    from torch.utils.checkpoint import checkpoint
+
+    from lfm.kernels.swiglu import swiglu
+
+    x = torch.randn(8, 2 * 77, device="cuda").bfloat16().requires_grad_()  # a width that nothing else has
+    checkpoint(swiglu, x, use_reentrant=False).sum().backward()
+    want = torch.autograd.grad(swiglu(x, backend="reference").sum(), x)[0]
+    assert torch.allclose(x.grad.float(), want.float(), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_wrong_kernels_are_given_up_with_one_warning():
     x, wrong = torch.zeros(2, device="cuda"), _results(([1.0], [2.0]))

@@ -43,17 +43,26 @@ def _add_rms_norm_bwd_kernel(
     exists = column < D
     w = tl.load(weight + column, exists, other=0).to(tl.float32)
     grad_weight = tl.zeros([WIDTH], tl.float32)
-    for row in range(share * rows_of_a_share, tl.minimum((share + 1) * rows_of_a_share, num_rows)):
-        at = row * D + column
-        r = tl.load(scale + row)
-        unit = tl.load(total + at, exists, other=0).to(tl.float32) * r
-        g = tl.load(grad_normalized + at, exists, other=0).to(tl.float32)
-        grad_weight += g * unit
-        g *= w
-        result = r * (g - unit * (tl.sum(g * unit, 0) / D))
+    first = share * rows_of_a_share
+    end = tl.minimum(first + rows_of_a_share, num_rows)
+    # A row ahead, so that memory works while a row is reduced; the last one comes in again, in vain.
+    at = first * D + column
+    r, s = tl.load(scale + first), tl.load(total + at, exists, other=0)
+    g, b = tl.load(grad_normalized + at, exists, other=0), tl.load(grad_total + at, exists, other=0)
+    for row in range(first, end):
+        following = tl.minimum(row + 1, end - 1)
+        at = following * D + column
+        next_r, next_s = tl.load(scale + following), tl.load(total + at, exists, other=0)
+        next_g = tl.load(grad_normalized + at, exists, other=0)
+        next_b = tl.load(grad_total + at, exists, other=0) if SUMMED else b
+        unit, a = s.to(tl.float32) * r, g.to(tl.float32)
+        grad_weight += a * unit
+        a *= w
+        result = r * (a - unit * (tl.sum(a * unit, 0) / D))
         if SUMMED:
-            result += tl.load(grad_total + at, exists, other=0).to(tl.float32)
-        tl.store(grad + at, result, exists)
+            result += b.to(tl.float32)
+        tl.store(grad + row * D + column, result, exists)
+        r, s, g, b = next_r, next_s, next_g, next_b
     tl.store(shares + share * D + column, grad_weight, exists)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, COLUMNS, NUM_WARPS, NUM_STAGES = 16, 256, 4, 4
+TOKENS, COLUMNS, NUM_WARPS, NUM_STAGES = 16, 128, 4, 5
 GRAD_TOKENS, GRAD_COLUMNS = 64, 128
 SPLITS = 16
 """Shares of the tokens whose weight gradients are added at the end."""
@@ -114,7 +114,8 @@ def _choose_fwd_kernel(
         chosen += tl.where(this, 1.0, 0.0)
     for i in tl.static_range(K):
         index = tl.load(experts + row + i, here, other=0)
-        tl.store(weights + row + i, tl.sum(tl.where(expert == index, p, 0.0), 1)[:, None] / total, here)
+        share = tl.div_rn(tl.sum(tl.where(expert == index, p, 0.0), 1)[:, None], total)  # of one expert exactly 1
+        tl.store(weights + row + i, share, here)
     at = sums + (b * num_blocks + block) * (2 * E + 1) + tl.arange(0, WIDTH)
     exists = tl.arange(0, WIDTH) < E
     tl.store(at, tl.sum(tl.where(here, p, 0.0), 0), exists)
