@@ -251,7 +251,7 @@ def flash_failure(
             q, k, v = x.transpose(1, 2).split((H, G, G), dim=1)
             y = backend(q, k, v, documents)
             (grad,) = torch.autograd.grad(y, x, weight.to(y.dtype))
-            return {"output": y, **dict(zip("qkv", grad.split((H, G, G), dim=2), strict=True))}
+            return {"output": y.detach(), **dict(zip("qkv", grad.split((H, G, G), dim=2), strict=True))}
 
         want = outputs_and_grads(qkv.detach().double().requires_grad_(), _reference)
         try:

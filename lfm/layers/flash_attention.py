@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.metadata
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -96,4 +97,6 @@ def _is_installed(name: str) -> bool:
 
 @functools.cache
 def _varlen_function(package: FlashPackage) -> Callable[..., Any]:
+    # Flash-attn 4's compiler remarks on its own kernels' arguments whenever it compiles one.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"cutlass\.")
     return importlib.import_module(package.module).flash_attn_varlen_func
