@@ -1,11 +1,12 @@
 # The environment of a training process: Python, exact versions, and a copy of this project.
 #
 #   docker build -t lfm .                                                            one for CUDA 13 GPUs
-#   docker build -t lfm-cpu --build-arg BASE=debian:12 --build-arg CONSTRAINTS=cpu --build-arg COMPILER= .  one without
+#   docker build -t lfm-cpu --build-arg BASE=debian:12 --build-arg CONSTRAINTS=cpu --build-arg GPU_EXTRAS= .  one without
 #   docker build -t lfm --secret id=pip,src=pip.conf .                               packages from another index
 #
 # Any Debian or Ubuntu with Python 3.10 to 3.13 is a base; constraints/*.txt say which Python they were made with.
-# torch brings CUDA's libraries itself; the extra `cuda` has the compiler of the reservoir's kernel.
+# torch brings CUDA's libraries itself; the extra `cuda` has the compiler of the reservoir's kernel, `flash-attn` the
+# fastest attention.
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE}
 
@@ -25,14 +26,14 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 # Dependencies alone, in a layer that only other versions make anew.  torch is named so that its exact build is taken;
 # torchvision, which mosaicml-streaming asks for, is never imported.
 ARG CONSTRAINTS=gpu
-ARG COMPILER=,cuda
+ARG GPU_EXTRAS=,cuda,flash-attn
 COPY pyproject.toml ./
 COPY constraints ./constraints
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /opt/venv \
     && torch=$(grep -i '^torch==' "constraints/$CONSTRAINTS.txt") \
     && pip install --no-cache-dir --disable-pip-version-check --constraint "constraints/$CONSTRAINTS.txt" \
-        "$torch" ".[parallel,datasets,fast-tokenizer,dedup,wandb$COMPILER]" \
+        "$torch" ".[parallel,datasets,fast-tokenizer,dedup,wandb$GPU_EXTRAS]" \
     && pip uninstall --yes torchvision lfm \
     && rm -rf build ./*.egg-info
 

@@ -2,21 +2,28 @@
 
     python benchmarks/attention.py [--out benchmarks/results/attention.json]
 
-LFM-3B's shape: 8192 tokens, 24 heads, 8 key/value heads, head size 128, bf16.  A back end whose outputs or gradients
-are off prints no time.  The floor is the attended FLOPs over the data sheet's 989 TFLOP/s; forward is 4, forward and
-backward 14 FLOPs per attended (query, key, head, channel).
+LFM-3B's shape: 8192 tokens, 24 heads, 8 key/value heads, head size 128, bf16, laid out as `rotated_heads` leaves them.
+A back end whose outputs or gradients are off prints no time; one that is not installed is left out.  The floor is the
+attended FLOPs over the data sheet's 989 TFLOP/s; forward is 4, forward and backward 14 FLOPs per attended (query, key,
+head, channel).
 """
 
 import argparse
+import functools
+import importlib
 import json
 import statistics
 import sys
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lfm.layers.attention import attend
 from lfm.layers.documents import Documents
+from lfm.layers.flash_attention import PACKAGES, FlashPackage, flash_attention
 from lfm.training.run import environment
 
 T, HEADS, GROUPS, K = 8192, 24, 8, 128
@@ -26,22 +33,49 @@ PATTERNS = {
     "14, log-normal": [2011, 187, 512, 90, 1203, 655, 61, 340, 1490, 233, 410, 129, 777, 94],
 }
 PEAK, BOUND = 989e12, 1e-2
+Attend = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 
 
-def inputs(length: int) -> list[torch.Tensor]:
-    shapes = [(1, h, length, K) for h in (HEADS, GROUPS, GROUPS)]
-    return [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes]
+def inputs(length: int) -> list[Tensor]:
+    """Queries and keys with memory of their own, values a view of the projection."""
+    qkv = torch.randn(1, length, HEADS + 2 * GROUPS, K, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    q, k, v = qkv.split((HEADS, GROUPS, GROUPS), dim=1)
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    return [x.detach().requires_grad_() for x in (q, k, v)]
 
 
-def worst_error(backend: str, lengths: list[int]) -> float:
+def not_reproducible(package: FlashPackage, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """As `flash_attention`, but gradients are summed in no fixed order."""
+    B, H, T, _ = q.shape
+    varlen = importlib.import_module(package.module).flash_attn_varlen_func
+    rows = [x.transpose(1, 2).reshape(B * T, -1, K) for x in (q, k, v)]
+    starts, longest = documents.boundaries, documents.longest
+    result = varlen(
+        *rows, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
+    )
+    return (result[0] if isinstance(result, tuple) else result).view(B, T, H, K).transpose(1, 2)
+
+
+def backends() -> dict[str, Attend]:
+    """Those of `attend`, and every installed package of flash-attn both ways."""
+    found: dict[str, Attend] = {name: functools.partial(attend, backend=name) for name in ("sdpa", "flex")}
+    for package in PACKAGES:
+        if package.installed:
+            found[package.name] = functools.partial(flash_attention, package=package)
+            found[f"{package.name}, not reproducible"] = functools.partial(not_reproducible, package)
+    return found
+
+
+def worst_error(run: Attend, lengths: list[int]) -> float:
     """Largest relative error of output and gradients against the dense definition in fp32, at a quarter length."""
     quarter = [max(1, n // 4) for n in lengths]
     quarter[-1] += T // 4 - sum(quarter)
     documents = Documents.from_lengths([quarter], "cuda")
     leaves = inputs(T // 4)
     found = []
-    for name, leaf in (("reference", [x.detach().float().requires_grad_() for x in leaves]), (backend, leaves)):
-        y = attend(*leaf, documents, backend=name)
+    reference = functools.partial(attend, backend="reference")
+    for path, leaf in ((reference, [x.detach().float().requires_grad_() for x in leaves]), (run, leaves)):
+        y = path(*leaf, documents)
         weight = torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y.dtype)
         found.append([y, *torch.autograd.grad(y, leaf, weight)])
     pairs = zip(*found, strict=True)
@@ -69,28 +103,30 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: this benchmark needs a CUDA device")
     rows = []
-    print(f"{'documents':16} {'backend':8} {'error':>8} {'forward':>9} {'fwd+bwd':>9} {'floor':>7} {'of floor':>8}")
+    print(f"{'documents':16} {'backend':32} {'error':>8} {'forward':>9} {'fwd+bwd':>9} {'floor':>7} {'of floor':>8}")
     for pattern, lengths in PATTERNS.items():
         documents = Documents.from_lengths([lengths], "cuda")
         floor = 14 * documents.attended_pairs * HEADS * K / PEAK * 1e3
-        for backend in ("sdpa", "flex"):
-            error = worst_error(backend, lengths)
+        for backend, run in backends().items():
+            error = worst_error(run, lengths)
             row = {"documents": pattern, "backend": backend, "relative_error": error, "floor_ms": floor}
             rows.append(row)
             if not error < BOUND:
-                print(f"{pattern:16} {backend:8} {error:8.1e}  not timed: parity is red")
+                print(f"{pattern:16} {backend:32} {error:8.1e}  not timed: parity is red")
                 continue
             leaves = inputs(T)
-            grad = torch.randn(1, HEADS, T, K, device="cuda", dtype=torch.bfloat16)
+            grad = torch.randn(1, T, HEADS, K, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
             with torch.no_grad():
-                row["forward_ms"] = milliseconds(lambda x=leaves, b=backend, d=documents: attend(*x, d, backend=b))
+                row["forward_ms"] = milliseconds(lambda x=leaves, f=run, d=documents: f(*x, d))
             row["forward_backward_ms"] = both = milliseconds(
-                lambda x=leaves, b=backend, d=documents, g=grad: torch.autograd.grad(attend(*x, d, backend=b), x, g)
+                lambda x=leaves, f=run, d=documents, g=grad: torch.autograd.grad(f(*x, d), x, g)
             )
             times = f"{row['forward_ms']:8.2f}  {both:8.2f}  {floor:6.2f}  {both / floor:7.1f}x"
-            print(f"{pattern:16} {backend:8} {error:8.1e} {times}", flush=True)
+            print(f"{pattern:16} {backend:32} {error:8.1e} {times}", flush=True)
+    packages = {package.name: metadata.version(package.name) for package in PACKAGES if package.installed}
+    result = {"environment": environment(), "packages": packages, "calls": 30, "rows": rows}
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps({"environment": environment(), "calls": 30, "rows": rows}, indent=1) + "\n")
+    flags.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Causal grouped-query attention with document masks that never become a dense T x T tensor."""
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,13 +9,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lfm.errors import UserError
 from lfm.kernels.rotary import rotated_heads
 from lfm.layers.documents import Documents
+from lfm.layers.flash_attention import FLASH_ATTN_4, PACKAGES, FlashPackage, flash_attention, require_package
 from lfm.layers.parts import PLAIN, Parts
 
-Backend = Literal["auto", "reference", "sdpa", "flex"]
+Backend = Literal["auto", "reference", "sdpa", "flex", "flash"]
 
 # With a cache, queries go in blocks of this many, so that the mask is [block, keys] and never [T, T].
 _QUERY_BLOCK = 512
@@ -64,7 +68,10 @@ def check_heads(hidden_size: int, num_attention_heads: int, num_query_groups: in
 
 
 class Attention(nn.Module):
-    """Query head i reads key/value head i // (H / K).  No biases.  Ainslie et al. 2023 (GQA, arXiv 2305.13245)."""
+    """Query head i reads key/value head i // (H / K).  No biases.  Ainslie et al. 2023 (GQA, arXiv 2305.13245).
+
+    Raises UserError for backend "flash" where no package of flash-attn is installed.
+    """
 
     def __init__(
         self,
@@ -76,6 +83,8 @@ class Attention(nn.Module):
         parts: Parts = PLAIN,
     ) -> None:
         super().__init__()
+        if backend == "flash":
+            require_package()
         self.head_size = hidden_size // num_attention_heads
         widths = (hidden_size, num_query_groups * self.head_size, num_query_groups * self.head_size)
         self.widths = tuple(width // parts.tensor_size for width in widths)
@@ -114,15 +123,20 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1)), new_cache
 
 
-def choose_backend(q: Tensor, documents: Documents) -> Backend:
-    """The faster path, measured on an H200 (benchmarks/results/attention.json).
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, num_positions: int, *, row_is_one_document: bool, flash_attn_4: bool
+) -> Backend:
+    """What "auto" means: the fastest path as measured on an H200 (benchmarks/results/attention.json, docs/kernels.md).
 
-    cuDNN for rows that are one document, flex_attention for packed rows; on a CPU, in fp32, or where 128 does not
-    divide the row, one SDPA call for each document.
+    On a GPU in half precision flash-attn 4, where it runs; else cuDNN's kernel for rows that are one document and
+    flex_attention for packed ones.  flash-attn 2 is never chosen: torch's built-in copy of its kernel takes twice
+    cuDNN's time.  On a CPU, in fp32, or where 128 does not divide a packed row, one SDPA call for each document.
     """
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    packed = not documents.row_is_one_document and q.shape[2] % _FLEX_BLOCK == 0
-    return "flex" if q.is_cuda and half and packed else "sdpa"
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    if flash_attn_4:
+        return "flash"
+    return "sdpa" if row_is_one_document or num_positions % _FLEX_BLOCK else "flex"
 
 
 def attend(
@@ -133,9 +147,21 @@ def attend(
     *,
     backend: Backend = "auto",
 ) -> Float[Tensor, "B H T K"]:
-    """softmax(q k^T / sqrt(head_size)) v, causal, within each document; softmax in fp32."""
+    """softmax(q k^T / sqrt(head_size)) v, causal, within each document; softmax in fp32.
+
+    Before flash-attn first attends heads of a kind it is compared with the definition, which cannot be recorded in a
+    CUDA graph.  Raises UserError where "flash" is asked for and no installed package serves these heads.
+    """
     if backend == "auto":
-        backend = choose_backend(q, documents)
+        backend = choose_backend(
+            q.device,
+            q.dtype,
+            q.shape[2],
+            row_is_one_document=documents.row_is_one_document,
+            flash_attn_4=_flash_obstacle(FLASH_ATTN_4, q, k) is None,
+        )
+    if backend == "flash":
+        return flash_attention(q, k, v, documents, _flash_package(q, k))
     if backend == "reference":
         return _reference(q, k, v, documents)
     if backend == "flex" and q.is_cuda and q.shape[2] % _FLEX_BLOCK == 0:
@@ -168,6 +194,76 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     same = document[:, None, :, None] == document[:, None, None, :]
     causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     return (scores.masked_fill(~(same & causal), -torch.inf).softmax(-1) @ v.to(wide)).to(q.dtype)
+
+
+def _flash_package(q: Tensor, k: Tensor) -> FlashPackage:
+    """The first package that attends these heads; UserError says why none does."""
+    obstacles = []
+    for package in PACKAGES:
+        obstacle = _flash_obstacle(package, q, k)
+        if obstacle is None:
+            return package
+        obstacles.append(f"{package.name} {obstacle}")
+    raise UserError(f"attention_backend=flash: {'; '.join(obstacles)}; choose attention_backend=auto")
+
+
+def _flash_obstacle(package: FlashPackage, q: Tensor, k: Tensor) -> str | None:
+    """Why `package` does not attend these heads, as words after its name; None: it does, and was seen to be right."""
+    if not package.installed:
+        return "is not installed"
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    lack = package.lack(capability, q.dtype, q.shape[3])
+    return lack or _known_flash_failure(package, q.device, q.dtype, q.shape[3], q.shape[1] // k.shape[1])
+
+
+@functools.cache
+def _known_flash_failure(package: FlashPackage, device: torch.device, *kind) -> str | None:
+    failure = flash_failure(package, device, *kind)
+    if failure is not None:
+        warnings.warn(
+            f"attention: {package.name} {failure} on {torch.cuda.get_device_name(device)}; this process does without "
+            "it, which is slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return failure
+
+
+def flash_failure(
+    package: FlashPackage, device: torch.device, dtype: torch.dtype, head_size: int, heads_per_group: int
+) -> str | None:
+    """What is wrong with `package` next to the definition in float64, as words after its name.
+
+    Seen on a row of three documents, laid out as `Attention` has them.  The package compiles for the head size and the
+    heads of a group, so the real call finds that done.
+    """
+    lengths, G = [200, 1, 119], 2
+    H, T = G * heads_per_group, sum(lengths)
+    # A checkpoint around the first call counts what is saved inside it: these hooks keep this out of its sight.
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (1, T, H + 2 * G, head_size)
+        qkv = torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+        weight = torch.randn((1, H, T, head_size), generator=generator, device=device).to(dtype)
+        documents = Documents.from_lengths([lengths], device)
+
+        def outputs_and_grads(x: Tensor, backend) -> dict[str, Tensor]:
+            q, k, v = x.transpose(1, 2).split((H, G, G), dim=1)
+            y = backend(q, k, v, documents)
+            (grad,) = torch.autograd.grad(y, x, weight.to(y.dtype))
+            return {"output": y.detach(), **dict(zip("qkv", grad.split((H, G, G), dim=2), strict=True))}
+
+        want = outputs_and_grads(qkv.detach().double().requires_grad_(), _reference)
+        try:
+            got = outputs_and_grads(qkv, functools.partial(flash_attention, package=package))
+        except Exception as error:
+            return f"does not run ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+    for name, right in want.items():
+        error = float((got[name].double() - right).norm() / right.norm())
+        bound = 5e-3 if name == "output" else 1e-2
+        if not error < bound:
+            return f"is off by {error:.1e} in {name if name == 'output' else f'the gradient of {name}'}"
+    return None
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

@@ -1,5 +1,7 @@
 """Where documents lie in a batch of packed rows: the one source of positions, resets, attention masks and labels."""
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +43,17 @@ class Documents:
     def starts(self) -> Bool[Tensor, "B T"]:
         """True where a document begins: recurrent state is zero there."""
         return self.positions == 0
+
+    @functools.cached_property
+    def boundaries(self) -> Int[Tensor, " S"]:
+        """Where each document of the flattened batch starts, and where the last one ends; int32, beside positions."""
+        ends = itertools.accumulate((length for row in self.lengths for length in row), initial=0)
+        return torch.tensor(list(ends), dtype=torch.int32).to(self.positions.device, non_blocking=True)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(length for row in self.lengths for length in row)
 
     def slice_rows(self, start: int, stop: int) -> "Documents":
         """The documents of rows `start:stop`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
-from lfm.layers.attention import Attention, KeyValueCache, check_heads
+from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
 from lfm.layers.documents import Documents
 from lfm.layers.liquid import Liquid, LiquidConfig
 from lfm.layers.loss import VocabularyShard, linear_cross_entropy
@@ -54,8 +54,9 @@ class LFMConfig(FamilyConfig):
     rotary_base: float = Field(default=10_000.0, gt=1)
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     init_method_std: float = Field(default=0.02, gt=0)
-    attention_backend: Literal["auto", "reference", "sdpa", "flex"] = "auto"
-    """flex applies on a GPU to rows that 128 divides, elsewhere it means sdpa; reference is dense, for tests."""
+    attention_backend: Backend = "auto"
+    """auto: the fastest one for the rows at hand.  flash: the package flash-attn 4, else flash-attn 2.  flex applies on
+    a GPU to rows that 128 divides, elsewhere it means sdpa.  reference is dense, for tests."""
     num_moe_experts: PositiveInt = 8
     moe_router_topk: PositiveInt = 2
     moe_ffn_hidden_size: PositiveInt

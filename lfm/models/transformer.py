@@ -46,7 +46,8 @@ class TransformerConfig(FamilyConfig):
     layernorm_epsilon: float = Field(default=1e-6, gt=0)
     init_method_std: float = Field(default=0.02, gt=0)
     attention_backend: Backend = "auto"
-    """flex applies on a GPU to rows that 128 divides, elsewhere it means sdpa; reference is dense, for tests."""
+    """auto: the fastest one for the rows at hand.  flash: the package flash-attn 4, else flash-attn 2.  flex applies on
+    a GPU to rows that 128 divides, elsewhere it means sdpa.  reference is dense, for tests."""
 
     @model_validator(mode="after")
     def _check(self) -> "TransformerConfig":

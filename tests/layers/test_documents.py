@@ -12,6 +12,8 @@ def test_positions_restart_and_labels_stop_at_document_ends():
     assert documents.labels(ids).tolist() == [[1, 2, x, 4, x], [x, 7, 8, 9, x]]
     assert documents.num_labels == (documents.labels(ids) != x).sum() == 6
     assert documents.attended_pairs == 6 + 3 + 1 + 10
+    assert documents.boundaries.tolist() == [0, 3, 5, 6, 10] and documents.longest == 4
+    assert documents.slice_rows(1, 2).boundaries.tolist() == [0, 1, 5]
 
 
 def test_padding_tokens_have_no_labels():
