@@ -94,17 +94,17 @@ def _launch(
     else:
         # As many columns for every block, or one less for some: no block works alone at the end.
         grid = -(-num_columns // -(-num_columns // slots))
-    bias, state, grad_final = (x if x is None else _dense(x.float()) for x in (bias, state, grad_final))
+    single = [x if x is None else _dense(x.float()) for x in (bias, state, grad_final)]
     reset = None if reset is None else reset.contiguous()
-    given = (gate, value, h, grad_h, bias, state, grad_final, reset, output, grad_value, final, bias_parts)
-    pointers = [x if x is None else x.data_ptr() for x in (*given, folds, group_ends, words)]
-    tickets = None if words is None else words[-1:].data_ptr()
+    tickets = None if words is None else words[-1:]
+    given = (gate, value, h, grad_h, *single, reset, output, grad_value, final, bias_parts)
+    pointers = [x if x is None else x.data_ptr() for x in (*given, folds, group_ends, words, tickets)]
     strides = [(0, 0) if x is None else x.stride()[:2] for x in (gate, value, grad_h)]
     sizes = (*(batch for batch, _ in strides), *(row for _, row in strides), T, D, num_columns, num_tiles)
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
         error = library().diagonal_scan_launch(
-            device.index, is_backward, is_chained, grid, *pointers, tickets, *sizes,
+            device.index, is_backward, is_chained, grid, *pointers, *sizes,
             math.exp(-delta_min), -math.expm1(-delta_min), stream,
         )  # fmt: skip
     _check(error)

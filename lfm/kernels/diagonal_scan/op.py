@@ -42,7 +42,7 @@ def diagonal_scan(
     _check(gate, bias, value, state, reset, delta_min)
     if backend not in ("auto", "cuda", "triton", "chunked"):
         raise ValueError(f"backend={backend!r} is not one of 'auto', 'cuda', 'triton', 'chunked'")
-    path = _best_path(gate, value) if backend == "auto" else backend
+    path = best_path(gate, value) if backend == "auto" else backend
     return torch.ops.lfm.diagonal_scan(gate, bias, value, state, reset, delta_min, path)
 
 
@@ -56,7 +56,7 @@ def _scan(
     delta_min: float,
     path: str,
 ) -> tuple[Tensor, Tensor]:
-    return _module(path).forward(gate, bias, value, state, reset, delta_min)
+    return module_of(path).forward(gate, bias, value, state, reset, delta_min)
 
 
 @torch.library.custom_op("lfm::diagonal_scan_backward", mutates_args=())
@@ -72,10 +72,10 @@ def _scan_backward(
     delta_min: float,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _module(path).backward(gate, bias, value, state, reset, h, grad_h, grad_final, delta_min)
+    return module_of(path).backward(gate, bias, value, state, reset, h, grad_h, grad_final, delta_min)
 
 
-def _module(path: str) -> ModuleType:
+def module_of(path: str) -> ModuleType:
     if path == "triton":
         from lfm.kernels.diagonal_scan import kernel
 
@@ -121,7 +121,7 @@ _scan.register_autograd(_gradient, setup_context=_keep)
 _best_paths: dict[tuple[Any, ...], str] = {}
 
 
-def _best_path(gate: Tensor, value: Tensor) -> str:
+def best_path(gate: Tensor, value: Tensor) -> str:
     """The fastest path that takes the inputs and equals the plain one here: found out by the first call of its kind."""
     if not value.is_cuda or torch.float64 in (gate.dtype, value.dtype):
         return "chunked"
@@ -130,23 +130,35 @@ def _best_path(gate: Tensor, value: Tensor) -> str:
     candidates = ("cuda", "triton") if cuda.supports(gate, value) else ("triton",)
     key = (value.device, gate.dtype, value.dtype, long, candidates)
     if key not in _best_paths:
-        failures = []
-        for path in candidates:
-            failure = disagreement(path, value.device, gate.dtype, value.dtype, num_channels, long=long)
-            if failure is None:
-                break
-            failures.append(f"the {path} kernels {failure}")
-        else:
-            path = "chunked"
-        _best_paths[key] = path
-        if failures:
-            warnings.warn(
-                f"diagonal_scan on {torch.cuda.get_device_name(value.device)}: {'; '.join(failures)}; this process "
-                f"uses the slower {path} path",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        _best_paths[key] = first_that_agrees(candidates, *key[:3], num_channels, long=long)
     return _best_paths[key]
+
+
+def first_that_agrees(
+    candidates: tuple[str, ...],
+    device: torch.device,
+    gate_dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    num_channels: int,
+    *,
+    long: bool,
+) -> str:
+    """Of the paths the first whose kernels equal the plain one, else the plain one; a warning names what failed."""
+    failures = []
+    for path in candidates:
+        failure = disagreement(path, device, gate_dtype, value_dtype, num_channels, long=long)
+        if failure is None:
+            break
+        failures.append(f"the {path} kernels {failure}")
+    else:
+        path = "chunked"
+    if failures:
+        warnings.warn(
+            f"diagonal_scan on {device}: {'; '.join(failures)}; this process takes the slower {path} path",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return path
 
 
 @torch.no_grad()
@@ -168,7 +180,7 @@ def disagreement(
     bound = 1e-4 if gate_dtype == value_dtype == torch.float32 else 1e-2
     names = ("h", "the final state", "the gradient of gate", "of bias", "of value", "of state")
     try:
-        num_positions = 131 + (_module(path).LONGEST_WALK if long else 0)
+        num_positions = 131 + (module_of(path).LONGEST_WALK if long else 0)
         shape = (2, num_positions, num_channels)
         gate, value = draw(*shape, dtype=gate_dtype), draw(*shape, dtype=value_dtype)
         bias, state, reset = 3 * draw(num_channels) - 4, draw(2, num_channels).tanh(), draw(2, num_positions) > 2
@@ -177,7 +189,7 @@ def disagreement(
         # Any states do for the gradients: the same ones for both.
         got, want = (
             (*module.forward(*inputs, 1e-5), *module.backward(*inputs, value, *upstream, 1e-5))
-            for module in (_module(path), chunked)
+            for module in (module_of(path), chunked)
         )
         for name, a, b in zip(names, got, want, strict=True):
             error = float((a.double() - b.double()).norm() / b.double().norm())

@@ -107,6 +107,8 @@ __device__ __forceinline__ uint32_t round_pair(float2 pair) {
   return y;
 }
 
+__device__ __forceinline__ void store(bf16* at, uint32_t pair) { *reinterpret_cast<uint32_t*>(at) = pair; }
+
 // 16 bytes, zero where there are none.
 __device__ __forceinline__ void copy_async(void* destination, const void* source, bool present) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(destination));
@@ -383,7 +385,7 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
     auto walk_rows = [&](auto plain) {
       constexpr bool PLAIN = decltype(plain)::value;
       bf16* output = scan.output + at;
-      bf16* grad_value = scan.grad_value + at;
+      [[maybe_unused]] bf16* grad_value = scan.grad_value + at;
 #pragma unroll
       for (int i = 0; i < ROWS; i++) {
         if (!PLAIN && i >= count) break;
@@ -394,8 +396,8 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
           const float2 change = {y.x * slope[i].x, y.y * slope[i].y};
           bias_sum = {bias_sum.x + change.x, bias_sum.y + change.y};
           if (inside) {
-            *reinterpret_cast<uint32_t*>(output) = round_pair(change);
-            *reinterpret_cast<uint32_t*>(grad_value) = round_pair({y.x * push[i].x, y.y * push[i].y});
+            store(output, round_pair(change));
+            store(grad_value, round_pair({y.x * push[i].x, y.y * push[i].y}));
           }
           y = {fmaf(-gain[i].x, y.x, y.x), fmaf(-gain[i].y, y.y, y.y)};
           if (cut) y = {0.0f, 0.0f};
@@ -404,7 +406,7 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
         } else {
           if (cut) y = {0.0f, 0.0f};
           y = {fmaf(gain[i].x, v[i].x - y.x, y.x), fmaf(gain[i].y, v[i].y - y.y, y.y)};
-          if (inside) *reinterpret_cast<uint32_t*>(output) = round_pair(y);
+          if (inside) store(output, round_pair(y));
           output += D;
         }
       }
