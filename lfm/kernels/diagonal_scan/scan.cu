@@ -107,8 +107,6 @@ __device__ __forceinline__ uint32_t round_pair(float2 pair) {
   return y;
 }
 
-__device__ __forceinline__ void store(bf16* at, uint32_t pair) { *reinterpret_cast<uint32_t*>(at) = pair; }
-
 // 16 bytes, zero where there are none.
 __device__ __forceinline__ void copy_async(void* destination, const void* source, bool present) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(destination));
@@ -137,6 +135,8 @@ __device__ __forceinline__ float2 widen(uint32_t pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
+__device__ __forceinline__ void store(bf16* at, uint32_t pair) { *reinterpret_cast<uint32_t*>(at) = pair; }
+
 struct Gates {
   float rise, fall, v;  // sigmoid(y), sigmoid(-y) and tanh(u), where y is x plus the bias
 };
@@ -162,18 +162,23 @@ struct Fold {
   __device__ float4 words() const { return make_float4(loss.x, loss.y, total.x, total.y); }
 };
 
-// A loss of 1 forgets everything, NaN included: nothing crosses a reset.
+// The loss of a segment with a reset: nothing crosses it, NaN included.
+constexpr float FORGETS = 2.0f;
+
 __device__ __forceinline__ float apply(float loss, float total, float y) {
-  return loss == 1.0f ? total : y + fmaf(-loss, y, total);
+  return loss == FORGETS ? total : y + fmaf(-loss, y, total);
 }
 
 __device__ __forceinline__ float2 apply(const Fold& fold, float2 y) {
   return {apply(fold.loss.x, fold.total.x, y.x), apply(fold.loss.y, fold.total.y, y.y)};
 }
 
+__device__ __forceinline__ float loss_of_both(float first, float second) {
+  return first == FORGETS || second == FORGETS ? FORGETS : fmaf(second, 1.0f - first, first);
+}
+
 __device__ __forceinline__ Fold then(const Fold& first, const Fold& second) {
-  return {{fmaf(second.loss.x, 1.0f - first.loss.x, first.loss.x),
-           fmaf(second.loss.y, 1.0f - first.loss.y, first.loss.y)},
+  return {{loss_of_both(first.loss.x, second.loss.x), loss_of_both(first.loss.y, second.loss.y)},
           apply(second, first.total)};
 }
 
@@ -325,14 +330,15 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
           fold.total = {fmaf(-gain[i].x, fold.total.x, fold.total.x), fmaf(-gain[i].y, fold.total.y, fold.total.y)};
         } else {
           v[i] = {a.v, b.v};
-          if (cut) fold = {{1.0f, 1.0f}, {0.0f, 0.0f}};
+          if (cut) fold.total = {0.0f, 0.0f};
           fold.total = {fmaf(gain[i].x, a.v - fold.total.x, fold.total.x),
                         fmaf(gain[i].y, b.v - fold.total.y, fold.total.y)};
         }
         fold.loss = {fmaf(gain[i].x, 1.0f - fold.loss.x, fold.loss.x),
                      fmaf(gain[i].y, 1.0f - fold.loss.y, fold.loss.y)};
-        if (BACKWARD && cut) fold = {{1.0f, 1.0f}, {0.0f, 0.0f}};
+        if (BACKWARD && cut) fold.total = {0.0f, 0.0f};
       }
+      if (!PLAIN && cuts != 0) fold.loss = {FORGETS, FORGETS};
       return fold;
     };
     const Fold own = is_plain ? fold_rows(std::true_type{}) : fold_rows(std::false_type{});
