@@ -312,11 +312,11 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
       Fold fold = {{0.0f, 0.0f}, {0.0f, 0.0f}};
 #pragma unroll
       for (int i = 0; i < ROWS; i++) {
-        if (!PLAIN && i >= count) break;
         const float2 x = widen(xs[i * LANES]), u = widen(max_or_nan(xs[INPUT + i * LANES], LEAST_VALUES));
         const Gates a = gates(x.x, offset.x, u.x), b = gates(x.y, offset.y, u.y);
         gain[i] = {fmaf(scan.largest_alpha, a.rise, scan.smallest_gain),
                    fmaf(scan.largest_alpha, b.rise, scan.smallest_gain)};
+        if (!PLAIN && i >= count) gain[i] = {0.0f, 0.0f};  // past the end nothing changes
         const bool cut = !PLAIN && (cuts >> i & 1);
         if constexpr (BACKWARD) {
           float2 received = widen(xs[3 * INPUT + i * LANES]);
@@ -324,6 +324,7 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
           if (cut) received = {0.0f, 0.0f};
           slope[i] = {(scan.largest_alpha * a.fall) * (a.rise * (a.v - received.x)),
                       (scan.largest_alpha * b.fall) * (b.rise * (b.v - received.y))};
+          if (!PLAIN && i >= count) slope[i] = {0.0f, 0.0f};
           push[i] = {gain[i].x * fmaf(-a.v, a.v, 1.0f), gain[i].y * fmaf(-b.v, b.v, 1.0f)};
           const float2 r = widen(xs[2 * INPUT + i * LANES]);
           fold.total = {fold.total.x + r.x, fold.total.y + r.y};
@@ -394,14 +395,13 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
       [[maybe_unused]] bf16* grad_value = scan.grad_value + at;
 #pragma unroll
       for (int i = 0; i < ROWS; i++) {
-        if (!PLAIN && i >= count) break;
-        const bool cut = !PLAIN && (cuts >> i & 1);
+        const bool cut = !PLAIN && (cuts >> i & 1), stores = inside && (PLAIN || i < count);
         if constexpr (BACKWARD) {
           const float2 r = widen(xs[2 * INPUT + i * LANES]);
           y = {y.x + r.x, y.y + r.y};
           const float2 change = {y.x * slope[i].x, y.y * slope[i].y};
           bias_sum = {bias_sum.x + change.x, bias_sum.y + change.y};
-          if (inside) {
+          if (stores) {
             store(output, round_pair(change));
             store(grad_value, round_pair({y.x * push[i].x, y.y * push[i].y}));
           }
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
         } else {
           if (cut) y = {0.0f, 0.0f};
           y = {fmaf(gain[i].x, v[i].x - y.x, y.x), fmaf(gain[i].y, v[i].y - y.y, y.y)};
-          if (inside) store(output, round_pair(y));
+          if (stores) store(output, round_pair(y));
           output += D;
         }
       }
