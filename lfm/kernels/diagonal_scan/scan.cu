@@ -30,7 +30,7 @@ constexpr int VECTOR = 8;              // bf16 that a thread copies at once, 16 
 constexpr int VECTORS = CHANNELS / VECTOR;
 constexpr int GROUP = 8;               // tiles of a chain whose folds are combined one by one; the last of a group
                                        // publishes the state after it
-constexpr int QUEUE = 4;               // tiles that a block knows of: this one, those being loaded, one more
+constexpr int QUEUE = 4;               // tiles that a block knows of: the last one, this one, those being loaded
 
 template <bool BACKWARD>
 struct Tiling {
@@ -62,7 +62,8 @@ struct Scan {
 
 template <bool BACKWARD>
 struct Stage {
-  uint32_t rows[Tiling<BACKWARD>::INPUTS][Tiling<BACKWARD>::TILE][LANES];  // gate, value, grad_h, h before; in scan order
+  // gate, value, grad_h and the h before, positions in the order of the scan
+  uint32_t rows[Tiling<BACKWARD>::INPUTS][Tiling<BACKWARD>::TILE][LANES];
   float bias[CHANNELS], state[CHANNELS], grad_final[CHANNELS];
 };
 
@@ -269,20 +270,22 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
   if (thread == 0) shared.queue[STAGES - 1] = item_of(draw());  // seen after the loop's first barrier
   int reset = reset_at(shared.queue[0]);
   float2 bias_sum = {0.0f, 0.0f};
-  int64_t bias_part = -1;  // where the block's sums of the last tile go
 
   for (int k = 0;; k++) {
     wait_for_copies<STAGES - 2>();
     __syncthreads();  // the tile is there, and nobody reads the stage any more that is filled next
-    if (BACKWARD && bias_part >= 0 && warp == 0) {
-      float2 sum = shared.bias_sums[0][lane];
-      for (int w = 1; w < WARPS; w++) {
-        const float2 other = shared.bias_sums[w][lane];
-        sum = {sum.x + other.x, sum.y + other.y};
+    if (BACKWARD && k > 0 && warp == 0) {
+      const int4 last = shared.queue[(k - 1) % QUEUE];
+      if (CHAINED || last.z == scan.num_tiles - 1) {
+        float2 sum = shared.bias_sums[0][lane];
+        for (int w = 1; w < WARPS; w++) {
+          const float2 other = shared.bias_sums[w][lane];
+          sum = {sum.x + other.x, sum.y + other.y};
+        }
+        const int64_t part = CHAINED ? static_cast<int64_t>(last.x) * scan.num_tiles + last.z : last.x;
+        const int channel = last.y + 2 * lane;
+        if (channel < D) *reinterpret_cast<float2*>(scan.bias_parts + part * D + channel) = sum;
       }
-      const int channel = bias_part % num_blocks * CHANNELS + 2 * lane;
-      if (channel < D)
-        *reinterpret_cast<float2*>(scan.bias_parts + bias_part / num_blocks * D + channel) = sum;
     }
     const int4 item = shared.queue[k % QUEUE];
     if (item.w < 0) break;
@@ -425,13 +428,9 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
 
     if (count > 0 && count <= ROWS && inside) *reinterpret_cast<float2*>(scan.final + sequence * D + channel) = y;
     if (!CHAINED && warp == WARPS - 1) shared.carry[(k + 1) % 2][lane] = y;
-    if (BACKWARD) {
-      const bool ends = CHAINED || tile == scan.num_tiles - 1;
-      bias_part = !ends ? -1 : ((CHAINED ? sequence * scan.num_tiles + tile : sequence) * num_blocks) + item.y / CHANNELS;
-      if (ends) {
-        shared.bias_sums[warp][lane] = bias_sum;
-        bias_sum = {0.0f, 0.0f};
-      }
+    if (BACKWARD && (CHAINED || tile == scan.num_tiles - 1)) {
+      shared.bias_sums[warp][lane] = bias_sum;
+      bias_sum = {0.0f, 0.0f};
     }
     if (thread == 0) shared.queue[(k + STAGES) % QUEUE] = item_of(drawn);
     reset = next_reset;
