@@ -31,6 +31,7 @@ constexpr int VECTORS = CHANNELS / VECTOR;
 constexpr int GROUP = 8;               // tiles of a chain whose folds are combined one by one; the last of a group
                                        // publishes the state after it
 constexpr int QUEUE = 4;               // tiles that a block knows of: the last one, this one, those being loaded
+constexpr int FOLD_IS_OUT = 1, STATE_IS_OUT = 2;  // what a tile's flag says: its fold, the state after its group
 
 template <bool BACKWARD>
 struct Tiling {
@@ -71,7 +72,10 @@ template <bool BACKWARD>
 struct Shared {
   Stage<BACKWARD> stages[Tiling<BACKWARD>::STAGES];
   float4 folds[WARPS][LANES];
-  float2 bias_sums[BACKWARD ? WARPS : 1][LANES];
+  union {
+    float4 earlier_folds[GROUP - 1][LANES];  // of the tiles before this one in its group
+    float2 bias_sums[WARPS][LANES];          // of this tile, until the next one begins
+  };
   float2 carry[2][LANES];  // before this tile and before the next
   int4 queue[QUEUE];
 };
@@ -130,6 +134,11 @@ __device__ __forceinline__ int load_acquire(const int* flag) {
 
 __device__ __forceinline__ void store_release(int* flag, int word) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ void wait_for(const int* flag, int word) {
+  while (load_acquire(flag) < word) {
+  }
 }
 
 __device__ __forceinline__ float2 widen(uint32_t pair) {
@@ -352,38 +361,37 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
     float2* carry = shared.carry[k % 2];
     if constexpr (CHAINED) {
       const int64_t of_column = static_cast<int64_t>(item.w) * scan.num_tiles;
-      Fold whole = own;
+      const int* flags = scan.flags + of_column;
+      const int first = tile / GROUP * GROUP;
+      Fold whole;
+      float2 before = given;
       if (warp == 0) {
+        whole = own;
         for (int w = 1; w < WARPS; w++) whole = then(whole, Fold::of(shared.folds[w][lane]));
         __stcg(scan.folds + (of_column + tile) * LANES + lane, whole.words());
         __syncwarp();
-        if (lane == 0) store_release(scan.flags + of_column + tile, 1);
-      } else if (warp == 1) {
-        // Lane k watches tile k of the group, the lane after those the group before.
-        const int first = tile / GROUP * GROUP;
-        const int* flag = scan.flags + of_column + (lane < GROUP ? first + lane : first - 1);
-        const bool watches = lane < GROUP ? first + lane < tile : lane == GROUP && first > 0;
-        const int awaited = lane < GROUP ? 1 : 2;
-        while (watches && load_acquire(flag) < awaited) {
+        if (lane == 0) store_release(scan.flags + of_column + tile, FOLD_IS_OUT);
+        if (first > 0) {
+          wait_for(flags + first - 1, STATE_IS_OUT);
+          before = __ldcg(scan.group_ends + (of_column + first / GROUP - 1) * LANES + lane);
         }
-        __syncwarp();
-        float2 y = given;
-        if (first > 0) y = __ldcg(scan.group_ends + (of_column + first / GROUP - 1) * LANES + lane);
-        float4 before[GROUP - 1];
-#pragma unroll
-        for (int i = 0; i < GROUP - 1; i++)
-          if (first + i < tile) before[i] = __ldcg(scan.folds + (of_column + first + i) * LANES + lane);
-#pragma unroll
-        for (int i = 0; i < GROUP - 1; i++)
-          if (first + i < tile) y = apply(Fold::of(before[i]), y);
-        carry[lane] = y;
+      } else {
+        for (int i = first + warp - 1; i < tile; i += WARPS - 1) {
+          wait_for(flags + i, FOLD_IS_OUT);
+          shared.earlier_folds[i - first][lane] = __ldcg(scan.folds + (of_column + i) * LANES + lane);
+        }
       }
       __syncthreads();
-      if (warp == 0 && tile % GROUP == GROUP - 1) {
-        __stcg(scan.group_ends + (of_column + tile / GROUP) * LANES + lane, apply(whole, carry[lane]));
-        __syncwarp();
-        if (lane == 0) store_release(scan.flags + of_column + tile, 2);
+      if (warp == 0) {
+        for (int i = first; i < tile; i++) before = apply(Fold::of(shared.earlier_folds[i - first][lane]), before);
+        carry[lane] = before;
+        if (tile % GROUP == GROUP - 1) {
+          __stcg(scan.group_ends + (of_column + tile / GROUP) * LANES + lane, apply(whole, before));
+          __syncwarp();
+          if (lane == 0) store_release(scan.flags + of_column + tile, STATE_IS_OUT);
+        }
       }
+      __syncthreads();
     }
 
     float2 y = CHAINED || tile > 0 ? carry[lane] : given;
