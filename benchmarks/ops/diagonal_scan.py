@@ -3,12 +3,14 @@
 import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from benchmarks.ops.case import Case, floor, graphed, norm_ratio
-from lfm.kernels.diagonal_scan import chunked, kernel
+from lfm.kernels.diagonal_scan import chunked
+from lfm.kernels.diagonal_scan.op import best_path, module_of
 
 SHAPES = ((48, 512, 384), (256, 512, 384), (4, 8192, 3072), (1, 8192, 3072))
 DELTA_MIN = 1e-5
@@ -43,14 +45,19 @@ class Scan:
     @functools.cache  # noqa: B019
     def upstream(self, index: int) -> tuple[Tensor, ...]:
         """h, and the gradients of h and of the final state."""
-        h, final = kernel.forward(*self.inputs(index), DELTA_MIN)
+        h, final = chunked.forward(*self.inputs(index), DELTA_MIN)
         return h, self.normal(*self.shape, seed=1000 + index).bfloat16(), torch.zeros_like(final)
 
-    def forward(self, path=kernel) -> Callable[[int], object]:
-        return lambda index: path.forward(*self.inputs(index), DELTA_MIN)
+    def module(self, path: str | None) -> ModuleType:
+        """Of `path`, or of what `backend="auto"` takes."""
+        gate, _, value, _, _ = self.inputs(0)
+        return module_of(path or best_path(gate, value))
 
-    def backward(self, path=kernel) -> Callable[[int], object]:
-        return lambda index: path.backward(*self.inputs(index), *self.upstream(index), DELTA_MIN)
+    def forward(self, path: str | None = None) -> Callable[[int], object]:
+        return lambda index: self.module(path).forward(*self.inputs(index), DELTA_MIN)
+
+    def backward(self, path: str | None = None) -> Callable[[int], object]:
+        return lambda index: self.module(path).backward(*self.inputs(index), *self.upstream(index), DELTA_MIN)
 
     def check(self, direction: str) -> dict[str, float]:
         """Against float64 on eight channels at each end."""
@@ -71,12 +78,12 @@ class Scan:
         # Forward gate, value and h; backward those, the gradient of h, and the gradients of gate and value.
         moved = (3 if direction == "forward" else 6) * 2 * math.prod(self.shape)
         make = getattr(self, direction)
-        peers = {"plain PyTorch, CUDA graph": graphed(make(chunked), 1)}
+        peers = {"Triton": graphed(make("triton"), self.num_sets), "plain PyTorch": graphed(make("chunked"), 1)}
         if direction == "forward":
             peers["torch's associative_scan, compiled"] = lambda: compiled_scan(*self.inputs(0)[:3])
         name = direction + " B={} T={} D={}".format(*self.shape)
         seconds, kind = floor(0.0, moved)
-        run, check = graphed(make(kernel), self.num_sets), functools.partial(self.check, direction)
+        run, check = graphed(make(), self.num_sets), functools.partial(self.check, direction)
         return Case(name, run, check, LIMITS[direction], seconds, kind, flops=0.0, bytes=moved, peers=peers)
 
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.kernels.diagonal_scan import diagonal_scan
-from lfm.kernels.diagonal_scan.op import disagreement
+from lfm.kernels.diagonal_scan import cuda, diagonal_scan
+from lfm.kernels.diagonal_scan.op import disagreement, first_that_agrees, module_of
 from lfm.kernels.diagonal_scan.reference import diagonal_scan_reference
+from lfm.kernels.nvcc import Unavailable
 from tests.comparison import assert_close, relative_error
 
 kernel = pytest.importorskip("lfm.kernels.diagonal_scan.kernel", reason="needs triton")
@@ -66,10 +67,13 @@ def outputs_and_grads(scan, inputs, *, delta_min=DELTA_MIN, **options):
     return {"h": h.detach(), "final": final.detach()} | {f"grad {name}": x.grad for name, x in leaves.items()}
 
 
-def kernel_outputs_and_grads(inputs, forward_tiling=None, backward_tiling=None):
-    """The same, straight from the Triton kernels with a given tiling."""
-    h, final = kernel.forward(*inputs, DELTA_MIN, forward_tiling)
-    grads = kernel.backward(*inputs, h, *upstream(h, final), DELTA_MIN, backward_tiling)
+def kernel_outputs_and_grads(inputs, forward_tiling=None, backward_tiling=None, *, path="triton"):
+    """The same, straight from the kernels, with a given tiling of Triton's."""
+    forward, backward = [], []
+    if path == "triton":
+        forward, backward = [forward_tiling], [backward_tiling]
+    h, final = module_of(path).forward(*inputs, DELTA_MIN, *forward)
+    grads = module_of(path).backward(*inputs, h, *upstream(h, final), DELTA_MIN, *backward)
     found = {"h": h, "final": final} | dict(
         zip(("grad gate", "grad bias", "grad value", "grad state"), grads, strict=True)
     )
@@ -119,9 +123,9 @@ def test_the_operators_meet_torchs_contract():
     """Shapes for tracing, no aliasing, no writes to inputs, gradients under compilation."""
     gate, bias, value, state, reset = make_inputs((2, 5, 3), dtype=torch.bfloat16, resets=[(0, 2)])
     leaves = [x.clone().requires_grad_() for x in (gate, bias, value, state) if x is not None]
-    torch.library.opcheck(torch.ops.lfm.diagonal_scan.default, (*leaves, reset, 1e-5, False))
+    torch.library.opcheck(torch.ops.lfm.diagonal_scan.default, (*leaves, reset, 1e-5, "chunked"))
     h, final = diagonal_scan(*leaves, reset, delta_min=1e-5)
-    arguments = (gate, bias, value, state, reset, h.detach(), *upstream(h.detach(), final.detach()), 1e-5, False)
+    arguments = (gate, bias, value, state, reset, h.detach(), *upstream(h.detach(), final.detach()), 1e-5, "chunked")
     torch.library.opcheck(torch.ops.lfm.diagonal_scan_backward.default, arguments)
 
 
@@ -247,7 +251,8 @@ def test_inputs_are_not_written_to():
         ({"state": torch.zeros(1, 3, dtype=torch.bfloat16)}, "state is torch.bfloat16; it must be at least float32"),
         ({"reset": torch.zeros(1, 4)}, "must be bool"),
         ({"delta_min": -0.1}, "delta_min=-0.1"),
-        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"backend": "cuda"}, "backend='cuda' takes bf16 gate and value on a GPU"),
+        ({"backend": "reference"}, "backend='reference' is not one of"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -315,7 +320,7 @@ def test_the_self_test_names_what_fails():
     """Compiled for a device that no process of this machine has."""
     program = (
         "import torch; from lfm.kernels.diagonal_scan.op import disagreement; "
-        "print(disagreement(torch.device('cpu'), torch.float32, torch.float32, 2, long=False))"
+        "print(disagreement('triton', torch.device('cpu'), torch.float32, torch.float32, 2, long=False))"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
@@ -342,21 +347,121 @@ def test_the_bits_of_a_walk_do_not_depend_on_its_tiling():
         assert all(torch.equal(other[name], found[0][name]) for name in found[0])
 
 
+def test_the_cuda_kernels_take_bf16_in_whole_vectors():
+    takes = cuda.supports
+    rows = torch.zeros(1, 2, 24, dtype=torch.bfloat16)
+    assert takes(rows, rows) and takes(*rows.chunk(3, dim=-1)[:2])
+    assert not takes(rows[..., :12], rows[..., :12])
+    assert not takes(rows.float(), rows) and not takes(rows, rows.float()) and not takes(rows.half(), rows.half())
+
+
+@interpreted
+def test_a_warning_names_the_path_that_fails_and_the_one_taken():
+    arguments = (torch.device("cpu"), torch.bfloat16, torch.bfloat16, 8)
+    message = "the cuda kernels fail with ValueError: .* on a GPU .*; this process takes the slower triton path"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert first_that_agrees(("cuda", "triton"), *arguments, long=False) == "triton"
+    with pytest.warns(RuntimeWarning, match="takes the slower chunked path"):
+        assert first_that_agrees(("cuda",), *arguments, long=False) == "chunked"
+
+
+def test_without_a_compiler_the_cuda_kernels_say_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    cuda.library.cache_clear()
+    with pytest.raises(Unavailable, match=f"there is no nvcc under CUDA_HOME={tmp_path}"):
+        cuda.library()
+
+
+both_kernels = pytest.mark.parametrize("path", ["cuda", "triton"])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 @pytest.mark.parametrize(
     "dtype, bound", [(torch.float32, 5e-6), (torch.float16, 2e-3), (torch.bfloat16, 6e-3)], ids=["fp32", "fp16", "bf16"]
 )
-def test_the_kernels_equal_the_plain_path_in_float64(shape, dtype, bound):
-    resets = [(0, 0), (shape[0] - 1, shape[1] // 2), (0, shape[1] - 1)] if shape[1] != 2048 else []
-    inputs = cuda_inputs(shape, dtype=dtype, resets=resets, with_state=shape[0] != 4)
+def test_the_triton_kernels_equal_the_plain_path_in_float64(shape, dtype, bound):
+    inputs = cuda_inputs(shape, dtype=dtype, resets=edges(shape), with_state=shape[0] != 4)
     got = outputs_and_grads(diagonal_scan, inputs, backend="triton")
     assert_close(got, outputs_and_grads(diagonal_scan, in_float64(inputs)), bound)
 
 
+def edges(shape):
+    """Resets at both ends and in the middle; none in sequences of 2048."""
+    batch, num_positions, _ = shape
+    return [(0, 0), (batch - 1, num_positions // 2), (0, num_positions - 1)] if num_positions != 2048 else []
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 8), (3, 2, 16), (2, 300, 64), (3, 77, 200), (2, 512, 136), (1, 1024, 8), (2, 1025, 96), (1, 5000, 136),
+     (4, 2048, 64), (400, 130, 72), (1, 20000, 64), (70, 1100, 128)],
+    ids=str,
+)  # fmt: skip
+def test_the_cuda_kernels_equal_the_plain_path_in_float64(shape):
+    inputs = cuda_inputs(shape, dtype=torch.bfloat16, resets=edges(shape), with_state=shape[0] != 4)
+    got = outputs_and_grads(diagonal_scan, inputs, backend="cuda")
+    want = outputs_and_grads(diagonal_scan, in_float64(inputs))
+    assert_close(got, want, 6e-3)
+    assert relative_error(got["final"], want["final"]) < 5e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_positions", [200, 1500])
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+def test_documents_of_any_length_are_kept_apart(num_positions, share):
+    gate, bias, value, state, _ = cuda_inputs((3, num_positions, 72), dtype=torch.bfloat16)
+    reset = torch.rand(3, num_positions, device="cuda") < share
+    inputs = (gate, bias, value, state, reset)
+    got = outputs_and_grads(diagonal_scan, inputs, backend="cuda")
+    assert_close(got, outputs_and_grads(diagonal_scan, in_float64(inputs)), 6e-3)
+
+
+@pytest.mark.gpu
+def test_rows_that_are_not_aligned_are_copied():
+    gate, bias, value, state, reset = cuda_inputs((2, 100, 64), dtype=torch.bfloat16, resets=[(1, 9)])
+    shifted = torch.empty(2, 100, 201, dtype=torch.bfloat16, device="cuda")
+    shifted[..., 1:65], shifted[..., 65:129] = gate, value
+    want = outputs_and_grads(diagonal_scan, (gate, bias, value, state, reset), backend="cuda")
+    views = (shifted[..., 1:65], bias, shifted[..., 65:129], state, reset)
+    got = outputs_and_grads(diagonal_scan, views, backend="cuda")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    # A sum hands back one number, expanded.
+    leaf = gate.clone().requires_grad_()
+    diagonal_scan(leaf, bias, value, state, reset, delta_min=DELTA_MIN, backend="cuda")[0].sum().backward()
+    ones = [torch.ones_like(value), torch.zeros_like(state)]
+    h, _ = cuda.forward(gate, bias, value, state, reset, DELTA_MIN)
+    assert torch.equal(leaf.grad, cuda.backward(gate, bias, value, state, reset, h, *ones, DELTA_MIN)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_positions", [60, 1100])
+def test_nan_spreads_to_the_next_reset_and_no_further(num_positions):
+    gate, bias, value, state, reset = cuda_inputs((2, num_positions, 64), dtype=torch.bfloat16, resets=[(0, 40)])
+    gate[0, 3, 0] = value[0, 5, 1] = gate[1, 20, 2] = torch.nan
+    h, final = cuda.forward(gate, bias, value, state, reset, DELTA_MIN)
+    expected = torch.zeros_like(h, dtype=torch.bool)
+    expected[0, 3:40, 0] = expected[0, 5:40, 1] = expected[1, 20:, 2] = True
+    assert torch.equal(h.isnan(), expected) and torch.equal(final.isnan(), expected[:, -1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("x", [-torch.inf, -200.0, -61.0, 0.0, 61.0, 200.0, torch.inf])
+def test_no_gate_or_value_overflows_the_cuda_kernels(x):
+    value = torch.tensor([-torch.inf, -90.0, -13.5, -1.0, 0.0, 13.5, 90.0, torch.inf]).bfloat16().cuda().view(1, 1, -1)
+    bias, state = torch.zeros(8, device="cuda"), torch.full((1, 8), 0.5, device="cuda")
+    inputs = (torch.full_like(value, x), bias, value, state, None)
+    got, want = kernel_outputs_and_grads(inputs, path="cuda"), outputs_and_grads(diagonal_scan, in_float64(inputs))
+    for name in want:
+        torch.testing.assert_close(got[name].double(), want[name], rtol=6e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.gpu
+@both_kernels
 @pytest.mark.parametrize("shape", [(256, 512, 384), (48, 512, 384), (4, 8192, 3072), (1, 8192, 3072)], ids=str)
-def test_the_measured_shapes_equal_the_plain_path_twice_with_the_same_bits(shape):
+def test_the_measured_shapes_equal_the_plain_path_twice_with_the_same_bits(shape, path):
     """Against float64 on the first and last channels; outputs are poisoned by the fixture that fills empty memory."""
     batch, num_positions, num_channels = shape
     generator = torch.Generator("cuda").manual_seed(5)
@@ -367,7 +472,7 @@ def test_the_measured_shapes_equal_the_plain_path_twice_with_the_same_bits(shape
     state = torch.rand(batch, num_channels, device="cuda", generator=generator) - 0.5
     reset = torch.rand(batch, num_positions, device="cuda", generator=generator) > 0.999
     inputs = (gate, bias, value, state, reset)
-    first, again = (outputs_and_grads(diagonal_scan, inputs, backend="triton") for _ in range(2))
+    first, again = (outputs_and_grads(diagonal_scan, inputs, backend=path) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     gradients = upstream(first["h"], first["final"])
     for part in (slice(0, 8), slice(num_channels - 8, num_channels)):
@@ -380,33 +485,46 @@ def test_the_measured_shapes_equal_the_plain_path_twice_with_the_same_bits(shape
 
 
 @pytest.mark.gpu
+@both_kernels
 @pytest.mark.parametrize("half_life", [4096.0, 65536.0])
-def test_slow_channels_keep_their_half_life_on_the_gpu(half_life):
+def test_slow_channels_keep_their_half_life_on_the_gpu(half_life, path):
     """No input for 4096 tokens: the state decays by 2^(-4096 / half_life)."""
     bias = preactivation(torch.full((64,), math.log(2) / half_life, dtype=torch.float64) - DELTA_MIN).float().cuda()
     zero = torch.zeros(2, 4096, 64, device="cuda", dtype=torch.bfloat16)
-    _, final = diagonal_scan(zero, bias, zero, torch.ones(2, 64, device="cuda"), None, delta_min=DELTA_MIN)
+    _, final = diagonal_scan(
+        zero, bias, zero, torch.ones(2, 64, device="cuda"), None, delta_min=DELTA_MIN, backend=path
+    )
     assert ((final.double() / 2 ** (-4096 / half_life)) - 1).abs().max() < 1e-4
 
 
 @pytest.mark.gpu
+@both_kernels
 @pytest.mark.parametrize("num_positions", [512, 3000])
-def test_a_row_alone_has_the_bits_it_has_in_a_batch(num_positions):
-    gate, bias, value, state, reset = cuda_inputs((33, num_positions, 96), dtype=torch.bfloat16, resets=[(5, 100)])
-    whole = kernel_outputs_and_grads((gate, bias, value, state, reset))
-    h, final = kernel.forward(gate[5:6], bias, value[5:6], state[5:6], reset[5:6], DELTA_MIN)
-    assert torch.equal(h, whole["h"][5:6]) and torch.equal(final, whole["final"][5:6])
+def test_a_row_alone_has_the_bits_it_has_in_a_batch(num_positions, path):
+    inputs = cuda_inputs((33, num_positions, 96), dtype=torch.bfloat16, resets=[(5, 100)])
+    gate, bias, value, state, reset = inputs
+    h, final = module_of(path).forward(*inputs, DELTA_MIN)
+    gradients = upstream(h, final)
+    grads = module_of(path).backward(*inputs, h, *gradients, DELTA_MIN)
+    alone = (gate[5:6], bias, value[5:6], state[5:6], reset[5:6])
+    row, row_final = module_of(path).forward(*alone, DELTA_MIN)
+    assert torch.equal(row, h[5:6]) and torch.equal(row_final, final[5:6])
+    row_grads = module_of(path).backward(*alone, row, *(x[5:6] for x in gradients), DELTA_MIN)
+    for index, name in enumerate(("gate", "bias", "value", "state")):
+        assert name == "bias" or torch.equal(row_grads[index], grads[index][5:6]), name
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_replays_forward_and_backward():
-    inputs = cuda_inputs((3, 2000, 64), dtype=torch.bfloat16, resets=[(0, 77)])
-    want = outputs_and_grads(diagonal_scan, inputs)  # the first call compares the paths
+@both_kernels
+@pytest.mark.parametrize("num_positions", [500, 2000])
+def test_a_cuda_graph_replays_forward_and_backward(num_positions, path):
+    inputs = cuda_inputs((3, num_positions, 64), dtype=torch.bfloat16, resets=[(0, 77)])
+    want = outputs_and_grads(diagonal_scan, inputs, backend=path)  # the first call compiles
     graph = torch.cuda.CUDAGraph()
     gradients = upstream(want["h"], want["final"])
     with torch.cuda.graph(graph):
-        h, final = kernel.forward(*inputs, DELTA_MIN)
-        grads = kernel.backward(*inputs, h, *gradients, DELTA_MIN)
+        h, final = module_of(path).forward(*inputs, DELTA_MIN)
+        grads = module_of(path).backward(*inputs, h, *gradients, DELTA_MIN)
     for _ in range(2):
         graph.replay()
     torch.cuda.synchronize()
@@ -415,7 +533,19 @@ def test_a_cuda_graph_replays_forward_and_backward():
 
 
 @pytest.mark.gpu
-def test_the_self_test_passes_on_the_gpu():
-    for dtype in (torch.bfloat16, torch.float32):
-        for long in (False, True):
-            assert disagreement(torch.device("cuda"), dtype, dtype, 96, long=long) is None
+@pytest.mark.parametrize("long", [False, True], ids=["walked", "chained"])
+def test_the_self_tests_pass_on_the_gpu(long):
+    for path, dtype in (("cuda", torch.bfloat16), ("triton", torch.bfloat16), ("triton", torch.float32)):
+        assert disagreement(path, torch.device("cuda"), dtype, dtype, 96, long=long) is None
+
+
+@pytest.mark.gpu
+def test_a_process_without_nvcc_takes_triton_and_says_so(tmp_path):
+    program = (
+        "import torch; from lfm.kernels.diagonal_scan import op; "
+        "x = torch.zeros(1, 8, 64, dtype=torch.bfloat16, device='cuda'); print(op.best_path(x, x))"
+    )
+    environment = os.environ | {"CUDA_HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "triton\n"
+    assert "the cuda kernels fail with Unavailable: there is no nvcc under CUDA_HOME" in found.stderr

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lfm.kernels.diagonal_scan import chunked
+from lfm.kernels.diagonal_scan import chunked, cuda
 
-Backend = Literal["auto", "chunked", "triton"]
+Backend = Literal["auto", "cuda", "triton", "chunked"]
 
 
 def diagonal_scan(
@@ -35,15 +35,15 @@ def diagonal_scan(
     Returns h `[B, T, D]` in value's dtype and the final state `[B, D]`, fp32 (float64 if gate or value is).  Everything
     in between is at least fp32 whatever gate and value are.  Both results carry gradients to all four inputs.
 
-    "triton" is for GPUs and fp32 or less; "chunked" is plain PyTorch; "auto" is the first where it runs and, once per
-    process, was seen to agree with the second.  A GPU's first call waits for that comparison, so it cannot be recorded
-    in a CUDA graph.
+    "cuda" is for bf16 on Hopper GPUs, "triton" for GPUs and fp32 or less, "chunked" is plain PyTorch; "auto" is the
+    first that takes the inputs and, once per process, was seen to agree with the last.  A GPU's first call waits for
+    that comparison, so it cannot be recorded in a CUDA graph.
     """
     _check(gate, bias, value, state, reset, delta_min)
-    if backend not in ("auto", "chunked", "triton"):
-        raise ValueError(f"backend={backend!r} is not one of 'auto', 'chunked', 'triton'")
-    triton = backend == "triton" or (backend == "auto" and value.is_cuda and _triton_agrees(gate, value))
-    return torch.ops.lfm.diagonal_scan(gate, bias, value, state, reset, delta_min, triton)
+    if backend not in ("auto", "cuda", "triton", "chunked"):
+        raise ValueError(f"backend={backend!r} is not one of 'auto', 'cuda', 'triton', 'chunked'")
+    path = best_path(gate, value) if backend == "auto" else backend
+    return torch.ops.lfm.diagonal_scan(gate, bias, value, state, reset, delta_min, path)
 
 
 @torch.library.custom_op("lfm::diagonal_scan", mutates_args=())
@@ -54,9 +54,9 @@ def _scan(
     state: Tensor | None,
     reset: Tensor | None,
     delta_min: float,
-    triton: bool,
+    path: str,
 ) -> tuple[Tensor, Tensor]:
-    return _path(triton=triton).forward(gate, bias, value, state, reset, delta_min)
+    return module_of(path).forward(gate, bias, value, state, reset, delta_min)
 
 
 @torch.library.custom_op("lfm::diagonal_scan_backward", mutates_args=())
@@ -70,17 +70,17 @@ def _scan_backward(
     grad_h: Tensor,
     grad_final: Tensor,
     delta_min: float,
-    triton: bool,
+    path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _path(triton=triton).backward(gate, bias, value, state, reset, h, grad_h, grad_final, delta_min)
+    return module_of(path).backward(gate, bias, value, state, reset, h, grad_h, grad_final, delta_min)
 
 
-def _path(*, triton: bool) -> ModuleType:
-    if not triton:
-        return chunked
-    from lfm.kernels.diagonal_scan import kernel
+def module_of(path: str) -> ModuleType:
+    if path == "triton":
+        from lfm.kernels.diagonal_scan import kernel
 
-    return kernel
+        return kernel
+    return cuda if path == "cuda" else chunked
 
 
 @_scan.register_fake
@@ -103,14 +103,14 @@ def _(gate: Tensor, bias: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    gate, bias, value, state, reset, ctx.delta_min, ctx.triton = inputs
+    gate, bias, value, state, reset, ctx.delta_min, ctx.path = inputs
     ctx.save_for_backward(gate, bias, value, state, reset, output[0])
 
 
 def _gradient(ctx: Any, grad_h: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
     gate, bias, value, state, reset, h = ctx.saved_tensors
     grad_gate, grad_bias, grad_value, grad_state = torch.ops.lfm.diagonal_scan_backward(
-        gate, bias, value, state, reset, h, grad_h, grad_final, ctx.delta_min, ctx.triton
+        gate, bias, value, state, reset, h, grad_h, grad_final, ctx.delta_min, ctx.path
     )
     grad_state = grad_state.to(state.dtype) if state is not None else None
     return grad_gate, grad_bias.to(bias.dtype), grad_value, grad_state, None, None, None
@@ -118,52 +118,78 @@ def _gradient(ctx: Any, grad_h: Tensor, grad_final: Tensor) -> tuple[Tensor | No
 
 _scan.register_autograd(_gradient, setup_context=_keep)
 
-_agreements: dict[tuple[Any, ...], bool] = {}
+_best_paths: dict[tuple[Any, ...], str] = {}
 
 
-def _triton_agrees(gate: Tensor, value: Tensor) -> bool:
-    """Whether the kernels run here and equal the plain path: found out by the first call of its kind."""
-    if torch.float64 in (gate.dtype, value.dtype):
-        return False
+def best_path(gate: Tensor, value: Tensor) -> str:
+    """The fastest path that takes the inputs and equals the plain one here: found out by the first call of its kind."""
+    if not value.is_cuda or torch.float64 in (gate.dtype, value.dtype):
+        return "chunked"
     _, num_positions, num_channels = value.shape
-    long = num_positions > _path(triton=True).LONGEST_WALK
-    key = (value.device, gate.dtype, value.dtype, long)
-    if key not in _agreements:
-        failure = disagreement(value.device, gate.dtype, value.dtype, num_channels, long=long)
-        _agreements[key] = failure is None
-        if failure is not None:
-            warnings.warn(
-                f"diagonal_scan: the Triton kernels {failure} on {torch.cuda.get_device_name(value.device)}; this "
-                "process uses the plain PyTorch path, which is several times slower",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-    return _agreements[key]
+    long = num_positions > cuda.LONGEST_WALK
+    candidates = ("cuda", "triton") if cuda.supports(gate, value) else ("triton",)
+    key = (value.device, gate.dtype, value.dtype, long, candidates)
+    if key not in _best_paths:
+        _best_paths[key] = first_that_agrees(candidates, *key[:3], num_channels, long=long)
+    return _best_paths[key]
+
+
+def first_that_agrees(
+    candidates: tuple[str, ...],
+    device: torch.device,
+    gate_dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    num_channels: int,
+    *,
+    long: bool,
+) -> str:
+    """Of the paths the first whose kernels equal the plain one, else the plain one; a warning names what failed."""
+    failures = []
+    for path in candidates:
+        failure = disagreement(path, device, gate_dtype, value_dtype, num_channels, long=long)
+        if failure is None:
+            break
+        failures.append(f"the {path} kernels {failure}")
+    else:
+        path = "chunked"
+    if failures:
+        warnings.warn(
+            f"diagonal_scan on {device}: {'; '.join(failures)}; this process takes the slower {path} path",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return path
 
 
 @torch.no_grad()
 def disagreement(
-    device: torch.device, gate_dtype: torch.dtype, value_dtype: torch.dtype, num_channels: int, *, long: bool
+    path: str,
+    device: torch.device,
+    gate_dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    num_channels: int,
+    *,
+    long: bool,
 ) -> str | None:
-    """What is wrong with the kernels for short or for long sequences, seen with resets, a state and a ragged end."""
+    """What is wrong with a path's kernels for short or long sequences, seen with resets, a state and a ragged end."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    num_positions = _path(triton=True).LONGEST_WALK + 131 if long else 131
-    shape = (2, num_positions, num_channels)
-    gate, value = draw(*shape, dtype=gate_dtype), draw(*shape, dtype=value_dtype)
-    bias, state, reset = 3 * draw(num_channels) - 4, draw(2, num_channels).tanh(), draw(2, num_positions) > 2
-    inputs = (gate, bias, value, state, reset)
-    upstream = (draw(*shape, dtype=value_dtype), draw(2, num_channels))
-    names = ("h", "the final state", "the gradient of gate", "of bias", "of value", "of state")
     bound = 1e-4 if gate_dtype == value_dtype == torch.float32 else 1e-2
+    names = ("h", "the final state", "the gradient of gate", "of bias", "of value", "of state")
     try:
+        num_positions = 131 + (module_of(path).LONGEST_WALK if long else 0)
+        shape = (2, num_positions, num_channels)
+        gate, value = draw(*shape, dtype=gate_dtype), draw(*shape, dtype=value_dtype)
+        bias, state, reset = 3 * draw(num_channels) - 4, draw(2, num_channels).tanh(), draw(2, num_positions) > 2
+        inputs = (gate, bias, value, state, reset)
+        upstream = (draw(*shape, dtype=value_dtype), draw(2, num_channels))
         # Any states do for the gradients: the same ones for both.
         got, want = (
-            (*path.forward(*inputs, 1e-5), *path.backward(*inputs, value, *upstream, 1e-5))
-            for path in (_path(triton=True), chunked)
+            (*module.forward(*inputs, 1e-5), *module.backward(*inputs, value, *upstream, 1e-5))
+            for module in (module_of(path), chunked)
         )
         for name, a, b in zip(names, got, want, strict=True):
             error = float((a.double() - b.double()).norm() / b.double().norm())
