@@ -18,6 +18,9 @@ from torch import Tensor
 
 from lfm.kernels.reservoir.graph import replayed
 
+SATURATED_BELOW = 0.0975
+"""Gain 1 - tanh^2 below which |tanh| > 0.95."""
+
 
 @dataclass(frozen=True)
 class ChunkPlan:
@@ -50,8 +53,10 @@ class Outcome:
     """Carried state past the last position, `[R, B, N]`, compute dtype."""
     residual: Tensor
     """fp32 `[R]`, of the first pass: what the warm-up alone achieved.  0 where nothing was cut."""
-    repair_passes: int
-    fell_back: bool
+    repair_passes: int | Tensor
+    """A number where the host decided on repairs, int32 `[]` where the device did."""
+    fell_back: bool | Tensor
+    """The repairs did not suffice and the exact sequential path ran.  bool `[]` where the device decided."""
 
 
 class ChunkGrid:
@@ -151,7 +156,7 @@ def forward_sweep(
 
 def backward_sweep(
     grad_states: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     gain: Tensor,
     weight: Tensor,
     reset: Tensor | None,
@@ -161,7 +166,7 @@ def backward_sweep(
     """The gradient of drive, delta `[B, T, R, N]` in gain's dtype; the outcome's `final` is the gradient of the
     initial state.  It runs down in time, is linear, and carries mu_t, the gradient of h_t from all later positions:
 
-        lambda_t = grad_states_t + mu_t,   delta_t = a d_t lambda_t,   mu_{T-1} = grad_final
+        lambda_t = grad_states_t + mu_t,   delta_t = a d_t lambda_t,   mu_{T-1} = grad_final, None is zero
         mu_{t-1} = 0 where reset_t, else (1 - a) lambda_t + W^T delta_t
     """
     grid = ChunkGrid(gain.shape[1], plan, reverse=True)
@@ -208,7 +213,7 @@ def graphed_forward_sweep(
 
 def graphed_backward_sweep(
     grad_states: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     gain: Tensor,
     weight: Tensor,
     reset: Tensor | None,
@@ -218,7 +223,7 @@ def graphed_backward_sweep(
     """`backward_sweep`, its first pass replayed from a CUDA graph; launched anew only if that needs repair."""
 
     def run(
-        grad_states: Tensor, grad_final: Tensor, gain: Tensor, weight: Tensor, reset: Tensor | None
+        grad_states: Tensor, grad_final: Tensor | None, gain: Tensor, weight: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, ...]:
         delta, outcome = backward_sweep(grad_states, grad_final, gain, weight, reset, leak_rate, plan.unguarded())
         return delta, outcome.final, outcome.residual
@@ -233,21 +238,32 @@ def graphed_backward_sweep(
 def weight_gradient(delta: Tensor, states: Tensor, initial: Tensor | None, reset: Tensor | None) -> Tensor:
     """dW = sum over b, t of delta_t c_t^T, `[R, N, N]` in the compute dtype: c_t is the state before t, zero at a
     reset, the initial state at t = 0.  One product over views shifted by one position."""
-    cut = torch.zeros(delta.shape[:2], dtype=torch.bool, device=delta.device) if reset is None else reset.clone()
-    first = delta[:, 0].masked_fill(cut[:, 0, None, None], 0)
-    cut[:, 0] = True  # the shift must not cross from one sequence into the next
-    delta = delta.masked_fill(cut[:, :, None, None], 0)
+    wide = compute_dtype(delta)
+    first, following = delta[:, 0], delta[1:, 0]
+    if reset is not None:
+        first = first.masked_fill(reset[:, 0, None, None], 0)
+        cut = reset.clone()
+        cut[:, 0] = True  # the shift must not cross from one sequence into the next
+        delta = delta.masked_fill(cut[:, :, None, None], 0)
     left = delta.flatten(0, 1)[1:].permute(1, 2, 0)  # [R, N, B*T - 1]
     right = states.flatten(0, 1)[:-1].permute(1, 0, 2)  # [R, B*T - 1, N]
-    wide = compute_dtype(delta)
     if delta.is_cuda and delta.dtype != wide:
         gradient = torch.bmm(left, right, out_dtype=wide)
     else:
         gradient = torch.bmm(left.to(wide), right.to(wide))
+    if reset is None and len(delta) > 1:
+        # What crosses from one sequence into the next is taken back: cheaper than a masked copy of delta.
+        gradient -= torch.einsum("brn,brm->rnm", following.to(wide), states[:-1, -1].to(wide))
     if initial is not None:
         exchanged = initial.to(delta.dtype).to(wide)
         gradient += torch.einsum("brn,brm->rnm", first.to(wide), exchanged)
     return gradient
+
+
+def gain_statistics(gain: Tensor) -> Tensor:
+    """fp32 `[2]`: the share of units and positions with |tanh| > 0.95, and the mean gain."""
+    saturated = torch.count_nonzero(gain < SATURATED_BELOW).float() / gain.numel()
+    return torch.stack([saturated, gain.mean(dtype=compute_dtype(gain)).float()])
 
 
 def solve(
