@@ -651,7 +651,7 @@ def test_the_width_of_a_cluster_changes_no_bit(num_units, backward):
     gain = torch.rand_like(drive) if backward else None
     found = []
     for columns in cluster.STEP_COST:
-        # 63 chunks and 2 reservoirs: neither fills the last cluster.  With repairs, which hand states from chunk to chunk.
+        # 63 chunks and 2 reservoirs: neither fills the last cluster.  Repairs hand states from chunk to chunk.
         states, gain_output, final = torch.empty_like(drive), torch.empty_like(drive), torch.empty_like(state)
         residual, repairs = state.new_empty(2), torch.empty((), dtype=torch.int32, device="cuda")
         fell_back = torch.empty((), dtype=torch.bool, device="cuda")
