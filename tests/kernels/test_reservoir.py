@@ -488,6 +488,77 @@ def test_cuda_matches_the_cpu(backend, dtype, limit):
     assert_close({name: None if x is None else x.cpu() for name, x in got.items()}, want, limit)
 
 
+# The steps of the chunked path as Triton kernels; without a GPU, through Triton's interpreter.
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16_LIMIT = 5e-3 if DEVICE == "cuda" else 1e-2
+"""The interpreter cuts a bf16 off where a GPU rounds it: twice the error."""
+
+
+def both_sweeps(inputs, plan, backend):
+    drive, weight, state, reset = inputs
+    states, gain, forward = forward_sweep(drive, weight, state, reset, LEAK_RATE, plan, with_gain=True, backend=backend)
+    assert gain is not None
+    grads = [torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(x) for x in (drive, state)]
+    delta, backward = backward_sweep(*grads, gain, weight, reset, LEAK_RATE, plan, backend=backend)
+    names = ("states", "gain", "final", "residual", "delta", "mu", "backward residual")
+    found = (states, gain, forward.final, forward.residual, delta, backward.final, backward.residual)
+    decided = [(x.repair_passes, x.fell_back) for x in (forward, backward)]
+    return dict(zip(names, found, strict=True)), decided
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-6), (torch.bfloat16, BF16_LIMIT)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("resets", [[], [(0, 0), (0, 4), (1, 7)]], ids=["one document", "documents"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ChunkPlan(chunk_length=4, warmup=9, tolerance=1.0, max_repair_passes=0),  # warms up past the start
+        ChunkPlan(chunk_length=4, warmup=2, tolerance=1e-2, max_repair_passes=3),  # repairs
+        ChunkPlan(chunk_length=4, warmup=0, tolerance=0.0, max_repair_passes=1),  # falls back
+    ],
+    ids=["accepted", "repaired", "fallen back"],
+)
+def test_a_fused_step_is_the_plain_one(plan, resets, dtype, limit):
+    inputs = [x if x is None else x.to(DEVICE) for x in make_inputs((2, 13, 2, 7), dtype=dtype, resets=resets)]
+    want, decided = both_sweeps(inputs, plan, "reference")
+    got, decided_fused = both_sweeps(inputs, plan, "triton")
+    assert decided_fused == decided and (plan.tolerance == 1.0 or decided[0][0] > 0)
+    for name in want:
+        if "residual" in name:  # a difference of roundings where chunks agree
+            torch.testing.assert_close(got[name], want[name], rtol=1e-2, atol=10 * limit)
+        else:
+            assert relative_error(got[name], want[name]) <= limit, name
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 0.19, 0.21, 1.0, 30.0])
+def test_the_tanh_of_a_fused_step_keeps_its_digits(scale):
+    drive = torch.linspace(-scale, scale, 64, device=DEVICE).view(1, 1, 1, 64)
+    states, gain, _ = forward_sweep(
+        drive, torch.zeros(1, 64, 64, device=DEVICE), None, None, 1.0, ChunkPlan(1, 0, 0.0, 0),
+        with_gain=True, backend="triton",
+    )  # fmt: skip
+    want = drive.double().tanh()
+    torch.testing.assert_close(states.double(), want, rtol=1e-6, atol=0)
+    assert gain is not None
+    torch.testing.assert_close(gain.double(), 1 - want**2, rtol=0, atol=2e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_on_a_gpu_is_two_kernels():
+    drive, weight, _, reset = (None if x is None else x.cuda() for x in make_inputs((1, 40, 3, 64), resets=[(0, 9)]))
+    drive, weight = drive.bfloat16(), weight.bfloat16()
+    plan = ChunkPlan(10, 30, 1e9, 0)
+    _, gain, _ = forward_sweep(drive, weight, None, reset, LEAK_RATE, plan, with_gain=True)
+    for sweep, args in [(forward_sweep, (drive, weight, None)), (backward_sweep, (drive, None, gain, weight))]:
+        options = {"with_gain": True} if sweep is forward_sweep else {}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            sweep(*args, reset, LEAK_RATE, plan, **options)
+            torch.cuda.synchronize()
+        launched = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        assert len(launched) < 2 * 40 + 40  # steps, then what surrounds them
+
+
 # The cluster kernel.
 
 needs_kernel = pytest.mark.skipif(
