@@ -507,8 +507,11 @@ def both_sweeps(inputs, plan, backend):
     return dict(zip(names, found, strict=True)), decided
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-6), (torch.bfloat16, BF16_LIMIT)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("resets", [[], [(0, 0), (0, 4), (1, 7)]], ids=["one document", "documents"])
+@pytest.mark.parametrize(
+    "dtype, limit, resets",
+    [(torch.float32, 2e-6, [(0, 0), (0, 4), (1, 7)]), (torch.bfloat16, BF16_LIMIT, [])],
+    ids=["fp32, documents", "bf16, one document"],
+)
 @pytest.mark.parametrize(
     "plan",
     [
@@ -518,8 +521,8 @@ def both_sweeps(inputs, plan, backend):
     ],
     ids=["accepted", "repaired", "fallen back"],
 )
-def test_a_fused_step_is_the_plain_one(plan, resets, dtype, limit):
-    inputs = [x if x is None else x.to(DEVICE) for x in make_inputs((2, 13, 2, 7), dtype=dtype, resets=resets)]
+def test_a_fused_step_is_the_plain_one(plan, dtype, limit, resets):
+    inputs = [x if x is None else x.to(DEVICE) for x in make_inputs((2, 11, 1, 7), dtype=dtype, resets=resets)]
     want, decided = both_sweeps(inputs, plan, "reference")
     got, decided_fused = both_sweeps(inputs, plan, "triton")
     assert decided_fused == decided and (plan.tolerance == 1.0 or decided[0][0] > 0)
