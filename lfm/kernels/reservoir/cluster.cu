@@ -40,10 +40,10 @@ struct Progress {
 
 // How a solve ended; every pointer is to device memory.
 struct Verdict {
-  float* residual;           // [R], of the first sweep; 0 with one chunk
-  int* repair_passes;        // []
-  bool* fell_back;           // []
-  float* gain_statistics;    // [2]: share of gains below `saturated_below`, mean gain; may be null
+  float* residual;         // [R], of the first sweep; 0 with one chunk
+  int* repair_passes;      // []
+  bool* fell_back;         // []
+  float* gain_statistics;  // [2]: share of gains below `saturated_below`, mean gain; may be null
 };
 
 // T positions of B sequences, [B, T, R, N] bf16; recorded and given states [B, chunks, R, N] and [B, R, N] fp32.
@@ -629,7 +629,7 @@ extern "C" int reservoir_solve(int device, int backward, int columns, int exact_
   sweep.num_chunks = num_chunks;
   sweep.num_columns = batch * num_chunks;
   sweep.leak_rate = leak_rate;
-  sweep.saturated_below = __bfloat162float(__float2bfloat16(saturated_below));  // in the gain's own precision
+  sweep.saturated_below = saturated_below;
 
   Judgement judgement = {};
   judgement.start = scratch.start;
