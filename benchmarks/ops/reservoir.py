@@ -3,12 +3,13 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from benchmarks.ops.case import Case, floor, norm_ratio
-from lfm.kernels.reservoir import cluster, make_reservoir
+from lfm.kernels.reservoir import RecurrenceStats, cluster, make_reservoir
 from lfm.kernels.reservoir.chunked import (
     ChunkPlan,
     Outcome,
@@ -55,12 +56,8 @@ class Recurrence:
         return matrices().bfloat16()
 
     @functools.cached_property
-    def weight_transposed(self) -> Tensor:
-        return self.weight.transpose(1, 2).contiguous()
-
-    @functools.cached_property
     def gain(self) -> Tensor:
-        return cluster.forward_op(self.drive, self.weight, None, None, None, LEAK_RATE, T, 0, True)[1]
+        return cluster.forward_op(self.drive, self.weight, None, None, LEAK_RATE, T, 0, math.inf, 0, True, False)[1]
 
     @functools.cached_property
     def grad_final(self) -> Tensor:
@@ -78,13 +75,14 @@ class Recurrence:
 
     def cases(self, chunk_length: int, warmup: int) -> list[Case]:
         plan = ChunkPlan(chunk_length, warmup, math.inf, 0)
-        cut = (LEAK_RATE, chunk_length, warmup)
+        # Guard, idle repairs and statistics included, as a training step runs them.
+        cut = (LEAK_RATE, chunk_length, warmup, 1e-2, 3)
 
         def forward() -> tuple[Tensor, ...]:
-            return cluster.forward_op(self.drive, self.weight, None, None, None, *cut, True)
+            return cluster.forward_op(self.drive, self.weight, None, None, *cut, True, True)
 
         def backward() -> tuple[Tensor, ...]:
-            args = (self.grad_states, self.gain, self.weight_transposed, self.grad_final, None, None)
+            args = (self.grad_states, self.gain, self.weight, self.grad_final, None)
             return cluster.backward_op(*args, *cut)
 
         def forward_peer() -> tuple[Tensor, Tensor | None, Outcome]:
@@ -121,13 +119,14 @@ class Recurrence:
 class Layer:
     """The liquid layer from its input to every gradient, guard included, as a training step runs it."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, chunk_length: int | Literal["fill"]) -> None:
+        self.batch, self.chunk_length = batch, chunk_length
 
     @functools.cached_property
     def layer(self) -> Liquid:
         with torch.device("cuda"):
-            layer = Liquid(D, LiquidConfig(train_reservoir=True)).bfloat16()
+            config = LiquidConfig(train_reservoir=True, chunk_length=self.chunk_length)
+            layer = Liquid(D, config).bfloat16()
         layer.reservoirs = torch.nn.Parameter(matrices().float())
         layer.connections = layer.reservoirs != 0
         generator = torch.Generator("cuda").manual_seed(3)
@@ -143,7 +142,7 @@ class Layer:
         return drawn[0].requires_grad_(), drawn[1]
 
     def gradients(self, layer: Liquid, u: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        y, _ = layer(u)
+        y, _ = layer(u, stats=RecurrenceStats())
         leaves = {"input": u, **dict(layer.named_parameters())}
         found = torch.autograd.grad(y, list(leaves.values()), grad)
         return {"output": y.detach()} | {f"grad {name}": x for name, x in zip(leaves, found, strict=True)}
@@ -167,7 +166,7 @@ class Layer:
         moved = 2 * 2 * rows * (2 * D + 3 * R * N) + 2 * 2 * 2 * D * R * N
         names = ["output", "grad input"] + [f"grad {name}" for name, _ in self.layer.named_parameters()]
         limits = dict.fromkeys(names, 1e-2)
-        name = f"layer, forward + backward B={self.batch}"
+        name = f"layer, forward + backward B={self.batch} L={self.chunk_length}"
         return Case(name, self.run, self.check, limits, *floor(flops, moved), flops=flops, bytes=moved)
 
 
@@ -177,5 +176,5 @@ def cases() -> list[Case]:
         recurrence = Recurrence(batch)
         for chunk_length, warmup in ((CHUNK_LENGTH, 64), (CHUNK_LENGTH, 192), (ONE_WAVE[batch], 64)):
             found += recurrence.cases(chunk_length, warmup)
-        found.append(Layer(batch).case())
+        found += [Layer(batch, CHUNK_LENGTH).case(), Layer(batch, "fill").case()]
     return found

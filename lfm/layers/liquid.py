@@ -31,8 +31,9 @@ class LiquidConfig(Config):
     """Train the non-zero recurrent weights; zeros stay zero."""
     backend: Literal["auto", "sequential", "chunked"] = "auto"
     """auto: chunked with warm-up where that is shorter than the sequence, else sequential."""
-    chunk_length: PositiveInt = 128
-    """Steps of one chunk; fixed, so that results do not depend on the batch size."""
+    chunk_length: PositiveInt | Literal["fill"] = 128
+    """Steps of one chunk; fixed, so that results do not depend on the batch size.  fill: the length with
+    which the device holds all chunks of a batch at once: faster, but then the last bits of results follow its size."""
     warmup: Literal[32, 64, 96, 128, 192, 256, 384] = 64
     """Steps a chunk starts early, at the first training step; the residual guard moves it up and down from there."""
     tolerance: float = Field(default=1e-2, gt=0)
@@ -82,7 +83,8 @@ class Liquid(nn.Module):
         # The recurrence runs whole on every tensor-parallel process: three reservoirs do not divide, and its time is
         # that of its steps, not of its units.
         drive = self.parts.gather_units(self.input(u))
-        drive = drive * c.input_scaling if c.norm == "pre" else drive
+        if c.norm == "pre" and c.input_scaling != 1.0:
+            drive = drive * c.input_scaling
         weight = self.reservoirs * self.connections if c.train_reservoir else self.reservoirs
         states, final = reservoir_recurrence(
             drive.unflatten(-1, (c.num_reservoirs, c.reservoir_size)),

@@ -290,7 +290,12 @@ class LocalEngine(Engine):
                 summed[: len(terms)] += torch.stack([term.detach() for term in terms])
                 recurrences.append(losses.recurrence)
             sums.append(summed)
-        table = torch.stack(sums).cpu()
+        host = on_host(
+            losses=torch.stack(sums),
+            load=torch.stack(loads).sum(0) if loads else torch.empty(0, device=self.device),
+            reservoirs=reservoir_table([[found[i] for found in recurrences] for i in self.config.reservoir_layers]),
+        )
+        table = host["losses"]
         for index, row in enumerate(table.isfinite().all(1).tolist()):
             if not row:
                 first = index * self.micro_batch_size
@@ -305,24 +310,22 @@ class LocalEngine(Engine):
             z_loss=z / rows,
             num_labels=documents.num_labels,
             attended_pairs=documents.attended_pairs,
-            load=torch.stack(loads).sum(0).tolist() if loads else [],
+            load=host["load"].long().tolist(),
             digest=digest,
-            **self._watch_reservoirs(recurrences),
+            **self._watch_reservoirs(host["reservoirs"]),
         )
 
-    def _watch_reservoirs(self, recurrences: list[dict[int, RecurrenceStats]]) -> dict[str, Any]:
+    def _watch_reservoirs(self, table: Tensor) -> dict[str, Any]:
         """Residual and saturation by layer; moves each layer's warm-up for the next step."""
+        residual, saturation, repairs, fallbacks = table.T
         layers = self.config.reservoir_layers
-        residual = {i: max(largest_residual(found[i]) for found in recurrences) for i in layers}
-        self.move_warmups(residual)
-        every = [s for found in recurrences for s in found.values()]
+        residuals = dict(zip(layers, residual.tolist(), strict=True))
+        self.move_warmups(residuals)
         return {
-            "residual": residual,
-            "saturation": {
-                i: float(torch.stack([found[i].saturation for found in recurrences]).mean()) for i in layers
-            },
-            "repair_passes": sum(s.repair_passes + s.backward_repair_passes for s in every),
-            "fallbacks": sum(int(s.fell_back) + int(s.backward_fell_back) for s in every),
+            "residual": residuals,
+            "saturation": dict(zip(layers, saturation.tolist(), strict=True)),
+            "repair_passes": int(repairs.sum()),
+            "fallbacks": int(fallbacks.sum()),
         }
 
     @torch.no_grad()
@@ -395,9 +398,29 @@ class LocalEngine(Engine):
             state["step"].fill_(value)
 
 
-def largest_residual(stats: RecurrenceStats) -> float:
-    backward = stats.backward_residual if stats.backward_residual is not None else stats.forward_residual
-    return max(float(stats.forward_residual.max()), float(backward.max()))
+def reservoir_table(layers: Sequence[Sequence[RecurrenceStats]]) -> Tensor:
+    """fp64 `[layers, 4]` on the stats' device, of each layer's micro-batches: largest residual of either direction,
+    mean saturation, repair passes, fallbacks."""
+
+    def row(calls: Sequence[RecurrenceStats]) -> Tensor:
+        both = [x for s in calls for x in (s.forward_residual, s.backward_residual) if x is not None]
+        repairs = [x for s in calls for x in (s.repair_passes, s.backward_repair_passes) if x is not None]
+        fallbacks = [x for s in calls for x in (s.fell_back, s.backward_fell_back) if x is not None]
+        residual, saturation = torch.cat(both).max(), torch.stack([s.saturation for s in calls]).mean()
+        return torch.stack([x.double() for x in (residual, saturation, sum_of(repairs), sum_of(fallbacks))])
+
+    def sum_of(counts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(counts)).sum()
+
+    return torch.stack([row(calls) for calls in layers]) if layers else torch.empty(0, 4, dtype=torch.float64)
+
+
+def on_host(**named: Tensor) -> dict[str, Tensor]:
+    """Small tensors as fp64 on the host, read from the device in one message."""
+    device = next(iter(named.values())).device
+    message = torch.cat([tensor.to(device, torch.float64).flatten() for tensor in named.values()]).cpu()
+    pieces = message.split([tensor.numel() for tensor in named.values()])
+    return {name: piece.view(tensor.shape) for (name, tensor), piece in zip(named.items(), pieces, strict=True)}
 
 
 AnyModel = TypeVar("AnyModel", bound=LanguageModel)

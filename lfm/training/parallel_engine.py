@@ -35,7 +35,7 @@ from lfm.parallel.zero import (
     make_engine,
     publish_masters,
 )
-from lfm.training.engine import STATE, Engine, Read, StepResult, largest_residual, materialize
+from lfm.training.engine import STATE, Engine, Read, StepResult, materialize, on_host, reservoir_table
 from lfm.training.optimizer import OptimizerConfig
 
 _BATCH_BYTES = 2**30
@@ -273,33 +273,35 @@ class ParallelEngine(Engine):
     def _result(self, documents: Documents, num_labels: int, rows: int, digest: int) -> StepResult:
         self.phase("sums over all processes")
         config = self.config
-        table = self._loss_table().double().cpu()
+        calls = {
+            layer: [losses.recurrence[layer] for s in self.stages for losses in s.losses if layer in losses.recurrence]
+            for layer in config.liquid_layers
+        }
+        here = [position for position, layer in enumerate(config.liquid_layers) if calls[layer]]
+        host = on_host(
+            losses=self._loss_table(),
+            load=torch.cat([torch.stack([losses.load for losses in stage.losses]).sum(0) for stage in self.stages]),
+            reservoirs=reservoir_table([found for found in calls.values() if found]),
+        )
+        table = host["losses"]
         bad = self._first_bad_micro_batch(table)
         load = torch.zeros(config.num_layers, config.num_moe_experts, dtype=torch.float64)
-        for stage in self.stages:
-            layers = [int(name) for name in stage.piece.layers]
-            load[layers] = torch.stack([losses.load for losses in stage.losses]).sum(0).double().cpu()
-        residual = torch.zeros(len(config.liquid_layers), dtype=torch.float64)
-        saturation = torch.zeros_like(residual)
-        every = []
-        for position, layer in enumerate(config.liquid_layers):
-            stats = [losses.recurrence[layer] for s in self.stages for losses in s.losses if layer in losses.recurrence]
-            every += stats
-            if stats:
-                residual[position] = max(largest_residual(s) for s in stats)
-                saturation[position] = float(torch.stack([s.saturation for s in stats]).mean()) / self.layout.data
+        load[[int(name) for stage in self.stages for name in stage.piece.layers]] = host["load"]
+        reservoirs = torch.zeros(len(config.liquid_layers), 4, dtype=torch.float64)
+        reservoirs[here] = host["reservoirs"]
+        residual, saturation, repairs, fallbacks = reservoirs.T
 
         most = self._over_all(dist.ReduceOp.MAX, residual=residual, bad=torch.tensor(float(bad is not None)))
         if most["bad"]:
             self._refuse(bad)
         counts = {
             "pairs": documents.attended_pairs * (self.groups.pipeline.rank() == 0),
-            "repairs": sum(s.repair_passes + s.backward_repair_passes for s in every),
-            "fallbacks": sum(int(s.fell_back) + int(s.backward_fell_back) for s in every),
+            "repairs": repairs.sum(),
+            "fallbacks": fallbacks.sum(),
         }
         # In pieces of 16 bits, which a sum of doubles keeps exactly.
         pieces = torch.tensor([float(digest >> bits & 0xFFFF) for bits in _PIECES])
-        sums = {"losses": table.sum(0), "saturation": saturation, "load": load}
+        sums = {"losses": table.sum(0), "saturation": saturation / self.layout.data, "load": load}
         sums["digest"] = pieces * (self.groups.pipeline.rank() == 0)
         sums |= {name: torch.tensor(float(value)) for name, value in counts.items()}
         # Tensor-parallel processes have the same of everything: one of them counts.

@@ -16,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lfm.kernels.backend import Backend, runs_triton
 from lfm.kernels.reservoir.graph import replayed
+
+SATURATED_BELOW = 0.0975
+"""Gain 1 - tanh^2 below which |tanh| > 0.95."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,10 @@ class Outcome:
     """Carried state past the last position, `[R, B, N]`, compute dtype."""
     residual: Tensor
     """fp32 `[R]`, of the first pass: what the warm-up alone achieved.  0 where nothing was cut."""
-    repair_passes: int
-    fell_back: bool
+    repair_passes: int | Tensor
+    """A number where the host decided on repairs, int32 `[]` where the device did."""
+    fell_back: bool | Tensor
+    """The repairs did not suffice and the exact sequential path ran.  bool `[]` where the device decided."""
 
 
 class ChunkGrid:
@@ -118,9 +124,15 @@ def forward_sweep(
     plan: ChunkPlan,
     *,
     with_gain: bool,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None, Outcome]:
     """States and gain d = 1 - tanh^2, both `[B, T, R, N]` in drive's dtype (d is not derived from a stored tanh:
-    near saturation 1 - s^2 of a bf16 s has no correct digit).  Shapes as in `reference.py`."""
+    near saturation 1 - s^2 of a bf16 s has no correct digit).  Shapes as in `reference.py`.
+
+    With Triton a step is its matrix product and one kernel more, else seven.
+    """
+    fused = runs_triton(drive, backend)
+    drive = drive.contiguous() if fused else drive
     grid = ChunkGrid(drive.shape[1], plan, reverse=False)
     drive_windows = grid.windows(drive)
     reset_windows = None if reset is None else grid.windows(reset[:, :, None, None])
@@ -129,11 +141,26 @@ def forward_sweep(
     gain, gain_slots = grid.new_output(drive) if with_gain else (None, None)
     one = torch.ones((), dtype=compute_dtype(drive), device=drive.device)
 
+    latest: list[tuple[Tensor, Tensor]] = []  # the carry last returned, and that in drive's dtype
+
+    def advance_fused(carry: Tensor, step: int, record: bool) -> Tensor:
+        from lfm.kernels.reservoir.kernel import forward_step
+
+        known = bool(latest) and latest[0][0] is carry
+        rounded = latest[0][1] if known else carry.to(drive.dtype)
+        product = exchange_product(rounded, weight_transposed, carry.dtype)
+        index, slot = grid.index(step), grid.slot(step)
+        reset = None if reset_windows is None else reset_windows[index]
+        outputs = [x[slot] if record and x is not None else None for x in (state_slots, gain_slots)]
+        latest[:] = [forward_step(product, carry.contiguous(), drive_windows[index], reset, leak_rate, *outputs)]
+        return latest[0][0]
+
     def advance(carry: Tensor, step: int, record: bool) -> Tensor:
         index = grid.index(step)
         if reset_windows is not None:
             carry = carry.masked_fill(reset_windows[index], 0)
-        squashed = exchange_product(carry, weight_transposed, drive.dtype).add_(drive_windows[index]).tanh_()
+        product = exchange_product(carry.to(drive.dtype), weight_transposed, carry.dtype)
+        squashed = product.add_(drive_windows[index]).tanh_()
         carry = torch.lerp(carry, squashed, leak_rate)
         if record:
             state_slots[grid.slot(step)].copy_(carry)
@@ -141,50 +168,69 @@ def forward_sweep(
                 torch.addcmul(one, squashed, squashed, value=-1, out=gain_slots[grid.slot(step)])
         return carry
 
-    outcome = solve(grid, advance, start_state(drive, initial), reset_windows, plan)
+    step = advance_fused if fused else advance
+    outcome = solve(grid, step, start_state(drive, initial), reset_windows, plan)
     if outcome.fell_back:
         exact_plan = plan.sequential(drive.shape[1])
-        states, gain, exact = forward_sweep(drive, weight, initial, reset, leak_rate, exact_plan, with_gain=with_gain)
+        states, gain, exact = forward_sweep(
+            drive, weight, initial, reset, leak_rate, exact_plan, with_gain=with_gain, backend=backend
+        )
         outcome = replace(outcome, final=exact.final)
     return states.contiguous(), None if gain is None else gain.contiguous(), outcome
 
 
 def backward_sweep(
     grad_states: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     gain: Tensor,
     weight: Tensor,
     reset: Tensor | None,
     leak_rate: float,
     plan: ChunkPlan,
+    *,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Outcome]:
     """The gradient of drive, delta `[B, T, R, N]` in gain's dtype; the outcome's `final` is the gradient of the
     initial state.  It runs down in time, is linear, and carries mu_t, the gradient of h_t from all later positions:
 
-        lambda_t = grad_states_t + mu_t,   delta_t = a d_t lambda_t,   mu_{T-1} = grad_final
+        lambda_t = grad_states_t + mu_t,   delta_t = a d_t lambda_t,   mu_{T-1} = grad_final, None is zero
         mu_{t-1} = 0 where reset_t, else (1 - a) lambda_t + W^T delta_t
     """
+    fused = runs_triton(gain, backend)
+    if fused:
+        grad_states, gain = grad_states.contiguous(), gain.contiguous()
     grid = ChunkGrid(gain.shape[1], plan, reverse=True)
     grad_windows, gain_windows = grid.windows(grad_states), grid.windows(gain)
     reset_windows = None if reset is None else grid.windows(reset[:, :, None, None])
     weight_operand = exchange_weight(weight, gain)
     delta_out, delta_slots = grid.new_output(gain)
 
+    def advance_fused(carry: Tensor, step: int, record: bool) -> Tensor:
+        from lfm.kernels.reservoir.kernel import backward_step
+
+        index = grid.index(step)
+        reset = None if reset_windows is None else reset_windows[index]
+        output = delta_slots[grid.slot(step)] if record else None
+        windows = (grad_windows[index], gain_windows[index])
+        kept, delta = backward_step(carry.contiguous(), *windows, reset, leak_rate, output)
+        return exchange_product(delta, weight_operand, carry.dtype, add_to=kept)
+
     def advance(carry: Tensor, step: int, record: bool) -> Tensor:
         index = grid.index(step)
         total = carry + grad_windows[index]
         delta = (total * gain_windows[index]).mul_(leak_rate)
-        carry = exchange_product(delta, weight_operand, gain.dtype).add_(total, alpha=1 - leak_rate)
+        carry = exchange_product(delta.to(gain.dtype), weight_operand, carry.dtype).add_(total, alpha=1 - leak_rate)
         if reset_windows is not None:
             carry.masked_fill_(reset_windows[index], 0)
         if record:
             delta_slots[grid.slot(step)].copy_(delta)
         return carry
 
-    outcome = solve(grid, advance, start_state(gain, grad_final), reset_windows, plan)
+    step = advance_fused if fused else advance
+    outcome = solve(grid, step, start_state(gain, grad_final), reset_windows, plan)
     if outcome.fell_back:
-        exact_plan = plan.sequential(gain.shape[1])
-        delta_out, exact = backward_sweep(grad_states, grad_final, gain, weight, reset, leak_rate, exact_plan)
+        args = (grad_states, grad_final, gain, weight, reset, leak_rate, plan.sequential(gain.shape[1]))
+        delta_out, exact = backward_sweep(*args, backend=backend)
         outcome = replace(outcome, final=exact.final)
     return delta_out.contiguous(), outcome
 
@@ -208,7 +254,7 @@ def graphed_forward_sweep(
 
 def graphed_backward_sweep(
     grad_states: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     gain: Tensor,
     weight: Tensor,
     reset: Tensor | None,
@@ -218,7 +264,7 @@ def graphed_backward_sweep(
     """`backward_sweep`, its first pass replayed from a CUDA graph; launched anew only if that needs repair."""
 
     def run(
-        grad_states: Tensor, grad_final: Tensor, gain: Tensor, weight: Tensor, reset: Tensor | None
+        grad_states: Tensor, grad_final: Tensor | None, gain: Tensor, weight: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, ...]:
         delta, outcome = backward_sweep(grad_states, grad_final, gain, weight, reset, leak_rate, plan.unguarded())
         return delta, outcome.final, outcome.residual
@@ -233,21 +279,32 @@ def graphed_backward_sweep(
 def weight_gradient(delta: Tensor, states: Tensor, initial: Tensor | None, reset: Tensor | None) -> Tensor:
     """dW = sum over b, t of delta_t c_t^T, `[R, N, N]` in the compute dtype: c_t is the state before t, zero at a
     reset, the initial state at t = 0.  One product over views shifted by one position."""
-    cut = torch.zeros(delta.shape[:2], dtype=torch.bool, device=delta.device) if reset is None else reset.clone()
-    first = delta[:, 0].masked_fill(cut[:, 0, None, None], 0)
-    cut[:, 0] = True  # the shift must not cross from one sequence into the next
-    delta = delta.masked_fill(cut[:, :, None, None], 0)
+    wide = compute_dtype(delta)
+    first, following = delta[:, 0], delta[1:, 0]
+    if reset is not None:
+        first = first.masked_fill(reset[:, 0, None, None], 0)
+        cut = reset.clone()
+        cut[:, 0] = True  # the shift must not cross from one sequence into the next
+        delta = delta.masked_fill(cut[:, :, None, None], 0)
     left = delta.flatten(0, 1)[1:].permute(1, 2, 0)  # [R, N, B*T - 1]
     right = states.flatten(0, 1)[:-1].permute(1, 0, 2)  # [R, B*T - 1, N]
-    wide = compute_dtype(delta)
     if delta.is_cuda and delta.dtype != wide:
         gradient = torch.bmm(left, right, out_dtype=wide)
     else:
         gradient = torch.bmm(left.to(wide), right.to(wide))
+    if reset is None and len(delta) > 1:
+        # What crosses from one sequence into the next is taken back: cheaper than a masked copy of delta.
+        gradient -= torch.einsum("brn,brm->rnm", following.to(wide), states[:-1, -1].to(wide))
     if initial is not None:
         exchanged = initial.to(delta.dtype).to(wide)
         gradient += torch.einsum("brn,brm->rnm", first.to(wide), exchanged)
     return gradient
+
+
+def gain_statistics(gain: Tensor) -> Tensor:
+    """fp32 `[2]`: the share of units and positions with |tanh| > 0.95, and the mean gain."""
+    saturated = torch.count_nonzero(gain < SATURATED_BELOW).float() / gain.numel()
+    return torch.stack([saturated, gain.mean(dtype=compute_dtype(gain)).float()])
 
 
 def solve(
@@ -260,15 +317,18 @@ def solve(
     """Warm up, run the chunks, and repair until the boundaries agree.
 
     `advance(carry, step, record)` takes all chunks through one step and returns the new carry without changing the
-    old one; `initial` is `[R, B, N]`.  Reads one number back from the device per pass if there is a boundary.
+    old one; nor is what it returned changed before it is given back.  `initial` is `[R, B, N]`.  Reads one number back
+    from the device per pass if there is a boundary.
     """
     first, last = grid.chain(0), grid.chain(-1)
     start = initial.new_zeros(*initial.shape[:2], grid.num_chunks, initial.shape[2])
     for step in range(-grid.warmup, 0):
         if step % grid.length == 0:
             # This chunk's warm-up passes the start of the sequence now; up to here it has seen only padding.
+            start = start.clone()
             start[:, :, grid.chain(-step // grid.length)] = initial
         start = advance(start, step, False)
+    start = start.clone()
     start[:, :, first] = initial
 
     first_residual, repair_passes = None, 0
@@ -284,7 +344,7 @@ def solve(
         agreed = grid.num_chunks == 1 or plan.accepts(residual)
         if agreed or repair_passes == plan.max_repair_passes:
             return Outcome(final, first_residual.float(), repair_passes, fell_back=not agreed)
-        received, sent = grid.handed_over(start, end)
+        received, sent = grid.handed_over(start, end)  # start is no longer what `advance` returned last
         received.copy_(sent)
         repair_passes += 1
 
@@ -331,15 +391,17 @@ def exchange_weight(weight: Tensor, drive: Tensor) -> Tensor:
     return rounded if drive.is_cuda else rounded.to(compute_dtype(drive))
 
 
-def exchange_product(carry: Tensor, weight: Tensor, exchange_dtype: torch.dtype) -> Tensor:
-    """`carry [R, B, C, N] @ weight [R, N, N]`: both operands rounded to the exchange dtype, fp32 accumulation and
-    result.  A CPU has no such product in bf16 (its result is rounded as well), so there the rounded values are
-    multiplied in fp32, which is the same arithmetic."""
-    rows = carry.flatten(1, 2)
-    if exchange_dtype == carry.dtype:
-        product = torch.bmm(rows, weight)
-    elif carry.is_cuda:
-        product = torch.bmm(rows.to(exchange_dtype), weight, out_dtype=carry.dtype)
+def exchange_product(rounded: Tensor, weight: Tensor, dtype: torch.dtype, *, add_to: Tensor | None = None) -> Tensor:
+    """`rounded [R, B, C, N] @ weight [R, N, N]`, both in the exchange dtype, accumulated and returned in `dtype`; in
+    place of `add_to` and added to it, if given.  A CPU has no such product in bf16 (its result is rounded as well), so
+    there the rounded values are multiplied in fp32, which is the same arithmetic."""
+    rows = rounded.flatten(1, 2)
+    sums = None if add_to is None else add_to.flatten(1, 2)
+    if not rounded.is_cuda or rounded.dtype == dtype:
+        rows = rows.to(dtype)
+        product = torch.bmm(rows, weight) if sums is None else sums.baddbmm_(rows, weight)
+    elif sums is None:
+        product = torch.bmm(rows, weight, out_dtype=dtype)
     else:
-        product = torch.bmm(rows.to(exchange_dtype).to(carry.dtype), weight)
-    return product.view_as(carry)
+        product = torch.baddbmm(sums, rows, weight, out_dtype=dtype, out=sums)
+    return product.view_as(rounded)

@@ -1,4 +1,6 @@
-// One sweep of the chunked reservoir recurrence, forward or backward, in one launch (sm_90a).
+// The chunked reservoir recurrence, forward or backward (sm_90a): one launch a sweep, one that judges its boundaries,
+// and the same again for every repair and for the exact sweep, which return at once when there is nothing left to do.
+// The host waits for none of it.
 //
 // A cluster of CS thread blocks advances COLUMNS chunks of one reservoir through warmup + length steps.  Block k owns
 // U = N/CS units and keeps its U x N slice of W in registers.  After each step it sends the U new values of every
@@ -15,35 +17,54 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
-
-#ifndef CLUSTER_SIZE
-#define CLUSTER_SIZE 4
-#endif
 
 namespace {
 
 using bf16 = __nv_bfloat16;
 
+constexpr int CLUSTER_SIZE = 4;
 constexpr int RING = 4;     // input rows in flight: this step's and the next three
 constexpr int CHAINS = 2;   // independent accumulators per output tile
 constexpr int PAD = 8;      // after each row in shared memory: ldmatrix then meets no bank conflict
 constexpr int LIVE = 1, CUT = 2;
+constexpr int JUDGE_THREADS = 256, JUDGE_BLOCKS = 128;
+
+// What later launches of a solve read to know whether they are needed.
+struct Progress {
+  int agreed;         // the boundaries of the last sweep do
+  unsigned finished;  // blocks of the judge that have measured their share
+};
+
+// How a solve ended; every pointer is to device memory.
+struct Verdict {
+  float* residual;         // [R], of the first sweep; 0 with one chunk
+  int* repair_passes;      // []
+  bool* fell_back;         // []
+  float* gain_statistics;  // [2]: share of gains below `saturated_below`, mean gain; may be null
+};
 
 // T positions of B sequences, [B, T, R, N] bf16; recorded and given states [B, chunks, R, N] and [B, R, N] fp32.
 struct Sweep {
-  const bf16* weight;          // [R, N, N]; transposed for the backward
+  const bf16* weight;          // [R, N, N]; the backward reads it transposed
   const bf16* input;           // drive, or the gradient of the states
   const bf16* gain;            // backward only
   bf16* output;                // states, or delta
   bf16* gain_output;           // forward only; may be null
   const float* initial;        // before position 0 of the chain; null is zero
-  const float* starts;         // of every chunk, in place of a warm-up; null outside repairs
+  const float* ends;           // of the sweep before, from which chunks start in place of a warm-up; null: warm up
   const unsigned char* reset;  // [B, T]; null is no reset
   float* start_output;         // what each chunk carried into its first own position
   float* end_output;           // what it carried out of its last one
+  float* final_output;         // [B, R, N]: the last chunk's end
+  double* gain_sums;           // [blocks, 2]: sum of the gains, how many are saturated; forward only; may be null
+  Progress* progress;
+  Verdict verdict;
+  bool first;                  // of its solve: starts the verdict; all others return if the boundaries agree
   int num_positions, num_reservoirs, length, warmup, num_chunks, num_columns;
-  float leak_rate;
+  float leak_rate, saturated_below;
 };
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -118,8 +139,18 @@ struct Layout {
 };
 
 template <int N, int COLUMNS, bool BACKWARD>
-__global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER_SIZE == 8 && COLUMNS <= 16 ? 2 : 1)
+__global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, 1)
     reservoir_sweep(const __grid_constant__ Sweep sweep) {
+  if (sweep.first) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      *sweep.progress = {};
+      *sweep.verdict.repair_passes = 0;
+      *sweep.verdict.fell_back = false;
+      for (int r = 0; r < sweep.num_reservoirs; r++) sweep.verdict.residual[r] = 0.f;
+    }
+  } else if (sweep.progress->agreed) {
+    return;  // all blocks of all clusters read the same, before any of them waits for another
+  }
   using Lay = Layout<N, COLUMNS, BACKWARD>;
   constexpr int CS = Lay::CS, U = Lay::U, THREADS = Lay::THREADS, TILES = Lay::TILES, PITCH = Lay::PITCH;
   constexpr int BLOCK = Lay::BLOCK, VECTORS = Lay::VECTORS, INPUTS = Lay::INPUTS, OUTPUTS = Lay::OUTPUTS;
@@ -148,14 +179,20 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER
 
   uint32_t weight[K_STEPS][4];
   {
-    const bf16* slice = sweep.weight + static_cast<int64_t>(reservoir) * N * N + (rank * U + row_tile * 16) * N +
-                        half * HALF + quad * 2;
+    const int row = rank * U + row_tile * 16 + group, column = half * HALF + quad * 2;
+    const bf16* matrix = sweep.weight + static_cast<int64_t>(reservoir) * N * N +
+                         (BACKWARD ? column * N + row : row * N + column);
+    auto pair = [&](int rows, int columns) -> uint32_t {  // two neighbours of a row, this far from row and column
+      if (!BACKWARD) return *reinterpret_cast<const uint32_t*>(matrix + rows * N + columns);
+      const auto* where = reinterpret_cast<const unsigned short*>(matrix + columns * N + rows);
+      return where[0] | static_cast<uint32_t>(where[N]) << 16;
+    };
 #pragma unroll
     for (int k = 0; k < K_STEPS; k++) {
-      weight[k][0] = *reinterpret_cast<const uint32_t*>(slice + group * N + k * 16);
-      weight[k][1] = *reinterpret_cast<const uint32_t*>(slice + (group + 8) * N + k * 16);
-      weight[k][2] = *reinterpret_cast<const uint32_t*>(slice + group * N + k * 16 + 8);
-      weight[k][3] = *reinterpret_cast<const uint32_t*>(slice + (group + 8) * N + k * 16 + 8);
+      weight[k][0] = pair(0, k * 16);
+      weight[k][1] = pair(8, k * 16);
+      weight[k][2] = pair(0, k * 16 + 8);
+      weight[k][3] = pair(8, k * 16 + 8);
     }
   }
 
@@ -208,8 +245,8 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER
       const int sequence = column / sweep.num_chunks, chunk = column - sequence * sweep.num_chunks;
       float value = 0.f;
       if (column < sweep.num_columns) {
-        if (sweep.starts) {
-          value = sweep.starts[column * row_size + unit];
+        if (sweep.ends && chunk > 0) {
+          value = sweep.ends[(column - 1) * row_size + unit];
         } else if (sweep.initial && chunk * sweep.length <= sweep.warmup) {
           value = sweep.initial[sequence * row_size + unit];  // held until the window reaches position 0
         }
@@ -253,6 +290,8 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER
   auto record = [&](float* where, int n, float value) {
     if (first_column + n < sweep.num_columns) where[(first_column + n) * row_size + unit] = value;
   };
+  float gain_sum = 0.f;
+  int num_saturated = 0;
   const uint32_t operand =
       shared_address(exchange + half * HALF / U * BLOCK + (lane & 7) * PITCH + (lane >> 3) * 8);
   // The backward takes one product more: what the last position passes on is W^T times its delta.
@@ -309,7 +348,7 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER
           const float delta = leak_rate * __bfloat162float(inputs[(INPUTS - 1) * BLOCK + slot]) * lambda;
           carried[i][e] = flag & LIVE ? keep_rate * lambda : received;
           staged[slot] = __float2bfloat16(flag & LIVE ? delta : 0.f);
-          if (step == steps) record(sweep.end_output, n, received);
+          if (step == steps) carried[i][e] = received;
         } else {
           float z = product + in;
           z = z > 15.f ? 15.f : z < -15.f ? -15.f : z;  // and a NaN stays one
@@ -317,7 +356,6 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER
           if (flag & LIVE) carried[i][e] = keep_rate * received + leak_rate * (1.f - 2.f * inverse);
           staged[slot] = __float2bfloat16(carried[i][e]);
           staged[(OUTPUTS - 1) * BLOCK + slot] = __float2bfloat16(4.f * exponential * inverse * inverse);
-          if (step == steps - 1) record(sweep.end_output, n, carried[i][e]);
         }
       }
     }
@@ -330,43 +368,182 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS, BACKWARD>::THREADS, CLUSTER
     if (moves_out && step >= sweep.warmup && tau < T) {
       const int64_t row = row_of(tau);
       *reinterpret_cast<uint4*>(sweep.output + row) = *reinterpret_cast<const uint4*>(staged + moved_slot);
-      if (!BACKWARD && sweep.gain_output)
-        *reinterpret_cast<uint4*>(sweep.gain_output + row) =
-            *reinterpret_cast<const uint4*>(staged + (OUTPUTS - 1) * BLOCK + moved_slot);
+      if (!BACKWARD) {
+        const uint4 gains = *reinterpret_cast<const uint4*>(staged + (OUTPUTS - 1) * BLOCK + moved_slot);
+        if (sweep.gain_output) *reinterpret_cast<uint4*>(sweep.gain_output + row) = gains;
+        if (sweep.gain_sums) {
+          float sum_of_eight = 0.f;
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const uint32_t two = i == 0 ? gains.x : i == 1 ? gains.y : i == 2 ? gains.z : gains.w;
+            const float low = __uint_as_float(two << 16), high = __uint_as_float(two & 0xffff0000u);
+            sum_of_eight += low + high;
+            num_saturated += (low < sweep.saturated_below) + (high < sweep.saturated_below);
+          }
+          gain_sum += sum_of_eight;
+        }
+      }
     }
     prefetch(step + 3);
     next_reset = reset_at(step + 2);
   }
+#pragma unroll
+  for (int i = 0; i < TILES; i++) {
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const int n = i * 8 + 2 * quad + e, column = first_column + n;
+      record(sweep.end_output, n, carried[i][e]);
+      if (column < sweep.num_columns && (column + 1) % sweep.num_chunks == 0)
+        sweep.final_output[column / sweep.num_chunks * row_size + unit] = carried[i][e];
+    }
+  }
+  if (!BACKWARD && sweep.gain_sums) {
+    double* of_warp = reinterpret_cast<double*>(halves);
+    double total = gain_sum, saturated = num_saturated;
+    for (int far = 16; far > 0; far /= 2) {
+      total += __shfl_xor_sync(~0u, total, far);
+      saturated += __shfl_xor_sync(~0u, saturated, far);
+    }
+    if (lane == 0) of_warp[2 * warp] = total, of_warp[2 * warp + 1] = saturated;
+    __syncthreads();
+    if (thread < 2) {
+      double sum = 0.;
+      for (int w = 0; w < Lay::WARPS; w++) sum += of_warp[2 * w + thread];
+      sweep.gain_sums[2 * blockIdx.x + thread] = sum;
+    }
+  }
   cluster.sync();  // no block leaves while another may still address its memory
 }
 
+// What one sweep left at its boundaries, and what the solve makes of it.
+struct Judgement {
+  const float* start;          // [B, chunks, R, N]
+  const float* end;
+  const unsigned char* reset;  // [B, T]; null is no reset
+  const double* gain_sums;     // [num_gain_sums, 2]; null without statistics
+  double* norms;               // [R, B * (chunks - 1), 2]: of the mismatch, of what was sent; -1 where it does not count
+  Progress* progress;
+  Verdict verdict;
+  bool backward, exact;        // exact: of the sequential sweep, which is not judged
+  int pass, max_repair_passes; // pass 0 is the first sweep
+  int batch, num_positions, num_reservoirs, num_units, length, num_chunks, num_gain_sums;
+  double tolerance;
+};
+
+__device__ __forceinline__ double larger(double a, double b) { return b > a || b != b ? b : a; }  // NaN is largest
+
+__global__ void __launch_bounds__(JUDGE_THREADS) reservoir_judge(const __grid_constant__ Judgement judgement) {
+  const Judgement& j = judgement;
+  if ((j.pass > 0 || j.exact) && j.progress->agreed) return;
+  constexpr int WARPS = JUDGE_THREADS / 32;
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  const int num_boundaries = j.exact ? 0 : j.batch * (j.num_chunks - 1);
+  const int64_t row_size = static_cast<int64_t>(j.num_reservoirs) * j.num_units;
+
+  // A warp measures one boundary of one reservoir.  Squares of small gradients leave the range of fp32 long before
+  // the gradients do, hence doubles.
+  for (int64_t i = blockIdx.x * WARPS + warp; i < static_cast<int64_t>(num_boundaries) * j.num_reservoirs;
+       i += gridDim.x * WARPS) {
+    const int boundary = i / j.num_reservoirs, reservoir = i % j.num_reservoirs;
+    const int sequence = boundary / (j.num_chunks - 1), chunk = boundary % (j.num_chunks - 1) + 1;
+    const int position = j.backward ? j.num_positions - chunk * j.length : chunk * j.length;  // the later side
+    double error = 0., size = 0.;
+    if (j.reset && j.reset[static_cast<int64_t>(sequence) * j.num_positions + position]) {
+      size = -1.;
+    } else {
+      const int64_t offset = (static_cast<int64_t>(sequence) * j.num_chunks + chunk) * row_size + reservoir * j.num_units;
+      const float4* received = reinterpret_cast<const float4*>(j.start + offset);
+      const float4* sent = reinterpret_cast<const float4*>(j.end + offset - row_size);
+      auto add = [](double& sum, float value) { sum += static_cast<double>(value) * value; };
+#pragma unroll 4
+      for (int n = lane; n < j.num_units / 4; n += 32) {
+        const float4 r = received[n], s = sent[n];
+        add(error, r.x - s.x), add(error, r.y - s.y), add(error, r.z - s.z), add(error, r.w - s.w);
+        add(size, s.x), add(size, s.y), add(size, s.z), add(size, s.w);
+      }
+      for (int far = 16; far > 0; far /= 2) {
+        error += __shfl_xor_sync(~0u, error, far);
+        size += __shfl_xor_sync(~0u, size, far);
+      }
+      error = sqrt(error), size = sqrt(size);
+    }
+    double* norms = j.norms + (static_cast<int64_t>(reservoir) * num_boundaries + boundary) * 2;
+    if (lane == 0) norms[0] = error, norms[1] = size;
+  }
+
+  // The last block to get here has everybody's norms, and takes them in one order, whichever block it is.
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) is_last = atomicAdd(&j.progress->finished, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+
+  __shared__ double residual_of_warp[WARPS];
+  double largest = 0.;
+  for (int reservoir = warp; reservoir < j.num_reservoirs; reservoir += WARPS) {
+    const double2* norms = reinterpret_cast<const double2*>(j.norms) + static_cast<int64_t>(reservoir) * num_boundaries;
+    double error = 0., size = 0., count = 0.;
+    for (int boundary = lane; boundary < num_boundaries; boundary += 32) {
+      const double2 norm = __ldcg(norms + boundary);
+      if (norm.y == -1.) continue;
+      error = larger(error, norm.x), size += norm.y, count += 1.;
+    }
+    for (int far = 16; far > 0; far /= 2) {
+      error = larger(error, __shfl_xor_sync(~0u, error, far));
+      size += __shfl_xor_sync(~0u, size, far);
+      count += __shfl_xor_sync(~0u, count, far);
+    }
+    const double mean = size / fmax(count, 1.);
+    const double residual = error / (mean < DBL_MIN ? DBL_MIN : mean);  // and a NaN stays one
+    largest = larger(largest, residual);
+    if (lane == 0 && j.pass == 0) j.verdict.residual[reservoir] = static_cast<float>(residual);
+  }
+  if (lane == 0) residual_of_warp[warp] = largest;
+  if (j.verdict.gain_statistics && warp == WARPS - 1) {
+    double total = 0., saturated = 0.;
+    for (int i = lane; i < j.num_gain_sums; i += 32) total += j.gain_sums[2 * i], saturated += j.gain_sums[2 * i + 1];
+    for (int far = 16; far > 0; far /= 2) {
+      total += __shfl_xor_sync(~0u, total, far);
+      saturated += __shfl_xor_sync(~0u, saturated, far);
+    }
+    const double count = static_cast<double>(j.batch) * j.num_positions * row_size;
+    if (lane == 0) {
+      j.verdict.gain_statistics[0] = static_cast<float>(saturated / count);
+      j.verdict.gain_statistics[1] = static_cast<float>(total / count);
+    }
+  }
+  __syncthreads();
+  if (thread != 0 || j.exact) return;
+  for (int w = 0; w < WARPS; w++) largest = larger(largest, residual_of_warp[w]);
+  const bool agreed = num_boundaries == 0 || largest <= j.tolerance;
+  if (j.pass > 0) *j.verdict.repair_passes = j.pass;
+  if (!agreed && j.pass == j.max_repair_passes) *j.verdict.fell_back = true;
+  j.progress->finished = 0;
+  j.progress->agreed = agreed;
+}
+
 template <int N, int COLUMNS, bool BACKWARD>
-cudaError_t configure(cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute, const Sweep& sweep) {
+cudaError_t run(const Sweep& sweep, cudaStream_t stream, int* resident_clusters) {
   using Lay = Layout<N, COLUMNS, BACKWARD>;
-  const unsigned groups = (sweep.num_columns + COLUMNS - 1) / COLUMNS;
-  config = {};
-  config.gridDim = dim3(groups * sweep.num_reservoirs * Lay::CS);
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute;
+  config.gridDim = dim3((sweep.num_columns + COLUMNS - 1) / COLUMNS * sweep.num_reservoirs * Lay::CS);
   config.blockDim = dim3(Lay::THREADS);
   config.dynamicSmemBytes = Lay::SHARED_BYTES;
+  config.stream = stream;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = Lay::CS;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaFuncSetAttribute(reservoir_sweep<N, COLUMNS, BACKWARD>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(Lay::SHARED_BYTES));
-}
-
-template <int N, int COLUMNS, bool BACKWARD>
-cudaError_t run(const Sweep& sweep, cudaStream_t stream, int* resident_clusters) {
-  cudaLaunchConfig_t config;
-  cudaLaunchAttribute attribute;
-  cudaError_t error = configure<N, COLUMNS, BACKWARD>(config, attribute, sweep);
+  const auto kernel = reservoir_sweep<N, COLUMNS, BACKWARD>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(Lay::SHARED_BYTES));
   if (error != cudaSuccess) return error;
-  if (resident_clusters)
-    return cudaOccupancyMaxActiveClusters(resident_clusters, reservoir_sweep<N, COLUMNS, BACKWARD>, &config);
-  config.stream = stream;
-  error = cudaLaunchKernelEx(&config, reservoir_sweep<N, COLUMNS, BACKWARD>, sweep);
+  if (resident_clusters) return cudaOccupancyMaxActiveClusters(resident_clusters, kernel, &config);
+  error = cudaLaunchKernelEx(&config, kernel, sweep);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
@@ -382,35 +559,126 @@ cudaError_t dispatch(bool backward, int num_units, int columns, const Sweep& swe
   return cudaErrorInvalidValue;
 }
 
+int num_blocks(int num_columns, int columns, int num_reservoirs) {
+  return (num_columns + columns - 1) / columns * num_reservoirs * CLUSTER_SIZE;
+}
+
+// The parts of a solve's scratch memory, from `base` (null to count bytes): a multiple of 16 each.
+struct Scratch {
+  float *start, *ends[2];
+  double *norms, *gain_sums;
+  Progress* progress;
+  size_t bytes = 0;
+
+  Scratch(void* base, int batch, int num_chunks, int num_reservoirs, int num_units) {
+    auto take = [&](size_t size) {
+      void* part = static_cast<char*>(base) + bytes;
+      bytes += (size + 15) / 16 * 16;
+      return part;
+    };
+    const size_t columns = static_cast<size_t>(batch) * num_chunks, states = columns * num_reservoirs * num_units;
+    start = static_cast<float*>(take(states * sizeof(float)));
+    for (float*& end : ends) end = static_cast<float*>(take(states * sizeof(float)));
+    norms = static_cast<double*>(take(columns * num_reservoirs * 2 * sizeof(double)));
+    gain_sums = static_cast<double*>(take(num_blocks(columns, 8, num_reservoirs) * 2 * sizeof(double)));
+    progress = static_cast<Progress*>(take(sizeof(Progress)));
+  }
+};
+
 }  // namespace
 
-// Both return a cudaError_t; `reservoir_error` names it.
-extern "C" int reservoir_sweep_launch(int device, int backward, int columns, const void* weight, const void* input,
-                                      const void* gain, void* output, void* gain_output, const void* initial,
-                                      const void* starts, const void* reset, void* start_output, void* end_output,
-                                      int batch, int num_positions, int num_reservoirs, int num_units, int length,
-                                      int warmup, float leak_rate, void* stream) {
+extern "C" size_t reservoir_scratch_bytes(int batch, int num_positions, int num_reservoirs, int num_units, int length) {
+  return Scratch(nullptr, batch, (num_positions + length - 1) / length, num_reservoirs, num_units).bytes;
+}
+
+// Enqueues a whole solve: the sweep, its repairs and the exact sweep.  Clusters of the chunked sweeps advance `columns`
+// chunks, of the exact one `exact_columns`.  With an infinite tolerance there is nothing after the first judgement.
+// This and the next return a cudaError_t; `reservoir_error` names it.
+extern "C" int reservoir_solve(int device, int backward, int columns, int exact_columns, const void* weight,
+                               const void* input, const void* gain, const void* initial, const void* reset,
+                               void* output, void* gain_output, void* final_output, void* residual,
+                               void* repair_passes, void* fell_back, void* gain_statistics, void* scratch_memory,
+                               int batch, int num_positions, int num_reservoirs, int num_units, int length, int warmup,
+                               int max_repair_passes, float leak_rate, float saturated_below, double tolerance,
+                               void* stream_handle) {
   cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return error;
-  Sweep sweep;
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const int num_chunks = (num_positions + length - 1) / length;
+  const Scratch scratch(scratch_memory, batch, num_chunks, num_reservoirs, num_units);
+
+  Sweep sweep = {};
   sweep.weight = static_cast<const bf16*>(weight);
   sweep.input = static_cast<const bf16*>(input);
   sweep.gain = static_cast<const bf16*>(gain);
   sweep.output = static_cast<bf16*>(output);
   sweep.gain_output = static_cast<bf16*>(gain_output);
   sweep.initial = static_cast<const float*>(initial);
-  sweep.starts = static_cast<const float*>(starts);
   sweep.reset = static_cast<const unsigned char*>(reset);
-  sweep.start_output = static_cast<float*>(start_output);
-  sweep.end_output = static_cast<float*>(end_output);
+  sweep.start_output = scratch.start;
+  sweep.final_output = static_cast<float*>(final_output);
+  sweep.gain_sums = gain_statistics ? scratch.gain_sums : nullptr;
+  sweep.progress = scratch.progress;
+  sweep.verdict = {static_cast<float*>(residual), static_cast<int*>(repair_passes), static_cast<bool*>(fell_back),
+                   static_cast<float*>(gain_statistics)};
+  sweep.first = true;
   sweep.num_positions = num_positions;
   sweep.num_reservoirs = num_reservoirs;
   sweep.length = length;
   sweep.warmup = warmup;
-  sweep.num_chunks = (num_positions + length - 1) / length;
-  sweep.num_columns = batch * sweep.num_chunks;
+  sweep.num_chunks = num_chunks;
+  sweep.num_columns = batch * num_chunks;
   sweep.leak_rate = leak_rate;
-  return dispatch(backward != 0, num_units, columns, sweep, static_cast<cudaStream_t>(stream), nullptr);
+  sweep.saturated_below = saturated_below;
+
+  Judgement judgement = {};
+  judgement.start = scratch.start;
+  judgement.reset = sweep.reset;
+  judgement.gain_sums = sweep.gain_sums;
+  judgement.norms = scratch.norms;
+  judgement.progress = scratch.progress;
+  judgement.verdict = sweep.verdict;
+  judgement.backward = backward != 0;
+  judgement.max_repair_passes = max_repair_passes;
+  judgement.batch = batch;
+  judgement.num_positions = num_positions;
+  judgement.num_reservoirs = num_reservoirs;
+  judgement.num_units = num_units;
+  judgement.length = length;
+  judgement.num_chunks = num_chunks;
+  judgement.tolerance = tolerance;
+
+  auto sweep_and_judge = [&](int columns) {
+    judgement.end = sweep.end_output;
+    judgement.num_gain_sums = num_blocks(sweep.num_columns, columns, num_reservoirs);
+    const cudaError_t error = dispatch(backward != 0, num_units, columns, sweep, stream, nullptr);
+    const bool has_boundaries = num_chunks > 1 && !judgement.exact;
+    if (error != cudaSuccess || !(has_boundaries || gain_statistics)) return error;
+    const int64_t measured = has_boundaries ? static_cast<int64_t>(batch) * (num_chunks - 1) * num_reservoirs : 1;
+    const int64_t blocks = (measured * 32 + JUDGE_THREADS - 1) / JUDGE_THREADS;
+    reservoir_judge<<<static_cast<int>(blocks < JUDGE_BLOCKS ? blocks : JUDGE_BLOCKS), JUDGE_THREADS, 0, stream>>>(
+        judgement);
+    return cudaGetLastError();
+  };
+
+  sweep.end_output = scratch.ends[0];
+  error = sweep_and_judge(columns);
+  if (error != cudaSuccess || num_chunks == 1 || isinf(tolerance)) return error;
+  sweep.first = false;
+  sweep.warmup = 0;
+  for (int pass = 1; pass <= max_repair_passes; pass++) {
+    judgement.pass = pass;
+    sweep.ends = scratch.ends[(pass - 1) % 2];
+    sweep.end_output = scratch.ends[pass % 2];
+    error = sweep_and_judge(columns);
+    if (error != cudaSuccess) return error;
+  }
+  judgement.exact = true;
+  sweep.ends = nullptr;
+  sweep.length = num_positions;
+  sweep.num_chunks = 1;
+  sweep.num_columns = batch;
+  return sweep_and_judge(exact_columns);
 }
 
 // How many clusters the device holds at once.

@@ -1,21 +1,21 @@
 """The chunked recurrence as one CUDA launch per sweep, `cluster.cu`, for Hopper GPUs: compiled at first use, checked
-against the reference before it is trusted.  Same signatures and results as the sweeps of `chunked.py`.
+against the reference before it is trusted.  Same arguments and results as the sweeps of `chunked.py`.
 
-States handed between chunks are `[B, C, R, N]` fp32 here, with chunks in the order of the chain: forward chunk 0
-begins the sequence, backward chunk 0 ends it.
+The residual is judged, and repairs decided, on the device: the host enqueues a whole solve and waits for nothing, so a
+CUDA graph may hold all of it.
 """
 
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lfm.kernels.nvcc import Unavailable, compile_library
-from lfm.kernels.reservoir.chunked import ChunkGrid, ChunkPlan, Outcome, relative_mismatch
+from lfm.kernels.reservoir.chunked import SATURATED_BELOW, ChunkGrid, ChunkPlan, Outcome
 from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
 
 SOURCE = Path(__file__).with_name("cluster.cu")
@@ -61,85 +61,40 @@ def forward_sweep(
     plan: ChunkPlan,
     *,
     with_gain: bool,
-) -> tuple[Tensor, Tensor | None, Outcome]:
-    """As `chunked.forward_sweep`."""
+    with_statistics: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Outcome]:
+    """As `chunked.forward_sweep`, and nothing waits for the device.  Third: fp32 `[2]`, what `gain_statistics` of
+    `chunked.py` says of the gain, whether that is kept or not."""
     drive, weight = _dense(drive), _dense(weight.to(drive.dtype))
     initial, reset = _given(initial), None if reset is None else _dense(reset)
-
-    def run(plan: ChunkPlan, starts: Tensor | None) -> tuple[Tensor, ...]:
-        length, warmup = _cut(drive.shape[1], plan)
-        return forward_op(drive, weight, initial, starts, reset, leak_rate, length, warmup, with_gain)
-
-    cut = None if reset is None else reset[:, plan.chunk_length :: plan.chunk_length]
-    (states, gain), outcome = _solve(run, drive.shape[1], plan, cut)
-    return states, gain if with_gain else None, outcome
+    cut = _cut(drive.shape[1], plan)
+    states, gain, final, *verdict, statistics = forward_op(
+        drive, weight, initial, reset, leak_rate, *cut, with_gain, with_statistics
+    )
+    outcome = Outcome(final.transpose(0, 1), *verdict)
+    return states, gain if with_gain else None, statistics if with_statistics else None, outcome
 
 
 def backward_sweep(
     grad_states: Tensor,
-    grad_final: Tensor,
+    grad_final: Tensor | None,
     gain: Tensor,
     weight: Tensor,
     reset: Tensor | None,
     leak_rate: float,
     plan: ChunkPlan,
 ) -> tuple[Tensor, Outcome]:
-    """As `chunked.backward_sweep`."""
-    num_positions = gain.shape[1]
-    grad_states, gain = _dense(grad_states.to(gain.dtype)), _dense(gain)
-    weight_transposed = _dense(weight.to(gain.dtype).transpose(1, 2))
+    """As `chunked.backward_sweep`, and nothing waits for the device."""
+    grad_states, gain, weight = _dense(grad_states.to(gain.dtype)), _dense(gain), _dense(weight.to(gain.dtype))
     initial, reset = _given(grad_final), None if reset is None else _dense(reset)
-
-    def run(plan: ChunkPlan, starts: Tensor | None) -> tuple[Tensor, ...]:
-        length, warmup = _cut(num_positions, plan)
-        return backward_op(grad_states, gain, weight_transposed, initial, starts, reset, leak_rate, length, warmup)
-
-    cut = None
-    if reset is not None:
-        # Chunk j of the chain begins right below position num_positions - j * chunk_length, the later side.
-        first = num_positions - (num_positions - 1) // plan.chunk_length * plan.chunk_length
-        cut = reset[:, first :: plan.chunk_length].flip(1)
-    (delta,), outcome = _solve(run, num_positions, plan, cut)
-    return delta, outcome
+    cut = _cut(gain.shape[1], plan)
+    delta, final, *verdict = backward_op(grad_states, gain, weight, initial, reset, leak_rate, *cut)
+    return delta, Outcome(final.transpose(0, 1), *verdict)
 
 
-def _cut(num_positions: int, plan: ChunkPlan) -> tuple[int, int]:
+def _cut(num_positions: int, plan: ChunkPlan) -> tuple[int, int, float, int]:
     grid = ChunkGrid(num_positions, plan, reverse=False)
-    return grid.length, grid.warmup
-
-
-def _solve(
-    run: Callable[[ChunkPlan, Tensor | None], tuple[Tensor, ...]],
-    num_positions: int,
-    plan: ChunkPlan,
-    cut: Tensor | None,
-) -> tuple[tuple[Tensor, ...], Outcome]:
-    """Run the chunks and repair until the boundaries agree, as `chunked.solve`.
-
-    `run(plan, starts)` returns its outputs, then what each chunk started from and ended in; `cut` is bool
-    `[B, C - 1]`.  Reads one number back from the device per pass if there is a boundary.
-    """
-    *outputs, start, end = run(plan, None)
-    first_residual, repair_passes, fell_back = None, 0, False
-    while True:
-        received, sent = start[:, 1:], end[:, :-1]
-        sides = (received.permute(2, 0, 1, 3), sent.permute(2, 0, 1, 3))
-        residual = relative_mismatch(*sides, None if cut is None else cut[None])
-        first_residual = residual if first_residual is None else first_residual
-        if received.shape[1] == 0 or plan.accepts(residual):
-            break
-        if repair_passes == plan.max_repair_passes:
-            fell_back = True
-            *outputs, _, end = run(plan.sequential(num_positions), None)
-            break
-        *outputs, start, end = run(_without_warmup(plan), torch.cat([start[:, :1], sent], dim=1))
-        repair_passes += 1
-    final = end[:, -1].transpose(0, 1)
-    return tuple(outputs), Outcome(final, first_residual.float(), repair_passes, fell_back)
-
-
-def _without_warmup(plan: ChunkPlan) -> ChunkPlan:
-    return ChunkPlan(plan.chunk_length, 0, plan.tolerance, plan.max_repair_passes)
+    return grid.length, grid.warmup, plan.tolerance, plan.max_repair_passes
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -152,118 +107,144 @@ def _given(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.float().contiguous()
 
 
+_PLAN = "float leak_rate, int chunk_length, int warmup, float tolerance, int max_repair_passes"
+
+
 @torch.library.custom_op(
     "lfm::reservoir_forward",
     mutates_args=(),
     device_types="cuda",
-    schema="(Tensor drive, Tensor weight, Tensor? initial, Tensor? starts, Tensor? reset, float leak_rate, "
-    "int chunk_length, int warmup, bool with_gain) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor drive, Tensor weight, Tensor? initial, Tensor? reset, {_PLAN}, bool with_gain, "
+    "bool with_statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def forward_op(
     drive: Tensor,
     weight: Tensor,
     initial: Tensor | None,
-    starts: Tensor | None,
     reset: Tensor | None,
     leak_rate: float,
     chunk_length: int,
     warmup: int,
+    tolerance: float,
+    max_repair_passes: int,
     with_gain: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One pass.  drive `[B, T, R, N]` and weight `[R, N, N]` bf16; initial `[B, R, N]`, starts `[B, C, R, N]` fp32.
+    with_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A whole solve.  drive `[B, T, R, N]` and weight `[R, N, N]` bf16; initial `[B, R, N]` fp32.
 
-    Returns states, gain (empty without `with_gain`), and `[B, C, R, N]` what each chunk started from and ended in.
+    Returns states, gain, the final state `[B, R, N]`, residual `[R]`, repair passes, whether it fell back, and
+    `[2]` statistics of the gain; gain and statistics are empty unless asked for.
     """
-    states, gain, start, end = _forward_outputs(drive, chunk_length, with_gain)
-    launch(drive, None, weight, states, gain, initial, starts, reset, start, end, leak_rate, chunk_length, warmup)
-    return states, gain, start, end
+    outputs = _forward_outputs(drive, with_gain, with_statistics)
+    cut = (leak_rate, chunk_length, warmup, tolerance, max_repair_passes)
+    solve(drive, None, weight, initial, reset, outputs, *cut)
+    return outputs
 
 
 @torch.library.custom_op(
     "lfm::reservoir_backward",
     mutates_args=(),
     device_types="cuda",
-    schema="(Tensor grad_states, Tensor gain, Tensor weight_transposed, Tensor? grad_final, Tensor? starts, "
-    "Tensor? reset, float leak_rate, int chunk_length, int warmup) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_states, Tensor gain, Tensor weight, Tensor? grad_final, Tensor? reset, {_PLAN}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward_op(
     grad_states: Tensor,
     gain: Tensor,
-    weight_transposed: Tensor,
+    weight: Tensor,
     grad_final: Tensor | None,
-    starts: Tensor | None,
     reset: Tensor | None,
     leak_rate: float,
     chunk_length: int,
     warmup: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass.  grad_states and gain `[B, T, R, N]`, weight_transposed `[R, N, N]` bf16; the rest as `forward_op`.
+    tolerance: float,
+    max_repair_passes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A whole solve.  grad_states and gain `[B, T, R, N]`, weight `[R, N, N]` bf16; grad_final `[B, R, N]` fp32.
 
-    Returns delta and `[B, C, R, N]` what each chunk started from and ended in, along the chain.
+    Returns delta, the gradient of the initial state `[B, R, N]`, and the verdict as `forward_op`.
     """
-    delta, start, end = _backward_outputs(gain, chunk_length)
-    args = (grad_final, starts, reset, start, end, leak_rate, chunk_length, warmup)
-    launch(grad_states, gain, weight_transposed, delta, None, *args)
-    return delta, start, end
+    delta, *ending = outputs = _backward_outputs(gain)
+    cut = (leak_rate, chunk_length, warmup, tolerance, max_repair_passes)
+    solve(grad_states, gain, weight, grad_final, reset, (delta, None, *ending, None), *cut)
+    return outputs
 
 
-def _boundary_states(x: Tensor, chunk_length: int) -> Tensor:
-    batch, num_positions, num_reservoirs, num_units = x.shape
-    num_chunks = -(-num_positions // chunk_length)
-    return x.new_empty(batch, num_chunks, num_reservoirs, num_units, dtype=torch.float32)
+def _backward_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, _, num_reservoirs, num_units = x.shape
+    final = x.new_empty(batch, num_reservoirs, num_units, dtype=torch.float32)
+    residual, repair_passes = x.new_empty(num_reservoirs, dtype=torch.float32), x.new_empty((), dtype=torch.int32)
+    return torch.empty_like(x), final, residual, repair_passes, x.new_empty((), dtype=torch.bool)
 
 
-def _forward_outputs(drive: Tensor, chunk_length: int, with_gain: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    start, end = (_boundary_states(drive, chunk_length) for _ in range(2))
-    return torch.empty_like(drive), torch.empty_like(drive) if with_gain else drive.new_empty(0), start, end
-
-
-def _backward_outputs(gain: Tensor, chunk_length: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(gain), _boundary_states(gain, chunk_length), _boundary_states(gain, chunk_length)
+def _forward_outputs(
+    drive: Tensor, with_gain: bool, with_statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    states, final, residual, repair_passes, fell_back = _backward_outputs(drive)
+    gain = torch.empty_like(drive) if with_gain else drive.new_empty(0)
+    statistics = drive.new_empty(2 * with_statistics, dtype=torch.float32)
+    return states, gain, final, residual, repair_passes, fell_back, statistics
 
 
 @forward_op.register_fake
-def _(drive, weight, initial, starts, reset, leak_rate, chunk_length, warmup, with_gain):
-    return _forward_outputs(drive, chunk_length, with_gain)
+def _(drive, weight, initial, reset, leak, length, warmup, tolerance, repairs, with_gain, with_statistics):
+    return _forward_outputs(drive, with_gain, with_statistics)
 
 
 @backward_op.register_fake
-def _(grad_states, gain, weight_transposed, grad_final, starts, reset, leak_rate, chunk_length, warmup):
-    return _backward_outputs(gain, chunk_length)
+def _(grad_states, gain, weight, grad_final, reset, leak, length, warmup, tolerance, repairs):
+    return _backward_outputs(gain)
 
 
-def launch(
+def solve(
     inputs: Tensor,
     gain: Tensor | None,
     weight: Tensor,
-    outputs: Tensor,
-    gain_output: Tensor | None,
     initial: Tensor | None,
-    starts: Tensor | None,
     reset: Tensor | None,
-    start: Tensor,
-    end: Tensor,
+    outputs: Sequence[Tensor | None],
     leak_rate: float,
     chunk_length: int,
     warmup: int,
+    tolerance: float,
+    max_repair_passes: int,
     *,
     columns: int | None = None,
 ) -> None:
-    """Start one sweep on the current stream, backward where a gain is given; writes the last two of each pair."""
+    """Enqueue one solve on the current stream, backward where a gain is given.
+
+    It writes `outputs`: states or delta, gain, final, residual, repair passes, whether it fell back, statistics.
+    """
     batch, num_positions, num_reservoirs, num_units = inputs.shape
     device, backward = inputs.device, gain is not None
-    num_columns = batch * start.shape[1]
-    if columns is None:
-        columns = columns_of_a_cluster(num_columns, num_reservoirs, num_units, device, backward)
-    given = (weight, inputs, gain, outputs, gain_output, initial, starts, reset, start, end)
+    shape = (num_reservoirs, num_units, device, backward)
+    exact_columns = columns or columns_of_a_cluster(batch, *shape)
+    columns = columns or columns_of_a_cluster(batch * -(-num_positions // chunk_length), *shape)
+    sizes = (batch, num_positions, num_reservoirs, num_units, chunk_length)
+    scratch = inputs.new_empty(library().reservoir_scratch_bytes(*sizes), dtype=torch.uint8)
+    given = (weight, inputs, gain, initial, reset, *outputs, scratch)
     for x in given:
         assert x is None or (x.is_contiguous() and x.device == device)
     pointers = [None if x is None or x.numel() == 0 else x.data_ptr() for x in given]
-    sizes = (batch, num_positions, num_reservoirs, num_units, chunk_length, warmup)
+    numbers = (max_repair_passes, leak_rate, SATURATED_BELOW, tolerance)
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
-        error = library().reservoir_sweep_launch(device.index, backward, columns, *pointers, *sizes, leak_rate, stream)
+        widths = (backward, columns, exact_columns)
+        error = library().reservoir_solve(device.index, *widths, *pointers, *sizes, warmup, *numbers, stream)
     _check(error)
+
+
+def fill_chunk_length(shape: torch.Size, warmup: int, device: torch.device) -> int:
+    """The chunk length with which one wave of clusters holds every chunk of a `[B, T, R, N]` drive and takes the
+    least time."""
+    batch, num_positions, num_reservoirs, num_units = shape
+
+    def length(columns: int) -> int:
+        resident = min(resident_clusters(device.index, backward, columns, num_units) for backward in (False, True))
+        num_chunks = max(1, resident // num_reservoirs * columns // batch)
+        return -(-num_positions // num_chunks)
+
+    return length(min(STEP_COST, key=lambda columns: (length(columns) + warmup) * STEP_COST[columns]))
 
 
 def columns_of_a_cluster(
@@ -299,7 +280,11 @@ def library() -> ctypes.CDLL:
     """The compiled kernel; compiles it unless one of this source is in torch's cache of extensions."""
     library = ctypes.CDLL(str(compile_library(SOURCE, NVCC_FLAGS)))
     pointer, integer = ctypes.c_void_p, ctypes.c_int
-    library.reservoir_sweep_launch.argtypes = [integer] * 3 + [pointer] * 10 + [integer] * 6 + [ctypes.c_float, pointer]
+    library.reservoir_scratch_bytes.argtypes = [integer] * 5
+    library.reservoir_scratch_bytes.restype = ctypes.c_size_t
+    library.reservoir_solve.argtypes = (
+        [integer] * 4 + [pointer] * 13 + [integer] * 7 + [ctypes.c_float] * 2 + [ctypes.c_double, pointer]
+    )
     library.reservoir_resident_clusters.argtypes = [integer] * 4 + [ctypes.POINTER(integer)]
     library.reservoir_error.restype = ctypes.c_char_p
     return library
@@ -331,7 +316,7 @@ def _self_test(device: torch.device) -> None:
     with torch.no_grad():
         plan = ChunkPlan(chunk_length=8, warmup=8, tolerance=0.0, max_repair_passes=2)
         drive, weight, initial, reset = (x.to(device) for x in (drive, weight, initial, reset))
-        states, gain, forward = forward_sweep(drive, weight, initial, reset, 0.3, plan, with_gain=True)
+        states, gain, _, forward = forward_sweep(drive, weight, initial, reset, 0.3, plan, with_gain=True)
         assert gain is not None
         grad_states, grad_final = grad_states.to(device), grad_final.to(device)
         delta, backward = backward_sweep(grad_states, grad_final, gain, weight, reset, 0.3, plan)

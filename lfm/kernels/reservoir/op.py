@@ -11,22 +11,22 @@ from lfm.kernels.reservoir import cluster
 from lfm.kernels.reservoir.chunked import (
     ChunkPlan,
     backward_sweep,
-    compute_dtype,
     forward_sweep,
+    gain_statistics,
     graphed_backward_sweep,
     graphed_forward_sweep,
     weight_gradient,
 )
 
 _MOST_GRAPHED_STEPS = 1024
-"""Dependent steps of about seven kernels each; a graph of more takes long to make."""
-SATURATED_BELOW = 0.0975
-"""Gain 1 - tanh^2 below which |tanh| > 0.95."""
+"""Dependent steps of two to seven kernels each; a graph of more takes long to make."""
+_CHUNK_LENGTH = 128
+"""Of `chunk_length="fill"` where no cluster kernel runs."""
 
 
 @dataclass
 class RecurrenceStats:
-    """What one call saw; pass a fresh one per call.  Tensors stay on the device, so nothing waits unless read."""
+    """What one call saw; pass a fresh one per call.  All of it stays on the device, so nothing waits unless read."""
 
     forward_residual: Tensor = field(default_factory=lambda: torch.zeros(()))
     """fp32 `[R]`: boundary residual of the first pass, before any repair.  0 where nothing was cut."""
@@ -34,14 +34,15 @@ class RecurrenceStats:
     """fp32 `[]`: share of units and positions with |tanh| > 0.95."""
     mean_gain: Tensor = field(default_factory=lambda: torch.zeros(()))
     """fp32 `[]`: mean of 1 - tanh^2."""
-    repair_passes: int = 0
-    fell_back: bool = False
-    """The repairs did not suffice and the exact sequential path ran."""
+    repair_passes: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int32))
+    """int32 `[]`."""
+    fell_back: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
+    """bool `[]`: the repairs did not suffice and the exact sequential path ran."""
 
     backward_residual: Tensor | None = None
     """As `forward_residual`, of the gradients handed from chunk to chunk; None until the backward has run."""
-    backward_repair_passes: int = 0
-    backward_fell_back: bool = False
+    backward_repair_passes: Tensor | None = None
+    backward_fell_back: Tensor | None = None
 
 
 def reservoir_recurrence(
@@ -52,7 +53,7 @@ def reservoir_recurrence(
     *,
     leak_rate: float,
     backend: Literal["auto", "sequential", "chunked"] = "auto",
-    chunk_length: int = 128,
+    chunk_length: int | Literal["fill"] = 128,
     warmup: int = 64,
     tolerance: float = 1e-2,
     max_repair_passes: int = 3,
@@ -71,10 +72,15 @@ def reservoir_recurrence(
 
     "sequential" is exact; "chunked" cuts time into chunks of `chunk_length` with `warmup` extra steps each, and is
     as exact as `tolerance` says; "auto" cuts only where that saves steps.  `chunk_length` must not follow the batch
-    size, or results would.  Either way, bf16 reservoirs of 256 or 512 units take one launch per sweep on a Hopper GPU.
+    size, or results would, as they do with "fill": chunks of which one wave of the device's clusters holds all, 128
+    elsewhere.  Either way, bf16 reservoirs of 256 or 512 units take one launch per sweep on a Hopper GPU, and there
+    nothing waits for the device.
     """
     _check(drive, weight, state, reset, leak_rate, chunk_length, warmup, max_repair_passes)
     num_positions = drive.shape[1]
+    if chunk_length == "fill":
+        on_clusters = cluster.supports(drive)
+        chunk_length = cluster.fill_chunk_length(drive.shape, warmup, drive.device) if on_clusters else _CHUNK_LENGTH
     plan = ChunkPlan(chunk_length, warmup, tolerance, max_repair_passes)
     if backend == "sequential" or (backend == "auto" and num_positions <= chunk_length + warmup):
         plan = plan.sequential(num_positions)
@@ -84,7 +90,7 @@ def reservoir_recurrence(
     inputs = (drive, weight, state)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return _ReservoirRecurrence.apply(drive, weight, state, reset, leak_rate, plan, stats)
-    states, _, final = _forward(drive, weight, state, reset, leak_rate, plan, stats, with_gain=stats is not None)
+    states, _, final = _forward(drive, weight, state, reset, leak_rate, plan, stats, with_gain=False)
     return states, final
 
 
@@ -100,11 +106,11 @@ class _ReservoirRecurrence(torch.autograd.Function):
         plan: ChunkPlan,
         stats: RecurrenceStats | None,
     ) -> tuple[Tensor, Tensor]:
-        states, gain, final = _forward(
-            drive, weight, state, reset, leak_rate, plan, stats, with_gain=True, training=True
-        )
-        ctx.save_for_backward(weight, state, reset, states, gain)
-        ctx.leak_rate, ctx.plan, ctx.stats = leak_rate, plan, stats
+        rounded = weight.to(drive.dtype)  # once for both directions
+        states, gain, final = _forward(drive, rounded, state, reset, leak_rate, plan, stats, with_gain=True)
+        ctx.save_for_backward(rounded, state, reset, states, gain)
+        ctx.leak_rate, ctx.plan, ctx.stats, ctx.weight_dtype = leak_rate, plan, stats, weight.dtype
+        ctx.set_materialize_grads(False)
         return states, final
 
     @staticmethod
@@ -112,6 +118,7 @@ class _ReservoirRecurrence(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_states, grad_final = grad_outputs
         weight, state, reset, states, gain = ctx.saved_tensors
+        grad_states = torch.zeros_like(states) if grad_states is None else grad_states
         if cluster.supports(gain):
             sweep = cluster.backward_sweep
         else:
@@ -119,12 +126,12 @@ class _ReservoirRecurrence(torch.autograd.Function):
         delta, outcome = sweep(grad_states, grad_final, gain, weight, reset, ctx.leak_rate, ctx.plan)
         if ctx.stats is not None:
             ctx.stats.backward_residual = outcome.residual
-            ctx.stats.backward_repair_passes = outcome.repair_passes
-            ctx.stats.backward_fell_back = outcome.fell_back
+            ctx.stats.backward_repair_passes = _on_device(outcome.repair_passes, gain.device)
+            ctx.stats.backward_fell_back = _on_device(outcome.fell_back, gain.device)
 
         grad_weight = grad_state = None
         if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(delta, states, state, reset).to(weight.dtype)
+            grad_weight = weight_gradient(delta, states, state, reset).to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_state = outcome.final.transpose(0, 1).to(state.dtype)
         return delta, grad_weight, grad_state, None, None, None, None
@@ -140,23 +147,33 @@ def _forward(
     stats: RecurrenceStats | None,
     *,
     with_gain: bool,
-    training: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Run the sweep and fill `stats`, which need the gain; states, gain and the final state `[B, R, N]`."""
+    """Run the sweep and fill `stats`; states, gain and the final state `[B, R, N]`."""
+    statistics = None
     if cluster.supports(drive):
-        states, gain, outcome = cluster.forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
-    elif training and _graphed(drive, plan):
+        states, gain, statistics, outcome = cluster.forward_sweep(
+            drive, weight, state, reset, leak_rate, plan, with_gain=with_gain, with_statistics=stats is not None
+        )
+    elif with_gain and _graphed(drive, plan):
         states, gain, outcome = graphed_forward_sweep(drive, weight, state, reset, leak_rate, plan)
     else:
+        with_gain = with_gain or stats is not None
         states, gain, outcome = forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
     if stats is not None:
-        assert gain is not None
+        if statistics is None:
+            assert gain is not None
+            statistics = gain_statistics(gain)
         stats.forward_residual = outcome.residual
-        stats.saturation = torch.count_nonzero(gain < SATURATED_BELOW).float() / gain.numel()
-        stats.mean_gain = gain.mean(dtype=compute_dtype(gain)).float()
-        stats.repair_passes = outcome.repair_passes
-        stats.fell_back = outcome.fell_back
+        stats.saturation, stats.mean_gain = statistics.unbind()
+        stats.repair_passes = _on_device(outcome.repair_passes, drive.device)
+        stats.fell_back = _on_device(outcome.fell_back, drive.device)
     return states, gain, outcome.final.transpose(0, 1).contiguous()
+
+
+def _on_device(value: int | bool | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.bool if isinstance(value, bool) else torch.int32, device=device)
 
 
 def _graphed(x: Tensor, plan: ChunkPlan) -> bool:
@@ -171,7 +188,7 @@ def _check(
     state: Tensor | None,
     reset: Tensor | None,
     leak_rate: float,
-    chunk_length: int,
+    chunk_length: int | Literal["fill"],
     warmup: int,
     max_repair_passes: int,
 ) -> None:
@@ -196,7 +213,9 @@ def _check(
         raise ValueError(f"state is {state.dtype}; carried states are at least float32")
     if not 0 < leak_rate <= 1:
         raise ValueError(f"leak_rate={leak_rate} must lie in (0, 1]")
-    if chunk_length < 1 or warmup < 0 or max_repair_passes < 0:
+    if isinstance(chunk_length, str) and chunk_length != "fill":
+        raise ValueError(f"chunk_length={chunk_length!r} must be a number of steps or 'fill'")
+    if (chunk_length != "fill" and chunk_length < 1) or warmup < 0 or max_repair_passes < 0:
         raise ValueError(
             f"chunk_length={chunk_length} must be positive, warmup={warmup} and "
             f"max_repair_passes={max_repair_passes} not negative"
