@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lfm.kernels.reservoir import cluster
+from lfm.kernels.reservoir import cluster, cluster_fp32
 from lfm.kernels.reservoir.chunked import (
     ChunkPlan,
     backward_sweep,
@@ -71,7 +71,8 @@ def reservoir_recurrence(
 
     "sequential" is exact; "chunked" cuts time into chunks of `chunk_length` with `warmup` extra steps each, and is
     as exact as `tolerance` says; "auto" cuts only where that saves steps.  `chunk_length` must not follow the batch
-    size, or results would.  Either way, bf16 reservoirs of 256 or 512 units take one launch per sweep on a Hopper GPU.
+    size, or results would.  Either way, bf16 reservoirs of 256 or 512 units and fp32 ones of 128, 256 or 512 take one
+    launch per sweep on a Hopper GPU.
     """
     _check(drive, weight, state, reset, leak_rate, chunk_length, warmup, max_repair_passes)
     num_positions = drive.shape[1]
@@ -114,6 +115,8 @@ class _ReservoirRecurrence(torch.autograd.Function):
         weight, state, reset, states, gain = ctx.saved_tensors
         if cluster.supports(gain):
             sweep = cluster.backward_sweep
+        elif cluster_fp32.supports(gain):
+            sweep = cluster_fp32.backward_sweep
         else:
             sweep = graphed_backward_sweep if _graphed(gain, ctx.plan) else backward_sweep
         delta, outcome = sweep(grad_states, grad_final, gain, weight, reset, ctx.leak_rate, ctx.plan)
@@ -145,6 +148,9 @@ def _forward(
     """Run the sweep and fill `stats`, which need the gain; states, gain and the final state `[B, R, N]`."""
     if cluster.supports(drive):
         states, gain, outcome = cluster.forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
+    elif cluster_fp32.supports(drive):
+        args = (drive, weight, state, reset, leak_rate, plan)
+        states, gain, outcome = cluster_fp32.forward_sweep(*args, with_gain=with_gain)
     elif training and _graphed(drive, plan):
         states, gain, outcome = graphed_forward_sweep(drive, weight, state, reset, leak_rate, plan)
     else:
