@@ -25,7 +25,7 @@ PRESETS: dict[str, tuple[str, int, list[str]]] = {
     "laerc_shakespeare": ("laerc_shakespeare", 1000, []),
     "laerc_owt": ("laerc_owt", 1000, []),
     "laerc_library": ("laerc_owt", 1000, LAERC_LIBRARY),
-    "laerc_library_chunked": ("laerc_owt", 1000, [*LAERC_LIBRARY, "model.backend=chunked"]),
+    "laerc_library_chunked": ("laerc_owt", 1000, [*LAERC_LIBRARY, "model.backend=chunked", "model.warmup=32"]),
     # The published micro-batch; an update of the published recipe is 16 of them.
     "liquidlm": ("liquidlm", 1000, ["training.global_batch_size=32", "data.allow_smaller_tokenizer=true"]),
     "liquidnn_small": ("liquidnn_small", 40, []),
