@@ -194,6 +194,8 @@ def resident_clusters(device_index: int, backward: bool, columns: int, num_units
     found = ctypes.c_int(0)
     with torch.cuda.device(device_index):
         _check(library().reservoir_resident_clusters(device_index, backward, columns, num_units, ctypes.byref(found)))
+    if found.value == 0:
+        raise RuntimeError(f"the device holds no cluster of the fp32 reservoir's kernel for {num_units} units")
     return found.value
 
 
