@@ -1,4 +1,5 @@
-"""LFM-3B's reservoirs: both sweeps of the recurrence, and the liquid layer around them with all its gradients."""
+"""LFM-3B's reservoirs: both sweeps of the recurrence, and the liquid layer around them with all its gradients; and the
+fp32 reservoir of LAERC's OpenWebText preset."""
 
 import functools
 import math
@@ -8,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, floor, norm_ratio
-from lfm.kernels.reservoir import RecurrenceStats, cluster, make_reservoir
+from benchmarks.ops.case import COPY_BYTES_PER_SECOND, Case, floor, norm_ratio
+from lfm.kernels.reservoir import RecurrenceStats, cluster, cluster_fp32, make_reservoir
 from lfm.kernels.reservoir.chunked import (
     ChunkPlan,
     Outcome,
@@ -25,6 +26,9 @@ T, R, N, D = 8192, 3, 512, 3072
 LEAK_RATE, CHUNK_LENGTH = 0.3, 128
 ONE_WAVE = {1: 103, 2: 205, 8: 410}
 """Batch -> the shortest chunks that one wave of clusters on an H200 holds: 8 abreast up to a batch of 2, else 16."""
+
+FP32_FLOPS_PER_SECOND = 67e12
+"""Of an H200 without its matrix units, by its datasheet."""
 
 
 @functools.cache
@@ -170,8 +174,102 @@ class Layer:
         return Case(name, self.run, self.check, limits, *floor(flops, moved), flops=flops, bytes=moved)
 
 
+class LAERC:
+    """One layer's frozen reservoir: leak 1, sequential, fp32.  torch.nn.RNN is the same recurrence with an input
+    projection before it."""
+
+    batch, num_positions, num_units, hidden_size = 64, 128, 256, 64
+    plan = ChunkPlan(num_positions, 0, math.inf, 0)
+
+    def normal(self, *shape: int, seed: int) -> Tensor:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    @functools.cached_property
+    def weight(self) -> Tensor:
+        weight = self.normal(1, self.num_units, self.num_units, seed=1)
+        return weight * (0.9 / torch.linalg.matrix_norm(weight, 2))
+
+    @functools.cached_property
+    def drive(self) -> Tensor:
+        return self.normal(self.batch, self.num_positions, 1, self.num_units, seed=2)
+
+    @functools.cached_property
+    def grad_states(self) -> Tensor:
+        return self.normal(self.batch, self.num_positions, 1, self.num_units, seed=3)
+
+    @functools.cached_property
+    def gain(self) -> Tensor:
+        gain = cluster_fp32.forward_sweep(self.drive, self.weight, None, None, 1.0, self.plan, with_gain=True)[1]
+        assert gain is not None
+        return gain
+
+    @functools.cached_property
+    def grad_final(self) -> Tensor:
+        return torch.zeros(self.batch, 1, self.num_units, device="cuda")
+
+    @functools.cached_property
+    def exact(self) -> tuple[Tensor, Tensor]:
+        weight = self.weight.double()
+        states, gain, _ = forward_sweep(self.drive.double(), weight, None, None, 1.0, self.plan, with_gain=True)
+        assert gain is not None
+        args = (self.grad_states.double(), self.grad_final.double(), gain, weight, None, 1.0, self.plan)
+        return states, backward_sweep(*args)[0]
+
+    @functools.cached_property
+    def rnn(self) -> tuple[torch.nn.RNN, Tensor, Tensor]:
+        torch.backends.cudnn.allow_tf32 = False
+        rnn = torch.nn.RNN(self.hidden_size, self.num_units, batch_first=True, device="cuda").requires_grad_(False)
+        rnn.weight_hh_l0.copy_(self.weight[0])
+        x = self.normal(self.batch, self.num_positions, self.hidden_size, seed=4).requires_grad_()
+        return rnn, x, rnn(x)[0]
+
+    def forward(self) -> Tensor:
+        return cluster_fp32.forward_sweep(self.drive, self.weight, None, None, 1.0, self.plan, with_gain=True)[0]
+
+    def backward(self) -> Tensor:
+        args = (self.grad_states, self.grad_final, self.gain, self.weight, None, 1.0, self.plan)
+        return cluster_fp32.backward_sweep(*args)[0]
+
+    def cases(self) -> list[Case]:
+        def forward_peer() -> object:
+            return graphed_forward_sweep(self.drive, self.weight, None, None, 1.0, self.plan)
+
+        def backward_peer() -> object:
+            args = (self.grad_states, self.grad_final, self.gain, self.weight, None, 1.0, self.plan)
+            return graphed_backward_sweep(*args)
+
+        def forward_rnn() -> object:
+            rnn, x, _ = self.rnn
+            return rnn(x)
+
+        def backward_rnn() -> object:
+            _, x, states = self.rnn
+            return torch.autograd.grad(states, x, self.grad_states[:, :, 0], retain_graph=True)
+
+        def check_forward() -> dict[str, float]:
+            return {"states": norm_ratio(self.forward(), self.exact[0])}
+
+        def check_backward() -> dict[str, float]:
+            return {"delta": norm_ratio(self.backward(), self.exact[1])}
+
+        tokens, N = self.batch * self.num_positions, self.num_units
+        flops, moved = 2 * tokens * N * N, (3 * tokens * N + N * N) * 4
+        seconds = max(flops / FP32_FLOPS_PER_SECOND, moved / COPY_BYTES_PER_SECOND)
+
+        def case(name: str, run: Callable, check: Callable, limits: dict[str, float], *peers: Callable) -> Case:
+            name = f"fp32 {name} B={self.batch} T={self.num_positions} N={N}"
+            named = dict(zip(("sequential, CUDA graph", "torch.nn.RNN (cuDNN)"), peers, strict=True))
+            return Case(name, run, check, limits, seconds, "flops", flops=flops, bytes=moved, peers=named)
+
+        return [
+            case("forward", self.forward, check_forward, {"states": 2e-6}, forward_peer, forward_rnn),
+            case("backward", self.backward, check_backward, {"delta": 5e-6}, backward_peer, backward_rnn),
+        ]
+
+
 def cases() -> list[Case]:
-    found = []
+    found = LAERC().cases()
     for batch in (1, 2, 8):
         recurrence = Recurrence(batch)
         for chunk_length, warmup in ((CHUNK_LENGTH, 64), (CHUNK_LENGTH, 192), (ONE_WAVE[batch], 64)):

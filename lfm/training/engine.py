@@ -4,6 +4,7 @@ It is the truth that the parallel engine is compared with.
 """
 
 import abc
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -246,10 +247,13 @@ class LocalEngine(Engine):
 
     def publish_masters(self) -> None:
         """Copy the masters into the working weights (nothing to do where they are the same tensors)."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
+        named = dict(self.model.named_parameters())
+        copies = [name for name, parameter in named.items() if self.masters[name] is not parameter]
+        if copies:
+            with torch.no_grad():
+                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                    [named[name] for name in copies], [self.masters[name] for name in copies]
+                )
 
     def _accumulate_in_fp32(self) -> None:
         """Add each micro-batch's gradient to its master's fp32 one as soon as it is made, and free it."""
@@ -332,16 +336,15 @@ class LocalEngine(Engine):
     def step(self, lr: float) -> float:
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
         # In fp64: over a million elements the fp32 sum of a CPU is off in the fifth digit.
-        norm = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]).norm()
-        value = float(norm)
-        if not torch.isfinite(norm):
+        norms = torch._foreach_norm(grads, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
+        value = float(torch.stack(norms).norm())
+        if not math.isfinite(value):
             bad = [name for name, m in self.masters.items() if m.grad is not None and not m.grad.isfinite().all()]
             raise NonFiniteError(f"gradient norm is {value}; first non-finite gradient: {bad[0] if bad else 'none'}")
         # With DeepSpeed's epsilon, which tells only where the norm itself is tiny.
         scale = self.optimizer_config.clip_grad / (value + 1e-6)
         if 0 < scale < 1:
-            for grad in grads:
-                grad.mul_(scale)
+            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiple"]
         self.optimizer.step()

@@ -8,6 +8,7 @@ from lfm.kernels.backend import disagreement, runs_triton
 # The CPU interprets the kernels; its interpreter has no bf16.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPARISONS = {
+    "reservoir": ("_comparison", (24,)),
     "swiglu": ("_comparison", (24,)),
     "rotary": ("_comparison", (8, 8, 2)),
     "cross_entropy": ("_comparison", (1000,)),
@@ -23,7 +24,8 @@ COMPARISONS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_kernels_that_are_right_pass_their_self_test(op, dtype):
     name, sizes = COMPARISONS[op]
-    comparison = getattr(importlib.import_module(f"lfm.kernels.{op.strip()}.op"), name)
+    module = "chunked" if op == "reservoir" else "op"
+    comparison = getattr(importlib.import_module(f"lfm.kernels.{op.strip()}.{module}"), name)
     assert disagreement(comparison, DEVICE, dtype, *sizes) is None
 
 

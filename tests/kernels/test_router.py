@@ -49,7 +49,7 @@ def _compare_choice(shape, top_k):
     right = {"weights": want.weights, "probability": want.probability, "z": want.z, "logits": right}
     if top_k == 1:  # weights of p / p = 1 push nothing
         assert torch.equal(found.pop("weights"), torch.ones_like(got.weights)) and right.pop("weights").all()
-    assert_close(found, right, 2e-6)
+    assert_close(found, right, 1e-5)  # fp32, through exponentials of differences up to ten
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -75,8 +75,8 @@ def test_of_equal_logits_the_first_experts_win():
 def test_a_nan_is_sent_to_an_expert_that_exists():
     logits = torch.full((1, 33, 5), float("nan"), device=DEVICE)
     got = choose_experts(logits, 2, backend="triton")
-    assert got.experts.min() >= 0 and got.experts.max() < 5
-    assert got.load.sum() == 66 and got.z.isnan().all()
+    assert got.experts.tolist() == [[[0, 1]] * 33] and got.load.tolist() == [[33, 33, 0, 0, 0]]
+    assert got.z.isnan().all() and got.weights.isnan().all()
 
 
 def test_a_row_is_routed_alike_in_any_batch():

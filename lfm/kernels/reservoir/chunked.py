@@ -9,14 +9,14 @@ Inside, a carried state is `[R, B, C, N]`: the columns C are chunks in order of 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lfm.kernels.backend import Backend, runs_triton
+from lfm.kernels.backend import Backend, draw, runs_triton
 from lfm.kernels.reservoir.graph import replayed
 
 SATURATED_BELOW = 0.0975
@@ -131,7 +131,7 @@ def forward_sweep(
 
     With Triton a step is its matrix product and one kernel more, else seven.
     """
-    fused = runs_triton(drive, backend)
+    fused = runs_triton(drive, backend, _comparison, drive.shape[-1])
     drive = drive.contiguous() if fused else drive
     grid = ChunkGrid(drive.shape[1], plan, reverse=False)
     drive_windows = grid.windows(drive)
@@ -196,7 +196,7 @@ def backward_sweep(
         lambda_t = grad_states_t + mu_t,   delta_t = a d_t lambda_t,   mu_{T-1} = grad_final, None is zero
         mu_{t-1} = 0 where reset_t, else (1 - a) lambda_t + W^T delta_t
     """
-    fused = runs_triton(gain, backend)
+    fused = runs_triton(gain, backend, _comparison, gain.shape[-1])
     if fused:
         grad_states, gain = grad_states.contiguous(), gain.contiguous()
     grid = ChunkGrid(gain.shape[1], plan, reverse=True)
@@ -299,6 +299,24 @@ def weight_gradient(delta: Tensor, states: Tensor, initial: Tensor | None, reset
         exchanged = initial.to(delta.dtype).to(wide)
         gradient += torch.einsum("brn,brm->rnm", first.to(wide), exchanged)
     return gradient
+
+
+def _comparison(device: torch.device, dtype: torch.dtype, num_units: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Both sweeps with fused steps and in fp32 without, of two documents in chunks that are all exact."""
+    drive, grad = (draw(seed, 2, 12, 2, num_units, device=device, dtype=dtype) for seed in (0, 1))
+    weight = draw(2, 2, num_units, num_units, device=device, dtype=dtype) / num_units**0.5
+    reset = torch.zeros(2, 12, dtype=torch.bool, device=device)
+    reset[1, 7] = True
+    plan = ChunkPlan(4, 8, math.inf, 0)
+
+    def sweeps(backend: Backend, *inputs: Tensor) -> tuple[Tensor, ...]:
+        drive, grad, weight = inputs
+        states, gain, _ = forward_sweep(drive, weight, None, reset, 0.3, plan, with_gain=True, backend=backend)
+        assert gain is not None
+        return states, gain, backward_sweep(grad, None, gain, weight, reset, 0.3, plan, backend=backend)[0]
+
+    got, want = sweeps("triton", drive, grad, weight), sweeps("reference", drive.float(), grad.float(), weight.float())
+    yield from zip(("the states", "the gain", "delta"), got, want, strict=True)
 
 
 def gain_statistics(gain: Tensor) -> Tensor:

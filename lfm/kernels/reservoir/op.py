@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lfm.kernels.reservoir import cluster
+from lfm.kernels.reservoir import cluster, cluster_fp32
 from lfm.kernels.reservoir.chunked import (
     ChunkPlan,
     backward_sweep,
@@ -73,8 +73,8 @@ def reservoir_recurrence(
     "sequential" is exact; "chunked" cuts time into chunks of `chunk_length` with `warmup` extra steps each, and is
     as exact as `tolerance` says; "auto" cuts only where that saves steps.  `chunk_length` must not follow the batch
     size, or results would, as they do with "fill": chunks of which one wave of the device's clusters holds all, 128
-    elsewhere.  Either way, bf16 reservoirs of 256 or 512 units take one launch per sweep on a Hopper GPU, and there
-    nothing waits for the device.
+    elsewhere.  Either way, bf16 reservoirs of 256 or 512 units and fp32 ones of 128, 256 or 512 take one launch per
+    sweep on a Hopper GPU; nothing waits for the device there, but for the residual of fp32 chunks.
     """
     _check(drive, weight, state, reset, leak_rate, chunk_length, warmup, max_repair_passes)
     num_positions = drive.shape[1]
@@ -121,6 +121,8 @@ class _ReservoirRecurrence(torch.autograd.Function):
         grad_states = torch.zeros_like(states) if grad_states is None else grad_states
         if cluster.supports(gain):
             sweep = cluster.backward_sweep
+        elif cluster_fp32.supports(gain):
+            sweep = cluster_fp32.backward_sweep
         else:
             sweep = graphed_backward_sweep if _graphed(gain, ctx.plan) else backward_sweep
         delta, outcome = sweep(grad_states, grad_final, gain, weight, reset, ctx.leak_rate, ctx.plan)
@@ -154,6 +156,10 @@ def _forward(
         states, gain, statistics, outcome = cluster.forward_sweep(
             drive, weight, state, reset, leak_rate, plan, with_gain=with_gain, with_statistics=stats is not None
         )
+    elif cluster_fp32.supports(drive):
+        with_gain = with_gain or stats is not None
+        args = (drive, weight, state, reset, leak_rate, plan)
+        states, gain, outcome = cluster_fp32.forward_sweep(*args, with_gain=with_gain)
     elif with_gain and _graphed(drive, plan):
         states, gain, outcome = graphed_forward_sweep(drive, weight, state, reset, leak_rate, plan)
     else:

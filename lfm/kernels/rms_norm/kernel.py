@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SHARES = 512
-LANES_OF_A_WARP = 512
+SHARES = 264
+LANES_OF_A_WARP = 256
 """Elements of a row that a warp holds."""
 
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, COLUMNS, NUM_WARPS, NUM_STAGES = 16, 128, 4, 5
-GRAD_TOKENS, GRAD_COLUMNS = 64, 128
+TOKENS, COLUMNS, NUM_WARPS, NUM_STAGES = 64, 128, 4, 5
+GRAD_TOKENS, GRAD_COLUMNS = 32, 128
 SPLITS = 16
 """Shares of the tokens whose weight gradients are added at the end."""
 CHOICE_LOGITS = 4096
@@ -100,13 +100,13 @@ def _choose_fwd_kernel(
     expert = tl.arange(0, WIDTH)[None, :]
     here = token < T
     p, log_normalizer = _probabilities(logits + b * T * E, token, expert, T, E)
-    left = tl.where(expert < E, p, -1.0)
+    # A NaN compares with nothing: lanes would disagree on the winner.  As a number it wins, the first one first.
+    left = tl.where(expert < E, tl.where(p == p, p, 2.0), -1.0)
     chosen = tl.zeros([TOKENS, WIDTH], tl.float32)
     total = tl.zeros([TOKENS, 1], tl.float32)
     row = (b * T + token) * K  # [TOKENS, 1]
     for i in tl.static_range(K):
-        # With a NaN among them any index may win: it must still be an expert's.
-        index = tl.minimum(tl.argmax(left, 1, tie_break_left=True), E - 1)[:, None]
+        index = tl.argmax(left, 1, tie_break_left=True)[:, None]
         this = expert == index
         total += tl.sum(tl.where(this, p, 0.0), 1)[:, None]
         tl.store(experts + row + i, index.to(tl.int64), here)
