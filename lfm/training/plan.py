@@ -51,7 +51,7 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     half = _half(run)
     size = 2 if half else 4
     first, last = rank == 0, rank == layout.pipeline - 1
-    D, k, F = m.hidden_size, m.moe_router_topk, m.moe_ffn_hidden_size
+    D, k = m.hidden_size, m.moe_router_topk
 
     layers = [m.layer_parameters(layer) for chunk in layout.stage_chunks(rank) for layer in chunk]
     # Tied weights are one matrix only where embedding and head are on the same stage.
@@ -71,7 +71,7 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     attention = (
         residual + (D + kv) * 3 + 2 * D
     )  # q k v before and after rotary and laid out, attention out, projection in
-    moe = residual + k * (D + 2 * F + 2 * F + D) + D
+    moe = residual + k * _expert_row(m) + D
     # Tensor ranks split everything but the recurrence, which each of them runs whole.
     width = m.liquid.num_reservoirs * m.liquid.reservoir_size * tp if m.liquid else 0
     liquid = (residual + 3 * width) * len(m.liquid_layers) / m.num_layers
@@ -81,10 +81,7 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
         "full": D,
     }[t.recompute]
     again = {"none": 0, "selective": moe + liquid, "full": attention + moe + liquid}[t.recompute]
-    behind, vp = layout.pipeline - rank - 1, layout.virtual_pipeline
-    # 1F1B starts as many forward passes as there are stages behind; interleaved, two chunks for each and a whole round.
-    in_flight = behind + 1 if vp == 1 else (2 * behind + (vp - 1) * layout.pipeline + 1) / vp
-    in_flight = min(in_flight, layout.num_micro_batches)
+    in_flight = _in_flight(layout, rank)
     chunk_logits = min(2**29 if half else 2**24, tokens * m.vocab_size / tp)
     return {
         "weights": held(3) * size + sum(layer.frozen for layer in layers) * 4,
@@ -94,6 +91,42 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
         "activations (estimate)": tokens * size / tp * (kept * len(layers) * in_flight + again),
         "loss (estimate)": last * (chunk_logits * (4 + size) + m.vocab_size * D / tp * 4),
     }
+
+
+def _in_flight(layout: Layout, rank: int) -> float:
+    """Micro-batches whose activations stage `rank` holds: 1F1B starts as many forward passes as there are stages
+    behind; interleaved, two chunks for each and a whole round."""
+    behind, vp = layout.pipeline - rank - 1, layout.virtual_pipeline
+    started = behind + 1 if vp == 1 else (2 * behind + (vp - 1) * layout.pipeline + 1) / vp
+    return min(started, layout.num_micro_batches)
+
+
+def _expert_row(m: LFMConfig) -> int:
+    """Elements kept for one row of an expert: input, gate and up, their gradient or activation, output."""
+    return 2 * m.hidden_size + 4 * m.moe_ffn_hidden_size
+
+
+def worst_routing_bytes(run: RunConfig, layout: Layout) -> float:
+    """What one process would hold beyond the estimate if every token near it chose its experts; 0 where capacity
+    drops them, and where all experts are on every process: then rows are as many under any routing."""
+    m, t = run.model, run.training
+    assert isinstance(m, LFMConfig)
+    if m.moe_capacity_factor is not None:
+        return 0.0
+    k, here = m.moe_router_topk, m.num_moe_experts // layout.expert
+    rows = t.micro_batch_size * m.seq_length / layout.tensor * (layout.expert * min(k, here) - k)
+    size = 2 if _half(run) else 4
+    layers = [len([layer for chunk in layout.stage_chunks(r) for layer in chunk]) for r in range(layout.pipeline)]
+    # With recomputation, of one layer at a time.
+    kept = max(n * _in_flight(layout, r) for r, n in enumerate(layers)) if t.recompute == "none" else 1
+    return rows * size * _expert_row(m) * kept
+
+
+def _worst_routing(run: RunConfig, layout: Layout) -> str:
+    more = worst_routing_bytes(run, layout)
+    if not more:
+        return "under the worst routing: no more"
+    return f"under the worst routing, every token to the experts of one process: {more / _GIB:.1f} GiB more"
 
 
 def plan(run: RunConfig, layout: Layout) -> str:
@@ -116,6 +149,7 @@ def plan(run: RunConfig, layout: Layout) -> str:
         + ", ".join(f"{name} {value / _GIB:.1f}" for name, value in device.items()),
         f"memory in all: {sum(device.values()) / _GIB:.1f} GiB{'' if m.kind == 'lfm' else ' and activations'}"
         + (f", on the host {host / _GIB:.1f} GiB" if host else ""),
+        *([_worst_routing(run, layout)] if m.kind == "lfm" else []),
         f"one checkpoint: {12 * (counts.trainable + counts.padding) / _GIB:.1f} GiB",
     ]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 import pytest
 
 from lfm.parallel.layout import Layout, check_layout
-from lfm.training.plan import memory_estimate, plan, stage_memory
+from lfm.training.plan import memory_estimate, plan, stage_memory, worst_routing_bytes
 from lfm.training.run import RunConfig
 from tests.training.tiny_run import ROOT
 
@@ -91,3 +91,19 @@ def test_offloaded_optimizer_state_is_counted_on_the_host():
 def test_the_plan_of_a_small_run_names_its_layout():
     run, layout = planned(config="lfm_debug", world=1)
     assert plan(run, layout).startswith("layout DP1 Z0: world 1, local engine, 1 micro-batch\n")
+
+
+@pytest.mark.parametrize("recompute, layers", [("selective", 1), ("none", 20)])
+def test_the_worst_routing_brings_every_token_of_the_group_to_one_process(recompute, layers):
+    run, layout = with_layout("EP4", 1, f"training.recompute={recompute}")
+    tokens = run.training.micro_batch_size * 8192
+    row = 2 * (2 * 3072 + 4 * 1408)
+    # Four processes' tokens, each with both its choices here, in place of one process's.
+    assert worst_routing_bytes(run, layout) == layers * tokens * (4 * 2 - 2) * row
+    assert "under the worst routing, every token to the experts of one process" in plan(run, layout)
+
+
+def test_routing_changes_no_memory_where_every_expert_is_here_or_capacity_drops():
+    assert "under the worst routing: no more" in plan(*planned(world=1))
+    run, layout = with_layout("EP4", 1, "model.moe_capacity_factor=1.25")
+    assert worst_routing_bytes(run, layout) == 0
