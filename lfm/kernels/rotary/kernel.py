@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lfm.kernels.rotary.reference import split_heads
 
-HEADS, POSITIONS, NUM_WARPS = 8, 4, 4
+HEADS, POSITIONS, NUM_WARPS = 8, 1, 2
 
 
 @triton.jit
