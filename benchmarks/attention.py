@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 
@@ -124,7 +125,13 @@ def main() -> None:
             times = f"{row['forward_ms']:8.2f}  {both:8.2f}  {floor:6.2f}  {both / floor:7.1f}x"
             print(f"{pattern:16} {backend:32} {error:8.1e} {times}", flush=True)
     packages = {package.name: metadata.version(package.name) for package in PACKAGES if package.installed}
-    result = {"environment": environment(), "packages": packages, "calls": 30, "rows": rows}
+    result = {
+        "date": date.today().isoformat(),
+        "environment": environment(),
+        "packages": packages,
+        "calls": 30,
+        "rows": rows,
+    }
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     flags.out.write_text(json.dumps(result, indent=1) + "\n")
 

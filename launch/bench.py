@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +102,8 @@ def main() -> None:
     if flags.out is not None:
         from lfm.training.run import environment
 
-        content = {"op": flags.op, "environment": environment(), "cases": [asdict(result) for result in results]}
+        about = {"op": flags.op, "date": date.today().isoformat(), "environment": environment()}
+        content = about | {"cases": [asdict(result) for result in results]}
         write_durably(flags.out, json.dumps(content, indent=1).encode() + b"\n")
     if any(result.seconds is None for result in results):
         sys.exit(1)

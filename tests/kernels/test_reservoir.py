@@ -561,6 +561,8 @@ def test_a_step_on_a_gpu_is_two_kernels():
             torch.cuda.synchronize()
         on_device = torch.autograd.DeviceType.CUDA
         launched = Counter(event.name[:80] for event in profile.events() if event.device_type == on_device)
+        # Deterministic mode fills whatever is allocated.
+        launched = Counter({name: count for name, count in launched.items() if "FillFunctor" not in name})
         assert launched.total() < 2 * 40 + 40, launched  # steps, then what surrounds them
 
 
