@@ -6,13 +6,37 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 TIMEOUT_SECONDS = 300
+HOPPER_FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC")
 
 
 class Unavailable(Exception):
     """Why this process cannot have a compiled kernel."""
+
+
+def require_hopper(device: torch.device) -> None:
+    """Raise Unavailable on a GPU that does not run code for sm_90a."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        raise Unavailable(f"{torch.cuda.get_device_name(device)} has compute capability {capability}, not (9, 0)")
+
+
+def runs(prepare: Callable[[torch.device], None], device: torch.device, without: str) -> bool:
+    """Whether `prepare(device)`, which compiles, loads and tests a kernel, ends well on a Hopper GPU; if not, one
+    warning says what happens `without` the kernel, and why."""
+    try:
+        require_hopper(device)
+        prepare(device)
+    except (Unavailable, OSError, RuntimeError) as error:
+        warnings.warn(f"{without} on {device}, without its kernel: {error}", RuntimeWarning, stacklevel=3)
+        return False
+    return True
 
 
 def compile_library(source: Path, flags: tuple[str, ...]) -> Path:
@@ -21,8 +45,8 @@ def compile_library(source: Path, flags: tuple[str, ...]) -> Path:
     The lock is the system's, so a compiler that is killed leaves none behind; the library appears under its name only
     when it is whole.
     """
-    text = source.read_bytes()
-    digest = hashlib.sha256(text + "\0".join(flags).encode()).hexdigest()[:16]
+    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.cuh")))]
+    digest = hashlib.sha256(b"".join(texts) + "\0".join(flags).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     target = cache / "lfm" / f"{source.stem}_{digest}.so"
     if target.exists():

@@ -53,6 +53,17 @@ def test_a_library_is_compiled_anew_for_another_source_or_other_flags(compiler, 
     assert len(found | {nvcc.compile_library(other, ())}) == 3
 
 
+def test_a_library_is_compiled_anew_for_another_header(compiler, tmp_path):
+    compiler('echo whole > "$out"')
+    source, header = tmp_path / "kernel.cu", tmp_path / "kernel.cuh"
+    source.write_text("source")
+    found = set()
+    for text in ("one", "another", "one"):
+        header.write_text(text)
+        found.add(nvcc.compile_library(source, ()))
+    assert len(found) == 2
+
+
 def test_what_the_compiler_says_is_passed_on(compiler):
     compiler('echo "error: no such architecture" >&2; exit 1')
     with pytest.raises(nvcc.Unavailable, match="no such architecture"):

@@ -1,5 +1,6 @@
 import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lfm.kernels.nvcc import Unavailable
 from lfm.kernels.reservoir import (
     WARMUP_NOTCHES,
     RecurrenceStats,
@@ -25,6 +27,7 @@ from lfm.kernels.reservoir.chunked import (
     weight_gradient,
 )
 from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
+from lfm.kernels.reservoir.self_test import require_agreement
 
 LEAK_RATE = 0.3
 
@@ -564,6 +567,29 @@ def test_a_step_on_a_gpu_is_two_kernels():
         # Deterministic mode fills whatever is allocated.
         launched = Counter({name: count for name, count in launched.items() if "FillFunctor" not in name})
         assert launched.total() < 2 * 40 + 40, launched  # steps, then what surrounds them
+
+
+# What a kernel must pass before it is used.
+
+
+def test_right_sweeps_pass_the_self_test():
+    require_agreement(forward_sweep, backward_sweep, 48, torch.device("cpu"), torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong, said", [(0, "its states of 48 units are off by 1.0e-03"), (2, "its final of 48 units")]
+)
+def test_wrong_sweeps_are_named_by_the_self_test(wrong, said):
+    def forward(*args, **options):
+        results = list(forward_sweep(*args, **options))
+        if wrong == 2:
+            results[2] = replace(results[2], final=results[2].final * 1.001)
+        else:
+            results[wrong] = results[wrong] * 1.001
+        return tuple(results)
+
+    with pytest.raises(Unavailable, match=said):
+        require_agreement(forward, backward_sweep, 48, torch.device("cpu"), torch.float32, 1e-5)
 
 
 # The cluster kernel.

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lfm.kernels.nvcc import Unavailable, compile_library
+from lfm.kernels.nvcc import HOPPER_FLAGS, compile_library, require_hopper
 
 SOURCE = Path(__file__).with_name("scan.cu")
-NVCC_FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC")
 
 LONGEST_WALK = 1024
 """Positions of a sequence that one block walks through; longer ones are chained.  Bits depend on the form, so the form
@@ -138,9 +137,7 @@ def _resident_blocks(device_index: int, backward: bool, chained: bool) -> int:
 @functools.cache
 def _tiling(device_index: int, backward: bool, chained: bool) -> tuple[int, int]:
     """Positions of a tile, and how many blocks a multiprocessor holds at once."""
-    capability = torch.cuda.get_device_capability(device_index)
-    if capability != (9, 0):
-        raise Unavailable(f"the GPU has compute capability {capability}, not (9, 0)")
+    require_hopper(torch.device("cuda", device_index))
     tile, blocks = ctypes.c_int(0), ctypes.c_int(0)
     with torch.cuda.device(device_index):
         _check(
@@ -158,7 +155,7 @@ def _check(error: int) -> None:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels; compiles them unless those of this source are in torch's cache of extensions."""
-    library = ctypes.CDLL(str(compile_library(SOURCE, NVCC_FLAGS)))
+    library = ctypes.CDLL(str(compile_library(SOURCE, HOPPER_FLAGS)))
     pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     library.diagonal_scan_launch.argtypes = (
         [integer] * 4 + [pointer] * 16 + [long] * 3 + [integer] * 7 + [real] * 2 + [pointer]

@@ -21,6 +21,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cluster.cuh"
+
 namespace {
 
 using bf16 = __nv_bfloat16;
@@ -67,16 +69,6 @@ struct Sweep {
   float leak_rate, saturated_below;
 };
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ uint32_t peer_address(uint32_t address, int peer) {
-  uint32_t mapped;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(peer));
-  return mapped;
-}
-
 __device__ __forceinline__ void load_matrices(uint32_t* tile, uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(tile[0]), "=r"(tile[1]), "=r"(tile[2]), "=r"(tile[3])
@@ -93,21 +85,6 @@ __device__ __forceinline__ void multiply_add(float* sum, const uint32_t* a, uint
 
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
-}
-
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (!done) {
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  }
 }
 
 // Stores 16 bytes in a peer's shared memory and counts them on its barrier.

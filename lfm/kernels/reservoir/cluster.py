@@ -7,19 +7,18 @@ CUDA graph may hold all of it.
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lfm.kernels.nvcc import Unavailable, compile_library
+from lfm.kernels.nvcc import HOPPER_FLAGS, compile_library, runs
 from lfm.kernels.reservoir.chunked import SATURATED_BELOW, ChunkGrid, ChunkPlan, Outcome
-from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
+from lfm.kernels.reservoir.self_test import require_agreement
 
 SOURCE = Path(__file__).with_name("cluster.cu")
-NVCC_FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC")
 
 NUM_UNITS = (256, 512)
 """Reservoir sizes the kernel is compiled for."""
@@ -36,20 +35,7 @@ def supports(x: Tensor) -> bool:
 @functools.cache
 def available(device: torch.device) -> bool:
     """Whether the kernel runs, and runs right, on this device; a warning says why not."""
-    try:
-        capability = torch.cuda.get_device_capability(device)
-        if capability != (9, 0):
-            raise Unavailable(f"{torch.cuda.get_device_name(device)} has compute capability {capability}, not (9, 0)")
-        library()
-        _self_test(device)
-    except (Unavailable, OSError, RuntimeError) as error:
-        warnings.warn(
-            f"the reservoir recurrence takes its slower chunked path on {device}, without the cluster kernel: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+    return runs(_prepare, device, "the reservoir recurrence takes its slower chunked path")
 
 
 def forward_sweep(
@@ -278,7 +264,7 @@ def _check(error: int) -> None:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernel; compiles it unless one of this source is in torch's cache of extensions."""
-    library = ctypes.CDLL(str(compile_library(SOURCE, NVCC_FLAGS)))
+    library = ctypes.CDLL(str(compile_library(SOURCE, HOPPER_FLAGS)))
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.reservoir_scratch_bytes.argtypes = [integer] * 5
     library.reservoir_scratch_bytes.restype = ctypes.c_size_t
@@ -290,40 +276,15 @@ def library() -> ctypes.CDLL:
     return library
 
 
-def _self_test(device: torch.device) -> None:
-    """Both sweeps against the reference, with a warm-up, a reset, padding and repairs."""
+def _prepare(device: torch.device) -> None:
     for num_units in NUM_UNITS:  # loads every kernel, which must not happen while a CUDA graph is being captured
         for columns in STEP_COST:
             for backward in (False, True):
                 resident_clusters(device.index, backward, columns, num_units)
 
-    generator = torch.Generator().manual_seed(0)
-    batch, num_positions, num_reservoirs, num_units = shape = (2, 21, 2, 512)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    with torch.inference_mode(False), torch.enable_grad():
-        drive, grad_states = normal(*shape).bfloat16(), normal(*shape).bfloat16()
-        weight = (normal(num_reservoirs, num_units, num_units) / num_units**0.5).bfloat16()
-        initial, grad_final = normal(batch, num_reservoirs, num_units).tanh(), normal(batch, num_reservoirs, num_units)
-        reset = torch.zeros(batch, num_positions, dtype=torch.bool)
-        reset[1, 11] = True
-        leaves = [drive.double().requires_grad_(), initial.double().requires_grad_()]
-        want = reservoir_recurrence_reference(leaves[0], weight.double(), leaves[1], reset, leak_rate=0.3)
-        grads = torch.autograd.grad(want, leaves, [grad_states.double(), grad_final.double()])
-
-    with torch.no_grad():
-        plan = ChunkPlan(chunk_length=8, warmup=8, tolerance=0.0, max_repair_passes=2)
-        drive, weight, initial, reset = (x.to(device) for x in (drive, weight, initial, reset))
-        states, gain, _, forward = forward_sweep(drive, weight, initial, reset, 0.3, plan, with_gain=True)
+    def forward(*args: Any, with_gain: bool) -> tuple[Tensor, Tensor, Outcome]:
+        states, gain, _, outcome = forward_sweep(*args, with_gain=with_gain)
         assert gain is not None
-        grad_states, grad_final = grad_states.to(device), grad_final.to(device)
-        delta, backward = backward_sweep(grad_states, grad_final, gain, weight, reset, 0.3, plan)
-        found = (states, forward.final.transpose(0, 1), delta, backward.final.transpose(0, 1))
-        for name, got, right in zip(("states", "final", "delta", "mu"), found, (*want, *grads), strict=True):
-            error = float((got.cpu().double() - right.detach()).norm() / right.detach().norm())
-            if not error < 1e-2:
-                raise Unavailable(f"its {name} are off by {error:.1e} of their norm on a test problem")
-        if forward.fell_back or backward.fell_back:
-            raise Unavailable("its chunks did not agree on a test problem after repairing all of them")
+        return states, gain, outcome
+
+    require_agreement(forward, backward_sweep, 512, device, torch.bfloat16, bound=1e-2)

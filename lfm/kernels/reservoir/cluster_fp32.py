@@ -7,18 +7,17 @@ sequence, backward chunk 0 ends it.
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lfm.kernels.nvcc import Unavailable, compile_library
+from lfm.kernels.nvcc import HOPPER_FLAGS, compile_library, runs
 from lfm.kernels.reservoir.chunked import ChunkGrid, ChunkPlan, Outcome, relative_mismatch
-from lfm.kernels.reservoir.cluster import NVCC_FLAGS
-from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
+from lfm.kernels.reservoir.self_test import require_agreement
 
 SOURCE = Path(__file__).with_name("cluster_fp32.cu")
 
@@ -40,21 +39,7 @@ def supports(x: Tensor) -> bool:
 @functools.cache
 def available(device: torch.device) -> bool:
     """Whether the kernel runs, and runs right, on this device; a warning says why not."""
-    try:
-        capability = torch.cuda.get_device_capability(device)
-        if capability != (9, 0):
-            raise Unavailable(f"{torch.cuda.get_device_name(device)} has compute capability {capability}, not (9, 0)")
-        library()
-        _self_test(device)
-    except (Unavailable, OSError, RuntimeError) as error:
-        warnings.warn(
-            f"the fp32 reservoir recurrence takes its slower chunked path on {device}, without the cluster kernel: "
-            f"{error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+    return runs(_prepare, device, "the fp32 reservoir recurrence takes its slower chunked path")
 
 
 def forward_sweep(
@@ -208,7 +193,7 @@ def _check(error: int) -> None:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernel; compiles it unless one of this source is in torch's cache of extensions."""
-    library = ctypes.CDLL(str(compile_library(SOURCE, NVCC_FLAGS)))
+    library = ctypes.CDLL(str(compile_library(SOURCE, HOPPER_FLAGS)))
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.reservoir_sweep_launch.argtypes = [integer] * 3 + [pointer] * 10 + [integer] * 6 + [ctypes.c_float, pointer]
     library.reservoir_resident_clusters.argtypes = [integer] * 4 + [ctypes.POINTER(integer)]
@@ -216,43 +201,14 @@ def library() -> ctypes.CDLL:
     return library
 
 
-def _self_test(device: torch.device) -> None:
-    """Both sweeps of every size against the reference, with a warm-up, a reset, padding and repairs."""
+def _prepare(device: torch.device) -> None:
+    def forward(*args: Any, with_gain: bool) -> tuple[Tensor, Tensor, Outcome]:
+        states, gain, outcome = forward_sweep(*args, with_gain=with_gain)
+        assert gain is not None
+        return states, gain, outcome
+
     for num_units, costs in STEP_COST.items():  # loads every kernel, which must not happen while a graph is captured
         for columns in costs:
             for backward in (False, True):
                 resident_clusters(device.index, backward, columns, num_units)
-        _self_test_of(num_units, device)
-
-
-def _self_test_of(num_units: int, device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(0)
-    batch, num_positions, num_reservoirs, _ = shape = (2, 21, 2, num_units)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    with torch.inference_mode(False), torch.enable_grad():
-        drive, grad_states = normal(*shape), normal(*shape)
-        weight = normal(num_reservoirs, num_units, num_units) / num_units**0.5
-        initial, grad_final = normal(batch, num_reservoirs, num_units).tanh(), normal(batch, num_reservoirs, num_units)
-        reset = torch.zeros(batch, num_positions, dtype=torch.bool)
-        reset[1, 11] = True
-        leaves = [drive.double().requires_grad_(), initial.double().requires_grad_()]
-        want = reservoir_recurrence_reference(leaves[0], weight.double(), leaves[1], reset, leak_rate=0.3)
-        grads = torch.autograd.grad(want, leaves, [grad_states.double(), grad_final.double()])
-
-    with torch.no_grad():
-        plan = ChunkPlan(chunk_length=8, warmup=8, tolerance=0.0, max_repair_passes=2)
-        drive, weight, initial, reset = (x.to(device) for x in (drive, weight, initial, reset))
-        states, gain, forward = forward_sweep(drive, weight, initial, reset, 0.3, plan, with_gain=True)
-        assert gain is not None
-        grad_states, grad_final = grad_states.to(device), grad_final.to(device)
-        delta, backward = backward_sweep(grad_states, grad_final, gain, weight, reset, 0.3, plan)
-        found = (states, forward.final.transpose(0, 1), delta, backward.final.transpose(0, 1))
-        for name, got, right in zip(("states", "final", "delta", "mu"), found, (*want, *grads), strict=True):
-            error = float((got.cpu().double() - right.detach()).norm() / right.detach().norm())
-            if not error < 1e-5:
-                raise Unavailable(f"its {name} of {num_units} units are off by {error:.1e} of their norm")
-        if forward.fell_back or backward.fell_back:
-            raise Unavailable(f"its chunks of {num_units} units did not agree after repairing all of them")
+        require_agreement(forward, backward_sweep, num_units, device, torch.float32, bound=1e-5)
