@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lfm.kernels.grouped_linear import grouped_linear
 from lfm.kernels.permutation import combine, dispatch, sorted_places
 from lfm.kernels.router import choose_experts, router_logits
 from lfm.kernels.swiglu import swiglu
@@ -117,19 +118,7 @@ class MoE(nn.Module):
 
     def _experts(self, inputs: Float[Tensor, "m D"], load: Int[Tensor, " E"]) -> Float[Tensor, "m D"]:
         """Expert e computes its `load[e]` rows; rows past the last expert (dropped) come out as 0."""
-        # Without any row (experts of another process took them all) the loop still gives every weight a gradient.
-        if inputs.is_cuda and inputs.dtype == torch.bfloat16 and len(inputs):
-            ends = load.cumsum(0).to(torch.int32)
-            dropping = self.training and self.capacity_factor is not None
-            # grouped_mm never writes the rows past its last offset, nor their gradients: `where` keeps both out.
-            computed = (torch.arange(len(inputs), device=inputs.device) < ends[-1])[:, None] if dropping else None
-            inputs = inputs if computed is None else torch.where(computed, inputs, 0)
-            gate_up = F.grouped_mm(inputs, self.gate_up.transpose(1, 2), offs=ends)
-            outputs = F.grouped_mm(swiglu(gate_up), self.down.transpose(1, 2), offs=ends)
-            return outputs if computed is None else torch.where(computed, outputs, 0)
-        counts = load.tolist()
-        pieces = inputs.split([*counts, len(inputs) - sum(counts)])
-        outputs = []
-        for e, piece in enumerate(pieces[:-1]):
-            outputs.append(F.linear(swiglu(F.linear(piece, self.gate_up[e])), self.down[e]))
-        return torch.cat([*outputs, torch.zeros_like(pieces[-1])])
+        boundaries = F.pad(load.cumsum(0), (1, 0)).int()
+        covered = not (self.training and self.capacity_factor is not None)
+        gate_up = grouped_linear(inputs, self.gate_up, boundaries, covered=covered)
+        return grouped_linear(swiglu(gate_up), self.down, boundaries, covered=covered)
