@@ -106,7 +106,7 @@ def routing(logits_of: Callable, choose: Callable, dtype: torch.dtype) -> dict[s
 
 
 def fused_routing() -> dict[str, Tensor]:
-    return routing(router_logits, choose_experts, torch.bfloat16)
+    return routing(lambda *leaves: router_logits(*leaves)[0], choose_experts, torch.bfloat16)
 
 
 def plain_routing() -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ class MoE(nn.Module):
         return names
 
     def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Routing]:
-        logits = router_logits(x, self.parts.shared(self.router.weight))
+        logits, x = router_logits(x, self.parts.shared(self.router.weight))
         # Balance losses and capacity are of whole rows, wherever their tokens are.
         logits = self.parts.whole_sequence(logits, partial_gradients=False)
         # Dropping is a training device: evaluation and streaming are dropless, or they would depend on the split.

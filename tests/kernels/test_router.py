@@ -13,14 +13,20 @@ BOUNDS = {torch.float16: 5e-4, torch.bfloat16: 3e-3}
 def _compare_logits(shape, num_experts, dtype, bound):
     x, weight = torch.randn(shape, device=DEVICE).to(dtype), torch.randn(num_experts, shape[-1], device=DEVICE)
     weight, grad = weight.to(dtype), torch.randn(*shape[:-1], num_experts, device=DEVICE)
+    grad_passed = torch.randn(shape, device=DEVICE).to(dtype)
 
     def run(linear, *leaves):
+        """With the gradient of the logits alone, and with that of what is handed on besides."""
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        y = linear(*leaves)
-        return {"y": y, **dict(zip(("x", "weight"), torch.autograd.grad(y, leaves, grad.to(y.dtype)), strict=True))}
+        y, passed = linear(*leaves)
+        assert torch.equal(passed, leaves[0])
+        grads = [grad.to(y.dtype), grad_passed.to(passed.dtype)]
+        alone = torch.autograd.grad(y, leaves, grads[0], retain_graph=True)
+        both = torch.autograd.grad([y, passed * 1], leaves, grads)
+        return {"y": y, "x": alone[0], "weight": alone[1], "x of both": both[0], "weight of both": both[1]}
 
     got = run(lambda x, w: router_logits(x, w, backend="triton"), x, weight)
-    want = run(router_logits_reference, x.double(), weight.double())
+    want = run(lambda x, w: (router_logits_reference(x, w), x), x.double(), weight.double())
     assert got["y"].dtype == torch.float32 and got["x"].dtype == got["weight"].dtype == dtype
     assert_close({"y": got.pop("y")}, {"y": want.pop("y")}, bound)
     assert_close(got, want, BOUNDS[dtype])
@@ -29,6 +35,13 @@ def _compare_logits(shape, num_experts, dtype, bound):
 @pytest.mark.parametrize("shape, num_experts", [((1, 1), 1), ((2, 5, 24), 8), ((70, 300), 17)], ids=str)
 def test_logits_equal_the_definition(shape, num_experts):
     _compare_logits(shape, num_experts, torch.float16, 1e-6)
+
+
+def test_without_a_gradient_of_the_logits_that_of_x_is_handed_through():
+    x = torch.randn(3, 4, device=DEVICE).half().requires_grad_()
+    _, passed = router_logits(x, torch.randn(2, 4, device=DEVICE).half().requires_grad_(), backend="triton")
+    grad = torch.randn_like(x)
+    assert torch.equal(torch.autograd.grad(passed, x, grad)[0], grad)
 
 
 def _choice_and_grad(choose, logits, top_k):
@@ -112,7 +125,7 @@ def test_both_have_the_same_bits_twice():
     x, weight = x.requires_grad_(), weight.requires_grad_()
 
     def run():
-        logits = router_logits(x, weight, backend="triton")
+        logits, _ = router_logits(x, weight, backend="triton")
         choice = choose_experts(logits[None], 2, backend="triton")
         loss = choice.weights[..., 0].sum() + (choice.probability**2).sum() + choice.z.sum()
         return (*choice, *torch.autograd.grad(loss, (x, weight)))

@@ -43,7 +43,7 @@ def _two_parts(grad, dtype: tl.constexpr):
 
 @triton.jit
 def _grad_x_kernel(
-    grad, weight, grad_x, n,
+    grad, weight, grad_passed, grad_x, n, HAS_PASSED: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     num_column_blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
@@ -55,7 +55,10 @@ def _grad_x_kernel(
     high, low = _two_parts(g, w.dtype)
     total = tl.dot(low, w, input_precision="ieee")
     total = tl.dot(high, w, total, input_precision="ieee")
-    tl.store(grad_x + token * D + column, total, (token < n) & (column < D))
+    exists = (token < n) & (column < D)
+    if HAS_PASSED:
+        total += tl.load(grad_passed + token * D + column, exists, other=0).to(tl.float32)
+    tl.store(grad_x + token * D + column, total, exists)
 
 
 @triton.jit
@@ -162,8 +165,8 @@ def logits_forward(x: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
-def logits_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight, from contiguous tensors; the logits' is fp32."""
+def logits_backward(grad: Tensor, grad_passed: Tensor | None, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, with that of its other uses if given, and of weight; all contiguous, the logits' is fp32."""
     E, D = weight.shape
     n = x.shape[:-1].numel()
     grad_x, shares = torch.empty_like(x), weight.new_zeros(SPLITS, E, D, dtype=torch.float32)
@@ -172,7 +175,8 @@ def logits_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
         num_blocks, tokens_of_a_share = triton.cdiv(D, columns), triton.cdiv(n, SPLITS * GRAD_TOKENS) * GRAD_TOKENS
         sizes = (D, E, _width(E), GRAD_TOKENS, columns)
         grid = (triton.cdiv(n, GRAD_TOKENS) * num_blocks,)
-        _grad_x_kernel[grid](grad, weight, grad_x, n, *sizes, num_warps=NUM_WARPS)
+        passed = grad_x if grad_passed is None else grad_passed
+        _grad_x_kernel[grid](grad, weight, passed, grad_x, n, grad_passed is not None, *sizes, num_warps=NUM_WARPS)
         grid = (triton.cdiv(n, tokens_of_a_share) * num_blocks,)
         _grad_weight_kernel[grid](grad, x, shares, n, tokens_of_a_share, *sizes, num_warps=NUM_WARPS)
     return grad_x, shares.sum(0).to(weight.dtype)

@@ -1,7 +1,7 @@
 """`router_logits` and `choose_experts`: checks, the choice of path, and the closed-form gradients."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,15 +29,16 @@ class Choice(NamedTuple):
     """`[B]`, mean over the row's tokens of logsumexp(logits)^2."""
 
 
-def router_logits(x: Tensor, weight: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """`x [..., D]` times `weight [E, D]` -> `[..., E]` in at least fp32, products and sums too."""
+def router_logits(x: Tensor, weight: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """`x [..., D]` times `weight [E, D]` -> `[..., E]` in at least fp32, products and sums too; and x for its other
+    uses, whose gradient then joins the logits' in one pass."""
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"weight has shape {list(weight.shape)}, x {list(x.shape)}; weight must be [E, {x.shape[-1]}]")
     # In fp32 the products would not be exact on tensor cores.
     narrow = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16) and len(weight) <= _MOST_EXPERTS
     if (narrow or backend == "triton") and runs_triton(x, backend, _logits_comparison, *reversed(weight.shape)):
-        return _RouterLogits.apply(x, weight)
-    return router_logits_reference(x, weight)
+        return cast(tuple[Tensor, Tensor], _RouterLogits.apply(x, weight))
+    return router_logits_reference(x, weight), x
 
 
 def choose_experts(logits: Tensor, top_k: int, *, backend: Backend = "auto") -> Choice:
@@ -53,19 +54,23 @@ def choose_experts(logits: Tensor, top_k: int, *, backend: Backend = "auto") -> 
 
 class _RouterLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         from lfm.kernels.router.kernel import logits_forward
 
+        ctx.set_materialize_grads(False)
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
-        return logits_forward(x, weight)
+        return logits_forward(x, weight), x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         from lfm.kernels.router.kernel import logits_backward
 
-        return logits_backward(grad_outputs[0].contiguous(), *ctx.saved_tensors)
+        grad, grad_passed = (None if part is None else part.contiguous() for part in grad_outputs)
+        if grad is None:
+            return grad_passed, None
+        return logits_backward(grad, grad_passed, *ctx.saved_tensors)
 
 
 class _ChooseExperts(torch.autograd.Function):
@@ -94,9 +99,13 @@ def _logits_comparison(
     x, weight = (draw(seed, n, D, device=device, dtype=dtype) for seed, n in ((0, 40), (1, num_experts)))
     grad = draw(2, 40, num_experts, device=device, dtype=torch.float32)
     leaves, wide = [[part.requires_grad_() for part in (t(x), t(weight))] for t in (Tensor.detach, Tensor.float)]
-    got, want = router_logits(*leaves, backend="triton"), router_logits_reference(*wide)
-    yield "the logits", got, want
-    pairs = zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, wide, grad), strict=True)
+    logits, passed = router_logits(leaves[0], leaves[1], backend="triton")
+    want = router_logits_reference(wide[0], wide[1])
+    yield "the logits", logits, want
+    grad_passed = draw(3, 40, D, device=device, dtype=dtype)
+    got = torch.autograd.grad([logits, passed], leaves, [grad, grad_passed])
+    right = torch.autograd.grad([want, wide[0] * 1], wide, [grad, grad_passed.float()])
+    pairs = zip(got, right, strict=True)
     yield from (("a gradient", *pair) for pair in pairs)
 
 
