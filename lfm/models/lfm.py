@@ -254,6 +254,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
+        pending: Float[Tensor, "B T D"] | None,
         *,
         rotary: tuple[Tensor, Tensor],
         documents: Documents | None,
@@ -262,18 +263,18 @@ class Block(nn.Module):
         stats: RecurrenceStats | None,
         keep_cache: bool,
         recompute: Recompute,
-    ) -> tuple[Float[Tensor, "B T D"], KeyValueCache | None, Tensor | None, Routing]:
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"], KeyValueCache | None, Tensor | None, Routing]:
+        """Takes and returns the residual stream as two summands, x and what the part before put out (None after the
+        embedding): each part adds them in one pass with its norm."""
         # Selective recompute: the two parts whose activations are large and cheap to make again.
         part = _checkpointed if recompute == "selective" else _plain
-        y, cache = self.attention(
-            self.attention_norm(x), rotary=rotary, documents=documents, cache=cache, keep_cache=keep_cache
-        )
-        # Each part adds what the one before it put out, in one pass with its norm.
+        x, u = self.attention_norm.of_sum(x, pending)
+        y, cache = self.attention(u, rotary=rotary, documents=documents, cache=cache, keep_cache=keep_cache)
         if self.has_liquid:
             starts = documents.starts if documents is not None else None
             x, y, liquid_state = part(self._liquid, x, y, liquid_state, starts, stats)
         x, y, routing = part(self._moe, x, y)
-        return x + y, cache, liquid_state, routing
+        return x, y, cache, liquid_state, routing
 
     def _liquid(
         self, x: Tensor, y: Tensor, state: Tensor | None, starts: Tensor | None, stats: RecurrenceStats | None
@@ -427,10 +428,14 @@ class LFM(LanguageModel):
         caches: list[KeyValueCache | None] = []
         liquid: dict[int, Tensor] = {}
         run = _checkpointed if recompute == "full" else _plain
+        pending: Tensor | None = None
         for layer, block in ((int(name), block) for name, block in self.layers.items()):
-            x, cache, liquid_state, routing = run(
+            if recompute == "full" and pending is not None:
+                x, pending = x + pending, None  # one tensor to keep for the recomputation, not two
+            x, pending, cache, liquid_state, routing = run(
                 block,
                 x,
+                pending,
                 rotary=rotary,
                 documents=documents,
                 cache=state.caches[layer] if state else None,
@@ -448,7 +453,8 @@ class LFM(LanguageModel):
         new_state = None
         if keep_state:
             new_state = LFMState(positions[:, -1] + 1, [cache for cache in caches if cache is not None], liquid)
-        return x, new_state, found
+        assert pending is not None
+        return x + pending, new_state, found
 
 
 def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int) -> Tensor:
