@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops.case import Case, floor, norm_ratio
-from lfm.kernels.cross_entropy import cross_entropy_
-from lfm.kernels.cross_entropy.reference import cross_entropy_reference_
+from lfm.kernels.cross_entropy import cross_entropy_, scaled
+from lfm.kernels.cross_entropy.reference import cross_entropy_reference_, scaled_reference
 from lfm.layers.loss import linear_cross_entropy
 
 N, V, D = 8192, 128_256, 3072
@@ -55,6 +55,18 @@ def check_chunk() -> dict[str, float]:
     return {name: norm_ratio(got[name], want[name]) for name in want}
 
 
+@functools.cache
+def gradient() -> tuple[Tensor, Tensor]:
+    """A weight gradient as its products leave it, and a factor."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    return torch.randn(V, D, generator=generator, device="cuda"), torch.tensor(1 / N, device="cuda")
+
+
+def check_scaled() -> dict[str, float]:
+    x, factor = gradient()
+    return {"gradient": norm_ratio(scaled(x, factor, torch.bfloat16), x.double() * factor)}
+
+
 def cases() -> list[Case]:
     flops, moved = 6.0 * N * V * D, 2.0 * (3 * N * D + 2 * V * D)
     chunk_bytes = 4.0 * CHUNK * V
@@ -78,5 +90,15 @@ def cases() -> list[Case]:
             0,
             chunk_bytes,
             {"plain PyTorch": lambda: cross_entropy_reference_(chunk_logits(), inputs()[2][:CHUNK], True)},
+        ),
+        Case(
+            "scaling of the weight's gradient",
+            lambda: scaled(*gradient(), torch.bfloat16),
+            check_scaled,
+            {"gradient": 3e-3},
+            *floor(0, 6.0 * V * D),
+            0,
+            6.0 * V * D,
+            {"plain PyTorch": lambda: scaled_reference(*gradient(), torch.bfloat16)},
         ),
     ]

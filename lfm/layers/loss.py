@@ -7,7 +7,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lfm.kernels.cross_entropy import cross_entropy_
+from lfm.kernels.cross_entropy import cross_entropy_, scaled
 from lfm.layers.documents import IGNORED_LABEL
 
 # Logits of one chunk: bounds the memory at 1 GiB of bf16 on a GPU, and stays near the cache on a CPU.
@@ -83,21 +83,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return (
-            _scaled(grad_hidden, grad, grad_hidden.dtype),
-            _scaled(grad_weight, grad, ctx.weight_dtype),
+            scaled(grad_hidden, grad, grad_hidden.dtype),
+            scaled(grad_weight, grad, ctx.weight_dtype),
             None,
-            None if grad_bias is None else _scaled(grad_bias, grad, ctx.weight_dtype),
+            None if grad_bias is None else scaled(grad_bias, grad, ctx.weight_dtype),
             None,
             None,
         )
-
-
-def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x * factor` in the wider dtype of the two, rounded to `dtype` as it is written: in one pass, with no copy.
-
-    A factor without dimensions would be rounded to x's dtype first.
-    """
-    return torch.mul(x, factor.view(1), out=torch.empty_like(x, dtype=dtype))
 
 
 def _chunk_tokens(device: torch.device, vocabulary: int) -> int:

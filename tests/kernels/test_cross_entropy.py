@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lfm.kernels.cross_entropy import cross_entropy_
+from lfm.kernels.cross_entropy import cross_entropy_, scaled
 from tests.comparison import assert_close
 
 # The CPU interprets the kernels.  Its interpreter cuts fp32 off to bf16 where a GPU rounds, hence fp16 there.
@@ -72,7 +72,26 @@ def test_labels_of_another_shape_are_refused():
         cross_entropy_(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 5, 1001)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_scaled_gradient_is_rounded_once(shape, dtype):
+    x, factor = torch.randn(shape, device=DEVICE).to(dtype), torch.tensor(1 / 3, device=DEVICE)
+    got = scaled(x, factor, torch.float16, backend="triton")
+    assert torch.equal(got, (x.float() * factor).half()) and torch.equal(got, scaled(x, factor, torch.float16))
+
+
+def test_a_factor_of_several_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"factor has shape \[2\]"):
+        scaled(torch.zeros(3), torch.zeros(2), torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("n, V", [(512, 128_256), (100, 50_257)])
 def test_large_vocabularies_equal_float64(n, V):
     _compare(n, V, torch.bfloat16, (1e-6, 3e-3), scale=2.0)
+
+
+@pytest.mark.gpu
+def test_large_gradients_are_scaled_bit_for_bit():
+    x, factor = torch.randn(128_256, 257, device="cuda"), torch.tensor(0.37, device="cuda")
+    assert torch.equal(scaled(x, factor, torch.bfloat16), (x * factor).bfloat16())

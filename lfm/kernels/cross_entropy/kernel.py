@@ -1,4 +1,5 @@
-"""Triton kernel of the in-place cross entropy.  A program owns one row: one pass finds its normalizer, one writes."""
+"""Triton kernels of the in-place cross entropy, where a program owns one row (one pass finds its normalizer, one
+writes), and of scaling a gradient."""
 
 import torch
 import triton
@@ -7,6 +8,8 @@ from torch import Tensor
 
 LANES, PER_LANE, NUM_WARPS = 1024, 8, 16
 """Eight neighbours are one 16-byte load, and meet within their thread; two such loads a thread are in flight."""
+
+SCALED_BLOCK, SCALED_WARPS = 4096, 8
 
 
 @triton.jit
@@ -62,3 +65,17 @@ def cross_entropy_kernel_(logits: Tensor, labels: Tensor, gradient: bool) -> Ten
         arguments = (logits, labels.contiguous(), losses, logits.stride(0), V, gradient)
         _cross_entropy_kernel[(n,)](*arguments, LANES, PER_LANE, num_warps=NUM_WARPS)
     return losses
+
+
+@triton.jit
+def _scaled_kernel(x, factor, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, i < n).to(tl.float32) * tl.load(factor).to(tl.float32), i < n)
+
+
+def scaled_kernel(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `op.scaled`, of a contiguous x."""
+    out, n = torch.empty_like(x, dtype=dtype), x.numel()
+    if n:
+        _scaled_kernel[(triton.cdiv(n, SCALED_BLOCK),)](x, factor, out, n, SCALED_BLOCK, num_warps=SCALED_WARPS)
+    return out

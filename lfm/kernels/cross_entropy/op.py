@@ -1,4 +1,4 @@
-"""`cross_entropy_`: checks and the choice of path."""
+"""`cross_entropy_` and `scaled`: checks and the choice of path."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lfm.kernels.backend import Backend, draw, runs_triton
-from lfm.kernels.cross_entropy.reference import cross_entropy_reference_
+from lfm.kernels.cross_entropy.reference import cross_entropy_reference_, scaled_reference
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool = True, backend: Backend = "auto") -> Tensor:
@@ -25,6 +25,23 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool = True, bac
     from lfm.kernels.cross_entropy.kernel import cross_entropy_kernel_
 
     return cross_entropy_kernel_(logits, labels, gradient)
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, *, backend: Backend = "auto") -> Tensor:
+    """`x * factor`, a tensor of one number, in the wider dtype of the two, rounded to `dtype` as it is written."""
+    if factor.numel() != 1:
+        raise ValueError(f"factor has shape {list(factor.shape)}; it must be one number")
+    narrow = x.is_contiguous() and torch.float64 not in (factor.dtype, dtype)
+    if (narrow or backend == "triton") and runs_triton(x, backend, _scaled_comparison):
+        from lfm.kernels.cross_entropy.kernel import scaled_kernel
+
+        return scaled_kernel(x, factor, dtype)
+    return scaled_reference(x, factor, dtype)
+
+
+def _scaled_comparison(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    x, factor = draw(0, 9001, device=device, dtype=dtype), torch.tensor(1 / 3, device=device)
+    yield "the product", scaled(x, factor, torch.bfloat16, backend="triton"), x.float() * factor
 
 
 def _comparison(device: torch.device, dtype: torch.dtype, num_classes: int) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -16,3 +16,8 @@ def cross_entropy_reference_(logits: Tensor, labels: Tensor, gradient: bool) -> 
         if softmax is not logits:
             logits.copy_(softmax)
     return losses
+
+
+def scaled_reference(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    # A factor without dimensions would be rounded to x's dtype first.
+    return torch.mul(x, factor.view(1), out=torch.empty_like(x, dtype=dtype))
