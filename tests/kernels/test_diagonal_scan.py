@@ -494,7 +494,8 @@ def test_slow_channels_keep_their_half_life_on_the_gpu(half_life, path):
     _, final = diagonal_scan(
         zero, bias, zero, torch.ones(2, 64, device="cuda"), None, delta_min=DELTA_MIN, backend=path
     )
-    assert ((final.double() / 2 ** (-4096 / half_life)) - 1).abs().max() < 1e-4
+    # A chain multiplies 4096 factors just below 1, each of which fp32 holds to half a unit of 2^-24.
+    assert ((final.double() / 2 ** (-4096 / half_life)) - 1).abs().max() < 4096 * 2**-25
 
 
 @pytest.mark.gpu
@@ -546,6 +547,7 @@ def test_a_process_without_nvcc_takes_triton_and_says_so(tmp_path):
         "x = torch.zeros(1, 8, 64, dtype=torch.bfloat16, device='cuda'); print(op.best_path(x, x))"
     )
     environment = os.environ | {"CUDA_HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    environment["PYTHONWARNINGS"] = "default"
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout == "triton\n"
     assert "the cuda kernels fail with Unavailable: there is no nvcc under CUDA_HOME" in found.stderr

@@ -50,6 +50,14 @@ __device__ __forceinline__ void send_async(uint32_t destination, const float (&v
                : "memory");
 }
 
+// The same within a cluster of one block, whose barrier counts the packets: there is no peer to store asynchronously to.
+__device__ __forceinline__ void send_here(uint32_t destination, const float (&value)[4], uint32_t barrier) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(destination), "r"(__float_as_uint(value[0])),
+               "r"(__float_as_uint(value[1])), "r"(__float_as_uint(value[2])), "r"(__float_as_uint(value[3]))
+               : "memory");
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Adds up each of SUMS over the lanes that share a row group.  Of two lanes each keeps half of the sums while there are
 // several; the tree of additions is the same for any number of sums.
 template <int SUMS, int BIT>
@@ -172,11 +180,14 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS>::THREADS, 512 / Layout<N, C
 
   const uint32_t barrier = shared_address(barriers);
   auto expect_step = [&](int buffer) {
+    if (CS == 1) return;
     expect_bytes(barrier + 16 * buffer, OWN_BYTES);
-    if (CS > 1) expect_bytes(barrier + 16 * buffer + 8, OTHER_BYTES);
+    expect_bytes(barrier + 16 * buffer + 8, OTHER_BYTES);
   };
   if (thread == 0) {
-    for (int b = 0; b < 4; b++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + 8 * b));
+    constexpr uint32_t ARRIVALS = CS == 1 ? OWN_BYTES / (WIDTH * sizeof(float)) : 1;
+    for (int b = 0; b < 4; b++)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier + 8 * b), "r"(ARRIVALS));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     for (int b = 0; b < 2; b++) expect_step(b);
   }
@@ -190,8 +201,12 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS>::THREADS, 512 / Layout<N, C
     const int packet = (round * 32 + lane) / CS % PACKETS, peer = (round * 32 + lane) % CS;
     const int row = packet % (WARP_ROWS / WIDTH) * WIDTH, n = packet / (WARP_ROWS / WIDTH);
     const int slice = (rank - peer + CS) % CS;
-    slot[round] = peer_address(shared_address(&exchange[0][n * N + slice * U + warp * WARP_ROWS + row]), peer);
-    slot_barrier[round] = peer_address(barrier + 8 * (slice != 0), peer);
+    slot[round] = shared_address(&exchange[0][n * N + slice * U + warp * WARP_ROWS + row]);
+    slot_barrier[round] = barrier + 8 * (slice != 0);
+    if (CS > 1) {
+      slot[round] = peer_address(slot[round], peer);
+      slot_barrier[round] = peer_address(slot_barrier[round], peer);
+    }
 #pragma unroll
     for (int e = 0; e < WIDTH; e++)
       holder[round][e] = (n * ROWS + (row + e) % ROWS) / FINISHED * REPLICAS * ROW_GROUPS + (row + e) / ROWS;
@@ -202,9 +217,11 @@ __global__ void __launch_bounds__(Layout<N, COLUMNS>::THREADS, 512 / Layout<N, C
       float packet[WIDTH];
 #pragma unroll
       for (int e = 0; e < WIDTH; e++) packet[e] = __shfl_sync(~0u, sent[e % FINISHED], holder[round][e]);
-      if (round * 32 + lane < PACKETS * CS)
-        send_async(slot[round] + buffer * static_cast<uint32_t>(sizeof(exchange[0])), packet,
-                   slot_barrier[round] + 16 * buffer);
+      if (round * 32 + lane >= PACKETS * CS) continue;
+      const uint32_t to = slot[round] + buffer * static_cast<uint32_t>(sizeof(exchange[0]));
+      const uint32_t counted_by = slot_barrier[round] + 16 * buffer;
+      if constexpr (CS == 1) send_here(to, packet, counted_by);
+      else send_async(to, packet, counted_by);
     }
   };
 
