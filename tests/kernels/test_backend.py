@@ -8,7 +8,7 @@ from lfm.kernels.backend import disagreement, runs_triton
 # The CPU interprets the kernels; its interpreter has no bf16.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPARISONS = {
-    "reservoir": ("_comparison", (24,)),
+    "reservoir": ("_comparison", (24, 16)),
     "swiglu": ("_comparison", (24,)),
     "rotary": ("_comparison", (8, 8, 2)),
     "cross_entropy": ("_comparison", (1000,)),
