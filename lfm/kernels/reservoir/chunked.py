@@ -436,9 +436,11 @@ def exchange_weight(weight: Tensor, drive: Tensor, fused: bool) -> Tensor:
 
 
 def exchange_product(rounded: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`rounded [R, B, C, N] @ weight [R, N, N]`, both in the exchange dtype, accumulated and returned in `dtype`.  A CPU
-    has no such product in bf16 (its result is rounded as well), so there the rounded values are multiplied in fp32,
-    which is the same arithmetic."""
+    """`rounded [R, B, C, N] @ weight [R, N, N]`, both in the exchange dtype, accumulated and returned in `dtype`.
+
+    A CPU has no such product in bf16 (its result is rounded as well), so there the rounded values are multiplied in
+    fp32, which is the same arithmetic.
+    """
     rows = rounded.flatten(1, 2)
     if not rounded.is_cuda or rounded.dtype == dtype:
         product = torch.bmm(rows.to(dtype), weight)

@@ -52,7 +52,7 @@ def _product(
     x, weight, row_exists, unit, from_stride: tl.constexpr, to_stride: tl.constexpr, N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """fp32 `[rows, units]`: sum over k of x[row, k] W[k, unit]; `x [rows, 1]` points to the rows, and W's strides over k
+    """fp32 `[rows, units]`: sum over k of x[row, k] W[k, unit].  `x [rows, 1]` points to the rows; W's strides over k
     and units are given."""
     total = tl.zeros([BLOCK_ROWS, BLOCK_UNITS], tl.float32)
     for first in tl.range(0, N, BLOCK_DEPTH, num_stages=STAGES):
