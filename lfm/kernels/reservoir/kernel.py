@@ -1,9 +1,9 @@
 """Triton kernels of the chunked recurrence: one launch is one step of all chunks, forward or backward.
 
-A program owns a tile of one reservoir, rows x units, where the B*C rows are chunks of sequences.  It multiplies the
-rows, all of their units as the step before left them, and does the rest of the step for its own units; the launch
-boundary is the barrier.  What is multiplied lies in views `[R, B, C, N]` of `[B, T, R, N]` tensors, or of their like,
-whose strides over reservoirs, sequences and chunks are given; carried states are fp32 `[R, B, C, N]`, dense.
+A program owns a tile of one reservoir, rows x units, where the B*C rows are chunks of sequences.  It multiplies its
+rows, with all units as the step before left them, and does the rest of the step for its own units; the launch boundary
+is the barrier.  Carried states are fp32 `[R, B, C, N]`, dense; all else is a view `[R, B, C, N]`, mostly of a tensor
+`[B, T, R, N]`, whose strides over reservoirs, sequences and chunks are given.
 """
 
 from typing import NamedTuple
