@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import COPY_BYTES_PER_SECOND, Case, floor, norm_ratio
+from benchmarks.ops.case import COPY_BYTES_PER_SECOND, Case, floor, graphed, norm_ratio
 from lfm.kernels.reservoir import RecurrenceStats, cluster, cluster_fp32, make_reservoir
 from lfm.kernels.reservoir.chunked import (
     ChunkPlan,
@@ -171,7 +171,8 @@ class Layer:
         names = ["output", "grad input"] + [f"grad {name}" for name, _ in self.layer.named_parameters()]
         limits = dict.fromkeys(names, 1e-2)
         name = f"layer, forward + backward B={self.batch} L={self.chunk_length}"
-        return Case(name, self.run, self.check, limits, *floor(flops, moved), flops=flops, bytes=moved)
+        run = graphed(lambda _: self.run())
+        return Case(name, run, self.check, limits, *floor(flops, moved), flops=flops, bytes=moved)
 
 
 class LAERC:

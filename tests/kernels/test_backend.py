@@ -8,12 +8,13 @@ from lfm.kernels.backend import disagreement, runs_triton
 # The CPU interprets the kernels; its interpreter has no bf16.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPARISONS = {
-    "reservoir": ("_comparison", (24,)),
+    "reservoir": ("_comparison", (24, 16)),
     "swiglu": ("_comparison", (24,)),
     "rotary": ("_comparison", (8, 8, 2)),
     "cross_entropy": ("_comparison", (1000,)),
     "rms_norm": ("_comparison", (24,)),
     "accumulation": ("_comparison", ()),
+    "column_sum": ("_comparison", (24,)),
     "permutation": ("_move_comparison", (2, 24)),
     "router": ("_logits_comparison", (24, 8)),
     "router ": ("_choice_comparison", (8, 2)),

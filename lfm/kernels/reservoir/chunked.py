@@ -21,6 +21,8 @@ from lfm.kernels.reservoir.graph import replayed
 
 SATURATED_BELOW = 0.0975
 """Gain 1 - tanh^2 below which |tanh| > 0.95."""
+ROW_COUNTS = (16, 128, 256)
+"""Rows, B*C, up to which the kernel of a step takes the same tiles; the last count stands for all above it too."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,15 @@ def forward_sweep(
     """States and gain d = 1 - tanh^2, both `[B, T, R, N]` in drive's dtype (d is not derived from a stored tanh:
     near saturation 1 - s^2 of a bf16 s has no correct digit).  Shapes as in `reference.py`.
 
-    With Triton a step is its matrix product and one kernel more, else seven.
+    With Triton a step is one kernel, else its matrix product and six more.
     """
-    fused = runs_triton(drive, backend, _comparison, drive.shape[-1])
-    drive = drive.contiguous() if fused else drive
     grid = ChunkGrid(drive.shape[1], plan, reverse=False)
+    fused = runs_triton(drive, backend, _comparison, drive.shape[-1], row_count(len(drive) * grid.num_chunks))
+    drive = drive.contiguous() if fused else drive
     drive_windows = grid.windows(drive)
     reset_windows = None if reset is None else grid.windows(reset[:, :, None, None])
-    weight_transposed = exchange_weight(weight, drive).transpose(1, 2)
+    rounded_weight = exchange_weight(weight, drive, fused)
+    weight_transposed = rounded_weight.transpose(1, 2)
     states, state_slots = grid.new_output(drive)
     gain, gain_slots = grid.new_output(drive) if with_gain else (None, None)
     one = torch.ones((), dtype=compute_dtype(drive), device=drive.device)
@@ -147,13 +150,15 @@ def forward_sweep(
         from lfm.kernels.reservoir.kernel import forward_step
 
         known = bool(latest) and latest[0][0] is carry
-        rounded = latest[0][1] if known else carry.to(drive.dtype)
-        product = exchange_product(rounded, weight_transposed, carry.dtype)
+        state = latest[0][1] if known else carry.to(drive.dtype)
         index, slot = grid.index(step), grid.slot(step)
         reset = None if reset_windows is None else reset_windows[index]
-        outputs = [x[slot] if record and x is not None else None for x in (state_slots, gain_slots)]
-        latest[:] = [forward_step(product, carry.contiguous(), drive_windows[index], reset, leak_rate, *outputs)]
-        return latest[0][0]
+        next_state = state_slots[slot] if record else torch.empty_like(carry, dtype=drive.dtype)
+        gain = gain_slots[slot] if record and gain_slots is not None else None
+        windows = (drive_windows[index], reset)
+        carry = forward_step(carry.contiguous(), state, rounded_weight, *windows, leak_rate, next_state, gain)
+        latest[:] = [(carry, next_state)]
+        return carry
 
     def advance(carry: Tensor, step: int, record: bool) -> Tensor:
         index = grid.index(step)
@@ -196,30 +201,43 @@ def backward_sweep(
         lambda_t = grad_states_t + mu_t,   delta_t = a d_t lambda_t,   mu_{T-1} = grad_final, None is zero
         mu_{t-1} = 0 where reset_t, else (1 - a) lambda_t + W^T delta_t
     """
-    fused = runs_triton(gain, backend, _comparison, gain.shape[-1])
+    grid = ChunkGrid(gain.shape[1], plan, reverse=True)
+    fused = runs_triton(gain, backend, _comparison, gain.shape[-1], row_count(len(gain) * grid.num_chunks))
     if fused:
         grad_states, gain = grad_states.contiguous(), gain.contiguous()
-    grid = ChunkGrid(gain.shape[1], plan, reverse=True)
     grad_windows, gain_windows = grid.windows(grad_states), grid.windows(gain)
     reset_windows = None if reset is None else grid.windows(reset[:, :, None, None])
-    weight_operand = exchange_weight(weight, gain)
+    rounded_weight = exchange_weight(weight, gain, fused)
     delta_out, delta_slots = grid.new_output(gain)
+
+    latest: list[tuple[Tensor, Tensor]] = []  # the carry last returned, and the delta that follows from it
+
+    def room(carry: Tensor, step: int) -> Tensor:
+        return torch.empty_like(carry, dtype=gain.dtype) if step < 0 else delta_slots[grid.slot(step)]
 
     def advance_fused(carry: Tensor, step: int, record: bool) -> Tensor:
         from lfm.kernels.reservoir.kernel import backward_step
 
         index = grid.index(step)
-        reset = None if reset_windows is None else reset_windows[index]
-        output = delta_slots[grid.slot(step)] if record else None
-        windows = (grad_windows[index], gain_windows[index])
-        kept, delta = backward_step(carry.contiguous(), *windows, reset, leak_rate, output)
-        return exchange_product(delta, weight_operand, carry.dtype, add_to=kept)
+        if latest and latest[0][0] is carry:
+            delta = latest[0][1]
+        else:
+            delta = room(carry, step)
+            delta.copy_((carry + grad_windows[index]).mul_(gain_windows[index]).mul_(leak_rate))
+        ahead, following = step + 1, None
+        if ahead not in (0, grid.length):  # there, `solve` goes on from another carry
+            index_ahead = grid.index(ahead)
+            following = (grad_windows[index_ahead], gain_windows[index_ahead], room(carry, ahead))
+        windows = (grad_windows[index], None if reset_windows is None else reset_windows[index])
+        carry = backward_step(carry.contiguous(), delta, rounded_weight, *windows, leak_rate, following)
+        latest[:] = [] if following is None else [(carry, following[2])]
+        return carry
 
     def advance(carry: Tensor, step: int, record: bool) -> Tensor:
         index = grid.index(step)
         total = carry + grad_windows[index]
         delta = (total * gain_windows[index]).mul_(leak_rate)
-        carry = exchange_product(delta.to(gain.dtype), weight_operand, carry.dtype).add_(total, alpha=1 - leak_rate)
+        carry = exchange_product(delta.to(gain.dtype), rounded_weight, carry.dtype).add_(total, alpha=1 - leak_rate)
         if reset_windows is not None:
             carry.masked_fill_(reset_windows[index], 0)
         if record:
@@ -301,11 +319,19 @@ def weight_gradient(delta: Tensor, states: Tensor, initial: Tensor | None, reset
     return gradient
 
 
-def _comparison(device: torch.device, dtype: torch.dtype, num_units: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Both sweeps with fused steps and in fp32 without, of two documents in chunks that are all exact."""
-    drive, grad = (draw(seed, 2, 12, 2, num_units, device=device, dtype=dtype) for seed in (0, 1))
+def row_count(num_rows: int) -> int:
+    """That of ROW_COUNTS whose tiles so many rows take."""
+    return min((count for count in ROW_COUNTS if num_rows <= count), default=ROW_COUNTS[-1])
+
+
+def _comparison(
+    device: torch.device, dtype: torch.dtype, num_units: int, num_rows: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Both sweeps with fused steps and in fp32 without, in three chunks a sequence that are all exact."""
+    batch = num_rows // 3
+    drive, grad = (draw(seed, batch, 12, 2, num_units, device=device, dtype=dtype) for seed in (0, 1))
     weight = draw(2, 2, num_units, num_units, device=device, dtype=dtype) / num_units**0.5
-    reset = torch.zeros(2, 12, dtype=torch.bool, device=device)
+    reset = torch.zeros(batch, 12, dtype=torch.bool, device=device)
     reset[1, 7] = True
     plan = ChunkPlan(4, 8, math.inf, 0)
 
@@ -403,23 +429,21 @@ def start_state(drive: Tensor, initial: Tensor | None) -> Tensor:
     return initial.to(compute_dtype(drive)).transpose(0, 1)
 
 
-def exchange_weight(weight: Tensor, drive: Tensor) -> Tensor:
-    """W rounded to drive's dtype, stored as `exchange_product` multiplies it."""
-    rounded = weight.to(drive.dtype)
-    return rounded if drive.is_cuda else rounded.to(compute_dtype(drive))
+def exchange_weight(weight: Tensor, drive: Tensor, fused: bool) -> Tensor:
+    """W rounded to drive's dtype, stored as `exchange_product`, or a kernel where `fused`, multiplies it."""
+    rounded = weight.to(drive.dtype).contiguous()
+    return rounded if drive.is_cuda or fused else rounded.to(compute_dtype(drive))
 
 
-def exchange_product(rounded: Tensor, weight: Tensor, dtype: torch.dtype, *, add_to: Tensor | None = None) -> Tensor:
-    """`rounded [R, B, C, N] @ weight [R, N, N]`, both in the exchange dtype, accumulated and returned in `dtype`; in
-    place of `add_to` and added to it, if given.  A CPU has no such product in bf16 (its result is rounded as well), so
-    there the rounded values are multiplied in fp32, which is the same arithmetic."""
+def exchange_product(rounded: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rounded [R, B, C, N] @ weight [R, N, N]`, both in the exchange dtype, accumulated and returned in `dtype`.
+
+    A CPU has no such product in bf16 (its result is rounded as well), so there the rounded values are multiplied in
+    fp32, which is the same arithmetic.
+    """
     rows = rounded.flatten(1, 2)
-    sums = None if add_to is None else add_to.flatten(1, 2)
     if not rounded.is_cuda or rounded.dtype == dtype:
-        rows = rows.to(dtype)
-        product = torch.bmm(rows, weight) if sums is None else sums.baddbmm_(rows, weight)
-    elif sums is None:
-        product = torch.bmm(rows, weight, out_dtype=dtype)
+        product = torch.bmm(rows.to(dtype), weight)
     else:
-        product = torch.baddbmm(sums, rows, weight, out_dtype=dtype, out=sums)
+        product = torch.bmm(rows, weight, out_dtype=dtype)
     return product.view_as(rounded)

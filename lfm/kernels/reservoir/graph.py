@@ -1,6 +1,6 @@
 """A sweep's thousands of small launches as one CUDA graph, captured once per shape and replayed.
 
-A step of the loop is two kernels of a few microseconds with Triton and seven without; from Python they cost more to
+A step of the loop is one kernel of a few microseconds with Triton and seven without; from Python they cost more to
 launch than to run.
 Only training captures: its shapes repeat.  The first pass alone is captured, without the guard, which the caller
 applies to the residual that comes out.

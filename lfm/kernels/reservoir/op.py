@@ -19,7 +19,7 @@ from lfm.kernels.reservoir.chunked import (
 )
 
 _MOST_GRAPHED_STEPS = 1024
-"""Dependent steps of two to seven kernels each; a graph of more takes long to make."""
+"""Dependent steps of one to seven kernels each; a graph of more takes long to make."""
 _CHUNK_LENGTH = 128
 """Of `chunk_length="fill"` where no cluster kernel runs."""
 
