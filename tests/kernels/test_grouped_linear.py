@@ -27,12 +27,8 @@ def _outputs_and_grads(run, rows, weight, boundaries, grad):
 
 def _row_by_row(rows, weight, boundaries):
     group = torch.searchsorted(boundaries[1:].long(), torch.arange(len(rows)), right=True)
-    return torch.stack(
-        [
-            weight[e] @ row if e < len(weight) else row.new_zeros(weight.shape[1])
-            for e, row in zip(group, rows, strict=True)
-        ]
-    )
+    inside = group < len(weight)
+    return torch.stack([weight[e] @ row for e, row in zip(group * inside, rows, strict=True)]) * inside[:, None]
 
 
 @settings(deadline=None, max_examples=30)
