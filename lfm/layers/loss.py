@@ -10,8 +10,9 @@ from torch import Tensor
 from lfm.kernels.cross_entropy import cross_entropy_, scaled
 from lfm.layers.documents import IGNORED_LABEL
 
-# Logits of one chunk: bounds the memory at 1 GiB of bf16 on a GPU, and stays near the cache on a CPU.
-_CHUNK_ELEMENTS = {"cuda": 2**29, "cpu": 2**24}
+# Logits of one chunk: bounds the memory at 2 GiB of bf16 on a GPU, and stays near the cache on a CPU.  Every chunk
+# after the first reads and writes the weight's whole gradient.
+_CHUNK_ELEMENTS = {"cuda": 2**30, "cpu": 2**24}
 
 
 @dataclass(frozen=True)

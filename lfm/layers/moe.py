@@ -105,10 +105,10 @@ class MoE(nn.Module):
         capacity_factor = self.capacity_factor if self.training else None
         routing = route(logits, top_k=self.top_k, capacity_factor=capacity_factor, balance_over=self.balance_over)
         x, experts, weights = self.transport.prepare(x, routing.experts, routing.weights)
-        flat = experts.flatten()
-        # Dropped assignments sort last, behind every expert, and are computed by none.
-        E = self.transport.num_experts
-        flat = torch.where(flat < 0, E, flat)
+        flat, E = experts.flatten(), self.transport.num_experts
+        if capacity_factor is not None:
+            # Dropped assignments sort last, behind every expert, and are computed by none.
+            flat = torch.where(flat < 0, E, flat)
         load = routing.load if len(experts) == len(routing.experts) else count(flat, E)
         place = sorted_places(flat, E + 1).view_as(experts)
         inputs = dispatch(x.flatten(0, 1), place)
@@ -118,7 +118,8 @@ class MoE(nn.Module):
 
     def _experts(self, inputs: Float[Tensor, "m D"], load: Int[Tensor, " E"]) -> Float[Tensor, "m D"]:
         """Expert e computes its `load[e]` rows; rows past the last expert (dropped) come out as 0."""
-        boundaries = F.pad(load.cumsum(0), (1, 0)).int()
+        boundaries = load.new_zeros(len(load) + 1, dtype=torch.int32)
+        torch.cumsum(load, 0, dtype=torch.int32, out=boundaries[1:])
         covered = not (self.training and self.capacity_factor is not None)
         gate_up = grouped_linear(inputs, self.gate_up, boundaries, covered=covered)
         return grouped_linear(swiglu(gate_up), self.down, boundaries, covered=covered)

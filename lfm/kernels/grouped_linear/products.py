@@ -40,28 +40,38 @@ class Quack:
         installed_version = None
 
     def by_weights(self, rows: Tensor, weights: Tensor, boundaries: Tensor) -> Tensor:
+        gemm, config = _quack()
         out = rows.new_empty(len(rows), weights.shape[2])
-        return self._multiply(rows, weights, out, cu_seqlens_m=boundaries)
+        gemm(rows, weights, out, cu_seqlens_m=boundaries, config=config(**_tile(weights.shape[2])))
+        return out
 
     def by_rows(self, left: Tensor, right: Tensor, boundaries: Tensor) -> Tensor:
+        gemm, config = _quack()
         out = left.new_empty(len(boundaries) - 1, left.shape[1], right.shape[1])
-        return self._multiply(left.T, right, out, cu_seqlens_k=boundaries)
-
-    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, **boundaries: Tensor) -> Tensor:
-        gemm, config_class = _quack()
-        # Of the tiles that were fast on an H200, those that cover the width with the least beyond it.  What its
-        # autotuner would compile and time for minutes comes within 2 % of them, with the same bits.
-        width = min((192, 256, 160), key=lambda width: -out.shape[-1] % width)
-        config = config_class(
-            tile_m=128,
-            tile_n=width,
-            pingpong=width < 256,
-            cluster_m=2 if width == 160 else 1,
-            cluster_n=1,
-            is_dynamic_persistent=False,
-        )
-        gemm(a, b, out, config=config, **boundaries)
+        # Either side may be the one that a tile is wide in.
+        swap = out.shape[2] % _WIDTH != 0 and out.shape[1] % _WIDTH == 0
+        tile = _tile(out.shape[1] if swap else out.shape[2])
+        gemm(left.T, right, out, cu_seqlens_k=boundaries, config=config(**tile, swap_ab=swap))
         return out
+
+
+_WIDTH = 192
+
+
+def _tile(num_columns: int) -> dict[str, Any]:
+    """What was fast on an H200, with any of the widths; quack's autotuner, which takes minutes to compile and time its
+    choices, found nothing more than 3 % better, and all have the same bits."""
+    divides = num_columns % _WIDTH == 0
+    width = _WIDTH if divides else 256
+    pairs = not divides and -(-num_columns // width) % 2 == 0
+    return {
+        "tile_m": 128,
+        "tile_n": width,
+        "pingpong": divides,
+        "cluster_m": 1,
+        "cluster_n": 2 if pairs else 1,
+        "is_dynamic_persistent": False,
+    }
 
 
 @functools.cache
