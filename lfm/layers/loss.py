@@ -12,7 +12,7 @@ from lfm.layers.documents import IGNORED_LABEL
 
 # Logits of one chunk: bounds the memory at 2 GiB of bf16 on a GPU, and stays near the cache on a CPU.  Every chunk
 # after the first reads and writes the weight's whole gradient.
-_CHUNK_ELEMENTS = {"cuda": 2**30, "cpu": 2**24}
+CHUNK_ELEMENTS = {"cuda": 2**30, "cpu": 2**24}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunk_tokens(device: torch.device, vocabulary: int) -> int:
     """Whole tiles of a matrix product where there are some."""
-    tokens = max(1, _CHUNK_ELEMENTS[device.type] // vocabulary)
+    tokens = max(1, CHUNK_ELEMENTS[device.type] // vocabulary)
     return tokens - tokens % 256 if tokens > 256 else tokens
 
 

@@ -1,5 +1,6 @@
 """What a run will take, before anything is allocated: exact counts, FLOPs, and an estimate of memory."""
 
+from lfm.layers.loss import CHUNK_ELEMENTS
 from lfm.models.lfm import LFMConfig
 from lfm.parallel.layout import Layout
 from lfm.training.run import RunConfig
@@ -82,7 +83,7 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     }[t.recompute]
     again = {"none": 0, "selective": moe + liquid, "full": attention + moe + liquid}[t.recompute]
     in_flight = _in_flight(layout, rank)
-    chunk_logits = min(2**29 if half else 2**24, tokens * m.vocab_size / tp)
+    chunk_logits = min(CHUNK_ELEMENTS["cuda" if half else "cpu"], tokens * m.vocab_size / tp)
     return {
         "weights": held(3) * size + sum(layer.frozen for layer in layers) * 4,
         "fp32 gradients": held(2) * 4,

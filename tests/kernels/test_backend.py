@@ -14,7 +14,6 @@ COMPARISONS = {
     "cross_entropy": ("_comparison", (1000,)),
     "rms_norm": ("_comparison", (24,)),
     "accumulation": ("_comparison", ()),
-    "column_sum": ("_comparison", (24,)),
     "permutation": ("_move_comparison", (2, 24)),
     "router": ("_logits_comparison", (24, 8)),
     "router ": ("_choice_comparison", (8, 2)),

@@ -21,7 +21,7 @@ def _outputs_and_grads(fn, hidden, weight, labels, bias=None):
 @pytest.mark.parametrize("chunk_elements", [2**24, 60])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_equals_cross_entropy_of_the_whole_logits(dtype, bound, chunk_elements, with_bias, monkeypatch):
-    monkeypatch.setitem(loss_module._CHUNK_ELEMENTS, "cpu", chunk_elements)  # 60 elements: two tokens a chunk
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", chunk_elements)  # 60 elements: two tokens a chunk
     hidden, weight = torch.randn(11, 8, dtype=dtype), torch.randn(30, 8, dtype=dtype)
     bias = torch.randn(30, dtype=dtype) if with_bias else None
     labels = torch.randint(0, 30, (11,))

@@ -21,7 +21,7 @@ from lfm.kernels.reservoir.graph import replayed
 
 SATURATED_BELOW = 0.0975
 """Gain 1 - tanh^2 below which |tanh| > 0.95."""
-ROW_COUNTS = (16, 128, 256)
+ROW_COUNTS = (16, 64, 128, 256)
 """Rows, B*C, up to which the kernel of a step takes the same tiles; the last count stands for all above it too."""
 
 
@@ -138,8 +138,9 @@ def forward_sweep(
     drive = drive.contiguous() if fused else drive
     drive_windows = grid.windows(drive)
     reset_windows = None if reset is None else grid.windows(reset[:, :, None, None])
-    rounded_weight = exchange_weight(weight, drive, fused)
-    weight_transposed = rounded_weight.transpose(1, 2)
+    weight_transposed = exchange_weight(weight, drive, fused).transpose(1, 2)
+    if fused:
+        weight_transposed = weight_transposed.contiguous()
     states, state_slots = grid.new_output(drive)
     gain, gain_slots = grid.new_output(drive) if with_gain else (None, None)
     one = torch.ones((), dtype=compute_dtype(drive), device=drive.device)
@@ -156,7 +157,7 @@ def forward_sweep(
         next_state = state_slots[slot] if record else torch.empty_like(carry, dtype=drive.dtype)
         gain = gain_slots[slot] if record and gain_slots is not None else None
         windows = (drive_windows[index], reset)
-        carry = forward_step(carry.contiguous(), state, rounded_weight, *windows, leak_rate, next_state, gain)
+        carry = forward_step(carry.contiguous(), state, weight_transposed, *windows, leak_rate, next_state, gain)
         latest[:] = [(carry, next_state)]
         return carry
 

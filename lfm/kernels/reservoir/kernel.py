@@ -28,7 +28,8 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-TILES = dict(zip(ROW_COUNTS, (Tile(16, 32, 128, 5, 4), Tile(32, 32, 128, 5, 4), Tile(64, 64, 64, 5, 4)), strict=True))
+_MEASURED = Tile(16, 32, 128, 5, 4), Tile(32, 32, 128, 5, 4), Tile(64, 32, 128, 5, 4), Tile(64, 64, 64, 5, 4)
+TILES = dict(zip(ROW_COUNTS, _MEASURED, strict=True))
 """By the number of rows of a reservoir: few rows want many small programs."""
 
 
@@ -49,16 +50,14 @@ def _starts(reset, sequence, chunk, reset_b, reset_c, row_exists):
 
 @triton.jit
 def _product(
-    x, weight, row_exists, unit, from_stride: tl.constexpr, to_stride: tl.constexpr, N: tl.constexpr,
+    x, weight, row_exists, unit, N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """fp32 `[rows, units]`: sum over k of x[row, k] W[k, unit].  `x [rows, 1]` points to the rows; W's strides over k
-    and units are given."""
+    """fp32 `[rows, units]`: sum over k of x[row, k] weight[k, unit].  `x [rows, 1]` points to the rows."""
     total = tl.zeros([BLOCK_ROWS, BLOCK_UNITS], tl.float32)
     for first in tl.range(0, N, BLOCK_DEPTH, num_stages=STAGES):
         k = first + tl.arange(0, BLOCK_DEPTH)
-        w_at = k[:, None] * from_stride + unit * to_stride
-        w = tl.load(weight + w_at, (k[:, None] < N) & (unit < N), other=0)
+        w = tl.load(weight + k[:, None] * N + unit, (k[:, None] < N) & (unit < N), other=0)
         rows = tl.load(x + k[None, :], row_exists & (k[None, :] < N), other=0)
         total = tl.dot(rows, w, total, input_precision="ieee")
     return total
@@ -87,7 +86,7 @@ def _reservoir_fwd_kernel(
     driven = tl.load(drive + reservoir * drive_r + sequence * drive_b + chunk * drive_c + unit, exists, other=0)
     x = state + reservoir * state_r + sequence * state_b + chunk * state_c
     w = weight + reservoir * N * N
-    multiplied = _product(x, w, row < num_rows, unit, 1, N, N, BLOCK_ROWS, BLOCK_UNITS, BLOCK_DEPTH, STAGES)
+    multiplied = _product(x, w, row < num_rows, unit, N, BLOCK_ROWS, BLOCK_UNITS, BLOCK_DEPTH, STAGES)
     if HAS_RESET:
         starts = _starts(reset, sequence, chunk, reset_b, reset_c, row < num_rows)
         received, multiplied = tl.where(starts, 0.0, received), tl.where(starts, 0.0, multiplied)
@@ -115,7 +114,7 @@ def _reservoir_bwd_kernel(
         outside, slope = tl.load(next_grad + source, exists, other=0), tl.load(next_gain + source, exists, other=0)
     x = delta + reservoir * delta_r + sequence * delta_b + chunk * delta_c
     w = weight + reservoir * N * N
-    result = _product(x, w, row < num_rows, unit, N, 1, N, BLOCK_ROWS, BLOCK_UNITS, BLOCK_DEPTH, STAGES)
+    result = _product(x, w, row < num_rows, unit, N, BLOCK_ROWS, BLOCK_UNITS, BLOCK_DEPTH, STAGES)
     result += (1.0 - leak_rate) * total
     if HAS_RESET:  # nothing crosses the edge, through the leak or through W
         starts = _starts(reset, sequence, chunk, reset_b, reset_c, row < num_rows)
@@ -130,7 +129,7 @@ def _reservoir_bwd_kernel(
 def forward_step(
     carry: Tensor,
     state: Tensor,
-    weight: Tensor,
+    weight_transposed: Tensor,
     drive: Tensor,
     reset: Tensor | None,
     leak_rate: float,
@@ -140,13 +139,23 @@ def forward_step(
     """The next carry; writes that in drive's dtype to `next_state`, and the gain, alike in strides, where given.
 
     All are `[R, B, C, N]`, reset `[1, B, C, 1]`.  carry: fp32, dense; `state` is it in drive's dtype, and what is
-    multiplied.  weight: `[R, N, N]` in drive's dtype, dense.
+    multiplied.  weight_transposed: `[R, N, N]` in drive's dtype, dense: neighbouring units read neighbouring numbers.
     """
     next_carry = torch.empty_like(carry)
     edge, edge_strides = _edges(reset, carry)
     grid, rows, options = _launch(carry, state)
     _reservoir_fwd_kernel[grid](
-        *(carry, state, weight, drive, edge, next_carry, next_state, next_state if gain is None else gain, leak_rate),
+        *(
+            carry,
+            state,
+            weight_transposed,
+            drive,
+            edge,
+            next_carry,
+            next_state,
+            next_state if gain is None else gain,
+            leak_rate,
+        ),
         *(*rows, *state.stride()[:3], *drive.stride()[:3], *edge_strides, *next_state.stride()[:3]),
         *(carry.shape[-1], reset is not None, gain is not None),
         **options,
@@ -166,7 +175,7 @@ def backward_step(
     """The next carry, mu of the position before: (1 - a) (carry + grad) + W^T delta, zero where a document starts.
 
     following: grad and gain of the position before, both with the strides of `grad`, and where to write its delta.
-    Shapes as in `forward_step`.
+    Shapes as in `forward_step`, the weight's too, which is not transposed here.
     """
     next_carry = torch.empty_like(carry)
     edge, edge_strides = _edges(reset, carry)
