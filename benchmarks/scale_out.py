@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -83,7 +83,7 @@ def parallel_config(gpus: int, name: str) -> ParallelConfig:
     return ParallelConfig(**{"zero_stage": 1, **LAYOUTS[gpus][name]})
 
 
-def certificates(flags: argparse.Namespace) -> list[dict[str, Any]]:
+def certificates(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A finding for every layout of LAYOUTS and of the certificate with this number of processes."""
     small = RunConfig.load(flags.certify_config, CERTIFIED_OVERRIDES.get(flags.gpus, []))
     layouts: dict[str, tuple[ParallelConfig, Recompute]] = {}
@@ -95,7 +95,7 @@ def certificates(flags: argparse.Namespace) -> list[dict[str, Any]]:
         whole = parallel_config(flags.gpus, name).model_copy(update={"stage_layers": None})
         if (whole, "none") not in layouts.values():
             layouts[name] = whole, "none"
-    findings, expected = [], None
+    expected = None
     for name, (parallel, recompute) in layouts.items():
         if flags.only and name not in flags.only:
             continue
@@ -109,8 +109,7 @@ def certificates(flags: argparse.Namespace) -> list[dict[str, Any]]:
         deviations = " ".join(f"{key} {value:.1e}" for key, value in finding.deviations.items())
         verdict = "; ".join(finding.beyond) or "certified"
         print(f"{finding.layout}: {verdict}: {deviations} ({time.monotonic() - began:.0f} s)", flush=True)
-        findings.append({"name": name, **dataclasses.asdict(finding)})
-    return findings
+        yield {"name": name, **dataclasses.asdict(finding)}
 
 
 def measure(
@@ -414,11 +413,11 @@ def main() -> None:
     result.setdefault("certificates", [])
     result.setdefault("layouts", [])
 
-    def keep(key: str, rows: list[dict[str, Any]]) -> None:
-        """Replace the rows of the same names, and write."""
-        new = {row["name"] for row in rows}
-        result[key] = [row for row in result[key] if row["name"] not in new] + rows
-        write()
+    def keep(key: str, found: Iterable[dict[str, Any]]) -> None:
+        """Replace the rows of the same names, each as soon as it is there, and write."""
+        for new in found:
+            result[key] = [row for row in result[key] if row["name"] != new["name"]] + [new]
+            write()
 
     def write() -> None:
         config = RunConfig.load(flags.config, flags.overrides).model_dump(mode="json")
@@ -429,8 +428,7 @@ def main() -> None:
     if "certificate" in parts:
         keep("certificates", certificates(flags))
     if "speed" in parts:
-        for found in speeds(flags, result["certificates"]):
-            keep("layouts", [found])
+        keep("layouts", speeds(flags, result["certificates"]))
     if "checkpoint" in parts:
         result["checkpoint_moved"] = moved_checkpoint(flags)
         write()

@@ -585,7 +585,7 @@ def test_a_step_on_a_gpu_is_one_kernel():
         launched = Counter({name: count for name, count in launched.items() if "FillFunctor" not in name})
         steps = Counter({name: launched.pop(name) for name in list(launched) if "_reservoir_" in name})
         assert steps.total() == 40, steps
-        assert max(launched.values()) < 10, launched  # what surrounds the steps is not one a step
+        assert max(launched.values()) < 20, launched  # what surrounds the steps is not one a step
 
 
 # What a kernel must pass before it is used.
