@@ -6,7 +6,7 @@
 #
 # Any Debian or Ubuntu with Python 3.10 to 3.13 is a base; constraints/*.txt say which Python they were made with.
 # torch brings CUDA's libraries itself; the extra `cuda` has the compiler of the reservoir's kernel, `flash-attn` the
-# fastest attention.
+# fastest attention and grouped products.
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE}
 

@@ -135,6 +135,7 @@ def test_a_slow_link_is_named_among_links_of_its_kind():
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_gpu_whose_memory_is_taken_is_refused():
     device = torch.device("cuda")
     check(Process(), device, fingerprint="one")
