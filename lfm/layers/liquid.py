@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from lfm.config import Config
-from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
+from lfm.kernels.reservoir import WARMUP_NOTCHES, RecurrenceStats, reservoir_recurrence
 from lfm.layers.parts import PLAIN, Parts
 
 
@@ -28,7 +28,8 @@ class LiquidConfig(Config):
     norm: Literal["pre", "post"] = "pre"
     """pre: x + W_out h(norm(x)); post: norm(x + W_out h(x)), which renormalises the residual stream."""
     train_reservoir: bool = False
-    """Train the non-zero recurrent weights; zeros stay zero."""
+    """Train the non-zero recurrent weights; zeros stay zero.  Every 100 updates, what forgets too slowly for the
+    longest warm-up is scaled down."""
     backend: Literal["auto", "sequential", "chunked"] = "auto"
     """auto: chunked with warm-up where that is shorter than the sequence, else sequential."""
     chunk_length: PositiveInt | Literal["fill"] = 128
@@ -38,6 +39,12 @@ class LiquidConfig(Config):
     """Steps a chunk starts early, at the first training step; the residual guard moves it up and down from there."""
     tolerance: float = Field(default=1e-2, gt=0)
     """Largest relative chunk-boundary residual before repair passes, then the sequential path, take over."""
+
+    def must_forget(self, num_positions: int) -> bool:
+        """Whether trained reservoirs must be kept forgetful, because so many positions may be cut into chunks."""
+        length = 128 if self.chunk_length == "fill" else self.chunk_length
+        may_cut = self.backend == "chunked" or num_positions > length + WARMUP_NOTCHES[0]
+        return self.train_reservoir and self.backend != "sequential" and may_cut
 
 
 class Liquid(nn.Module):

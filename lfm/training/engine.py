@@ -6,6 +6,7 @@ It is the truth that the parallel engine is compared with.
 import abc
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lfm.data.consumed import rows_digest
 from lfm.errors import NonFiniteError
 from lfm.kernels.accumulation import accumulate_
-from lfm.kernels.reservoir import RecurrenceStats, next_warmup
+from lfm.kernels.reservoir import WARMUP_NOTCHES, RecurrenceStats, contraction, next_warmup
 from lfm.layers.documents import Documents
 from lfm.layers.liquid import Liquid
 from lfm.models.global_names import global_views
@@ -55,6 +56,9 @@ class StepResult:
 Read = Callable[[Mapping[str, Tensor]], None]
 """Fills tensors (plain ones or DTensors), given by checkpoint key, in place."""
 
+CONTRACTION_INTERVAL = 100
+"""Updates from one look at whether trained reservoirs still forget to the next."""
+
 STATE = ("master", "exp_avg", "exp_avg_sq", "frozen")
 """What a checkpoint holds of an engine: keys are these, a dot, and a global name."""
 
@@ -67,6 +71,10 @@ class Engine(abc.ABC):
     device: torch.device
     calm_steps: dict[int, int]
     warmups: dict[int, int]
+    mean_gains: dict[int, float]
+    """Of each liquid layer's tanh in the last step, over all rows of it."""
+    tells = True
+    """Of the processes that hold the same layers, one tells what happens to them."""
     share_is_fresh = False
     """Whether `share` returns copies, which later steps leave alone and the next `share` writes over."""
 
@@ -158,6 +166,7 @@ class Engine(abc.ABC):
         layers = self.config.reservoir_layers
         self.calm_steps = {layer: 0 for layer in layers}
         self.warmups = {layer: self.config.reservoir_warmup for layer in layers}
+        self.mean_gains = dict.fromkeys(layers, 1.0)
 
     def move_warmups(self, residual: Mapping[int, float]) -> None:
         """Set each layer's warm-up for the next step from this step's largest residual on any process."""
@@ -168,6 +177,37 @@ class Engine(abc.ABC):
             self.warmups[layer] = warmup
             if layer in self.liquids:
                 self.liquids[layer].warmup = warmup
+
+    def contract_reservoirs(self) -> bool:
+        """Every 100 updates, scale down the masters of trained reservoirs that forget too slowly; whether any was."""
+        must_forget = [
+            layer for layer, liquid in self.liquids.items() if liquid.config.must_forget(self.config.seq_length)
+        ]
+        if not must_forget or self.optimizer_step % CONTRACTION_INTERVAL:
+            return False
+        return any([self._contract(layer, self.liquids[layer]) for layer in must_forget])
+
+    def _contract(self, layer: int, liquid: Liquid) -> bool:
+        factors = contraction(self.master_of(liquid.reservoirs), liquid.config.leak_rate, self.mean_gains[layer])
+        if (factors == 1).all():
+            return False
+        if self.tells:
+            warnings.warn(
+                f"update {self.optimizer_step}: reservoirs of layer {layer} came to forget too slowly for a warm-up "
+                f"of {WARMUP_NOTCHES[-1]} steps and were scaled by {[round(factor, 3) for factor in factors.tolist()]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.scale_master(liquid.reservoirs, factors)
+        return True
+
+    @abc.abstractmethod
+    def master_of(self, parameter: Tensor) -> Tensor:
+        """The fp32 master of one of this process's parameters, in its run-time shape.  Collective."""
+
+    @abc.abstractmethod
+    def scale_master(self, parameter: Tensor, factors: Tensor) -> None:
+        """Multiply what this process keeps of a parameter's master: a factor for each index of its first dimension."""
 
     def auxiliary(self, balance: Any, z: Any) -> Any:
         """Weighted balance and z losses; 0 in families without experts."""
@@ -321,8 +361,9 @@ class LocalEngine(Engine):
 
     def _watch_reservoirs(self, table: Tensor) -> dict[str, Any]:
         """Residual and saturation by layer; moves each layer's warm-up for the next step."""
-        residual, saturation, repairs, fallbacks = table.T
+        residual, saturation, gain, repairs, fallbacks = table.T
         layers = self.config.reservoir_layers
+        self.mean_gains = dict(zip(layers, gain.tolist(), strict=True))
         residuals = dict(zip(layers, residual.tolist(), strict=True))
         self.move_warmups(residuals)
         return {
@@ -349,8 +390,15 @@ class LocalEngine(Engine):
             group["lr"] = lr * group["lr_multiple"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.dtype == torch.float32)
+        self.contract_reservoirs()
         self.publish_masters()
         return value
+
+    def master_of(self, parameter: Tensor) -> Tensor:
+        return next(self.masters[name] for name, p in self.model.named_parameters() if p is parameter)
+
+    def scale_master(self, parameter: Tensor, factors: Tensor) -> None:
+        self.master_of(parameter).mul_(factors.view(-1, *[1] * (parameter.dim() - 1)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -402,20 +450,21 @@ class LocalEngine(Engine):
 
 
 def reservoir_table(layers: Sequence[Sequence[RecurrenceStats]]) -> Tensor:
-    """fp64 `[layers, 4]` on the stats' device, of each layer's micro-batches: largest residual of either direction,
-    mean saturation, repair passes, fallbacks."""
+    """fp64 `[layers, 5]` on the stats' device, of each layer's micro-batches: largest residual of either direction,
+    mean saturation, mean gain, repair passes, fallbacks."""
 
     def row(calls: Sequence[RecurrenceStats]) -> Tensor:
         both = [x for s in calls for x in (s.forward_residual, s.backward_residual) if x is not None]
         repairs = [x for s in calls for x in (s.repair_passes, s.backward_repair_passes) if x is not None]
         fallbacks = [x for s in calls for x in (s.fell_back, s.backward_fell_back) if x is not None]
-        residual, saturation = torch.cat(both).max(), torch.stack([s.saturation for s in calls]).mean()
-        return torch.stack([x.double() for x in (residual, saturation, sum_of(repairs), sum_of(fallbacks))])
+        saturation, gain = (torch.stack([getattr(s, of) for s in calls]).mean() for of in ("saturation", "mean_gain"))
+        found = (torch.cat(both).max(), saturation, gain, sum_of(repairs), sum_of(fallbacks))
+        return torch.stack([x.double() for x in found])
 
     def sum_of(counts: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(counts)).sum()
 
-    return torch.stack([row(calls) for calls in layers]) if layers else torch.empty(0, 4, dtype=torch.float64)
+    return torch.stack([row(calls) for calls in layers]) if layers else torch.empty(0, 5, dtype=torch.float64)
 
 
 def on_host(**named: Tensor) -> dict[str, Tensor]:

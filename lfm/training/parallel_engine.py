@@ -63,6 +63,7 @@ class ParallelEngine(Engine):
         self.config, self.groups, self.layout = model, groups, groups.layout
         self.device, self.dtype, self.micro_batch_size = groups.device, dtype, micro_batch_size
         self.phase = phase
+        self.tells = groups.data.rank() == 0 and groups.tensor.rank() == 0
         # Enough micro-batches to fill the pipeline twice.
         fill = 2 * self.layout.pipeline if self.layout.pipeline > 1 else 1
         self.rows_a_round = micro_batch_size * self.layout.data * fill
@@ -287,9 +288,9 @@ class ParallelEngine(Engine):
         bad = self._first_bad_micro_batch(table)
         load = torch.zeros(config.num_layers, config.num_moe_experts, dtype=torch.float64)
         load[[int(name) for stage in self.stages for name in stage.piece.layers]] = host["load"]
-        reservoirs = torch.zeros(len(config.liquid_layers), 4, dtype=torch.float64)
+        reservoirs = torch.zeros(len(config.liquid_layers), 5, dtype=torch.float64)
         reservoirs[here] = host["reservoirs"]
-        residual, saturation, repairs, fallbacks = reservoirs.T
+        residual, saturation, gain, repairs, fallbacks = reservoirs.T
 
         most = self._over_all(dist.ReduceOp.MAX, residual=residual, bad=torch.tensor(float(bad is not None)))
         if most["bad"]:
@@ -301,7 +302,8 @@ class ParallelEngine(Engine):
         }
         # In pieces of 16 bits, which a sum of doubles keeps exactly.
         pieces = torch.tensor([float(digest >> bits & 0xFFFF) for bits in _PIECES])
-        sums = {"losses": table.sum(0), "saturation": saturation / self.layout.data, "load": load}
+        means = {"saturation": saturation / self.layout.data, "gain": gain / self.layout.data}
+        sums = {"losses": table.sum(0), "load": load, **means}
         sums["digest"] = pieces * (self.groups.pipeline.rank() == 0)
         sums |= {name: torch.tensor(float(value)) for name, value in counts.items()}
         # Tensor-parallel processes have the same of everything: one of them counts.
@@ -311,6 +313,7 @@ class ParallelEngine(Engine):
         labels = max(1, num_labels)
         residuals = dict(zip(config.liquid_layers, most["residual"].tolist(), strict=True))
         self.move_warmups(residuals)
+        self.mean_gains = dict(zip(config.liquid_layers, sums["gain"].tolist(), strict=True))
         return StepResult(
             loss=cross_entropy / labels + self.auxiliary(balance, z) / rows,
             cross_entropy=cross_entropy / labels,
@@ -367,7 +370,25 @@ class ParallelEngine(Engine):
         norm = float(self.deepspeed.get_global_grad_norm())
         if optimizer.overflow or not torch.isfinite(torch.tensor(norm)):
             raise NonFiniteError(f"gradient norm is not finite ({norm})")
+        if self.contract_reservoirs():
+            publish_masters(self.deepspeed, self.weights, self.fragments)
         return norm
+
+    @torch.no_grad()
+    def master_of(self, parameter: Tensor) -> Tensor:
+        return self._gathered(self._weight_of(parameter), lambda flat: flat)
+
+    @torch.no_grad()
+    def scale_master(self, parameter: Tensor, factors: Tensor) -> None:
+        weight = self._weight_of(parameter)
+        fragment, shape = self.fragments[weight.name], self._shape(weight)
+        if fragment is not None:
+            each = factors.repeat_interleave(shape.numel() // len(factors))
+            part = each[fragment.start : fragment.start + fragment.numel]
+            fragment.view(fragment.flat).mul_(part.to(fragment.flat.device))
+
+    def _weight_of(self, parameter: Tensor) -> Weight:
+        return next(weight for weight in self.weights if weight.parameter is parameter)
 
     def _sum_tied_embedding_gradients(self, config: Any) -> None:
         """After each schedule: the first stage's lookup and the last stage's head share one gradient."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -131,6 +132,38 @@ def test_reservoirs_train_under_tensor_parallelism(norm):
     _, _, _, gradient = expected["state"]["exp_avg.layers.0.liquid.reservoirs.0.weight"]
     _, _, _, connected = expected["state"]["frozen.layers.0.liquid.reservoirs.0.connections"]
     assert gradient[connected].any() and not gradient[~connected].any()
+
+
+def _hundredth_update(engine: Any, problem: Problem) -> dict[str, Any]:
+    engine.optimizer_step = 99
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = train(engine, problem)
+    return found | {"warned": sum("forget too slowly" in str(warning.message) for warning in warned)}
+
+
+def _parallel_hundredth_update(process: Process, layout: Layout, problem: Problem) -> dict[str, Any]:
+    return _hundredth_update(parallel_engine(problem, join(process, layout)), problem)
+
+
+@pytest.mark.parametrize("name", ["dp2_z3", "tp2", *(pytest.param(n, marks=slow) for n in ("dp2", "dp2_z2", "pp2"))])
+def test_reservoirs_that_no_longer_forget_are_scaled_alike(name):
+    liquid = LiquidConfig(
+        interval=1,
+        num_reservoirs=2,
+        reservoir_size=8,
+        connectivity=0.5,
+        spectral_radius=3.0,
+        train_reservoir=True,
+        backend="chunked",
+        chunk_length=8,
+    )
+    problem = _problem(liquid=liquid)
+    expected = _hundredth_update(local_engine(problem), problem)
+    ranks = run_ranks(_parallel_hundredth_update, 2, _layout(problem, name), problem, timeout_seconds=60)
+    found = deviations(ranks, expected)
+    assert not {key: value for key, value in found.items() if not value <= 1e-4}
+    assert expected["warned"] == sum(rank["warned"] for rank in ranks) == problem.model.num_layers
 
 
 @pytest.mark.parametrize("name", ["dp2", "dp2_z3", pytest.param("dp2_z2", marks=slow)])

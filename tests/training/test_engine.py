@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -110,6 +111,36 @@ def test_trained_reservoirs_move_and_keep_their_zeros():
         engine.step(1e-2)
     after = engine.masters["layers.0.liquid.reservoirs"]
     assert torch.equal(after == 0, before == 0) and (after[before != 0] != before[before != 0]).all()
+
+
+def _after_update(number, **liquid):
+    """Masters of a layer's reservoirs and what was warned of, after the update of that number, of next to no size."""
+    engine = _engine(liquid={"train_reservoir": True, "spectral_radius": 3.0, **liquid})
+    engine.forward_backward(_rows(), LENGTHS)
+    engine.optimizer_step = number - 1
+    before = engine.masters["layers.0.liquid.reservoirs"].detach().clone()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        engine.step(1e-12)
+    after = engine.masters["layers.0.liquid.reservoirs"].detach()
+    return before, after, [str(warning.message) for warning in warned]
+
+
+def test_trained_reservoirs_that_no_longer_forget_are_scaled_every_hundred_updates():
+    before, after, warned = _after_update(100, backend="chunked")
+    ratio = float(after.norm() / before.norm())
+    assert ratio < 0.9 and torch.allclose(after, before * ratio, atol=1e-9)
+    assert any("update 100: reservoirs of layer 0 came to forget too slowly" in text for text in warned)
+
+
+@pytest.mark.parametrize(
+    "number, liquid",
+    [(99, {"backend": "chunked"}), (100, {"backend": "sequential"}), (100, {}), (100, {"spectral_radius": 0.9})],
+    ids=["not yet", "sequential", "too short to be cut", "forgets"],
+)
+def test_other_trained_reservoirs_are_left_alone(number, liquid):
+    before, after, warned = _after_update(number, **liquid)
+    assert torch.allclose(after, before, atol=1e-9) and not any("forget" in text for text in warned)
 
 
 def test_the_update_is_clipped_adamw():
