@@ -8,7 +8,10 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.ops.case import rate  # noqa: E402
 
 
 def load(name: str) -> dict:
@@ -156,15 +159,17 @@ OPS = ("reservoir", "diagonal_scan", "moe", "head", "rotary", "rms_norm", "accum
 
 def kernels_table() -> str:
     """Every case of launch/bench.py on a GPU, next to its floor and its best peer."""
-    lines = ["| op | case | ms | floor, ms | times the floor | best peer, ms | largest error |", "| --- " * 7 + "|"]
+    head = "| op | case | ms | reached | floor, ms | times the floor | best peer, ms | largest error |"
+    lines = [head, "| --- " * 8 + "|"]
     for op in OPS:
         for case in load(f"op_{op}")["cases"]:
             milliseconds, floor = 1e3 * case["seconds"], 1e3 * case["floor_seconds"]
             peers = {name: seconds for name, seconds in case["peers"].items() if seconds is not None}
             best = min(peers, key=lambda name: peers[name], default=None)
             beside = "" if best is None else f"{1e3 * peers[best]:.3f} ({best})"
+            reached = rate(case["floor_kind"], case["flops"], case["bytes"], case["seconds"])
             lines.append(
-                f"| {op} | {case['name']} | {milliseconds:.3f} | {floor:.4f} ({case['floor_kind']}) | "
+                f"| {op} | {case['name']} | {milliseconds:.3f} | {reached} | {floor:.4f} ({case['floor_kind']}) | "
                 f"{milliseconds / floor:,.1f} | {beside} | {max(case['errors'].values()):.1e} |"
             )
     return "\n".join([*lines, "", f"On {_where(load('op_diagonal_scan') | {'runs': 1})}."])

@@ -77,6 +77,8 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         raise UserError("there is no GPU to time on; run this where torch.cuda.is_available()")
+    from benchmarks.ops.case import rate
+
     torch.manual_seed(0)
     results = []
     for case in importlib.import_module(f"benchmarks.ops.{flags.op}").cases():
@@ -94,9 +96,11 @@ def main() -> None:
         result.peers = {name: peer_seconds(name, peer) for name, peer in case.peers.items()}
         best = min(((seconds, name) for name, seconds in result.peers.items() if seconds is not None), default=None)
         beside = "" if best is None else f"; {best[1]} {best[0] * 1e3:.3f} ms"
+        reached = rate(case.floor_kind, case.flops, case.bytes, result.seconds)
         print(
-            f"{case.name}: {result.seconds * 1e3:.3f} ms, {result.seconds / case.floor_seconds:.1f} x the floor "
-            f"({case.floor_kind}) of {case.floor_seconds * 1e3:.3f} ms{beside}",
+            f"{case.name}: {result.seconds * 1e3:.3f} ms, {reached}, "
+            f"{result.seconds / case.floor_seconds:.1f} x the floor ({case.floor_kind}) of "
+            f"{case.floor_seconds * 1e3:.3f} ms{beside}",
             flush=True,
         )
     if flags.out is not None:

@@ -13,7 +13,7 @@ COPY_BYTES_PER_SECOND = 4.25e12
 MATMUL_FLOPS_PER_SECOND = 784e12
 """bf16.  Both measured on an H200: a large copy, reads and writes counted, and a large matrix product."""
 
-FloorKind = Literal["bytes", "flops", "latency"]
+FloorKind = Literal["bytes", "flops"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ def floor(flops: float, bytes: float) -> tuple[float, FloorKind]:
     """Seconds below which nothing of so many bf16 matmul FLOPs and bytes goes, and which of the two says so."""
     compute, traffic = flops / MATMUL_FLOPS_PER_SECOND, bytes / COPY_BYTES_PER_SECOND
     return (compute, "flops") if compute > traffic else (traffic, "bytes")
+
+
+def rate(kind: FloorKind, flops: float, bytes: float, seconds: float) -> str:
+    """What was reached of that which sets the floor."""
+    return f"{flops / seconds / 1e12:.0f} TFLOP/s" if kind == "flops" else f"{bytes / seconds / 1e12:.2f} TB/s"
 
 
 def graphed(run: Callable[[int], object], count: int = 1) -> Callable[[], object]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.ops.case import COPY_BYTES_PER_SECOND, MATMUL_FLOPS_PER_SECOND, floor
+from benchmarks.ops.case import COPY_BYTES_PER_SECOND, MATMUL_FLOPS_PER_SECOND, floor, rate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +30,11 @@ def test_without_a_gpu_there_is_nothing_to_time():
 def test_the_floor_is_the_larger_of_arithmetic_and_traffic():
     assert floor(MATMUL_FLOPS_PER_SECOND, 0.5 * COPY_BYTES_PER_SECOND) == (1.0, "flops")
     assert floor(MATMUL_FLOPS_PER_SECOND, 2 * COPY_BYTES_PER_SECOND) == (2.0, "bytes")
+
+
+def test_the_rate_is_of_what_sets_the_floor():
+    assert rate("flops", 3e14, 1e9, 0.5) == "600 TFLOP/s"
+    assert rate("bytes", 3e14, 1e12, 0.5) == "2.00 TB/s"
 
 
 @pytest.mark.gpu
