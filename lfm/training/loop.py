@@ -172,7 +172,7 @@ def _train(
     start, weights = _starting_point(run, rows, ranks), _starting_weights(run, ranks)
     if ranks.is_main:
         (run.folder / STOPPED).unlink(missing_ok=True)
-        write_run_files(run)
+        write_run_files(run, step=start[1]["progress"]["step"] if start is not None else 0)
         if run.logging.print_config:
             print(run.model_dump_json(indent=1), flush=True)
         print(run.model.count_parameters().report(), flush=True)

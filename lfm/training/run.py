@@ -110,10 +110,15 @@ class RunConfig(Config):
         return getattr(torch, name if name != "auto" else "bfloat16" if self.device.type == "cuda" else "float32")
 
 
-def write_run_files(run: RunConfig) -> None:
-    """`config.yaml` (resolved) and `environment.json` (command, commit, versions, hardware) of the run folder."""
-    write_durably(run.folder / "config.yaml", run.to_yaml().encode())
-    write_durably(run.folder / "environment.json", json.dumps(environment(), indent=1).encode() + b"\n")
+def write_run_files(run: RunConfig, step: int) -> None:
+    """`config.yaml` (resolved) and `environment.json` (command, commit, versions, hardware) of the run folder.
+
+    Those of each start, at the step it goes on from, are kept in `starts/`: a resumed run may differ in either.
+    """
+    for folder in (run.folder / "starts" / f"step_{step:08d}", run.folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / "config.yaml", run.to_yaml().encode())
+        write_durably(folder / "environment.json", json.dumps(environment(), indent=1).encode() + b"\n")
 
 
 def owning_folder(run: RunConfig) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from lfm.errors import UserError
 from lfm.training import checkpoint, metrics
@@ -115,6 +116,17 @@ def test_resuming_a_finished_run_trains_no_further(uninterrupted, text_data, cap
     train(tiny_run(uninterrupted.parent, text_data, "checkpoint.keep=9"))
     assert "resuming" in capsys.readouterr().out
     assert (uninterrupted / "metrics.jsonl").read_text() == before
+
+
+def test_every_start_of_a_run_keeps_its_configuration(tmp_path, text_data):
+    for steps in (2, 3):
+        train(tiny_run(tmp_path, text_data, f"training.steps={steps}", "checkpoint.every_steps=1"))
+    folder = tmp_path / "lfm_debug"
+    configs = {path.parent.name: yaml.safe_load(path.read_text()) for path in folder.glob("starts/*/config.yaml")}
+    steps = {name: config["training"]["steps"] for name, config in configs.items()}
+    assert steps == {"step_00000000": 2, "step_00000002": 3}
+    for name in ("config.yaml", "environment.json"):
+        assert (folder / name).read_bytes() == (folder / "starts/step_00000002" / name).read_bytes()
 
 
 def test_a_new_run_starts_from_weights_alone(uninterrupted, tmp_path, text_data):
