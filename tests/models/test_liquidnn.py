@@ -41,11 +41,15 @@ VARIANTS = {
     "fast_only": {"num_fast": 2, "num_deep": 0},
 }
 STREAMED = {
-    f"{variant}-{mode}-{'on' if plastic else 'off'}": VARIANTS[variant] | {"trace_mode": mode, "plastic": plastic}
+    f"{variant}_{name}": VARIANTS[variant] | changes
     for variant in ("default", "published", "adaptive", "exponential")
-    for mode in ("per_sequence", "batch_mean")
-    for plastic in (False, True)
+    for name, changes in {
+        "off": {"plastic": False},
+        "batch_mean": {"trace_mode": "batch_mean"},
+        "batch_mean_off": {"trace_mode": "batch_mean", "plastic": False},
+    }.items()
 }
+"""With plasticity off, and with traces that the rows of a batch share."""
 
 
 def small_model(dtype=torch.float64, plastic=True, seed=3, **changes) -> MiniLiquidGPT:
