@@ -2,14 +2,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lfm.layers.documents import Documents
-from lfm.models.global_names import global_index, global_views
+from lfm.models.global_names import global_views
 from lfm.models.language_model import initialize
-from lfm.models.liquidnet import LiquidNet, LiquidNetConfig, LiquidNetState
-from lfm.models.transformer import TransformerState
+from lfm.models.liquidnet import LiquidNet, LiquidNetConfig
 from tests.comparison import assert_close, relative_error
 from tests.models.reference_liquidnet import batch_loss, document_forward
 
@@ -39,14 +36,6 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 def gradients_of(model) -> dict[str, torch.Tensor]:
     parameters = dict(model.named_parameters())
     return global_views(model, lambda name, _: parameters[name].grad)
-
-
-def streamed(model, ids, sizes):
-    state, logits = None, []
-    for part in ids.split(sizes, dim=1):
-        out, state = model(part, state)
-        logits.append(out)
-    return torch.cat(logits, 1), state
 
 
 def test_logits_states_loss_and_every_gradient_equal_the_equations():
@@ -97,99 +86,6 @@ def test_small_state_is_2304_floats():
         model = LiquidNet(LiquidNetConfig()).bfloat16()
     state = model.empty_state(1)
     assert state.num_bytes == 4 * 2304 and state.hidden[0].dtype == torch.float32
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=6))
-def test_any_split_of_a_sequence_gives_the_same_logits_and_state(sizes):
-    model = small_model().eval()
-    ids = torch.randint(0, V, (2, sum(sizes)), generator=torch.Generator().manual_seed(len(sizes)))
-    (logits, state), (want, want_state) = streamed(model, ids, sizes), model(ids)
-    assert (logits - want).abs().max() < 1e-9
-    assert_close(state.tensors(), want_state.tensors(), 1e-9)
-
-
-def test_prompt_then_one_token_at_a_time_in_fp32():
-    model, ids = small_model(torch.float32).eval(), torch.randint(0, V, (2, 60))
-    assert (streamed(model, ids, [10] + [1] * 50)[0] - model(ids)[0]).abs().max() < 1e-4
-
-
-def test_the_empty_state_is_no_state_and_a_state_can_be_continued_twice():
-    model, ids = small_model().eval(), torch.randint(0, V, (2, 9))
-    assert torch.equal(model(ids, model.empty_state(2))[0], model(ids)[0])
-    _, state = model(ids)
-    first, _ = model(ids[:, :3], state)
-    model(ids[:, 3:], state)
-    assert torch.equal(model(ids[:, :3], state)[0], first)
-
-
-def test_states_of_several_prefixes_continue_in_one_batch():
-    model, following = small_model().eval(), torch.randint(0, V, (3, 6))
-    prompts = [torch.randint(0, V, (1, n)) for n in (3, 17, 1)]
-    together, _ = model(following, LiquidNetState.stack([model(prompt)[1] for prompt in prompts]))
-    for b, prompt in enumerate(prompts):
-        alone, _ = model(torch.cat((prompt, following[b : b + 1]), 1))
-        assert torch.allclose(together[b], alone[0, -6:], atol=1e-10)
-
-
-def test_the_state_of_another_model_or_batch_is_refused_by_one_sentence():
-    model, ids = small_model(), torch.randint(0, V, (2, 4))
-    for other, batch, words in [
-        (small_model(num_layers=2), 2, r"hidden\.2 is missing, this model needs \[2, 12\]"),
-        (small_model(hidden_size=8), 2, r"hidden\.0 is \[2, 8\], this model needs \[2, 12\]"),
-        (model, 1, r"hidden\.0 is \[1, 12\], this model needs \[2, 12\]"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            model(ids, other.empty_state(batch))
-    with pytest.raises(ValueError, match="TransformerState is the state of another model family"):
-        model(ids, TransformerState(torch.zeros(2, dtype=torch.int64), []))
-    with pytest.raises(ValueError, match="exclude each other"):
-        model(ids, model.empty_state(2), [[4], [4]])
-
-
-def test_a_token_never_changes_earlier_logits_and_always_its_own():
-    model, ids = small_model(), torch.randint(0, V, (2, 20))
-    for t in (0, 7, 19):
-        changed = ids.clone()
-        changed[:, t] = (ids[:, t] + 1) % V
-        before, after = model(ids)[0], model(changed)[0]
-        assert torch.allclose(before[:, :t], after[:, :t], atol=1e-12)
-        assert (before[:, t] != after[:, t]).any(-1).all()
-
-
-def test_permuting_the_batch_permutes_the_logits():
-    model, ids, order = small_model(), torch.randint(0, V, (4, 12)), torch.tensor([2, 0, 3, 1])
-    assert torch.allclose(model(ids[order])[0], model(ids)[0][order], atol=1e-12)
-
-
-def test_packed_documents_equal_the_documents_alone_in_logits_and_gradients():
-    model, ids, lengths = small_model(), torch.randint(0, V, (1, 20)), [6, 1, 13]
-    packed, _ = model(ids, doc_lengths=[lengths])
-    model.losses(ids, Documents.from_lengths([lengths], "cpu")).cross_entropy.backward()
-    got = {name: grad.clone() for name, grad in gradients_of(model).items()}
-    model.zero_grad()
-    for part, want in zip(ids.split(lengths, 1), packed.split(lengths, 1), strict=True):
-        assert torch.allclose(model(part)[0], want, atol=1e-11)
-        model.losses(part, Documents.whole_rows(1, part.shape[1], "cpu")).cross_entropy.backward()
-    assert_close(got, gradients_of(model), 1e-11)
-
-
-def test_no_gradient_crosses_a_document_boundary():
-    model, seen = small_model(), {}
-    model.embedding.register_forward_hook(lambda _, __, out: seen.setdefault("x", out).retain_grad())
-    logits, _ = model(torch.randint(0, V, (1, 12)), doc_lengths=[[5, 7]])
-    logits[:, 5:].square().sum().backward()
-    assert (seen["x"].grad[:, :5] == 0).all() and (seen["x"].grad[:, 5:] != 0).all()
-
-
-def test_recompute_changes_no_gradient_bit():
-    model, ids = small_model(), torch.randint(0, V, (2, 14))
-    documents, found = Documents.from_lengths([[14], [6, 8]], "cpu"), []
-    for mode in LiquidNetConfig.recompute_choices:
-        model.zero_grad()
-        model.losses(ids, documents, recompute=mode).cross_entropy.backward()
-        found.append({name: grad.clone() for name, grad in gradients_of(model).items()})
-    assert len(found) == 2 and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_hidden_states_stay_within_one():
@@ -246,61 +142,6 @@ def test_a_fresh_model_predicts_nothing():
     initialize(model, seed=0)
     documents = Documents.whole_rows(4, 32, "cpu")
     assert abs(model.losses(ids, documents).cross_entropy / documents.num_labels - math.log(V)) < 0.05
-
-
-def test_every_weight_has_one_global_name():
-    model = small_model()
-    covered = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for name, part in global_index(model).values():
-        covered[name][part] += 1
-    assert all((count == 1).all() for count in covered.values())
-
-
-def test_the_model_can_be_built_without_memory():
-    with torch.device("meta"):
-        model = LiquidNet(small_config())
-    model.to_empty(device="cpu")
-    initialize(model, seed=3)
-    plain = LiquidNet(small_config())
-    initialize(plain, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
-
-
-def test_a_few_steps_lower_the_loss_of_a_text():
-    text = b"the quick brown fox jumps over the lazy dog; the lazy dog sleeps, the quick brown fox runs. " * 3
-    ids = torch.tensor(list(text))[: 2 * 120].view(2, 120) - 32
-    model = LiquidNet(small_config(hidden_size=32, ffn_hidden_size=64, num_layers=2, vocab_size=96))
-    initialize(model, seed=0)
-    optimizer, documents, losses = (
-        torch.optim.AdamW(model.parameters(), lr=1e-2),
-        Documents.whole_rows(2, 120, "cpu"),
-        [],
-    )
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = model.losses(ids, documents).cross_entropy / documents.num_labels
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[0] > 4.4 and losses[-1] < 2.0, losses
-
-
-def test_bf16_is_near_fp32():
-    model = small_model(torch.float32, hidden_size=64, ffn_hidden_size=128, init_method_std=0.15)
-    ids = torch.randint(0, V, (2, 64))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16().float()
-    narrow = LiquidNet(model.config)
-    narrow.load_state_dict(model.state_dict())
-    narrow.bfloat16()
-    documents, found = Documents.from_lengths([[64], [20, 44]], "cpu"), []
-    for each in (narrow, model):
-        losses = each.losses(ids, documents)
-        losses.cross_entropy.backward()
-        found.append(gradients_of(each) | {"loss": losses.cross_entropy, "logits": each(ids)[0]})
-    assert narrow.empty_state(1).hidden[0].dtype == narrow(ids)[1].hidden[0].dtype == torch.float32
-    assert relative_error(found[0].pop("loss"), found[1].pop("loss")) < 5e-3
-    assert_close(found[0], found[1], 5e-2)
 
 
 def test_a_floor_of_decay_above_the_longest_half_life_is_refused():

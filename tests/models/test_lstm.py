@@ -1,15 +1,10 @@
-import itertools
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lfm.layers.documents import Documents
 from lfm.models.language_model import initialize
-from lfm.models.lstm import LSTM, LSTMConfig, LSTMState
+from lfm.models.lstm import LSTM, LSTMConfig
 from tests.comparison import assert_close, relative_error
 from tests.models.reference_lstm import document_forward
 
@@ -64,90 +59,3 @@ def test_dropout_is_on_every_layers_output_while_training():
     _, other = model(torch.randint(0, 40, (1, 9)))
     assert torch.equal(state.h[:, 1], other.h[:, 1]) and not torch.equal(state.h[:, 0], other.h[:, 0])
     assert (model.eval()(torch.randint(0, 40, (1, 9)))[0] != 0).all()
-
-
-def _streamed(model, ids, sizes):
-    state, logits = None, []
-    for part in ids.split(sizes, dim=1):
-        out, state = model(part, state)
-        logits.append(out)
-    return torch.cat(logits, 1)
-
-
-@settings(deadline=None, max_examples=15)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_any_split_of_a_sequence_gives_the_same_logits(sizes):
-    model = small_model()
-    ids = torch.randint(0, 40, (2, sum(sizes)), generator=torch.Generator().manual_seed(len(sizes)))
-    assert (_streamed(model, ids, sizes) - model(ids)[0]).abs().max() < 1e-9
-
-
-def test_prompt_then_one_token_at_a_time_in_fp32():
-    model = small_model(torch.float32)
-    ids = torch.randint(0, 40, (2, 24))
-    assert (_streamed(model, ids, [10] + [1] * 14) - model(ids)[0]).abs().max() < 1e-4
-
-
-def test_a_token_never_changes_earlier_logits():
-    model = small_model()
-    ids = torch.randint(0, 40, (2, 16))
-    for t in (0, 7, 15):
-        changed = ids.clone()
-        changed[:, t] = (ids[:, t] + 1) % 40
-        before, after = model(ids)[0], model(changed)[0]
-        assert torch.equal(before[:, :t], after[:, :t]) and (before[:, t] != after[:, t]).any(-1).all()
-
-
-def test_packed_documents_equal_the_documents_alone():
-    model = small_model()
-    ids, lengths = torch.randint(0, 40, (2, 16)), [[6, 1, 9], [2, 14]]
-    packed, state = model(ids, doc_lengths=lengths)
-    model.losses(ids, Documents.from_lengths(lengths, "cpu")).cross_entropy.backward()
-    got = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    for b, row in enumerate(lengths):
-        ends = list(itertools.accumulate(row))
-        for start, stop in zip([0, *ends], ends, strict=False):
-            alone, last = model(ids[b : b + 1, start:stop])
-            assert torch.allclose(packed[b, start:stop], alone[0], atol=1e-12)
-            documents = Documents.whole_rows(1, stop - start, "cpu")
-            model.losses(ids[b : b + 1, start:stop], documents).cross_entropy.backward()
-        assert_close(state.map(lambda x, b=b: x[b : b + 1]).tensors(), last.tensors(), 1e-12)
-    assert_close(got, {name: parameter.grad for name, parameter in model.named_parameters()}, 1e-9)
-
-
-def test_states_stack_and_foreign_ones_are_refused():
-    model = small_model()
-    ids = torch.randint(0, 40, (2, 6))
-    states = [model(ids[b : b + 1])[1] for b in (0, 1)]
-    assert_close(LSTMState.stack(states).tensors(), model(ids)[1].tensors(), 1e-12)
-    with pytest.raises(ValueError, match=r"c is \[1, 3, 12\], this model needs \[2, 3, 12\]"):
-        model(ids, states[0])
-
-
-def test_a_few_updates_bring_real_text_below_its_unigram_entropy():
-    text = torch.tensor(list(json.dumps.__doc__.encode()[:512])).view(8, 64)
-    share = torch.bincount(text.flatten()).double() / 512
-    entropy = float(-(share * share.clamp_min(1e-9).log()).sum())
-    model = LSTM(LSTMConfig(hidden_size=48, num_layers=1, vocab_size=128))
-    initialize(model, seed=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    documents = Documents.whole_rows(8, 64, "cpu")
-    losses = []
-    for _ in range(60):
-        loss = model.losses(text, documents).cross_entropy / documents.num_labels
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[0] > 4.5 and losses[-1] < entropy - 0.2
-
-
-def test_bf16_weights_are_near_float64():
-    fast = small_model(torch.float32).bfloat16()
-    model = small_model()
-    model.load_state_dict({name: tensor.double() for name, tensor in fast.state_dict().items()})
-    ids = torch.randint(0, 40, (2, 32))
-    got, state = fast(ids)
-    assert got.dtype == torch.bfloat16 and state.c.dtype == torch.float32
-    assert relative_error(got, model(ids)[0]) < 2e-2
