@@ -172,7 +172,7 @@ class MiniLiquidGPT(LanguageModel):
         self.final_norm = nn.LayerNorm(c.hidden_size, c.layernorm_epsilon)
 
     def advance(
-        self, ids: Int[Tensor, "B T"], state: LiquidNNState | None = None, documents: Documents | None = None
+        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
     ) -> tuple[Float[Tensor, "B T D"], LiquidNNState]:
         B, T = ids.shape
         empty = self.empty_state(B)
@@ -183,6 +183,7 @@ class MiniLiquidGPT(LanguageModel):
         if state is None:
             state = empty
         state.check_like(empty)
+        assert isinstance(state, LiquidNNState)
         return self._run(ids, state, state.position[:, None] + torch.arange(T, device=ids.device), ())
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
