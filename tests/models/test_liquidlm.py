@@ -1,4 +1,3 @@
-import json
 import math
 
 import pytest
@@ -200,38 +199,6 @@ def test_frozen_tensors_get_no_gradient_and_never_change():
         optimizer.zero_grad()
     assert all(torch.equal(buffer, frozen[name]) and buffer.grad is None for name, buffer in model.named_buffers())
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-
-
-def test_a_few_updates_bring_real_text_below_its_unigram_entropy():
-    text = torch.tensor(list(json.dumps.__doc__.encode()[:512])).view(8, 64)
-    share = torch.bincount(text.flatten()).double() / 512
-    entropy = float(-(share * share.clamp_min(1e-9).log()).sum())
-    model = LiquidLM(
-        LiquidLMConfig(hidden_size=48, num_layers=1, reservoir_size=96, vocab_size=128, hidden_dropout=0.1)
-    )
-    initialize(model, seed=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
-    documents = Documents.whole_rows(8, 64, "cpu")
-    losses = []
-    for _ in range(60):
-        loss = model.losses(text, documents).cross_entropy / documents.num_labels
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[0] > 4.5 and losses[-1] < entropy - 0.2
-
-
-def test_bf16_weights_are_near_float64():
-    model = small_model(hidden_size=64, reservoir_size=256, connectivity=0.1)
-    fast = small_model(torch.float32, hidden_size=64, reservoir_size=256, connectivity=0.1)
-    for parameter in fast.parameters():
-        parameter.data = parameter.data.bfloat16()
-    model.load_state_dict({name: tensor.double() for name, tensor in fast.state_dict().items()})
-    ids, lengths = torch.randint(0, 40, (2, 32)), [[32], [20, 12]]
-    got, state = fast(ids, doc_lengths=lengths)
-    assert got.dtype == torch.bfloat16 and state.c.dtype == torch.float32
-    assert relative_error(got, model(ids, doc_lengths=lengths)[0]) < 2e-2
 
 
 @pytest.mark.gpu

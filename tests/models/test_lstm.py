@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,31 +59,3 @@ def test_dropout_is_on_every_layers_output_while_training():
     _, other = model(torch.randint(0, 40, (1, 9)))
     assert torch.equal(state.h[:, 1], other.h[:, 1]) and not torch.equal(state.h[:, 0], other.h[:, 0])
     assert (model.eval()(torch.randint(0, 40, (1, 9)))[0] != 0).all()
-
-
-def test_a_few_updates_bring_real_text_below_its_unigram_entropy():
-    text = torch.tensor(list(json.dumps.__doc__.encode()[:512])).view(8, 64)
-    share = torch.bincount(text.flatten()).double() / 512
-    entropy = float(-(share * share.clamp_min(1e-9).log()).sum())
-    model = LSTM(LSTMConfig(hidden_size=48, num_layers=1, vocab_size=128))
-    initialize(model, seed=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    documents = Documents.whole_rows(8, 64, "cpu")
-    losses = []
-    for _ in range(60):
-        loss = model.losses(text, documents).cross_entropy / documents.num_labels
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[0] > 4.5 and losses[-1] < entropy - 0.2
-
-
-def test_bf16_weights_are_near_float64():
-    fast = small_model(torch.float32).bfloat16()
-    model = small_model()
-    model.load_state_dict({name: tensor.double() for name, tensor in fast.state_dict().items()})
-    ids = torch.randint(0, 40, (2, 32))
-    got, state = fast(ids)
-    assert got.dtype == torch.bfloat16 and state.c.dtype == torch.float32
-    assert relative_error(got, model(ids)[0]) < 2e-2
