@@ -340,8 +340,12 @@ class LFM(LanguageModel):
         }
 
     def advance(
-        self, ids: Int[Tensor, "B T"], state: LFMState | None = None, documents: Documents | None = None
+        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
     ) -> tuple[Float[Tensor, "B T D"], LFMState]:
+        if state is not None:
+            caches = state.caches if isinstance(state, LFMState) else []
+            state.check_like(self._state_of_shape(len(ids), caches[0].key.shape[2] if caches else 0))
+            assert isinstance(state, LFMState)
         hidden, state, _ = self.hidden(ids, state=state, documents=documents, keep_state=True)
         assert state is not None
         return hidden, state
@@ -352,6 +356,19 @@ class LFM(LanguageModel):
     def empty_state(self, batch: int) -> None:
         """An empty cache has no tensors."""
         return None
+
+    def _state_of_shape(self, batch: int, length: int) -> LFMState:
+        """A state after `length` tokens without its values."""
+        c = self.config
+
+        def shaped(*shape: int) -> Tensor:
+            return torch.empty(*shape, device="meta")
+
+        key, counts = shaped(batch, c.num_query_groups, length, c.head_size), shaped(batch).long()
+        cache = KeyValueCache(key, key, counts)
+        reservoirs = (batch, c.liquid.num_reservoirs, c.liquid.reservoir_size) if c.liquid is not None else ()
+        liquid = {layer: shaped(*reservoirs) for layer in c.liquid_layers}
+        return LFMState(counts, [cache] * c.num_layers, liquid)
 
     def loss_parts(
         self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
