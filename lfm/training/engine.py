@@ -181,7 +181,10 @@ class Engine(abc.ABC):
     def contract_reservoirs(self) -> bool:
         """Every 100 updates, scale down the masters of trained reservoirs that forget too slowly; whether any was."""
         must_forget = [
-            layer for layer, liquid in self.liquids.items() if liquid.config.must_forget(self.config.seq_length)
+            layer
+            for layer, liquid in self.liquids.items()
+            if isinstance(liquid, Liquid)  # other families' reservoirs are frozen
+            and liquid.config.must_forget(self.config.seq_length)
         ]
         if not must_forget or self.optimizer_step % CONTRACTION_INTERVAL:
             return False

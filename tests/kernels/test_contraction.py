@@ -47,3 +47,4 @@ def test_powers_beyond_every_number_are_scaled_too():
 def test_where_no_factor_helps_nothing_is_scaled():
     assert contraction(_weights(3.0), 0.001, 1.0) == 1  # the leak alone keeps 68 % over 384 steps
     assert contraction(torch.full((1, 3, 3), torch.nan), 0.3, 1.0) == 1
+    assert contraction(_weights(3.0), 0.3, float("nan")) == 1

@@ -10,6 +10,7 @@ from lfm.models.liquidnet import LiquidNetConfig
 from lfm.training.engine import LocalEngine, NonFiniteError
 from lfm.training.optimizer import OptimizerConfig
 from tests.comparison import assert_close
+from tests.models import test_laerc
 from tests.models.test_lfm import small_config
 
 LENGTHS = [[20], [3, 17], [1] * 20, [9, 11]]
@@ -141,6 +142,18 @@ def test_trained_reservoirs_that_no_longer_forget_are_scaled_every_hundred_updat
 def test_other_trained_reservoirs_are_left_alone(number, liquid):
     before, after, warned = _after_update(number, **liquid)
     assert torch.allclose(after, before, atol=1e-9) and not any("forget" in text for text in warned)
+
+
+def test_frozen_reservoirs_of_another_family_train_in_chunks():
+    config = test_laerc.small_model(torch.float32, backend="chunked", chunk_length=8, warmup=32).config
+    engine = LocalEngine(
+        config, OptimizerConfig(lr=1e-2), seed=7, device=torch.device("cpu"), dtype=torch.float32, micro_batch_size=4
+    )
+    assert engine.liquids
+    before = engine.masters["embedding.weight"].detach().clone()
+    engine.forward_backward(_rows() % config.vocab_size, LENGTHS)
+    engine.step(1e-2)
+    assert (engine.masters["embedding.weight"] != before).any()
 
 
 def test_the_update_is_clipped_adamw():

@@ -28,11 +28,12 @@ def contraction(weight: Tensor, leak_rate: float, mean_gain: float) -> Tensor:
     """By what to multiply each of `weight [R, N, N]`, fp64 `[R]`: the largest power of 0.98, up to 1, with which
     `power_norm` after the longest warm-up is at most 5e-4.
 
-    1 where no factor would do: the leak alone keeps more than that, or a weight is not finite.
+    1 where no factor would do: the leak alone keeps more than that, or a weight or the gain is not finite.
     """
     steps = WARMUP_NOTCHES[-1]
     factors = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
-    if (1 - leak_rate) ** steps > MOST_LEFT or not weight.isfinite().all():
+    finite = math.isfinite(mean_gain) and bool(weight.isfinite().all())
+    if (1 - leak_rate) ** steps > MOST_LEFT or not finite:
         return factors
     while True:
         # Overflow is too much as well, and so is a NaN that comes of it.
