@@ -1,13 +1,83 @@
-"""Files that survive a crash, and folders that one process holds alone."""
+"""Files read without trusting what lies there, files that survive a crash, folders that one process holds alone."""
 
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from lfm.errors import UserError
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading, at once whatever lies there.
+
+    Raises UserError naming the file when there is none, or it is a folder, a FIFO, a device or a loop of links, or may
+    not be read.
+    """
+    try:
+        # Opening a FIFO waits for a writer, and some devices wait for ever, but for this flag.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path)} cannot be read ({reason(error)})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{shown(path)} is not a regular file; put the file itself there")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file.  Raises UserError as `open_file` does, and when reading fails."""
+    with open_file(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise UserError(f"{shown(path)} cannot be read ({reason(error)})") from error
+
+
+def exists(path: Path) -> bool:
+    """Whether anything, a broken link too, has this name.
+
+    Raises UserError when that cannot be found out: a folder that may not be searched is not an absent file.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path)} cannot be looked at ({reason(error)})") from error
+    return True
+
+
+def listed(folder: Path) -> list[Path]:
+    """What `folder` holds, by name; nothing when there is no such folder.  Raises UserError when it cannot be read."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(f"folder {shown(folder)} cannot be read ({reason(error)})") from error
+
+
+def shown(path: Path) -> str:
+    """A path as it can be printed anywhere: bytes that are no UTF-8 and control characters escaped, the middle cut."""
+
+    def escaped(character: str) -> str:
+        if character.isprintable():
+            return character
+        code = ord(character)
+        return f"\\x{code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code:02x}"
+
+    text = "".join(map(escaped, str(path)))
+    return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]} ({len(text):,} characters)"
+
+
+def reason(error: BaseException) -> str:
+    """Why the system refused, in its own words, without the path."""
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
 def write_durably(path: Path, data: bytes) -> None:
