@@ -2,8 +2,9 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -11,10 +12,13 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 
+Unit = Literal["label", "row", "document"]
+"""What a term of the loss is a mean over."""
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Document boundaries of a `[B, T]` batch.
+    """Document boundaries of a `[B, T]` batch, and which of its ids may be labels.
 
     `lengths[b]` are the document lengths of row `b`, in order, on the host; they sum to T.  `positions` restart at 0
     with every document.  `row_is_one_document` says that no row holds a boundary inside it.
@@ -23,16 +27,39 @@ class Documents:
     lengths: tuple[tuple[int, ...], ...]
     positions: Int[Tensor, "B T"]
     row_is_one_document: bool
+    labels_by_row: tuple[int, ...]
+    """How many positions of each row have a label, counted on the host."""
+    label_mask: Bool[Tensor, "B T"] | None = None
+    """Whether the id at a position may be a label, beside `positions`; None: every one may."""
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[Sequence[int]], device: torch.device | str) -> "Documents":
-        """Raises ValueError unless every row has the same total length and every document at least one token."""
+    def from_lengths(
+        cls,
+        lengths: Sequence[Sequence[int]],
+        device: torch.device | str,
+        label_mask: Bool[Tensor, "B T"] | None = None,
+    ) -> "Documents":
+        """`label_mask` is on the host.
+
+        Raises ValueError unless every row has the same total length, that of the mask, and every document at least one
+        token.
+        """
         totals = {sum(row) for row in lengths}
         if len(totals) != 1 or any(length < 1 for row in lengths for length in row):
             raise ValueError(f"document lengths must be positive and sum to one row length, not {sorted(totals)}")
         positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
         frozen = tuple(tuple(int(length) for length in row) for row in lengths)
-        return cls(frozen, positions.to(device, non_blocking=True), all(len(row) == 1 for row in frozen))
+        if label_mask is None:
+            counts = [sum(row) - len(row) for row in frozen]
+        elif label_mask.shape != positions.shape:
+            raise ValueError(
+                f"label_mask has shape {list(label_mask.shape)}, the documents fill {list(positions.shape)}"
+            )
+        else:
+            counts = (label_mask & (positions > 0)).sum(1).tolist()
+            label_mask = label_mask.to(device, non_blocking=True)
+        one_each = all(len(row) == 1 for row in frozen)
+        return cls(frozen, positions.to(device, non_blocking=True), one_each, tuple(counts), label_mask)
 
     @classmethod
     def whole_rows(cls, batch: int, seq_length: int, device: torch.device | str) -> "Documents":
@@ -57,21 +84,60 @@ class Documents:
 
     def slice_rows(self, start: int, stop: int) -> "Documents":
         """The documents of rows `start:stop`."""
-        lengths = self.lengths[start:stop]
-        return Documents(lengths, self.positions[start:stop], all(len(row) == 1 for row in lengths))
+        lengths, rows = self.lengths[start:stop], slice(start, stop)
+        mask = self.label_mask[rows] if self.label_mask is not None else None
+        one_each = all(len(row) == 1 for row in lengths)
+        return Documents(lengths, self.positions[rows], one_each, self.labels_by_row[rows], mask)
 
-    def labels(self, ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-        """The next id of the same document; IGNORED_LABEL at the last token of each document."""
+    def labels(self, ids: Int[Tensor, "B T"], ahead: int = 1) -> Int[Tensor, "B T"]:
+        """The id `ahead` tokens on in the same document; IGNORED_LABEL where there is none or it may be no label."""
+        is_label = self.positions[:, ahead:] >= ahead
+        if self.label_mask is not None:
+            is_label = is_label & self.label_mask[:, ahead:]
         labels = torch.full_like(ids, IGNORED_LABEL)
-        labels[:, :-1] = torch.where(self.starts[:, 1:], IGNORED_LABEL, ids[:, 1:])
+        labels[:, :-ahead] = torch.where(is_label, ids[:, ahead:], IGNORED_LABEL)
         return labels
 
     @property
     def num_labels(self) -> int:
         """How many positions have a label, counted on the host."""
-        return sum(length - 1 for row in self.lengths for length in row)
+        return sum(self.labels_by_row)
+
+    @property
+    def counts(self) -> "Counts":
+        """What the terms of a loss are divided by, when these are all rows."""
+        documents = sum(length > 1 for row in self.lengths for length in row)
+        return Counts(labels=self.num_labels, rows=len(self.lengths), documents=documents)
 
     @property
     def attended_pairs(self) -> int:
         """Causal (query, key) pairs inside documents: what the attention core really computes."""
         return sum(length * (length + 1) // 2 for row in self.lengths for length in row)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of labels, rows and documents of two ids or more, on the host: the denominators of a step's means."""
+
+    labels: int
+    rows: int
+    documents: int
+
+    def of(self, unit: Unit) -> int:
+        """Of `label`, `row` or `document`; at least 1, so that a step without any divides by it."""
+        return max(1, {"label": self.labels, "row": self.rows, "document": self.documents}[unit])
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows as a model takes them, on its device."""
+
+    ids: Int[Tensor, "B T"]
+    documents: Documents
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further columns that an objective reads, by name; their first dimension is B."""
+
+    def slice(self, start: int, stop: int) -> "Rows":
+        """Rows `start:stop`: a micro-batch."""
+        extras = {name: column[start:stop] for name, column in self.extras.items()}
+        return Rows(self.ids[start:stop], self.documents.slice_rows(start, stop), extras)

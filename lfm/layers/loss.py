@@ -1,5 +1,6 @@
 """Cross entropy fused with the output projection, a chunk of tokens at a time."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,53 +31,55 @@ def linear_cross_entropy(
     weight: Float[Tensor, "V D"],
     labels: Int[Tensor, " n"],
     *,
+    token_weights: Float[Tensor, " n"] | None = None,
     bias: Float[Tensor, " V"] | None = None,
     shard: VocabularyShard | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over labelled positions of -log softmax(hidden weight^T + bias)[label], in nats, at least fp32.
 
-    Positions labelled IGNORED_LABEL count nothing.  Never holds [n, V]: gradients are formed with the logits.
+    Positions labelled IGNORED_LABEL count nothing; `token_weights`, at least fp32 and constants, multiply the others.
+    Never holds [n, V]: gradients are formed with the logits.
 
     With `shard`, `weight` holds the rows of ids `first_id` on (V may be 0); the sum is the same on all processes, and
     each one's gradient of `hidden` is a summand.  Raises ValueError for `bias` with `shard`.
     """
+    _refuse_cut_bias(bias, shard)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, bias, shard, torch.is_grad_enabled())
+
+
+def linear_token_losses(
+    hidden: Float[Tensor, "n D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, " n"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    shard: VocabularyShard | None = None,
+) -> Float[Tensor, " n"]:
+    """The summands of `linear_cross_entropy` by position, 0 where there is no label.
+
+    For losses that are no plain sum of them: what each is multiplied by is known in backward alone, where the logits
+    are made again, a chunk at a time.
+    """
+    _refuse_cut_bias(bias, shard)
+    return _LinearTokenLosses.apply(hidden, weight, labels, bias, shard)
+
+
+def _refuse_cut_bias(bias: Tensor | None, shard: VocabularyShard | None) -> None:
     if bias is not None and shard is not None:
         raise ValueError("an output projection with a bias has no vocabulary-parallel form; leave out bias or shard")
-    return _LinearCrossEntropy.apply(hidden, weight, labels, bias, shard, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, shard, needs_grad):  # type: ignore[override]
+    def forward(ctx, hidden, weight, labels, token_weights, bias, shard, needs_grad):  # type: ignore[override]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_grad = needs_grad and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.empty(weight.shape, dtype=wide, device=weight.device) if needs_grad else None
-        grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if needs_grad and bias is not None else None
-        rows = len(weight) if shard is None else shard.stored_rows
-        for chunk in torch.arange(len(hidden)).split(_chunk_tokens(hidden.device, rows)):
-            part = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            logits = hidden[part] @ weight.T
-            if bias is not None:
-                logits = logits.to(wide).add_(bias)
-            if shard is None:
-                losses = cross_entropy_(logits, labels[part], gradient=needs_grad)
-            else:
-                losses = _vocabulary_parallel_(logits, labels[part], shard, gradient=needs_grad)
+        gradients = _Gradients(hidden, weight, bias) if needs_grad else None
+        for _, losses in _by_chunk(hidden, weight, labels, token_weights, bias, shard, gradients):
             total += losses.sum()
-            if grad_hidden is None or grad_weight is None:
-                continue
-            if grad_bias is not None:
-                grad_bias += logits.sum(0)
-            grad = logits.to(hidden.dtype)
-            torch.mm(grad, weight, out=grad_hidden[part])
-            beta = 0 if part.start == 0 else 1  # 0: what the first chunk adds to is not read
-            if grad.is_cuda and grad.dtype != wide:
-                torch.addmm(grad_weight, grad.T, hidden[part], beta=beta, out_dtype=wide, out=grad_weight)
-            else:
-                grad_weight.addmm_(grad.T.to(wide), hidden[part].to(wide), beta=beta)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        saved = (gradients.hidden, gradients.weight, gradients.bias) if gradients is not None else (None, None, None)
+        ctx.save_for_backward(*saved)
         ctx.weight_dtype = weight.dtype
         return total
 
@@ -87,10 +90,81 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scaled(grad_hidden, grad, grad_hidden.dtype),
             scaled(grad_weight, grad, ctx.weight_dtype),
             None,
+            None,
             None if grad_bias is None else scaled(grad_bias, grad, ctx.weight_dtype),
             None,
             None,
         )
+
+
+class _LinearTokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, bias, shard):  # type: ignore[override]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        found = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        for part, losses in _by_chunk(hidden, weight, labels, None, bias, shard, None):
+            found[part] = losses
+        ctx.save_for_backward(hidden, weight, labels, bias)
+        ctx.shard = shard
+        return found
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        hidden, weight, labels, bias = ctx.saved_tensors
+        gradients = _Gradients(hidden, weight, bias)
+        for _ in _by_chunk(hidden, weight, labels, grad, bias, ctx.shard, gradients):
+            pass
+        grad_bias = None if gradients.bias is None else gradients.bias.to(weight.dtype)
+        return gradients.hidden, gradients.weight.to(weight.dtype), None, grad_bias, None
+
+
+class _Gradients:
+    """Of the output projection's inputs, a chunk of tokens added after the other; weights' at least in fp32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.hidden = torch.empty_like(hidden)
+        self.weight = torch.empty(weight.shape, dtype=wide, device=weight.device)
+        self.bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if bias is not None else None
+
+    def add(self, part: slice, logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Of tokens `part`, whose `logits` are by now their gradients."""
+        if self.bias is not None:
+            self.bias += logits.sum(0)
+        grad = logits.to(hidden.dtype)
+        torch.mm(grad, weight, out=self.hidden[part])
+        beta = 0 if part.start == 0 else 1  # 0: what the first chunk adds to is not read
+        if grad.is_cuda and grad.dtype != self.weight.dtype:
+            torch.addmm(self.weight, grad.T, hidden[part], beta=beta, out_dtype=self.weight.dtype, out=self.weight)
+        else:
+            self.weight.addmm_(grad.T.to(self.weight.dtype), hidden[part].to(self.weight.dtype), beta=beta)
+
+
+def _by_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    bias: Tensor | None,
+    shard: VocabularyShard | None,
+    gradients: _Gradients | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The losses of one chunk of tokens after the other; their gradients are added to `gradients`, if given."""
+    rows = len(weight) if shard is None else shard.stored_rows
+    for chunk in torch.arange(len(hidden)).split(_chunk_tokens(hidden.device, rows)):
+        part = slice(int(chunk[0]), int(chunk[-1]) + 1)
+        logits = hidden[part] @ weight.T
+        if bias is not None:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).add_(bias)
+        weights = token_weights[part] if token_weights is not None else None
+        how = {"token_weights": weights, "gradient": gradients is not None}
+        if shard is None:
+            losses = cross_entropy_(logits, labels[part], **how)
+        else:
+            losses = _vocabulary_parallel_(logits, labels[part], shard, **how)
+        if gradients is not None:
+            gradients.add(part, logits, hidden, weight)
+        yield part, losses
 
 
 def _chunk_tokens(device: torch.device, vocabulary: int) -> int:
@@ -99,7 +173,9 @@ def _chunk_tokens(device: torch.device, vocabulary: int) -> int:
     return tokens - tokens % 256 if tokens > 256 else tokens
 
 
-def _vocabulary_parallel_(logits: Tensor, labels: Tensor, shard: VocabularyShard, *, gradient: bool) -> Tensor:
+def _vocabulary_parallel_(
+    logits: Tensor, labels: Tensor, shard: VocabularyShard, *, token_weights: Tensor | None, gradient: bool
+) -> Tensor:
     """As `cross_entropy_`, of logits `[n, V]` whose columns are cut over the shard's group; the losses are the same on
     all processes."""
     n, V = logits.shape
@@ -116,5 +192,7 @@ def _vocabulary_parallel_(logits: Tensor, labels: Tensor, shard: VocabularyShard
     if gradient and V:
         softmax = wide.sub_(log_normalizer[:, None]).exp_()
         softmax.scatter_add_(1, label, -here.to(wide.dtype)[:, None])
-        logits.copy_(softmax.mul_(kept[:, None]))
-    return (log_normalizer - label_logit) * kept
+        softmax.mul_(kept[:, None])
+        logits.copy_(softmax if token_weights is None else softmax.mul_(token_weights[:, None]))
+    losses = (log_normalizer - label_logit) * kept
+    return losses if token_weights is None else losses * token_weights

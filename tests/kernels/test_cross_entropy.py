@@ -42,6 +42,27 @@ def test_the_kernel_equals_the_definition(n, V, dtype, bounds):
     _compare(n, V, dtype, bounds)
 
 
+@pytest.mark.parametrize("n, V", [(5, 300), (3, 20_011)])
+def test_weights_of_rows_multiply_losses_and_gradients(n, V):
+    logits = torch.randn(n, V, device=DEVICE)
+    labels, weights = torch.randint(0, V, (n,), device=DEVICE), torch.randn(n, device=DEVICE)
+    labels[0], weights[1] = -100, 0.0
+    want = {name: value.detach() for name, value in _truth(logits, labels).items()}
+    for backend in ("triton", "reference"):
+        gradient = logits.clone()
+        losses = cross_entropy_(gradient, labels, token_weights=weights, backend=backend)
+        weighted = {"losses": want["losses"] * weights, "gradient": want["gradient"] * weights[:, None]}
+        assert_close({"losses": losses, "gradient": gradient}, weighted, 1e-6)
+        assert losses[0] == 0 and (gradient[:2] == 0).all()
+
+
+def test_weights_of_another_shape_or_dtype_are_refused():
+    logits, labels = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    for weights in (torch.ones(2), torch.ones(3, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="token_weights is"):
+            cross_entropy_(logits, labels, token_weights=weights)
+
+
 def test_logits_far_apart_stay_finite():
     logits = torch.full((2, 300), -1e4, device=DEVICE)
     logits[:, 7] = 1e4

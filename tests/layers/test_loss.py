@@ -5,8 +5,9 @@ import torch.nn.functional as F
 
 from lfm.layers import loss as loss_module
 from lfm.layers.documents import IGNORED_LABEL
-from lfm.layers.loss import VocabularyShard, linear_cross_entropy
+from lfm.layers.loss import VocabularyShard, linear_cross_entropy, linear_token_losses
 from tests.comparison import assert_close
+from tests.ranks import run_on_ranks
 
 
 def _outputs_and_grads(fn, hidden, weight, labels, bias=None):
@@ -32,6 +33,86 @@ def test_equals_cross_entropy_of_the_whole_logits(dtype, bound, chunk_elements, 
 
     want = _outputs_and_grads(whole, hidden, weight, labels, bias)
     assert_close(_outputs_and_grads(linear_cross_entropy, hidden, weight, labels, bias), want, bound)
+
+
+def _problem(with_bias=False, dtype=torch.float64):
+    """Hidden states, weight, labels, bias and weights of tokens, negative and zero ones among them."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype, generator=generator)
+
+    labels = torch.randint(0, 30, (11,), generator=generator)
+    labels[[0, 4, 10]] = IGNORED_LABEL
+    token_weights = draw(11).index_fill_(0, torch.tensor([2]), 0.0)
+    return draw(11, 8), draw(30, 8), labels, draw(30) if with_bias else None, token_weights
+
+
+def _whole_token_losses(hidden, weight, labels, bias=None):
+    return F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="none", ignore_index=IGNORED_LABEL)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("chunk_elements", [2**24, 60])
+def test_weights_of_tokens_multiply_losses_and_gradients(chunk_elements, with_bias, monkeypatch):
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    *inputs, token_weights = _problem(with_bias)
+    want = _outputs_and_grads(lambda *a, **k: (_whole_token_losses(*a, **k) * token_weights).sum(), *inputs)
+    got = _outputs_and_grads(lambda *a, **k: linear_cross_entropy(*a, token_weights=token_weights, **k), *inputs)
+    assert_close(got, want, 1e-13)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("chunk_elements", [2**24, 60])
+def test_losses_by_token_take_any_function_of_them(chunk_elements, with_bias, monkeypatch):
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    *inputs, _ = _problem(with_bias)
+    want = _outputs_and_grads(lambda *a, **k: _whole_token_losses(*a, **k)[:7].sum().tanh(), *inputs)
+    got = _outputs_and_grads(lambda *a, **k: linear_token_losses(*a, **k)[:7].sum().tanh(), *inputs)
+    assert_close(got, want, 1e-12)
+
+
+def test_losses_by_token_sum_to_the_cross_entropy():
+    hidden, weight, labels, bias, _ = _problem(True)
+    losses = linear_token_losses(hidden, weight, labels, bias=bias)
+    assert (losses[labels == IGNORED_LABEL] == 0).all()
+    assert_close({"sum": losses.sum()}, {"sum": linear_cross_entropy(hidden, weight, labels, bias=bias)}, 1e-14)
+
+
+def _on_a_cut_vocabulary(rank):
+    """This process's part of what a cut vocabulary computes, of a weighted sum and of a function of single losses."""
+    hidden, weight, labels, _, token_weights = _problem()
+    rows = 16  # of 30: the second process has two rows of padding, which it does not multiply
+    shard, own = VocabularyShard(dist.group.WORLD, rank * rows, rows), weight[rank * rows : (rank + 1) * rows]
+
+    def weighted(*inputs):
+        return linear_cross_entropy(*inputs, token_weights=token_weights, shard=shard)
+
+    def function(*inputs):
+        return linear_token_losses(*inputs, shard=shard)[:7].sum().tanh()
+
+    return [
+        {n: t.detach().tolist() for n, t in _outputs_and_grads(fn, hidden, own, labels).items()}
+        for fn in (weighted, function)
+    ]
+
+
+def test_a_cut_vocabulary_gives_the_whole_ones_weighted_and_single_losses():
+    hidden, weight, labels, _, token_weights = _problem()
+    wants = [
+        _outputs_and_grads(lambda *a: (_whole_token_losses(*a) * token_weights).sum(), hidden, weight, labels),
+        _outputs_and_grads(lambda *a: _whole_token_losses(*a)[:7].sum().tanh(), hidden, weight, labels),
+    ]
+    ranks = run_on_ranks(_on_a_cut_vocabulary, 2)
+    for number, want in enumerate(wants):
+        first, second = ({n: torch.tensor(t, dtype=torch.float64) for n, t in r[number].items()} for r in ranks)
+        assert_close({"loss": first["loss"]}, {"loss": second["loss"]}, 1e-15)
+        got = {
+            "loss": first["loss"],
+            "hidden": first["hidden"] + second["hidden"],  # each has a summand
+            "weight": torch.cat([first["weight"], second["weight"]]),
+        }
+        assert_close(got, want, 1e-12)
 
 
 def test_a_bias_alone_is_trained():
@@ -90,6 +171,23 @@ def test_the_fused_head_equals_float64():
     want = _outputs_and_grads(linear_cross_entropy, hidden.double(), weight.double(), labels)
     assert_close({"loss": got.pop("loss")}, {"loss": want.pop("loss")}, 1e-4)
     assert_close(got, want, 5e-3)
+
+
+@pytest.mark.gpu
+def test_the_fused_head_with_weights_and_by_token_equals_float64():
+    hidden, weight = torch.randn(3000, 256).bfloat16().cuda(), (torch.randn(70_001, 256) / 8).bfloat16().cuda()
+    labels = torch.randint(0, len(weight), (len(hidden),)).cuda()
+    labels[::7] = IGNORED_LABEL
+    factors = torch.randn(len(hidden)).cuda()
+    for fn in (
+        lambda *a: linear_cross_entropy(*a, token_weights=factors),
+        lambda *a: (linear_token_losses(*a) * factors).sum(),
+    ):
+        got = _outputs_and_grads(fn, hidden, weight, labels)
+        want = _outputs_and_grads(fn, hidden.double(), weight.double(), labels)
+        scale = linear_token_losses(hidden.double(), weight.double(), labels).abs().sum()
+        assert (got.pop("loss") - want.pop("loss")).abs() < 1e-4 * scale
+        assert_close(got, want, 5e-3)
 
 
 @pytest.mark.gpu

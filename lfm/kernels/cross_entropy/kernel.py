@@ -16,10 +16,12 @@ SCALED_BLOCK, SCALED_WARPS = 4096, 8
 def _cross_entropy_kernel(
     logits,
     labels,
+    token_weights,
     losses,
     stride,
     V,
     GRADIENT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
 ):
@@ -44,7 +46,12 @@ def _cross_entropy_kernel(
     row_top = tl.max(top, 0)
     log_normalizer = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), 0))
     kept = label >= 0
-    tl.store(losses + row, tl.where(kept, log_normalizer - label_logit, 0.0))
+    loss = log_normalizer - label_logit
+    weight = 1.0
+    if WEIGHTED:
+        weight = tl.load(token_weights + row).to(tl.float32)
+        loss *= weight
+    tl.store(losses + row, tl.where(kept, loss, 0.0))
 
     if GRADIENT:
         for i in range(num_tiles):
@@ -53,16 +60,22 @@ def _cross_entropy_kernel(
             x = tl.load(logits + column, column < V, other=-float("inf"), eviction_policy="evict_first").to(tl.float32)
             softmax = tl.exp(x - log_normalizer)
             grad = tl.where(column == label, softmax - 1, softmax)
+            if WEIGHTED:
+                grad *= weight
             tl.store(logits + column, tl.where(kept, grad, 0.0), column < V, eviction_policy="evict_first")
 
 
-def cross_entropy_kernel_(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+def cross_entropy_kernel_(
+    logits: Tensor, labels: Tensor, gradient: bool, token_weights: Tensor | None = None
+) -> Tensor:
     """As `op.cross_entropy_`; logits with any row stride."""
     assert logits.stride(1) == 1 or logits.shape[1] == 1, logits.stride()
     n, V = logits.shape
     losses = torch.empty(n, dtype=torch.float32, device=logits.device)
     if n:
-        arguments = (logits, labels.contiguous(), losses, logits.stride(0), V, gradient)
+        weighted = token_weights is not None
+        weights = token_weights.contiguous() if weighted else losses  # not read
+        arguments = (logits, labels.contiguous(), weights, losses, logits.stride(0), V, gradient, weighted)
         _cross_entropy_kernel[(n,)](*arguments, LANES, PER_LANE, num_warps=NUM_WARPS)
     return losses
 

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def cross_entropy_reference_(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+def cross_entropy_reference_(
+    logits: Tensor, labels: Tensor, gradient: bool, token_weights: Tensor | None = None
+) -> Tensor:
     kept = labels >= 0
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     label = labels.masked_fill(~kept, 0)[:, None]
@@ -13,9 +15,11 @@ def cross_entropy_reference_(logits: Tensor, labels: Tensor, gradient: bool) -> 
     if gradient:
         softmax = wide.sub_(log_normalizer[:, None]).exp_()
         softmax.scatter_add_(1, label, -kept.to(wide.dtype)[:, None]).mul_(kept[:, None])
+        if token_weights is not None:
+            softmax.mul_(token_weights[:, None])
         if softmax is not logits:
             logits.copy_(softmax)
-    return losses
+    return losses if token_weights is None else losses * token_weights
 
 
 def scaled_reference(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
