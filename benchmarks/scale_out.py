@@ -161,8 +161,9 @@ def measure(
         seconds.append(engine.synchronize() - start)
         schedule.append(middle - start)
         stage.append(in_stage())
-        losses.append(result.cross_entropy)
-        imbalance.append(statistics.mean(max(load) * len(load) / sum(load) for load in result.load))
+        losses.append(result.terms["cross_entropy"])
+        loads = result.measured["expert_load"].values()
+        imbalance.append(statistics.mean(max(load) * len(load) / sum(load) for load in loads))
         pairs = result.attended_pairs
 
     one_step()

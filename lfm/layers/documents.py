@@ -1,5 +1,6 @@
 """Where documents lie in a batch of packed rows: the one source of positions, resets, attention masks and labels."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -136,6 +137,15 @@ class Rows:
     documents: Documents
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Further columns that an objective reads, by name; their first dimension is B."""
+
+    def columns(self, start: int, stop: int) -> "Rows":
+        """Positions `start:stop` of every row, for what looks at ids and their labels alone: a document that began
+        before them goes on with the positions that it had."""
+        positions = self.documents.positions[:, start:stop]
+        mask = self.documents.label_mask
+        mask = mask[:, start:stop] if mask is not None else None
+        window = dataclasses.replace(self.documents, positions=positions, label_mask=mask)
+        return Rows(self.ids[:, start:stop], window, self.extras)
 
     def slice(self, start: int, stop: int) -> "Rows":
         """Rows `start:stop`: a micro-batch."""

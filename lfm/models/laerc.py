@@ -11,17 +11,17 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
-from lfm.layers.documents import Documents
-from lfm.layers.loss import linear_cross_entropy
+from lfm.layers.documents import Documents, Rows
+from lfm.layers.head import Head, Hidden
 from lfm.models.language_model import (
     FamilyConfig,
     LanguageModel,
-    Losses,
     ParameterCounts,
     Recompute,
     State,
     generator_of,
 )
+from lfm.models.losses import Losses, Measured, Objective, reservoir_measured, reservoir_measurements
 
 
 class LAERCConfig(FamilyConfig):
@@ -100,6 +100,10 @@ class LAERCConfig(FamilyConfig):
     @property
     def reservoir_warmup(self) -> int:
         return self.warmup if self.reservoir_layers else 0
+
+    @property
+    def measured(self) -> tuple[Measured, ...]:
+        return reservoir_measured(self.reservoir_layers)
 
     @property
     def run_name(self) -> str:
@@ -260,6 +264,7 @@ class LAERC(LanguageModel):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.head = Head(config.hidden_size, config.vocab_size, tied_to=self.embedding)
 
     @property
     def liquids(self) -> dict[int, Reservoir]:
@@ -274,9 +279,6 @@ class LAERC(LanguageModel):
             assert isinstance(state, LAERCState)
         return self._hidden(ids, state, documents, {})
 
-    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        return hidden @ self.embedding.weight.T
-
     def empty_state(self, batch: int) -> LAERCState:
         c, weight = self.config, self.embedding.weight
         layers = c.num_layers if c.use_reservoir else 0
@@ -285,14 +287,11 @@ class LAERC(LanguageModel):
             [torch.zeros(batch, c.reservoir_size, dtype=wide, device=weight.device) for _ in range(layers)]
         )
 
-    def loss_parts(
-        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
-    ) -> Iterator[Losses]:
+    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
         stats = {layer: RecurrenceStats() for layer in self.config.reservoir_layers}
-        hidden, _ = self._hidden(ids, None, documents, stats)
-        labels = documents.labels(ids).flatten()
-        cross_entropy = linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, labels)
-        yield Losses(cross_entropy=cross_entropy, recurrence=stats)
+        hidden, _ = self._hidden(rows.ids, None, rows.documents, stats)
+        sums = objective.sums(Hidden(hidden), self.head, rows)
+        yield Losses(sums, lambda: reservoir_measurements(stats))
 
     def _hidden(
         self,

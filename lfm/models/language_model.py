@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lfm.config import Config
-from lfm.kernels.reservoir import RecurrenceStats
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Documents, Rows
+from lfm.layers.head import Head
 from lfm.models.global_names import global_views
+from lfm.models.losses import Losses, Measured, Objective, Term
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -45,6 +46,16 @@ class FamilyConfig(Config, abc.ABC):
     def reservoir_warmup(self) -> int:
         """Warm-up of those layers at the first step."""
         return 0
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Summands of the loss that layers add to an objective's."""
+        return ()
+
+    @property
+    def measured(self) -> tuple[Measured, ...]:
+        """What layers are measured by while they train."""
+        return ()
 
     @property
     def run_name(self) -> str:
@@ -80,16 +91,6 @@ class ParameterCounts:
             f"active {self.active:,} (non-embedding {self.active_non_embedding:,})  "
             f"vocabulary padding {self.padding:,} (not counted)"
         )
-
-
-@dataclass
-class Losses:
-    """Sums over one micro-batch, so that adding micro-batches and ranks, then dividing once, is exact."""
-
-    cross_entropy: Float[Tensor, ""]
-    """Sum over labelled positions, nats."""
-    recurrence: dict[int, RecurrenceStats] = field(default_factory=dict)
-    """Of `config.reservoir_layers`."""
 
 
 AnyState = TypeVar("AnyState", bound="State")
@@ -181,6 +182,7 @@ class LanguageModel(nn.Module, abc.ABC):
 
     config: Any
     embedding: nn.Embedding
+    head: Head
     evaluation_modes: ClassVar[tuple[str, ...]] = ()
     """Ways to run the same weights that every validation tells apart; see `evaluating`."""
     evaluation_mode: str = ""
@@ -196,19 +198,17 @@ class LanguageModel(nn.Module, abc.ABC):
         sequence into calls gives the same.  Raises ValueError for the state of another model or batch.
         """
 
-    @abc.abstractmethod
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Of `vocab_size` ids: padded ones have none."""
+        return self.head.logits(hidden)
 
     @abc.abstractmethod
     def empty_state(self, batch: int) -> State | None:
         """The state of the empty prefix, which `state=None` means; None where it cannot be written down."""
 
     @abc.abstractmethod
-    def loss_parts(
-        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
-    ) -> Iterator[Losses]:
-        """Next-token losses of packed rows in summands, each differentiated before the next is asked for.
+    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
+        """Losses of packed rows in summands, each differentiated before the next is asked for.
 
         One summand for most families; truncated backpropagation yields one a window, so that memory is a window's.
         """
@@ -244,12 +244,12 @@ class LanguageModel(nn.Module, abc.ABC):
         hidden, state = self.advance(ids, state, documents)
         return self.logits(hidden), state
 
-    def losses(self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none") -> Losses:
+    def losses(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Losses:
         """The sum of `loss_parts` as one value; with gradients, it holds the memory of all of them."""
-        parts = list(self.loss_parts(ids, documents, recompute=recompute))
+        parts = list(self.loss_parts(rows, objective, recompute=recompute))
         if len(parts) == 1:
             return parts[0]
-        return Losses(cross_entropy=torch.stack([part.cross_entropy for part in parts]).sum())
+        return Losses({name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums})
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

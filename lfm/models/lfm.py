@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
 from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Documents, Rows
+from lfm.layers.head import Head, Hidden
 from lfm.layers.liquid import Liquid, LiquidConfig
-from lfm.layers.loss import VocabularyShard, linear_cross_entropy
 from lfm.layers.moe import MoE, Routing
 from lfm.layers.norm import RMSNorm
 from lfm.layers.parts import PLAIN, Parts
@@ -22,11 +22,19 @@ from lfm.layers.rotary import rotary_tables
 from lfm.models.language_model import (
     FamilyConfig,
     LanguageModel,
-    Losses,
     ParameterCounts,
     Recompute,
     State,
     generator_of,
+)
+from lfm.models.losses import (
+    Losses,
+    Measured,
+    Measurements,
+    Objective,
+    Term,
+    reservoir_measured,
+    reservoir_measurements,
 )
 
 
@@ -100,6 +108,18 @@ class LFMConfig(FamilyConfig):
     @property
     def reservoir_warmup(self) -> int:
         return self.liquid.warmup if self.liquid else 0
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        return (
+            Term("balance_loss", "row", self.moe_aux_loss_coeff),
+            Term("z_loss", "row", self.moe_z_loss_coeff),
+        )
+
+    @property
+    def measured(self) -> tuple[Measured, ...]:
+        load = Measured("expert_load", "sum", tuple(range(self.num_layers)), width=self.num_moe_experts)
+        return (load, *reservoir_measured(self.liquid_layers))
 
     @property
     def liquid_layers(self) -> tuple[int, ...]:
@@ -208,19 +228,18 @@ class LFMState(State):
 class Diagnostics:
     """Auxiliary terms and measurements of one forward pass, by layer."""
 
-    balance: list[Float[Tensor, " B"]]
-    z: list[Float[Tensor, " B"]]
-    load: list[Int[Tensor, " E"]]
+    routing: dict[int, Routing]
     recurrence: dict[int, RecurrenceStats]
 
+    def sums(self, num_layers: int) -> dict[str, Float[Tensor, ""]]:
+        """Over rows, of the mean over all layers of the model: the summands of the layers that are here."""
+        balance = torch.stack([routing.balance_loss for routing in self.routing.values()])
+        z = torch.stack([routing.z_loss for routing in self.routing.values()])
+        return {"balance_loss": balance.sum() / num_layers, "z_loss": z.sum() / num_layers}
 
-@dataclass(kw_only=True)
-class LFMLosses(Losses):
-    balance: Float[Tensor, ""]
-    """Sum over rows of the mean over layers."""
-    z: Float[Tensor, ""]
-    """Sum over rows of the mean over layers."""
-    load: Int[Tensor, "L E"]
+    def measure(self) -> Measurements:
+        load = {layer: routing.load for layer, routing in self.routing.items()}
+        return {"expert_load": load, **reservoir_measurements(self.recurrence)}
 
 
 class Block(nn.Module):
@@ -320,15 +339,13 @@ class LFM(LanguageModel):
         self.layers = nn.ModuleDict({str(layer): Block(config, layer, parts) for layer in layers})
         if self.is_last:
             self.final_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-            if not tied:
-                self.head = parts.output_projection(config.hidden_size, config.padded_vocab_size)
-
-    @property
-    def head_weight(self) -> Float[Tensor, "V D"]:
-        """The output projection without the padded rows: padded ids have no logits at all."""
-        tied = not self.config.untie_embeddings_and_output_weights
-        stored = (self.embedding if tied else self.head).weight
-        return stored[: max(0, self.config.vocab_size - self.parts.tensor_rank * len(stored))]
+            self.head = Head(
+                config.hidden_size,
+                config.vocab_size,
+                stored_rows=config.padded_vocab_size,
+                tied_to=self.embedding if tied else None,
+                parts=parts,
+            )
 
     @property
     def liquids(self) -> dict[int, Liquid]:
@@ -350,9 +367,6 @@ class LFM(LanguageModel):
         assert state is not None
         return hidden, state
 
-    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        return hidden @ self.head_weight.T
-
     def empty_state(self, batch: int) -> None:
         """An empty cache has no tensors."""
         return None
@@ -370,38 +384,18 @@ class LFM(LanguageModel):
         liquid = {layer: shaped(*reservoirs) for layer in c.liquid_layers}
         return LFMState(counts, [cache] * c.num_layers, liquid)
 
-    def loss_parts(
-        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
-    ) -> Iterator[LFMLosses]:
-        x, _, diagnostics = self.run_layers(self.embedding(ids), documents=documents, recompute=recompute)
-        losses = self.layer_losses(diagnostics)
-        losses.cross_entropy = self.cross_entropy(x, ids, documents)
-        yield losses
+    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
+        x, _, found = self.run_layers(self.embedding(rows.ids), documents=rows.documents, recompute=recompute)
+        yield Losses(self.objective_sums(x, rows, objective) | found.sums(self.config.num_layers), found.measure)
 
     def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
         return initial_tensor(name, shape, self.config, seed)
 
-    def layer_losses(self, diagnostics: "Diagnostics") -> LFMLosses:
-        """What the layers that are here contribute, with a cross entropy of 0."""
-        balance, z = torch.stack(diagnostics.balance), torch.stack(diagnostics.z)
-        return LFMLosses(
-            cross_entropy=balance.new_zeros(()),
-            balance=balance.sum() / self.config.num_layers,
-            z=z.sum() / self.config.num_layers,
-            load=torch.stack(diagnostics.load),
-            recurrence=diagnostics.recurrence,
-        )
-
-    def cross_entropy(
-        self, x: Float[Tensor, "B T D"], ids: Int[Tensor, "B whole_T"], documents: Documents
-    ) -> Float[Tensor, ""]:
-        """Sum over labels, nats, from the last layer's output."""
-        hidden = self.parts.whole_sequence(self.final_norm(x), partial_gradients=True)
-        labels, shard = documents.labels(ids), None
-        if self.parts.tensor_group is not None:
-            rows = self.config.padded_vocab_size // self.parts.tensor_size
-            shard = VocabularyShard(self.parts.tensor_group, self.parts.tensor_rank * rows, rows)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels.flatten(), shard=shard)
+    def objective_sums(
+        self, x: Float[Tensor, "B T D"], rows: Rows, objective: Objective
+    ) -> dict[str, Float[Tensor, ""]]:
+        """From the last layer's output."""
+        return objective.sums(Hidden(self.final_norm(x), self.parts), self.head, rows)
 
     def hidden(
         self,
@@ -441,7 +435,7 @@ class LFM(LanguageModel):
             base=self.config.rotary_base,
             dtype=torch.promote_types(x.dtype, torch.float32),
         )
-        found = Diagnostics([], [], [], {layer: RecurrenceStats() for layer in self.liquids})
+        found = Diagnostics({}, {layer: RecurrenceStats() for layer in self.liquids})
         caches: list[KeyValueCache | None] = []
         liquid: dict[int, Tensor] = {}
         run = _checkpointed if recompute == "full" else _plain
@@ -464,9 +458,7 @@ class LFM(LanguageModel):
             caches.append(cache)
             if liquid_state is not None:
                 liquid[layer] = liquid_state
-            found.balance.append(routing.balance_loss)
-            found.z.append(routing.z_loss)
-            found.load.append(routing.load)
+            found.routing[layer] = routing
         new_state = None
         if keep_state:
             new_state = LFMState(positions[:, -1] + 1, [cache for cache in caches if cache is not None], liquid)

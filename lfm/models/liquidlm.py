@@ -11,18 +11,18 @@ from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from lfm.layers.documents import Documents
-from lfm.layers.loss import linear_cross_entropy
+from lfm.layers.documents import Documents, Rows
+from lfm.layers.head import Head, Hidden
 from lfm.layers.lstm import StackedLSTM, lstm_parameters
 from lfm.models.language_model import (
     FamilyConfig,
     LanguageModel,
-    Losses,
     ParameterCounts,
     Recompute,
     State,
     generator_of,
 )
+from lfm.models.losses import Losses, Objective
 
 
 class LiquidLMConfig(FamilyConfig):
@@ -135,7 +135,7 @@ class LiquidLM(LanguageModel):
             config.reservoir_size, config.hidden_size, num_layers=config.num_layers, dropout=config.hidden_dropout
         )
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.head = Head(config.hidden_size, config.vocab_size, bias=True)
 
     def advance(
         self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
@@ -159,9 +159,6 @@ class LiquidLM(LanguageModel):
         y = F.dropout(self.final_norm(o), dropout, self.training)
         return y, LiquidLMState(h, c, positions[:, -1] + 1)
 
-    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        return self.head(hidden)
-
     def empty_state(self, batch: int) -> LiquidLMState:
         weight = self.embedding.weight
         zeros = torch.zeros(
@@ -173,12 +170,9 @@ class LiquidLM(LanguageModel):
         )
         return LiquidLMState(zeros, zeros, torch.zeros(batch, dtype=torch.int64, device=weight.device))
 
-    def loss_parts(
-        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
-    ) -> Iterator[Losses]:
-        hidden, _ = self.advance(ids, documents=documents)
-        labels = documents.labels(ids).flatten()
-        yield Losses(linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, labels, bias=self.head.bias))
+    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
+        hidden, _ = self.advance(rows.ids, documents=rows.documents)
+        yield Losses(objective.sums(Hidden(hidden), self.head, rows))
 
     def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
         """

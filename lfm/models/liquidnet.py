@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lfm.layers.diagonal_liquid import LONGEST_HALF_LIFE, DiagonalLiquid, initial_delta_bias
-from lfm.layers.documents import Documents
-from lfm.layers.loss import linear_cross_entropy
+from lfm.layers.documents import Documents, Rows
+from lfm.layers.head import Head, Hidden
 from lfm.layers.mlp import SwiGLU
 from lfm.layers.norm import RMSNorm
 from lfm.models.language_model import (
     FamilyConfig,
     LanguageModel,
-    Losses,
     ParameterCounts,
     Recompute,
     State,
     generator_of,
 )
+from lfm.models.losses import Losses, Objective
 
 
 class LiquidNetConfig(FamilyConfig):
@@ -109,11 +109,12 @@ class LiquidNet(LanguageModel):
         self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
-
-    @property
-    def head_weight(self) -> Float[Tensor, "V D"]:
-        """The embedding without its padded rows: padded ids have no logits at all."""
-        return self.embedding.weight[: self.config.vocab_size]
+        self.head = Head(
+            config.hidden_size,
+            config.vocab_size,
+            stored_rows=config.padded_vocab_size,
+            tied_to=self.embedding,
+        )
 
     def advance(
         self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
@@ -127,21 +128,15 @@ class LiquidNet(LanguageModel):
         hidden, finals = self._run(ids, before, documents.starts if documents is not None else None)
         return hidden, LiquidNetState(finals)
 
-    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        return hidden @ self.head_weight.T
-
     def empty_state(self, batch: int) -> LiquidNetState:
         weight, c = self.embedding.weight, self.config
         dtype = torch.promote_types(weight.dtype, torch.float32)
         zeros = [torch.zeros(batch, c.hidden_size, dtype=dtype, device=weight.device) for _ in range(c.num_layers)]
         return LiquidNetState(zeros)
 
-    def loss_parts(
-        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
-    ) -> Iterator[Losses]:
-        hidden, _ = self._run(ids, None, documents.starts, recompute)
-        labels = documents.labels(ids).flatten()
-        yield Losses(cross_entropy=linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels))
+    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
+        hidden, _ = self._run(rows.ids, None, rows.documents.starts, recompute)
+        yield Losses(objective.sums(Hidden(hidden), self.head, rows))
 
     def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
         """The whole initial value of the tensor with this global name, at least fp32, from (seed, name) alone.

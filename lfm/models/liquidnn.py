@@ -13,19 +13,19 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from lfm.errors import UserError
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Documents, Rows
+from lfm.layers.head import Head, Hidden
 from lfm.layers.liquid_cell import Integrator, LiquidCell, Traces
-from lfm.layers.loss import linear_cross_entropy
 from lfm.layers.plastic_synapse import TraceMode
 from lfm.models.language_model import (
     FamilyConfig,
     LanguageModel,
-    Losses,
     ParameterCounts,
     Recompute,
     State,
     generator_of,
 )
+from lfm.models.losses import Losses, Objective
 
 
 class LiquidNNConfig(FamilyConfig):
@@ -170,6 +170,7 @@ class MiniLiquidGPT(LanguageModel):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(c.hidden_size, c.layernorm_epsilon) for _ in range(c.num_layers))
         self.final_norm = nn.LayerNorm(c.hidden_size, c.layernorm_epsilon)
+        self.head = Head(c.hidden_size, c.vocab_size, tied_to=self.embedding)
 
     def advance(
         self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
@@ -186,9 +187,6 @@ class MiniLiquidGPT(LanguageModel):
         assert isinstance(state, LiquidNNState)
         return self._run(ids, state, state.position[:, None] + torch.arange(T, device=ids.device), ())
 
-    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        return hidden @ self.embedding.weight.T
-
     def empty_state(self, batch: int) -> LiquidNNState:
         c, weight = self.config, self.embedding.weight
 
@@ -203,22 +201,22 @@ class MiniLiquidGPT(LanguageModel):
             traces=[Traces(zeros(D, D), zeros(D, D)) for _ in range(c.num_deep)],
         )
 
-    def loss_parts(
-        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
-    ) -> Iterator[Losses]:
-        labels, state = documents.labels(ids), self.empty_state(len(ids))
-        columns = _first_columns(documents)
+    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
+        if not objective.by_position:
+            raise ValueError(f"{type(objective).__name__} is of whole rows, and windows are differentiated one by one")
+        state, columns = self.empty_state(len(rows.ids)), _first_columns(rows.documents)
         # The last token of a row has no label, so nothing needs its output.
-        end = max(1, ids.shape[1] - 1)
+        end = max(1, rows.ids.shape[1] - 1)
         for start in range(0, end, self.config.bptt_window):
-            window = slice(start, min(start + self.config.bptt_window, end))
+            stop = min(start + self.config.bptt_window, end)
+            window = rows.columns(start, stop + 1)  # with the id that is the last one's label
             hidden, state = self._run(
-                ids[:, window],
+                rows.ids[:, start:stop],
                 state.detach(),
-                documents.positions[:, window],
+                rows.documents.positions[:, start:stop],
                 {column - start for column in columns},
             )
-            yield Losses(linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, labels[:, window].flatten()))
+            yield Losses(objective.sums(Hidden(hidden), self.head, window))
 
     def start_step(self, step: int, total_steps: int) -> None:
         self.plastic = step >= int(total_steps * self.config.plastic_from)

@@ -10,19 +10,19 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from lfm.layers.documents import Documents
-from lfm.layers.loss import linear_cross_entropy
+from lfm.layers.documents import Documents, Rows
+from lfm.layers.head import Head, Hidden
 from lfm.layers.lstm import StackedLSTM, lstm_parameters
 from lfm.layers.norm import RMSNorm
 from lfm.models.language_model import (
     FamilyConfig,
     LanguageModel,
-    Losses,
     ParameterCounts,
     Recompute,
     State,
     generator_of,
 )
+from lfm.models.losses import Losses, Objective
 
 
 class LSTMConfig(FamilyConfig):
@@ -65,6 +65,7 @@ class LSTM(LanguageModel):
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.lstm = StackedLSTM(D, D, num_layers=config.num_layers, dropout=config.hidden_dropout)
         self.final_norm = RMSNorm(D, eps=config.layernorm_epsilon)
+        self.head = Head(D, config.vocab_size, tied_to=self.embedding)
 
     def advance(
         self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
@@ -74,9 +75,6 @@ class LSTM(LanguageModel):
             assert isinstance(state, LSTMState)
         o, (h, c) = self.lstm(self.embedding(ids), state=(state.h, state.c) if state else None, documents=documents)
         return self.final_norm(F.dropout(o, self.config.hidden_dropout, self.training)), LSTMState(h, c)
-
-    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        return hidden @ self.embedding.weight.T
 
     def empty_state(self, batch: int) -> LSTMState:
         weight = self.embedding.weight
@@ -89,12 +87,9 @@ class LSTM(LanguageModel):
         )
         return LSTMState(zeros, zeros)
 
-    def loss_parts(
-        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
-    ) -> Iterator[Losses]:
-        hidden, _ = self.advance(ids, documents=documents)
-        labels = documents.labels(ids).flatten()
-        yield Losses(linear_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, labels))
+    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
+        hidden, _ = self.advance(rows.ids, documents=rows.documents)
+        yield Losses(objective.sums(Hidden(hidden), self.head, rows))
 
     def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
         """

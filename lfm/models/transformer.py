@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
-from lfm.layers.documents import Documents
-from lfm.layers.loss import linear_cross_entropy
+from lfm.layers.documents import Documents, Rows
+from lfm.layers.head import Head, Hidden
 from lfm.layers.mlp import SwiGLU
 from lfm.layers.norm import RMSNorm
 from lfm.layers.rotary import rotary_tables
 from lfm.models.language_model import (
     FamilyConfig,
     LanguageModel,
-    Losses,
     ParameterCounts,
     Recompute,
     State,
     generator_of,
 )
+from lfm.models.losses import Losses, Objective
 
 
 class TransformerConfig(FamilyConfig):
@@ -149,11 +149,12 @@ class Transformer(LanguageModel):
         self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
-
-    @property
-    def head_weight(self) -> Float[Tensor, "V D"]:
-        """The embedding without its padded rows: padded ids have no logits at all."""
-        return self.embedding.weight[: self.config.vocab_size]
+        self.head = Head(
+            config.hidden_size,
+            config.vocab_size,
+            stored_rows=config.padded_vocab_size,
+            tied_to=self.embedding,
+        )
 
     def advance(
         self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
@@ -171,18 +172,13 @@ class Transformer(LanguageModel):
         hidden, caches = self._run(ids, positions, documents, before, keep_cache=True)
         return hidden, TransformerState(positions[:, -1] + 1, [cache for cache in caches if cache is not None])
 
-    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        return hidden @ self.head_weight.T
-
     def empty_state(self, batch: int) -> TransformerState:
         return self._blank_state(batch, 0, self.embedding.weight.device)
 
-    def loss_parts(
-        self, ids: Int[Tensor, "B T"], documents: Documents, *, recompute: Recompute = "none"
-    ) -> Iterator[Losses]:
-        hidden, _ = self._run(ids, documents.positions, documents, None, keep_cache=False, recompute=recompute)
-        labels = documents.labels(ids).flatten()
-        yield Losses(cross_entropy=linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels))
+    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
+        documents = rows.documents
+        hidden, _ = self._run(rows.ids, documents.positions, documents, None, keep_cache=False, recompute=recompute)
+        yield Losses(objective.sums(Hidden(hidden), self.head, rows))
 
     def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
         """The whole initial value of the tensor with this global name, fp32, from (seed, name) alone.

@@ -2,15 +2,16 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Rows
 from lfm.models.language_model import Recompute
-from lfm.models.lfm import LFM, LFMLosses
+from lfm.models.lfm import LFM
+from lfm.models.losses import Losses, Objective
+from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel.layout import Layout
 
 with warnings.catch_warnings():
@@ -20,17 +21,6 @@ with warnings.catch_warnings():
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-MicroBatch = tuple[Tensor, Documents]
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Factors that make this process's micro-batch sums its share of the step's loss."""
-
-    cross_entropy: float
-    balance: float
-    z: float
 
 
 class Stage(nn.Module):
@@ -42,36 +32,44 @@ class Stage(nn.Module):
         super().__init__()
         self.piece, self.config, self.vp_stage = piece, config, virtual_stage
         self.recompute: Recompute = recompute
-        self.weights: LossWeights | None = None
-        """None: evaluation."""
-        self.losses: list[LFMLosses] = []
-        """Of each micro-batch since the last `clear`; cross entropy on the last chunk alone."""
+        self.objective: Objective = NEXT_TOKEN
+        self.factors: dict[str, float] | None = None
+        """By name of a term, what makes this process's micro-batch sums its share of the step's loss; None:
+        evaluation."""
+        self.losses: list[Losses] = []
+        """Of each micro-batch since the last `clear`; the objective's terms on the last chunk alone."""
         self.received: Tensor | None = None
 
     def set_input_tensor(self, tensor: Any) -> None:
         self.received = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, ids: Tensor, documents: Documents) -> Tensor:
-        """Hidden states `[T, B, D]` for the next stage, or the weighted cross entropy at the end of the model."""
+    def forward(self, rows: Rows) -> Tensor:
+        """Hidden states `[T, B, D]` for the next stage, or the weighted objective at the end of the model."""
         if self.piece.is_first:
-            x = self.piece.embedding(ids)
+            x = self.piece.embedding(rows.ids)
         else:
             assert self.received is not None
             x = self.received.transpose(0, 1)
-        recompute = self.recompute if self.weights is not None else "none"
-        x, _, diagnostics = self.piece.run_layers(x, documents=documents, recompute=recompute)
-        losses = self.piece.layer_losses(diagnostics)
-        if self.weights is not None:
-            x = _Attach.apply(x, self.weights.balance * losses.balance + self.weights.z * losses.z)
+        recompute = self.recompute if self.factors is not None else "none"
+        x, _, found = self.piece.run_layers(x, documents=rows.documents, recompute=recompute)
+        sums = found.sums(self.piece.config.num_layers)
+        if self.factors is not None:
+            x = _Attach.apply(x, self._weighted(sums))
         if self.piece.is_last:
-            cross_entropy = self.piece.cross_entropy(x, ids, documents)
-            losses.cross_entropy = cross_entropy.detach().clone()
-            x = cross_entropy if self.weights is None else cross_entropy * self.weights.cross_entropy
+            own = self.piece.objective_sums(x, rows, self.objective)
+            # The schedule divides its loss by the number of micro-batches, in place: the sums are kept apart.
+            sums |= {name: value.detach().clone() for name, value in own.items()}
+            x = self._weighted(own)
         else:
             x = x.transpose(0, 1).contiguous()
-        losses.balance, losses.z = losses.balance.detach(), losses.z.detach()
-        self.losses.append(losses)
+        self.losses.append(Losses({name: value.detach() for name, value in sums.items()}, found.measure))
         return x
+
+    def _weighted(self, sums: dict[str, Tensor]) -> Tensor:
+        first, *rest = [value * self.factors[name] if self.factors else value for name, value in sums.items()]
+        for value in rest:
+            first = first + value
+        return first
 
 
 class _Attach(torch.autograd.Function):
@@ -91,7 +89,7 @@ class _Attach(torch.autograd.Function):
 def run_schedule(
     stages: Sequence[nn.Module],
     layout: Layout,
-    micro_batches: Sequence[MicroBatch],
+    micro_batches: Sequence[Rows],
     *,
     seq_length: int,
     forward_only: bool,
@@ -99,11 +97,10 @@ def run_schedule(
 ) -> None:
     """1F1B, interleaved or plain, over this process's chunks; gradients are left where the stages put them."""
 
-    def forward_step(iterator: Iterator[tuple[int, MicroBatch]], stage: nn.Module, *_: Any):
+    def forward_step(iterator: Iterator[tuple[int, Rows]], stage: nn.Module, *_: Any):
         index, micro_batch = next(iterator)
         on_micro_batch(index)
-        # The schedule divides a loss by the number of micro-batches, in place; the stage keeps its own copy.
-        return stage(*micro_batch), lambda output: (output, {})
+        return stage(micro_batch), lambda output: (output, {})
 
     iterators = [iter(list(enumerate(micro_batches))) for _ in stages]
     get_forward_backward_func()(
@@ -112,6 +109,6 @@ def run_schedule(
         model=list(stages) if len(stages) > 1 else stages[0],
         num_microbatches=len(micro_batches),
         seq_length=seq_length,
-        micro_batch_size=len(micro_batches[0][0]),
+        micro_batch_size=len(micro_batches[0].ids),
         forward_only=forward_only,
     )

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from lfm.data.consumed import rows_digest
 from lfm.errors import NonFiniteError
 from lfm.kernels.accumulation import accumulate_
-from lfm.kernels.reservoir import WARMUP_NOTCHES, RecurrenceStats, contraction, next_warmup
-from lfm.layers.documents import Documents
+from lfm.kernels.reservoir import WARMUP_NOTCHES, contraction, next_warmup
+from lfm.layers.documents import Counts, Documents, Rows
 from lfm.layers.liquid import Liquid
 from lfm.models.global_names import global_views
 from lfm.models.language_model import LanguageModel, Recompute, initialize
-from lfm.models.lfm import LFMConfig, LFMLosses
+from lfm.models.losses import Measured, Measurements, Objective, Term, combined, weighted
 from lfm.models.registry import ModelConfig, build
+from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.training.evaluate import score
 from lfm.training.optimizer import OptimizerConfig, adamw
 
@@ -34,21 +35,13 @@ class StepResult:
     """One optimizer step's losses (means over its labels, rows and layers) and measurements, on the host."""
 
     loss: float
-    """cross_entropy + weighted auxiliary terms: what is differentiated."""
-    cross_entropy: float
-    """Nats per label."""
-    balance_loss: float
-    z_loss: float
-    num_labels: int
+    """The weighted sum of the terms: what is differentiated."""
+    terms: dict[str, float]
+    """Means over the labels, rows or documents of the step, by name, the objective's first; `cross_entropy` in nats."""
+    counts: Counts
     attended_pairs: int
-    load: list[list[int]]
-    """Assignments by layer and expert."""
-    residual: dict[int, float]
-    """Largest chunk-boundary residual of a liquid layer, forward and backward."""
-    saturation: dict[int, float]
-    """Share of reservoir activations with |tanh| > 0.95, by layer."""
-    repair_passes: int
-    fallbacks: int
+    measured: dict[str, dict[int, Any]]
+    """By name and layer: a number, or a list of numbers where a layer has several."""
     digest: int
     """`rows_digest` of all rows of the step, of the tensors that the model was given."""
 
@@ -68,6 +61,7 @@ class Engine(abc.ABC):
 
     config: Any
     """Of the model's family."""
+    objective: Objective
     device: torch.device
     calm_steps: dict[int, int]
     warmups: dict[int, int]
@@ -89,8 +83,8 @@ class Engine(abc.ABC):
     def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
         """Gradients of one optimizer step, from this process's rows of it, `[R, T]` on the host.
 
-        Cross entropy is summed and divided by the labels of the whole step, auxiliary losses by its rows: neither
-        micro-batches nor processes matter.  Raises NonFiniteError naming the rows of the first bad micro-batch.
+        Each term is summed and divided by the labels, rows or documents of the whole step: neither micro-batches nor
+        processes matter.  Raises NonFiniteError naming the rows of the first bad micro-batch.
         """
 
     @abc.abstractmethod
@@ -212,11 +206,15 @@ class Engine(abc.ABC):
     def scale_master(self, parameter: Tensor, factors: Tensor) -> None:
         """Multiply what this process keeps of a parameter's master: a factor for each index of its first dimension."""
 
-    def auxiliary(self, balance: Any, z: Any) -> Any:
-        """Weighted balance and z losses; 0 in families without experts."""
-        if not isinstance(self.config, LFMConfig):
-            return 0.0
-        return self.config.moe_aux_loss_coeff * balance + self.config.moe_z_loss_coeff * z
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """All summands of the loss, the objective's first."""
+        return (*self.objective.terms, *self.config.terms)
+
+    def watch_reservoirs(self, measured: Mapping[str, dict[int, Any]]) -> None:
+        """Set each layer's warm-up for the next step from what this one measured over all processes."""
+        self.mean_gains = dict(measured.get("reservoir_gain", {}))
+        self.move_warmups(measured.get("reservoir_residual", {}))
 
     def memory_bytes(self) -> int:
         """Peak memory: the device's allocator on a GPU, the process on a CPU."""
@@ -246,8 +244,9 @@ class LocalEngine(Engine):
         dtype: torch.dtype,
         micro_batch_size: int,
         recompute: Recompute = "none",
+        objective: Objective = NEXT_TOKEN,
     ) -> None:
-        self.config, self.optimizer_config = model, optimizer
+        self.config, self.optimizer_config, self.objective = model, optimizer, objective
         self.device, self.micro_batch_size, self.rows_a_round = device, micro_batch_size, micro_batch_size
         self.recompute: Recompute = recompute
         self.model = materialize(lambda: build(model), device=device, dtype=dtype)
@@ -315,66 +314,25 @@ class LocalEngine(Engine):
 
     def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
         self.model.train()
-        documents = Documents.from_lengths(lengths, self.device)
-        digest = rows_digest(ids, lengths)
-        ids = ids.to(self.device, non_blocking=True)
-        rows, labels = len(ids), max(1, documents.num_labels)
+        rows = Rows(ids.to(self.device, non_blocking=True), Documents.from_lengths(lengths, self.device))
+        counts, digest = rows.documents.counts, rows_digest(ids, lengths)
+        names = [term.name for term in self.terms]
         sums: list[Tensor] = []
-        loads: list[Tensor] = []
-        recurrences = []
-        for start in range(0, rows, self.micro_batch_size):
-            part = documents.slice_rows(start, start + self.micro_batch_size)
-            summed = torch.zeros(3, dtype=torch.float64, device=self.device)
-            for losses in self.model.loss_parts(
-                ids[start : start + self.micro_batch_size], part, recompute=self.recompute
-            ):
-                terms, loss = [losses.cross_entropy], losses.cross_entropy / labels
-                if isinstance(losses, LFMLosses):
-                    loss = loss + self.auxiliary(losses.balance, losses.z) / rows
-                    terms += [losses.balance, losses.z]
-                    loads.append(losses.load)
-                loss.backward()
-                summed[: len(terms)] += torch.stack([term.detach() for term in terms])
-                recurrences.append(losses.recurrence)
+        found: list[Measurements] = []
+        for start in range(0, len(ids), self.micro_batch_size):
+            part = rows.slice(start, start + self.micro_batch_size)
+            summed = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+            for losses in self.model.loss_parts(part, self.objective, recompute=self.recompute):
+                weighted(self.terms, losses.sums, counts).backward()
+                summed += torch.stack([losses.sums[name].detach() for name in names])
+                found.append(losses.measure())
             sums.append(summed)
-        host = on_host(
-            losses=torch.stack(sums),
-            load=torch.stack(loads).sum(0) if loads else torch.empty(0, device=self.device),
-            reservoirs=reservoir_table([[found[i] for found in recurrences] for i in self.config.reservoir_layers]),
-        )
-        table = host["losses"]
-        for index, row in enumerate(table.isfinite().all(1).tolist()):
-            if not row:
-                first = index * self.micro_batch_size
-                last = min(first + self.micro_batch_size, rows) - 1
-                terms = dict(zip(("cross entropy", "balance", "z"), table[index].tolist(), strict=True))
-                raise NonFiniteError(f"loss is not finite in rows {first} to {last} of the batch ({terms})")
-        cross_entropy, balance, z = table.sum(0).tolist()
-        return StepResult(
-            loss=cross_entropy / labels + self.auxiliary(balance, z) / rows,
-            cross_entropy=cross_entropy / labels,
-            balance_loss=balance / rows,
-            z_loss=z / rows,
-            num_labels=documents.num_labels,
-            attended_pairs=documents.attended_pairs,
-            load=host["load"].long().tolist(),
-            digest=digest,
-            **self._watch_reservoirs(host["reservoirs"]),
-        )
-
-    def _watch_reservoirs(self, table: Tensor) -> dict[str, Any]:
-        """Residual and saturation by layer; moves each layer's warm-up for the next step."""
-        residual, saturation, gain, repairs, fallbacks = table.T
-        layers = self.config.reservoir_layers
-        self.mean_gains = dict(zip(layers, gain.tolist(), strict=True))
-        residuals = dict(zip(layers, residual.tolist(), strict=True))
-        self.move_warmups(residuals)
-        return {
-            "residual": residuals,
-            "saturation": dict(zip(layers, saturation.tolist(), strict=True)),
-            "repair_passes": int(repairs.sum()),
-            "fallbacks": int(fallbacks.sum()),
-        }
+        table, measured = read_back(torch.stack(sums), combined(self.config.measured, found))
+        bad = first_bad_micro_batch(table, names, self.micro_batch_size, first=0)
+        if bad is not None:
+            raise NonFiniteError(bad)
+        self.watch_reservoirs(by_layer := measurements(self.config.measured, measured))
+        return step_result(self.terms, table.sum(0), counts, rows.documents.attended_pairs, by_layer, digest)
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -452,22 +410,54 @@ class LocalEngine(Engine):
             state["step"].fill_(value)
 
 
-def reservoir_table(layers: Sequence[Sequence[RecurrenceStats]]) -> Tensor:
-    """fp64 `[layers, 5]` on the stats' device, of each layer's micro-batches: largest residual of either direction,
-    mean saturation, mean gain, repair passes, fallbacks."""
+def read_back(
+    sums: Tensor, measured: Mapping[str, tuple[list[int], Tensor]]
+) -> tuple[Tensor, dict[str, tuple[list[int], Tensor]]]:
+    """A table of sums, and what `combined` gives, as fp64 on the host, in one message."""
+    host = on_host(sums=sums, **{name: values for name, (_, values) in measured.items()})
+    return host["sums"], {name: (layers, host[name]) for name, (layers, _) in measured.items()}
 
-    def row(calls: Sequence[RecurrenceStats]) -> Tensor:
-        both = [x for s in calls for x in (s.forward_residual, s.backward_residual) if x is not None]
-        repairs = [x for s in calls for x in (s.repair_passes, s.backward_repair_passes) if x is not None]
-        fallbacks = [x for s in calls for x in (s.fell_back, s.backward_fell_back) if x is not None]
-        saturation, gain = (torch.stack([getattr(s, of) for s in calls]).mean() for of in ("saturation", "mean_gain"))
-        found = (torch.cat(both).max(), saturation, gain, sum_of(repairs), sum_of(fallbacks))
-        return torch.stack([x.double() for x in found])
 
-    def sum_of(counts: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(counts)).sum()
+def first_bad_micro_batch(table: Tensor, names: Sequence[str], size: int, *, first: int) -> str | None:
+    """A sentence about the first row of `[micro-batches, terms]` that is not finite; `first`: of its rows."""
+    for index, row in enumerate(table.isfinite().all(1).tolist()):
+        if not row:
+            rows = first + index * size
+            terms = dict(zip(names, table[index].tolist(), strict=True))
+            return f"loss is not finite in rows {rows} to {rows + size - 1} of the batch ({terms})"
+    return None
 
-    return torch.stack([row(calls) for calls in layers]) if layers else torch.empty(0, 5, dtype=torch.float64)
+
+def measurements(
+    measured: Sequence[Measured], table: Mapping[str, tuple[list[int], Tensor]]
+) -> dict[str, dict[int, Any]]:
+    """`StepResult.measured` of a table on the host; sums are whole numbers."""
+    found: dict[str, dict[int, Any]] = {}
+    for measure in measured:
+        layers, values = table[measure.name]
+        rows = (values.long() if measure.over == "sum" else values).tolist()
+        found[measure.name] = {i: row if measure.width > 1 else row[0] for i, row in zip(layers, rows, strict=True)}
+    return found
+
+
+def step_result(
+    terms: Sequence[Term],
+    sums: Tensor,
+    counts: Counts,
+    attended_pairs: int,
+    measured: dict[str, dict[int, Any]],
+    digest: int,
+) -> StepResult:
+    """From the sums of a whole step, on the host."""
+    by_name = dict(zip((term.name for term in terms), sums.tolist(), strict=True))
+    return StepResult(
+        loss=weighted(terms, by_name, counts),
+        terms={term.name: by_name[term.name] / counts.of(term.per) for term in terms},
+        counts=counts,
+        attended_pairs=attended_pairs,
+        measured=measured,
+        digest=digest,
+    )
 
 
 def on_host(**named: Tensor) -> dict[str, Tensor]:

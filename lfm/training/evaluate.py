@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lfm.data.reader import RowReader
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Documents, Rows
 from lfm.models.language_model import LanguageModel
+from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel.ranks import Ranks
 
 
@@ -21,8 +22,8 @@ def score(model: LanguageModel, ids: Tensor, lengths: Sequence[Sequence[int]]) -
     """(sum of cross entropy in nats, number of labels) of packed rows `ids [R, T]`; the model is left in eval mode."""
     model.eval()
     device = model.embedding.weight.device
-    documents = Documents.from_lengths(lengths, device)
-    return float(model.losses(ids.to(device), documents).cross_entropy), documents.num_labels
+    rows = Rows(ids.to(device), Documents.from_lengths(lengths, device))
+    return float(model.losses(rows, NEXT_TOKEN).sums["cross_entropy"]), rows.documents.num_labels
 
 
 Score = Callable[[Tensor, Sequence[Sequence[int]]], tuple[float, int]]

@@ -98,6 +98,7 @@ def _train_in_parallel(
             dtype=run.dtype,
             micro_batch_size=run.training.micro_batch_size,
             recompute=run.training.recompute,
+            objective=run.objective,
             phase=watch.phase,
         )
 
@@ -150,6 +151,7 @@ def _local_engine(run: RunConfig, device: torch.device, watch: Watch) -> Engine:
         dtype=run.dtype,
         micro_batch_size=run.training.micro_batch_size,
         recompute=run.training.recompute,
+        objective=run.objective,
     )
 
 
@@ -257,7 +259,7 @@ def _train(
             if consumed is not None:
                 consumed.add(Consumed(progress.step, result.digest, progress.chain))
             speed.add(tokens, result.attended_pairs)
-            window.append(result.cross_entropy)
+            window.append(result.terms["cross_entropy"])
             bar.update()
 
             last = progress.step == run.training.steps

@@ -172,22 +172,17 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 def training_record(result: StepResult) -> dict[str, Any]:
     """What one optimizer step contributes to metrics.jsonl, besides speed and memory; what the family has of it."""
-    record: dict[str, Any] = {"loss": result.loss, "cross_entropy": result.cross_entropy}
-    if result.load:
-        imbalance = [max(load) * len(load) / max(1, sum(load)) for load in result.load]
-        record |= {
-            "balance_loss": result.balance_loss,
-            "z_loss": result.z_loss,
-            "expert_load": [[count / max(1, sum(load)) for count in load] for load in result.load],
-            "expert_load_max_over_mean": max(imbalance),
-        }
-    if result.residual:
-        record |= {
-            "reservoir_residual": {str(layer): value for layer, value in result.residual.items()},
-            "reservoir_saturation": {str(layer): value for layer, value in result.saturation.items()},
-            "reservoir_repair_passes": result.repair_passes,
-            "reservoir_fallbacks": result.fallbacks,
-        }
+    record: dict[str, Any] = {"loss": result.loss, **result.terms}
+    for name, values in result.measured.items():
+        some = next(iter(values.values()))
+        if isinstance(some, list):  # counts of several kinds: the shares of each, and how unequal they are
+            record[name] = [[count / max(1, sum(counts)) for count in counts] for counts in values.values()]
+            imbalance = (max(counts) * len(counts) / max(1, sum(counts)) for counts in values.values())
+            record[f"{name}_max_over_mean"] = max(imbalance)
+        elif isinstance(some, int):
+            record[name] = sum(values.values())
+        else:
+            record[name] = {str(layer): value for layer, value in values.items()}
     return record
 
 

@@ -16,14 +16,16 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lfm.data.consumed import rows_digest
 from lfm.errors import NonFiniteError
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Counts, Documents, Rows
 from lfm.layers.liquid import Liquid
 from lfm.models.global_names import Index, global_index
 from lfm.models.language_model import Recompute
 from lfm.models.lfm import LFM, LFMConfig, initial_tensor
+from lfm.models.losses import Measured, Objective, Term, combined
+from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel.groups import Groups
 from lfm.parallel.megatron import MegatronParts, tensor_parallel_dim, transformer_config
-from lfm.parallel.stage import LossWeights, MicroBatch, Stage, run_schedule
+from lfm.parallel.stage import Stage, run_schedule
 from lfm.parallel.zero import (
     MOMENTS,
     EngineAsModule,
@@ -35,7 +37,17 @@ from lfm.parallel.zero import (
     make_engine,
     publish_masters,
 )
-from lfm.training.engine import STATE, Engine, Read, StepResult, materialize, on_host, reservoir_table
+from lfm.training.engine import (
+    STATE,
+    Engine,
+    Read,
+    StepResult,
+    first_bad_micro_batch,
+    materialize,
+    measurements,
+    read_back,
+    step_result,
+)
 from lfm.training.optimizer import OptimizerConfig
 
 _BATCH_BYTES = 2**30
@@ -58,9 +70,10 @@ class ParallelEngine(Engine):
         dtype: torch.dtype,
         micro_batch_size: int,
         recompute: Recompute = "none",
+        objective: Objective = NEXT_TOKEN,
         phase: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self.config, self.groups, self.layout = model, groups, groups.layout
+        self.config, self.objective, self.groups, self.layout = model, objective, groups, groups.layout
         self.device, self.dtype, self.micro_batch_size = groups.device, dtype, micro_batch_size
         self.phase = phase
         self.tells = groups.data.rank() == 0 and groups.tensor.rank() == 0
@@ -231,30 +244,25 @@ class ParallelEngine(Engine):
         return slice(self.groups.data.rank() * rows, (self.groups.data.rank() + 1) * rows)
 
     def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
-        layout = self.layout
         micro_batches, documents = self._micro_batches(ids, lengths)
-        num_labels, rows = self._sum_over_data(documents.num_labels), len(ids) * layout.data
-        labels = max(1, num_labels)
+        counts = self._over_data(documents.counts)
+        # DeepSpeed divides by the data-parallel size, the schedule the objective by the micro-batches.
+        shares = [(term, self.layout.data * len(micro_batches)) for term in self.objective.terms]
+        shares += [(term, self.layout.data) for term in self.config.terms]
         for stage in self.stages:
             stage.piece.train()
-            # DeepSpeed divides by the data-parallel size, the schedule the cross entropy by the micro-batches.
-            stage.weights = LossWeights(
-                cross_entropy=layout.data * len(micro_batches) / labels,
-                balance=layout.data * self.config.moe_aux_loss_coeff / rows,
-                z=layout.data * self.config.moe_z_loss_coeff / rows,
-            )
-        digest = rows_digest(ids, lengths, first=self.rows_of_step(rows).start)
+            stage.objective = self.objective
+            stage.factors = {term.name: share * term.weight / counts.of(term.per) for term, share in shares}
+        digest = rows_digest(ids, lengths, first=self.rows_of_step(counts.rows).start)
         self._run(micro_batches, forward_only=False)
-        return self._result(documents, num_labels, rows, digest)
+        return self._result(documents, counts, digest)
 
-    def _micro_batches(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[list[MicroBatch], Documents]:
-        documents = Documents.from_lengths(lengths, self.device)
-        ids = ids.to(self.device, non_blocking=True)
+    def _micro_batches(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[list[Rows], Documents]:
+        rows = Rows(ids.to(self.device, non_blocking=True), Documents.from_lengths(lengths, self.device))
         starts = range(0, len(ids), self.micro_batch_size)
-        pieces = [(i, i + self.micro_batch_size) for i in starts]
-        return [(ids[a:b], documents.slice_rows(a, b)) for a, b in pieces], documents
+        return [rows.slice(start, start + self.micro_batch_size) for start in starts], rows.documents
 
-    def _run(self, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> None:
+    def _run(self, micro_batches: Sequence[Rows], *, forward_only: bool) -> None:
         for stage in self.stages:
             stage.losses.clear()
         run_schedule(
@@ -266,68 +274,39 @@ class ParallelEngine(Engine):
             on_micro_batch=lambda index: self.phase(f"micro-batch {index + 1} of {len(micro_batches)}"),
         )
 
-    def _sum_over_data(self, value: int) -> int:
-        total = torch.tensor(value, device=self.device)
+    def _over_data(self, counts: Counts) -> Counts:
+        total = torch.tensor([counts.labels, counts.rows, counts.documents], device=self.device)
         dist.all_reduce(total, group=self.groups.data)
-        return int(total)
+        return Counts(*total.tolist())
 
-    def _result(self, documents: Documents, num_labels: int, rows: int, digest: int) -> StepResult:
+    def _result(self, documents: Documents, counts: Counts, digest: int) -> StepResult:
         self.phase("sums over all processes")
-        config = self.config
-        calls = {
-            layer: [losses.recurrence[layer] for s in self.stages for losses in s.losses if layer in losses.recurrence]
-            for layer in config.liquid_layers
-        }
-        here = [position for position, layer in enumerate(config.liquid_layers) if calls[layer]]
-        host = on_host(
-            losses=self._loss_table(),
-            load=torch.cat([torch.stack([losses.load for losses in stage.losses]).sum(0) for stage in self.stages]),
-            reservoirs=reservoir_table([found for found in calls.values() if found]),
-        )
-        table = host["losses"]
-        bad = self._first_bad_micro_batch(table)
-        load = torch.zeros(config.num_layers, config.num_moe_experts, dtype=torch.float64)
-        load[[int(name) for stage in self.stages for name in stage.piece.layers]] = host["load"]
-        reservoirs = torch.zeros(len(config.liquid_layers), 5, dtype=torch.float64)
-        reservoirs[here] = host["reservoirs"]
-        residual, saturation, gain, repairs, fallbacks = reservoirs.T
+        names, measured = [term.name for term in self.terms], self.config.measured
+        found = combined(measured, [losses.measure() for stage in self.stages for losses in stage.losses])
+        table, here = read_back(self._loss_table(self.terms), found)
+        first = self.groups.data.rank() * len(table) * self.micro_batch_size
+        bad = first_bad_micro_batch(table, names, self.micro_batch_size, first=first)
+        whole = {measure.name: _whole(measure, here.get(measure.name)) for measure in measured}
 
-        most = self._over_all(dist.ReduceOp.MAX, residual=residual, bad=torch.tensor(float(bad is not None)))
-        if most["bad"]:
+        largest = {measure.name: whole[measure.name] for measure in measured if measure.over == "max"}
+        largest = self._over_all(dist.ReduceOp.MAX, **largest, bad=torch.tensor(float(bad is not None)))
+        if largest.pop("bad"):
             self._refuse(bad)
-        counts = {
-            "pairs": documents.attended_pairs * (self.groups.pipeline.rank() == 0),
-            "repairs": repairs.sum(),
-            "fallbacks": fallbacks.sum(),
-        }
+        # Tensor-parallel processes have the same of everything, stages the same rows: one of them counts.
+        of_rows = self.groups.pipeline.rank() == 0
         # In pieces of 16 bits, which a sum of doubles keeps exactly.
         pieces = torch.tensor([float(digest >> bits & 0xFFFF) for bits in _PIECES])
-        means = {"saturation": saturation / self.layout.data, "gain": gain / self.layout.data}
-        sums = {"losses": table.sum(0), "load": load, **means}
-        sums["digest"] = pieces * (self.groups.pipeline.rank() == 0)
-        sums |= {name: torch.tensor(float(value)) for name, value in counts.items()}
-        # Tensor-parallel processes have the same of everything: one of them counts.
-        counts_here = self.groups.tensor.rank() == 0
-        sums = self._over_all(dist.ReduceOp.SUM, **{name: value * counts_here for name, value in sums.items()})
-        cross_entropy, balance, z = sums["losses"].tolist()
-        labels = max(1, num_labels)
-        residuals = dict(zip(config.liquid_layers, most["residual"].tolist(), strict=True))
-        self.move_warmups(residuals)
-        self.mean_gains = dict(zip(config.liquid_layers, sums["gain"].tolist(), strict=True))
-        return StepResult(
-            loss=cross_entropy / labels + self.auxiliary(balance, z) / rows,
-            cross_entropy=cross_entropy / labels,
-            balance_loss=balance / rows,
-            z_loss=z / rows,
-            num_labels=num_labels,
-            attended_pairs=int(sums["pairs"]),
-            load=sums["load"].long().tolist(),
-            residual=residuals,
-            saturation=dict(zip(config.liquid_layers, sums["saturation"].tolist(), strict=True)),
-            repair_passes=int(sums["repairs"]),
-            fallbacks=int(sums["fallbacks"]),
-            digest=sum(int(p) << bits for p, bits in zip(sums["digest"].tolist(), _PIECES, strict=True)) % 2**64,
-        )
+        sums = {"terms": table.sum(0), "digest": pieces * of_rows}
+        sums["pairs"] = torch.tensor(float(documents.attended_pairs * of_rows))
+        for measure in measured:
+            if measure.over != "max":
+                sums[measure.name] = whole[measure.name] / (self.layout.data if measure.over == "mean" else 1)
+        mine = self.groups.tensor.rank() == 0
+        sums = self._over_all(dist.ReduceOp.SUM, **{name: value * mine for name, value in sums.items()})
+        over_all = {m.name: (list(m.layers), (largest if m.over == "max" else sums)[m.name]) for m in measured}
+        self.watch_reservoirs(by_layer := measurements(measured, over_all))
+        digest = sum(int(p) << bits for p, bits in zip(sums["digest"].tolist(), _PIECES, strict=True)) % 2**64
+        return step_result(self.terms, sums["terms"], counts, int(sums["pairs"]), by_layer, digest)
 
     def _over_all(self, operation: Any, **named: Tensor) -> dict[str, Tensor]:
         """Small host tensors reduced over all processes, in one message."""
@@ -336,23 +315,14 @@ class ParallelEngine(Engine):
         pieces = message.cpu().split([tensor.numel() for tensor in named.values()])
         return {name: piece.view(tensor.shape) for (name, tensor), piece in zip(named.items(), pieces, strict=True)}
 
-    def _loss_table(self) -> Tensor:
-        """`[micro-batches, 3]`: cross entropy, balance and z of this process's chunks."""
+    def _loss_table(self, terms: Sequence[Term]) -> Tensor:
+        """`[micro-batches, terms]`: sums of this process's chunks, 0 for terms of others."""
+        zero = torch.zeros((), device=self.device)
         chunks = [
-            torch.stack([torch.stack([losses.cross_entropy, losses.balance, losses.z]) for losses in stage.losses])
+            torch.stack([torch.stack([losses.sums.get(t.name, zero) for t in terms]) for losses in stage.losses])
             for stage in self.stages
         ]
         return torch.stack(chunks).sum(0)
-
-    def _first_bad_micro_batch(self, table: Tensor) -> str | None:
-        for index, row in enumerate(table.isfinite().all(1).tolist()):
-            if not row:
-                first = self.groups.data.rank() * len(table) * self.micro_batch_size + index * self.micro_batch_size
-                terms = dict(zip(("cross entropy", "balance", "z"), table[index].tolist(), strict=True))
-                return (
-                    f"loss is not finite in rows {first} to {first + self.micro_batch_size - 1} of the batch ({terms})"
-                )
-        return None
 
     def _refuse(self, bad: str | None) -> None:
         """Raise the lowest-ranked process's finding, alike everywhere."""
@@ -417,9 +387,9 @@ class ParallelEngine(Engine):
         micro_batches, documents = self._micro_batches(ids[own], lengths[own])
         for stage in self.stages:
             stage.piece.eval()
-            stage.weights = None
+            stage.objective, stage.factors = NEXT_TOKEN, None
         self._run(micro_batches, forward_only=True)
-        nats = self._loss_table().sum(0)[0].double() * (self.groups.tensor.rank() == 0)
+        nats = self._loss_table(NEXT_TOKEN.terms).sum().double() * (self.groups.tensor.rank() == 0)
         found = torch.stack([nats, torch.tensor(float(documents.num_labels), device=self.device).double()])
         found[1] *= self.groups.tensor.rank() == 0 and self.groups.pipeline.rank() == 0
         dist.all_reduce(found)
@@ -446,6 +416,14 @@ def _by_tensor(piece: LFM) -> dict[str, list[tuple[str, Index]]]:
     for name, (tensor, index) in global_index(piece).items():
         found.setdefault(tensor, []).append((name, index))
     return found
+
+
+def _whole(measure: Measured, here: tuple[list[int], Tensor] | None) -> Tensor:
+    """fp64 `[all layers of it, width]`, 0 for those that other processes hold."""
+    table = torch.zeros(len(measure.layers), measure.width, dtype=torch.float64)
+    if here is not None:
+        table[[measure.layers.index(layer) for layer in here[0]]] = here[1]
+    return table
 
 
 def _part(tensor: Tensor, index: Index) -> Tensor:

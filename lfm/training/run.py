@@ -18,6 +18,8 @@ from lfm.data.stream import DataConfig
 from lfm.files import held_alone, write_durably
 from lfm.models.generation import SamplingConfig
 from lfm.models.registry import ModelConfig
+from lfm.objectives.next_token import NEXT_TOKEN
+from lfm.objectives.registry import ObjectiveConfig
 from lfm.parallel.layout import ParallelConfig
 from lfm.training.checkpoint import CheckpointConfig
 from lfm.training.metrics import LoggingConfig
@@ -72,6 +74,7 @@ class RunConfig(Config):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    objective: ObjectiveConfig = NEXT_TOKEN
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lfm.errors import UserError
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Documents, Rows
 from lfm.layers.plastic_synapse import FACTORS
 from lfm.models import registry
 from lfm.models.generation import SamplingConfig, generate
 from lfm.models.global_names import global_index, global_views
 from lfm.models.language_model import LanguageModel, initialize
+from lfm.objectives.next_token import NEXT_TOKEN
 from tests.comparison import assert_close, relative_error
+from tests.losses import cross_entropy
 from tests.models import test_laerc, test_lfm, test_liquidlm, test_liquidnet, test_liquidnn, test_lstm, test_transformer
 
 Changes = dict[str, Any]
@@ -159,7 +161,7 @@ def streamed(model: LanguageModel, ids: Tensor, sizes: list[int]) -> tuple[Tenso
 
 
 def cross_entropy_of(model: LanguageModel, ids: Tensor, lengths: list[list[int]]) -> Tensor:
-    return model.losses(ids, Documents.from_lengths(lengths, "cpu")).cross_entropy
+    return cross_entropy(model, ids, Documents.from_lengths(lengths, "cpu"))
 
 
 def gradients_of(model: LanguageModel) -> dict[str, Tensor]:
@@ -369,9 +371,9 @@ def test_the_loss_parts_sum_to_the_cross_entropy_of_the_logits(family, variant):
     ids, documents = random_ids(model, 2, 12), Documents.from_lengths([[12], [4, 1, 7]], "cpu")
     logits, labels = model(ids, doc_lengths=documents.lengths)[0], documents.labels(ids)
     want = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
-    parts = [part.cross_entropy for part in model.loss_parts(ids, documents)]
+    parts = [part.sums["cross_entropy"] for part in model.loss_parts(Rows(ids, documents), NEXT_TOKEN)]
     assert relative_error(torch.stack(parts).sum(), want) < 1e-12
-    assert relative_error(model.losses(ids, documents).cross_entropy, want) < 1e-12
+    assert relative_error(cross_entropy(model, ids, documents), want) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -389,13 +391,11 @@ def test_recompute_changes_no_bit_of_losses_gradients_and_measurements(family, r
     found = []
     for mode in ("none", recompute):
         model.zero_grad()
-        losses = model.losses(ids, documents, recompute=mode)
-        sums = {name: value for name, value in vars(losses).items() if isinstance(value, Tensor) and value.grad_fn}
-        sum(sums.values()).backward()
-        saturation = {f"saturation {layer}": stats.saturation for layer, stats in losses.recurrence.items()}
-        found.append(
-            {**sums, **saturation, **{n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}}
-        )
+        losses = model.losses(Rows(ids, documents), NEXT_TOKEN, recompute=mode)
+        sum(losses.sums.values()).backward()
+        measured = {f"{name} {layer}": x for name, of in losses.measure().items() for layer, x in of.items()}
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        found.append({**losses.sums, **measured, **gradients})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -409,12 +409,15 @@ def test_chunked_and_sequential_reservoirs_train_alike(family, as_changes):
     found = []
     for reservoir in ({"backend": "sequential"}, {"backend": "chunked", "chunk_length": 8, "warmup": 384}):
         model = family.model(**as_changes(reservoir))
-        losses = model.losses(random_ids(model, 2, 64), Documents.from_lengths([[64], [20, 44]], "cpu"))
-        losses.cross_entropy.backward()
-        assert losses.recurrence.keys() == model.liquids.keys() == set(model.config.reservoir_layers)
-        found.append(gradients_of(model) | {"loss": losses.cross_entropy})
+        documents = Documents.from_lengths([[64], [20, 44]], "cpu")
+        losses = model.losses(Rows(random_ids(model, 2, 64), documents), NEXT_TOKEN)
+        losses.sums["cross_entropy"].backward()
+        measured = {name: by_layer for name, by_layer in losses.measure().items() if by_layer}
+        assert measured.get("reservoir_gain", {}).keys() == model.liquids.keys() == set(model.config.reservoir_layers)
+        assert measured.keys() == {measure.name for measure in model.config.measured}
+        found.append(gradients_of(model) | {"loss": losses.sums["cross_entropy"]})
     assert_close(found[1], found[0], 1e-9)
-    assert all(stats.saturation > 0 and stats.backward_residual is not None for stats in losses.recurrence.values())
+    assert all(value > 0 for value in measured["reservoir_saturation"].values())
 
 
 @every_variant
@@ -532,7 +535,7 @@ def test_a_few_updates_bring_text_below_its_unigram_entropy(kind):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     documents, losses = Documents.whole_rows(*rows, "cpu"), []
     for _ in range(updates):
-        loss = model.losses(ids, documents).cross_entropy / documents.num_labels
+        loss = cross_entropy(model, ids, documents) / documents.num_labels
         losses.append(loss.item())
         loss.backward()
         optimizer.step()

@@ -9,11 +9,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Documents, Rows
 from lfm.models.global_names import global_index
 from lfm.models.laerc import LAERC, LAERCConfig, LAERCState
 from lfm.models.language_model import initialize
+from lfm.objectives.next_token import NEXT_TOKEN
 from tests.comparison import assert_close, relative_error
+from tests.losses import cross_entropy
 from tests.models.reference_laerc import document_logits, documents_nats
 
 VOCAB = 40
@@ -71,7 +73,7 @@ def test_logits_loss_and_every_gradient_equal_the_equations(variant):
     want = [document_logits(weights, model.config, document) for document in (ids[0], *ids[1].split(lengths[1]))]
     assert relative_error(logits.flatten(0, 1), torch.cat(want)) < 1e-12
 
-    loss = model.losses(ids, Documents.from_lengths(lengths, "cpu")).cross_entropy
+    loss = cross_entropy(model, ids, Documents.from_lengths(lengths, "cpu"))
     loss.backward()
     want_loss = documents_nats(weights, model.config, ids, lengths)
     want_loss.backward()
@@ -119,7 +121,9 @@ def test_the_warmup_of_a_chunked_layer_is_the_one_set_on_it():
     ids = torch.randint(0, VOCAB, (2, 64))
 
     def residual():
-        return model.losses(ids, Documents.whole_rows(2, 64, "cpu")).recurrence[1].forward_residual.item()
+        losses = model.losses(Rows(ids, Documents.whole_rows(2, 64, "cpu")), NEXT_TOKEN)
+        losses.sums["cross_entropy"].backward()
+        return losses.measure()["reservoir_residual"][1].item()
 
     enough = residual()
     for reservoir in model.liquids.values():
@@ -204,7 +208,7 @@ def test_a_fresh_model_knows_nothing_and_its_feed_forward_network_does_nothing()
     initialize(model, 0)
     ids, documents = torch.randint(0, 50_257, (2, 128)), Documents.whole_rows(2, 128, "cpu")
     with torch.no_grad():
-        assert abs(model.losses(ids, documents).cross_entropy / documents.num_labels - 10.825) < 0.05
+        assert abs(cross_entropy(model, ids, documents) / documents.num_labels - 10.825) < 0.05
         before = model(ids[:, :8])[0]
         model.layers[0].ffn.down.weight.fill_(7.0)
         assert torch.equal(model(ids[:, :8])[0], before)
@@ -234,7 +238,7 @@ def test_it_learns_real_text_and_its_frozen_tensors_stay(use_reservoir):
     losses = []
     for step in range(40):
         documents = Documents.whole_rows(16, 64, "cpu")
-        loss = model.losses(rows[torch.arange(16) * 7 + step], documents).cross_entropy / documents.num_labels
+        loss = cross_entropy(model, rows[torch.arange(16) * 7 + step], documents) / documents.num_labels
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -256,7 +260,7 @@ def test_bf16_weights_are_near_fp32_with_the_recurrence_in_fp32():
     ids, documents = torch.randint(0, 300, (4, 64)), Documents.from_lengths([[64]] * 3 + [[20, 44]], "cpu")
     found = []
     for each in (model, exact):
-        loss = each.losses(ids, documents).cross_entropy
+        loss = cross_entropy(each, ids, documents)
         loss.backward()
         logits, state = each(ids)
         assert all(tensor.dtype == torch.float32 for tensor in state.tensors().values())

@@ -4,10 +4,12 @@ import itertools
 import pytest
 import torch
 
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Documents, Rows
 from lfm.models.global_names import global_index, global_views
 from lfm.models.language_model import initialize
 from lfm.models.lfm import LFM, LFMConfig, initial_tensor
+from lfm.models.losses import weighted
+from lfm.objectives.next_token import NEXT_TOKEN
 from tests.comparison import assert_close
 from tests.models.reference_lfm import document_forward, step_loss
 
@@ -68,10 +70,8 @@ def test_logits_loss_and_every_gradient_equal_the_equations(variant):
         start += length
 
     documents = Documents.from_lengths(lengths, "cpu")
-    losses = model.losses(ids, documents)
-    c = model.config
-    auxiliary = c.moe_aux_loss_coeff * losses.balance + c.moe_z_loss_coeff * losses.z
-    loss = losses.cross_entropy / documents.num_labels + auxiliary / 2
+    c, terms = model.config, (*NEXT_TOKEN.terms, *model.config.terms)
+    loss = weighted(terms, model.losses(Rows(ids, documents), NEXT_TOKEN).sums, documents.counts)
     loss.backward()
     want_loss = step_loss(weights, c, ids, lengths)
     want_loss.backward()

@@ -9,6 +9,7 @@ from lfm.models.global_names import global_views
 from lfm.models.language_model import initialize
 from lfm.models.liquidlm import LiquidLM, LiquidLMConfig, LiquidLMState, draw_reservoir
 from tests.comparison import assert_close, relative_error
+from tests.losses import cross_entropy
 from tests.models.reference_liquidlm import document_forward, reservoir_matrix
 
 VARIANTS = {
@@ -65,7 +66,7 @@ def test_logits_loss_and_every_gradient_equal_the_equations(variant):
     assert relative_error(logits.flatten(0, 1), torch.cat(pieces)) < 1e-12
 
     documents = Documents.from_lengths(lengths, "cpu")
-    loss = model.losses(ids, documents).cross_entropy
+    loss = cross_entropy(model, ids, documents)
     loss.backward()
     labels = documents.labels(ids).flatten()
     want_loss = F.cross_entropy(torch.cat(pieces), labels, reduction="sum", ignore_index=-100)
@@ -123,7 +124,7 @@ def test_the_first_loss_of_the_published_model_is_the_derived_one():
     ids = torch.randint(0, config.vocab_size, (20, 20))
     documents = Documents.whole_rows(20, 20, "cpu")
     with torch.no_grad():
-        loss = float(model.losses(ids, documents).cross_entropy) / documents.num_labels
+        loss = float(cross_entropy(model, ids, documents)) / documents.num_labels
     assert abs(loss - 11.10) < 0.05
     assert abs(loss - math.log(50_265) - 0.5 / 3 / 0.6) < 0.05
 
@@ -194,7 +195,7 @@ def test_frozen_tensors_get_no_gradient_and_never_change():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):
         ids = torch.randint(0, 40, (2, 8))
-        model.losses(ids, Documents.whole_rows(2, 8, "cpu")).cross_entropy.backward()
+        cross_entropy(model, ids, Documents.whole_rows(2, 8, "cpu")).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert all(torch.equal(buffer, frozen[name]) and buffer.grad is None for name, buffer in model.named_buffers())
@@ -213,10 +214,10 @@ def test_bf16_on_a_gpu_is_near_float64_on_the_cpu():
     for lengths in ([[32], [32]], [[32], [20, 12]]):
         got, want = fast(ids.cuda(), doc_lengths=lengths)[0], model(ids, doc_lengths=lengths)[0]
         assert relative_error(got.cpu(), want) < 3e-2
-        losses = fast.losses(ids.cuda(), Documents.from_lengths(lengths, "cuda")).cross_entropy
+        losses = cross_entropy(fast, ids.cuda(), Documents.from_lengths(lengths, "cuda"))
         losses.backward()
         model.zero_grad()
-        model.losses(ids, Documents.from_lengths(lengths, "cpu")).cross_entropy.backward()
+        cross_entropy(model, ids, Documents.from_lengths(lengths, "cpu")).backward()
         gradients = dict(model.named_parameters())
         for name, parameter in fast.named_parameters():
             assert relative_error(parameter.grad.cpu(), gradients[name].grad) < 6e-2, name

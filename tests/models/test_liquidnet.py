@@ -8,6 +8,7 @@ from lfm.models.global_names import global_views
 from lfm.models.language_model import initialize
 from lfm.models.liquidnet import LiquidNet, LiquidNetConfig
 from tests.comparison import assert_close, relative_error
+from tests.losses import cross_entropy
 from tests.models.reference_liquidnet import batch_loss, document_forward
 
 V = 40
@@ -46,11 +47,11 @@ def test_logits_states_loss_and_every_gradient_equal_the_equations():
     assert relative_error(logits[1], torch.cat(want)) < 1e-12
     assert all(relative_error(h[1], wanted) < 1e-12 for h, wanted in zip(state.hidden, hidden[-1], strict=True))
 
-    losses = model.losses(ids, Documents.from_lengths(lengths, "cpu"))
-    losses.cross_entropy.backward()
+    loss = cross_entropy(model, ids, Documents.from_lengths(lengths, "cpu"))
+    loss.backward()
     want_loss = batch_loss(w, model.config, ids, lengths)
     want_loss.backward()
-    assert relative_error(losses.cross_entropy, want_loss) < 1e-12
+    assert relative_error(loss, want_loss) < 1e-12
     assert_close(gradients_of(model), {name: t.grad for name, t in w.items()}, 1e-9)
 
 
@@ -141,7 +142,7 @@ def test_a_fresh_model_predicts_nothing():
     model, ids = LiquidNet(small_config(hidden_size=64)), torch.randint(0, V, (4, 32))
     initialize(model, seed=0)
     documents = Documents.whole_rows(4, 32, "cpu")
-    assert abs(model.losses(ids, documents).cross_entropy / documents.num_labels - math.log(V)) < 0.05
+    assert abs(cross_entropy(model, ids, documents) / documents.num_labels - math.log(V)) < 0.05
 
 
 def test_a_floor_of_decay_above_the_longest_half_life_is_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lfm.data.stream import DataConfig, open_split
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Documents, Rows
 from lfm.layers.plastic_synapse import FACTORS
 from lfm.models.language_model import initialize
 from lfm.models.liquidnn import (
@@ -16,7 +16,9 @@ from lfm.models.liquidnn import (
     reset_traces,
     trace_norms,
 )
+from lfm.objectives.next_token import NEXT_TOKEN
 from tests.comparison import assert_close, relative_error
+from tests.losses import cross_entropy
 from tests.models.reference_liquidnn import batch_forward, sequence_loss
 
 SMALL = {
@@ -93,9 +95,9 @@ def test_loss_and_every_gradient_equal_the_equations(variant, plastic):
     want = sum(sequence_loss(w, model.config, row, plastic=plastic) for row in ids.tolist())
     want.backward()
     documents, got = Documents.whole_rows(2, 13, "cpu"), 0.0
-    for losses in model.loss_parts(ids, documents):
-        losses.cross_entropy.backward()
-        got += losses.cross_entropy.detach()
+    for losses in model.loss_parts(Rows(ids, documents), NEXT_TOKEN):
+        losses.sums["cross_entropy"].backward()
+        got += losses.sums["cross_entropy"].detach()
     assert relative_error(got, want) < 1e-12
     assert_close(gradients(model.named_parameters()), gradients(w.items()), 1e-9)
 
@@ -107,9 +109,9 @@ def test_a_window_of_the_whole_row_is_full_backpropagation():
     w = weights_of(model)
     logits, _ = batch_forward(w, model.config, ids.tolist(), plastic=True)
     torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").backward()
-    parts = list(model.loss_parts(ids, Documents.whole_rows(1, length, "cpu")))
+    parts = list(model.loss_parts(Rows(ids, Documents.whole_rows(1, length, "cpu")), NEXT_TOKEN))
     assert len(parts) == 1
-    parts[0].cross_entropy.backward()
+    parts[0].sums["cross_entropy"].backward()
     assert_close(gradients(model.named_parameters()), gradients(w.items()), 1e-9)
 
 
@@ -172,7 +174,7 @@ def test_sequences_of_a_batch_see_each_other_with_batch_shared_traces_only():
 @torch.no_grad()
 def test_windows_change_gradients_alone():
     ids, documents = random_ids(2, 24), Documents.from_lengths([[9, 15], [24]], "cpu")
-    losses = [small_model(bptt_window=n).losses(ids, documents).cross_entropy for n in (1, 5, 23, 100)]
+    losses = [cross_entropy(small_model(bptt_window=n), ids, documents) for n in (1, 5, 23, 100)]
     assert all(relative_error(loss, losses[0]) < 1e-12 for loss in losses)
 
 
@@ -200,8 +202,9 @@ def peak_saved_bytes(model, length) -> int:
         live -= 0 if holders[where] else where[1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        for losses in model.loss_parts(random_ids(1, length), Documents.whole_rows(1, length, "cpu")):
-            losses.cross_entropy.backward()
+        rows = Rows(random_ids(1, length), Documents.whole_rows(1, length, "cpu"))
+        for losses in model.loss_parts(rows, NEXT_TOKEN):
+            losses.sums["cross_entropy"].backward()
     return peak
 
 
@@ -222,7 +225,7 @@ def test_a_token_keeps_no_matrix_for_its_traces():
 @pytest.mark.parametrize("plastic, trace_grad", [(False, True), (True, False), (True, True)])
 def test_which_plastic_parameters_get_a_gradient(plastic, trace_grad):
     model = small_model(plastic=plastic, trace_grad=trace_grad)
-    model.losses(random_ids(2, 12), Documents.whole_rows(2, 12, "cpu")).cross_entropy.backward()
+    cross_entropy(model, random_ids(2, 12), Documents.whole_rows(2, 12, "cpu")).backward()
     for name, parameter in model.named_parameters():
         kind = name.split(".")[-1]
         fast = name.startswith("cells.0.")
@@ -292,9 +295,9 @@ def test_evaluation_modes_differ_and_leave_the_phase_alone():
         model.plastic, losses = phase, []
         for mode in model.evaluation_modes:
             with model.evaluating(mode):
-                losses.append(float(model.losses(ids, documents).cross_entropy))
+                losses.append(float(cross_entropy(model, ids, documents)))
         assert model.plastic == phase and model.evaluation_mode == model.evaluation_modes[int(phase)]
-        assert losses[int(phase)] == float(model.losses(ids, documents).cross_entropy) != losses[int(not phase)]
+        assert losses[int(phase)] == float(cross_entropy(model, ids, documents)) != losses[int(not phase)]
     with pytest.raises(ValueError, match=r"'both' is not one of \['plasticity_off', 'plasticity_on'\]"):
         with model.evaluating("both"):
             pass
@@ -383,7 +386,7 @@ def test_a_fresh_model_predicts_every_token_alike():
     model = MiniLiquidGPT(LiquidNNConfig(hidden_size=64, vocab_size=1000, seq_length=16))
     initialize(model, 0)
     ids = torch.randint(0, 1000, (4, 16))
-    loss = model.losses(ids, Documents.whole_rows(4, 16, "cpu")).cross_entropy / 60
+    loss = cross_entropy(model, ids, Documents.whole_rows(4, 16, "cpu")) / 60
     assert float(loss) == pytest.approx(torch.tensor(1000.0).log().item(), abs=0.1)
 
 
@@ -407,9 +410,10 @@ def test_a_few_steps_learn_a_text_in_both_phases(text_data):
         model.start_step(step, 8)
         optimizer.zero_grad()
         total = 0.0
-        for part in model.loss_parts(ids, documents):
-            (part.cross_entropy / documents.num_labels).backward()
-            total += float(part.cross_entropy.detach()) / documents.num_labels
+        for part in model.loss_parts(Rows(ids, documents), NEXT_TOKEN):
+            loss = part.sums["cross_entropy"] / documents.num_labels
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(total)

@@ -6,6 +6,7 @@ from lfm.layers.documents import Documents
 from lfm.models.language_model import initialize
 from lfm.models.lstm import LSTM, LSTMConfig
 from tests.comparison import assert_close, relative_error
+from tests.losses import cross_entropy
 from tests.models.reference_lstm import document_forward
 
 
@@ -31,7 +32,7 @@ def test_logits_loss_and_every_gradient_equal_the_equations(num_layers):
     assert relative_error(logits.flatten(0, 1), torch.cat(pieces)) < 1e-12
 
     documents = Documents.from_lengths(lengths, "cpu")
-    loss = model.losses(ids, documents).cross_entropy
+    loss = cross_entropy(model, ids, documents)
     loss.backward()
     labels = documents.labels(ids).flatten()
     want_loss = F.cross_entropy(torch.cat(pieces), labels, reduction="sum", ignore_index=-100)

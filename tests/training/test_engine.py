@@ -42,10 +42,10 @@ def test_micro_batches_change_neither_losses_nor_gradients(micro_batch_size):
     # The rows have 19, 18, 0 and 18 labels: averaging micro-batch means would be wrong.
     whole, split = _engine(), _engine(micro_batch_size)
     a, b = whole.forward_backward(_rows(), LENGTHS), split.forward_backward(_rows(), LENGTHS)
-    assert a.num_labels == b.num_labels == 55
-    for name in ("loss", "cross_entropy", "balance_loss", "z_loss"):
-        assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-12)
-    assert a.load == b.load
+    assert a.counts == b.counts and a.counts.labels == 55
+    assert a.loss == pytest.approx(b.loss, rel=1e-12) and a.terms == pytest.approx(b.terms, rel=1e-12)
+    assert a.terms.keys() == {"cross_entropy", "balance_loss", "z_loss"}
+    assert a.measured["expert_load"] == b.measured["expert_load"]
     assert_close(_grads(split), _grads(whole), 1e-10)
     assert split.step(1e-2) == pytest.approx(whole.step(1e-2), rel=1e-12)
 
@@ -196,7 +196,7 @@ def test_a_non_finite_gradient_stops_before_the_update():
 
 def test_evaluation_does_not_drop_tokens():
     engine = _engine(moe_capacity_factor=0.5)
-    assert sum(map(sum, engine.forward_backward(_rows(), LENGTHS).load)) < 3 * 2 * 80
+    assert sum(map(sum, engine.forward_backward(_rows(), LENGTHS).measured["expert_load"].values())) < 3 * 2 * 80
     nats, labels = engine.evaluate(_rows(), LENGTHS)
     dropless = _engine()
     assert (nats, labels) == pytest.approx(dropless.evaluate(_rows(), LENGTHS), rel=1e-12)
@@ -207,7 +207,7 @@ def test_warmup_rises_when_the_residual_does():
     engine = _engine(liquid=liquid)
     rows = torch.randint(0, 40, (2, 64))
     result = engine.forward_backward(rows, [[64], [64]])
-    assert result.residual[0] > 2e-3
+    assert result.measured["reservoir_residual"][0] > 2e-3
     assert engine.counters()["reservoir_warmup"]["0"] == 64
 
 

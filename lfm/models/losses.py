@@ -1,0 +1,125 @@
+"""The loss as values: its terms, what is measured beside it, and what a run trains for.
+
+A term is static: a pipeline stage needs its weight before a forward pass, and has a column for it where it lacks the
+layers.  A forward pass gives sums over its rows, so that adding those of micro-batches and processes and dividing once,
+by the counts of the whole optimizer step, is exact.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lfm.kernels.reservoir import RecurrenceStats
+from lfm.layers.documents import Counts, Rows, Unit
+from lfm.layers.head import Head, Hidden
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of the loss: `weight` times the mean over all labels, rows or documents of a step."""
+
+    name: str
+    """In metrics, messages and the certificate."""
+    per: Unit
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Something that layers are measured by while they train; it takes no part in the loss."""
+
+    name: str
+    over: Literal["sum", "mean", "max"]
+    """How the numbers of micro-batches, and of processes, become one."""
+    layers: tuple[int, ...]
+    width: int = 1
+    """Numbers of one layer."""
+
+
+Measurements = dict[str, dict[int, Tensor]]
+"""Name -> layer -> `[width]`, or a scalar where that is 1."""
+
+
+@dataclass
+class Losses:
+    """What one forward pass adds to the loss."""
+
+    sums: dict[str, Float[Tensor, ""]]
+    """By name, of the terms that are here."""
+    measure: Callable[[], Measurements] = dict
+    """Called after the backward pass, which is measured too."""
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a run trains for, from a model's final hidden states; in `lfm/objectives/KIND.py`."""
+
+    @property
+    def terms(self) -> tuple[Term, ...]: ...
+
+    @property
+    def by_position(self) -> bool:
+        """Whether sums are over positions, so that windows of a row can be differentiated one after the other."""
+        ...
+
+    def sums(self, hidden: Hidden, head: Head, rows: Rows) -> dict[str, Float[Tensor, ""]]:
+        """By name of the terms, of all positions of `hidden`; `rows` may reach one id further."""
+        ...
+
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def weighted(terms: Iterable[Term], sums: Mapping[str, Number], counts: Counts) -> Any:
+    """The loss: over labels, rows and documents in the order of the terms, the weighted sums divided by the count."""
+    total: dict[Unit, Any] = {}
+    for term in terms:
+        if term.name in sums:
+            total[term.per] = total.get(term.per, 0) + term.weight * sums[term.name]
+    return sum(value / counts.of(unit) for unit, value in total.items())
+
+
+def combined(measured: Sequence[Measured], found: Sequence[Measurements]) -> dict[str, tuple[list[int], Tensor]]:
+    """Of several forward passes: name -> the layers that are here, in order, and fp64 `[layers, width]`."""
+    table: dict[str, tuple[list[int], Tensor]] = {}
+    for measure in measured:
+        layers = sorted({layer for each in found for layer in each[measure.name]})
+        if not layers:
+            continue
+        of_layers = [torch.stack([each[measure.name][i] for each in found if i in each[measure.name]]) for i in layers]
+        values = torch.stack(of_layers).view(len(layers), -1, measure.width)  # of as many passes for each layer
+        over = {"sum": values.sum, "mean": values.mean, "max": values.amax}[measure.over]
+        table[measure.name] = layers, over(1).double()
+    return table
+
+
+def reservoir_measured(layers: tuple[int, ...]) -> tuple[Measured, ...]:
+    """What chunked reservoirs are watched by: largest residual of a chunk boundary, forward and backward; share of
+    activations with |tanh| > 0.95; mean slope of the tanh; passes that repaired a boundary; sequential fallbacks."""
+    how: dict[str, Literal["sum", "mean", "max"]] = {
+        "reservoir_residual": "max",
+        "reservoir_saturation": "mean",
+        "reservoir_gain": "mean",
+        "reservoir_repair_passes": "sum",
+        "reservoir_fallbacks": "sum",
+    }
+    return tuple(Measured(name, over, layers) for name, over in how.items()) if layers else ()
+
+
+def reservoir_measurements(stats: Mapping[int, RecurrenceStats]) -> Measurements:
+    """Of one forward pass and its backward, by layer."""
+
+    def both(a: Tensor | None, b: Tensor | None) -> Tensor:
+        return torch.cat([x.reshape(-1) for x in (a, b) if x is not None])
+
+    return {
+        "reservoir_residual": {i: both(s.forward_residual, s.backward_residual).max() for i, s in stats.items()},
+        "reservoir_saturation": {i: s.saturation for i, s in stats.items()},
+        "reservoir_gain": {i: s.mean_gain for i, s in stats.items()},
+        "reservoir_repair_passes": {i: both(s.repair_passes, s.backward_repair_passes).sum() for i, s in stats.items()},
+        "reservoir_fallbacks": {i: both(s.fell_back, s.backward_fell_back).sum() for i, s in stats.items()},
+    }
