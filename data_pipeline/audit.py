@@ -7,8 +7,8 @@ first step that does is named; 2: a record is missing or was changed.
 
 import argparse
 import sys
-from pathlib import Path
 
+from lfm.config import path_flag
 from lfm.data.consumed import Consumed, read_record
 from lfm.errors import UserError, command
 
@@ -34,7 +34,7 @@ def first_difference(a: list[Consumed], b: list[Consumed]) -> int | None:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a run folder, with its consumed.txt")
+    parser.add_argument("runs", nargs=2, type=path_flag, metavar="RUN", help="a run folder, with its consumed.txt")
     folders = parser.parse_args().runs
     a, b = (read_record(folder) for folder in folders)
     step = first_difference(a, b)
