@@ -38,6 +38,7 @@ from lfm.files import (
     partial_folder,
     reason,
     replace_folder,
+    shown,
     was_being_replaced,
     write_durably,
 )
@@ -172,6 +173,9 @@ def prepare_labelled(config: LabelledConfig) -> dict[str, Any]:
         )
     source = config.source
     found = list(_icd10_rows(source) if isinstance(source, Icd10Config) else _gcide_rows(source))
+    if not found:
+        where = source.path if source.path is not None else source.cache
+        raise UserError(f"{shown(where)} holds no labelled text of kind={source.kind}; fetch it again")
     splits, counts = _split(found, config)
     labels = sorted({row.label for rows in splits.values() for row in rows})
     for split, rows in splits.items():

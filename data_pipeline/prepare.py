@@ -35,7 +35,7 @@ from data_pipeline.dedup import ExactDuplicates, NearDuplicates
 from data_pipeline.fast_tokenizer import FastEncoder, first_difference
 from data_pipeline.pack import SplitCounter
 from data_pipeline.pool import ordered_map
-from data_pipeline.report import DROPPED_NAME, check_report, found_report, write_report
+from data_pipeline.report import DROPPED_NAME, REPORT_NAME, check_report, found_report, write_report
 from data_pipeline.sources import SourceConfig, StdinConfig, find_files, read_batches, title
 from data_pipeline.verify import Verification
 from data_pipeline.worker import BatchWorker, Dropped, Encoding, Prepared
@@ -615,7 +615,10 @@ def _check_replaceable(output: Path, config: PrepareConfig) -> None:
         )
     is_free = not exists(output) or (output.is_dir() and not listed(output))
     if not is_data_set and not is_free and not was_being_replaced(output):
-        raise UserError(f"output={config.output} exists and is no data set of this program; choose another output")
+        damaged = f" (its {REPORT_NAME} is damaged)" if exists(output / REPORT_NAME) else ""
+        raise UserError(
+            f"output={config.output} exists and is no data set of this program{damaged}; choose another output"
+        )
 
 
 def _left_out(stages: _Counts) -> str:

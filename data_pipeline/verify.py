@@ -145,6 +145,9 @@ class Verification:
                 self.problems.append(f"{self._root} has no bins.json, so that nothing is known of what its files held")
             return
         self._check_tokenizer(tokenizer, record.tokenizer_sha256, str(self._root))
+        for split, file in record.files.items():
+            if self._report_splits.get(split, file.model_dump(exclude={"xxh64"})) != file.model_dump(exclude={"xxh64"}):
+                self.problems.append(f"{self._root / BINS_NAME} is of another data set than {REPORT_NAME} beside it")
         for problem in self._problems_of_bins(record):
             self.problems.append(problem)
 

@@ -44,14 +44,9 @@ def read_file(path: Path) -> bytes:
 
 
 def file_size(path: Path) -> int:
-    """Bytes in a regular file.  Raises UserError as `open_file` does, but for files that may be looked at only."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path)} cannot be read ({reason(error)})") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{shown(path)} is not a regular file; put the file itself there")
-    return status.st_size
+    """Bytes in a regular file that can be read.  Raises UserError as `open_file` does."""
+    with open_file(path) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def exists(path: Path) -> bool:

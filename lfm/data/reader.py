@@ -347,6 +347,9 @@ def _fetch_index(remote: str, folder: Path, timeout_seconds: float) -> None:
 
     def check(fetched: Path) -> None:
         if exists(cached) and read_file(cached) != read_file(fetched):
-            raise UserError(f"{folder} caches another data set than {remote}; delete it or choose another data.path")
+            raise UserError(
+                f"{folder} caches another data set than {remote}, or its {INDEX_NAME} is damaged; delete the folder or "
+                "choose another data.path"
+            )
 
     fetch(f"{remote}/{INDEX_NAME}", cached, timeout_seconds, check=check)
