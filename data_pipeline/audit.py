@@ -11,6 +11,7 @@ import sys
 from lfm.config import path_flag
 from lfm.data.consumed import Consumed, read_record
 from lfm.errors import UserError, command
+from lfm.files import shown
 
 
 def first_difference(a: list[Consumed], b: list[Consumed]) -> int | None:
@@ -47,7 +48,7 @@ def main() -> None:
     print(f"same: steps {max(a[0].step, b[0].step)} to {last}, chain {chain}")
     for folder, record in zip(folders, (a, b), strict=True):
         if record[-1].step > last:
-            print(f"{folder} goes on to step {record[-1].step}")
+            print(f"{shown(folder)} goes on to step {record[-1].step}")
 
 
 if __name__ == "__main__":

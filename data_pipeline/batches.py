@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.markup import Markup, texts_of_markup
-from data_pipeline.unpack import Limits, Unreadable, opened
+from data_pipeline.unpack import PACKED, Limits, Unreadable, opened
 from lfm.errors import UserError
 from lfm.files import shown
 
 BATCH_BYTES = 1 << 19
 BATCH_FILES = 256
+_SMALL_BYTES = 1 << 20
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -234,9 +235,12 @@ def _is_object(lines: list[bytes]) -> bool:
 
 def _read(file: InputFile, counts: Counter[str]) -> str | None:
     """The content of a file; None if it is longer than a document may be."""
+    limit = file.limits.record_bytes
+    if file.path.suffix in PACKED:  # a batch has many
+        limit = min(limit, max(_SMALL_BYTES, file.limits.expansion * file.num_bytes))
     with opened(file.path, file.limits) as (stream, _):
-        content = stream.read(file.limits.record_bytes + 1)
-    if len(content) > file.limits.record_bytes:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
         return None
     try:
         return content.decode()

@@ -165,7 +165,7 @@ def _matches(pattern: str, suffixes: tuple[str, ...], exclude: Sequence[str]) ->
 
 def _walk(root: Path, exclude: Sequence[str]) -> Iterator[Path]:
     """Files below `root`, sorted; linked folders are followed, each real folder once, so a loop of links ends."""
-    seen: set[str] = set()
+    seen: set[tuple[int, int]] = set()
     waiting = [root]  # the next one last, and no recursion: folders may be deeper than it goes
     while waiting:
         entry = waiting.pop()
@@ -178,7 +178,7 @@ def _walk(root: Path, exclude: Sequence[str]) -> Iterator[Path]:
             # A pattern that ends in /* and matches the folder matches all that is in it: do not even look.
             if any(pattern.endswith("/*") and fnmatch(below + "/", pattern) for pattern in exclude):
                 continue
-        real = os.path.realpath(entry)
-        if real not in seen:
-            seen.add(real)
+        status = os.stat(entry)
+        if (status.st_dev, status.st_ino) not in seen:
+            seen.add((status.st_dev, status.st_ino))
             waiting += reversed(listed(entry))

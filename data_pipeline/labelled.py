@@ -33,13 +33,12 @@ from lfm.files import (
     behind_links,
     exists,
     expanded,
-    listed,
+    is_free,
     open_file,
     partial_folder,
     reason,
     replace_folder,
     shown,
-    was_being_replaced,
     write_durably,
 )
 
@@ -166,8 +165,7 @@ def prepare_labelled(config: LabelledConfig) -> dict[str, Any]:
     Raises UserError if `output` is taken, the source cannot be had or read, or a split stays empty.
     """
     output = behind_links(expanded(config.output))
-    is_free = not exists(output) or (output.is_dir() and (not listed(output) or was_being_replaced(output)))
-    if not is_free and not (config.overwrite and exists(output / LABELS_NAME)):
+    if not is_free(output) and not (config.overwrite and exists(output / LABELS_NAME)):
         raise UserError(
             f"output={config.output} exists; choose another, or set overwrite=true to replace a labelled data set"
         )
@@ -389,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{split:>10}: {of['rows']:,} rows of {of['groups']:,} groups, {len(of['labels'])} labels")
     for name, found in report["baselines"].items():
         print(f"{name:>24}: accuracy {found['accuracy']:.3f}, ECE {found['ece']:.3f}")
-    print(f"{config.output} is ready; texts and labels are no clinical evidence")
+    print(f"{shown(config.output)} is ready; texts and labels are no clinical evidence")
 
 
 if __name__ == "__main__":

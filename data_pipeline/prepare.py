@@ -51,11 +51,11 @@ from lfm.files import (
     exists,
     expanded,
     held_alone,
-    listed,
+    is_free,
     partial_folder,
     reason,
     replace_folder,
-    was_being_replaced,
+    shown,
     write_durably,
 )
 
@@ -190,7 +190,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         problems = Verification(str(output), full=False).run().problems
         if problems:
             raise UserError(f"{problems[0]}; restore it, or set overwrite=true to prepare output={config.output} anew")
-        print(f"{config.output} is already prepared: same config, same inputs")
+        print(f"{shown(config.output)} is already prepared: same config, same inputs")
         return report
 
     partial = partial_folder(output)
@@ -214,7 +214,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     seconds = time.monotonic() - started
     tokens = report["stages"]["encode"]["tokens"]
     print(_in_words(report))
-    print(f"{config.output} is ready, after {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
+    print(f"{shown(config.output)} is ready, after {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
     return report
 
 
@@ -222,7 +222,7 @@ def _build(
     config: PrepareConfig, found: Sequence[Sequence[InputFile]], counts: Counter[str], folder: Path
 ) -> dict[str, Any]:
     """Write all files but the report into `folder`; returns the report."""
-    tokenizer, tokenizer_text_bytes = _make_tokenizer(config, found)
+    tokenizer, tokenizer_text_bytes = _make_tokenizer(config, found, counts)
     if config.bos != (tokenizer.bos_id is not None):
         tokenizer = tokenizer.beginning_with(_begin_of_text(tokenizer) if config.bos else None)
     tokenizer.save(folder / TOKENIZER_NAME)
@@ -478,7 +478,9 @@ def _num_workers(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) ->
     return 0 if size is not None and size < _SMALL_INPUT_BYTES else len(os.sched_getaffinity(0))
 
 
-def _make_tokenizer(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) -> tuple[Tokenizer, int]:
+def _make_tokenizer(
+    config: PrepareConfig, found: Sequence[Sequence[InputFile]], counts: Counter[str]
+) -> tuple[Tokenizer, int]:
     """The tokenizer, and how many bytes of text it was trained on (0 if it was read from a file)."""
     wanted = config.tokenizer
     if wanted.file is not None:
@@ -489,15 +491,17 @@ def _make_tokenizer(config: PrepareConfig, found: Sequence[Sequence[InputFile]])
     assert wanted.train_vocab_size is not None
     batches = read_batches(config.sources, found)
     prepared = ordered_map(_worker(config, None), batches, _num_workers(config, found))
-    texts = _sample(config, _with_bar(prepared, _input_bytes(found), "tokenizer"), wanted.train_bytes)
+    texts = _sample(
+        _Collector(config, counts), _with_bar(prepared, _input_bytes(found), "tokenizer"), wanted.train_bytes
+    )
     return train_bpe(texts, wanted.train_vocab_size), sum(len(text.encode()) for text in texts)
 
 
-def _sample(config: PrepareConfig, batches: Iterable[Prepared], num_bytes: int) -> list[str]:
+def _sample(collector: _Collector, batches: Iterable[Prepared], num_bytes: int) -> list[str]:
     """About `num_bytes` of training text, in order: the documents with the smallest keys, near-duplicates too."""
     heap: list[tuple[float, int, int, str]] = []  # the largest key first
     total = number = 0
-    for batch, kept in _Collector(config, Counter()).kept(batches):
+    for batch, kept in collector.kept(batches):
         assert batch.keys is not None
         for i in kept:
             if i not in batch.texts:
@@ -507,6 +511,8 @@ def _sample(config: PrepareConfig, batches: Iterable[Prepared], num_bytes: int) 
             total, number = total + size, number + 1
             while total - heap[0][2] >= num_bytes:
                 total -= heapq.heappop(heap)[2]
+    if not heap:
+        raise UserError(f"the sources hold no text to train a tokenizer on; add some{_left_out(collector.stages)}")
     return [text for _, _, _, text in sorted(heap, key=lambda item: item[1])]
 
 
@@ -613,8 +619,7 @@ def _check_replaceable(output: Path, config: PrepareConfig) -> None:
             f"output={config.output} holds a data set of another config or of inputs that have changed since; "
             "choose another output, or set overwrite=true to replace it"
         )
-    is_free = not exists(output) or (output.is_dir() and not listed(output))
-    if not is_data_set and not is_free and not was_being_replaced(output):
+    if not is_data_set and not is_free(output):
         damaged = f" (its {REPORT_NAME} is damaged)" if exists(output / REPORT_NAME) else ""
         raise UserError(
             f"output={config.output} exists and is no data set of this program{damaged}; choose another output"

@@ -34,7 +34,8 @@ class _Source(Config):
     max_record_bytes: PositiveInt = 1 << 27
     """Longer documents, lines and rows are left out, and counted, without being held in memory."""
     max_expansion: PositiveInt = 250
-    """A compressed file that becomes more than this many times its size is refused, if that is more than a record."""
+    """Times its size that a compressed file may become: a document of more, and of more than a mebibyte, is left out
+    and counted; a file of lines of more, and of more than a record, is refused."""
 
     @property
     def limits(self) -> Limits:

@@ -188,7 +188,7 @@ def main() -> None:
     if found.problems:
         sys.exit(2)
     how = "every byte is as it was written" if flags.full else "indexes and sizes are right; --full hashes every byte"
-    print(f"{flags.folder}: {found.num_files} files, {found.num_bytes:,} bytes: {how}")
+    print(f"{shown(flags.folder)}: {found.num_files} files, {found.num_bytes:,} bytes: {how}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from lfm.errors import UserError
 
 _NEW, _OLD = ".new.partial", ".old.partial"
 """In a mount point, what will be and what was in it."""
+_OF_THE_FILE_SYSTEM = "lost+found"
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -144,12 +145,19 @@ def behind_links(folder: Path) -> Path:
 
 def partial_folder(folder: Path) -> Path:
     """Where to build what `replace_folder` gives the name `folder`: on the same disk, under a hidden name."""
+    folder = behind_links(folder)
     return folder / _NEW if _is_mount_point(folder) else folder.with_name(f".{folder.name}.partial")
 
 
-def was_being_replaced(folder: Path) -> bool:
-    """Whether `folder`, a mount point, holds what a `replace_folder` that was killed left there."""
-    return exists(folder / _OLD) or (listed(folder) == [folder / _NEW])
+def is_free(folder: Path) -> bool:
+    """Whether nothing is lost when `folder` is replaced: it is absent, empty, or a mount point with what is always
+    there, or with what a `replace_folder` that was killed left.
+    """
+    if not exists(folder):
+        return True
+    if not folder.is_dir():
+        return False
+    return exists(folder / _OLD) or all(path.name in (_NEW, _OF_THE_FILE_SYSTEM) for path in listed(folder))
 
 
 def replace_folder(folder: Path, *, by: Path) -> None:
@@ -165,7 +173,7 @@ def replace_folder(folder: Path, *, by: Path) -> None:
         old.mkdir()
         for source, target in ((folder, old), (by, folder)):
             for path in listed(source):
-                if path not in (by, old):
+                if path not in (by, old) and path.name != _OF_THE_FILE_SYSTEM:
                     path.rename(target / path.name)
             sync(folder)
         by.rmdir()
@@ -174,7 +182,12 @@ def replace_folder(folder: Path, *, by: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         if exists(folder):
             folder.rename(old)
-        by.rename(folder)
+        try:
+            by.rename(folder)
+        except OSError:
+            if exists(old):
+                old.rename(folder)
+            raise
         sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
