@@ -239,7 +239,10 @@ def _read(file: InputFile, counts: Counter[str]) -> str | None:
     if file.path.suffix in PACKED:  # a batch has many
         limit = min(limit, max(_SMALL_BYTES, file.limits.expansion * file.num_bytes))
     with opened(file.path, file.limits) as (stream, _):
-        content = stream.read(limit + 1)
+        # To ask for the limit would take room for it; the file may have grown since it was found.
+        content = stream.read(min(limit, file.num_bytes) + 1)
+        if len(content) > file.num_bytes:
+            content += stream.read(limit + 1 - len(content))
     if len(content) > limit:
         return None
     try:

@@ -33,6 +33,13 @@ class _Source(Config):
     """Rules that its documents must satisfy."""
     max_record_bytes: PositiveInt = 1 << 27
     """Longer documents, lines and rows are left out, and counted, without being held in memory."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_record_bytes, expansion=1)
+
+
+class _Packed(_Source):
     max_expansion: PositiveInt = 250
     """Times its size that a compressed file may become: a document of more, and of more than a mebibyte, is left out
     and counted; a file of lines of more, and of more than a record, is refused."""
@@ -42,7 +49,7 @@ class _Source(Config):
         return Limits(self.max_record_bytes, self.max_expansion)
 
 
-class _Files(_Source):
+class _Files(_Packed):
     paths: Annotated[tuple[PathText, ...], Field(min_length=1)]
     """Folders (searched through), globs or files; ~, {stdlib} and {site-packages} (of this Python) are filled in.
     Files that end in .gz, .dz, .bz2, .xz or .zst are unpacked."""
@@ -113,7 +120,7 @@ class StdinConfig(_Source):
     """The key that holds the text in each line of JSON."""
 
 
-class DebianConfig(_Source):
+class DebianConfig(_Packed):
     kind: Literal["debian"] = "debian"
     """Documentation in Debian's packages, which are fetched by apt-get and unpacked but not installed."""
     packages: Annotated[tuple[str, ...], Field(min_length=1)]

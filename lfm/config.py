@@ -202,8 +202,13 @@ def _keys(config: type[Config], prefix: str, kinds: Sequence[int | str] = ()) ->
             default = "(derived)"
         else:
             default = yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
-        bounds = [str(rule).partition("(")[2].rstrip(")") for rule in field.metadata if "=" in str(rule)]
+        bounds = [str(rule).partition("(")[2].rstrip(")") for rule in field.metadata if _is_bound(rule)]
         yield path, " ".join([_type_name(field.annotation), *bounds]), default, text
+
+
+def _is_bound(rule: Any) -> bool:
+    """Whether a rule of a field is worth printing, such as ge=0."""
+    return "=" in str(rule) and not isinstance(rule, AfterValidator)
 
 
 def _kind(config: type[Config]) -> str | None:

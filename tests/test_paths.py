@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from data_pipeline import audit, inspect, labelled, prepare, verify
+from data_pipeline.prepare import PrepareConfig
 from launch import bench, chat, generate, plasticity, pretrain
 from lfm.errors import UserError
 from lfm.files import expanded
@@ -70,3 +71,8 @@ def test_a_path_that_leads_nowhere_yet_is_one(tmp_path, monkeypatch):
     for look in (partial(expanded, ""), partial(expanded, "a\0b")):
         with pytest.raises(UserError):
             look()
+
+
+def test_help_says_of_a_path_that_it_is_text():
+    lines = [line for line in PrepareConfig.describe().splitlines() if line.startswith("  output:")]
+    assert lines == ["  output: str = (required)"]
