@@ -6,9 +6,8 @@ These are plain language models: a reply is a continuation of everything typed a
 import argparse
 import hashlib
 import sys
-from pathlib import Path
 
-from lfm.config import add_flags, from_flags
+from lfm.config import add_flags, from_flags, path_flag
 from lfm.errors import UserError, command
 from lfm.models.generation import Conversation, SamplingConfig
 from lfm.models.liquidnn import MiniLiquidGPT, trace_norms, turn_plasticity_off
@@ -21,8 +20,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Talk with a trained model in the terminal; text appears as it is made."
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_OR_STEP", help="run or step_* folder")
-    parser.add_argument("--state", type=Path, metavar="FILE", help="go on from this state if it exists; keep it there")
+    parser.add_argument(
+        "--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="run or step_* folder"
+    )
+    parser.add_argument(
+        "--state", type=path_flag, metavar="FILE", help="go on from this state if it exists; keep it there"
+    )
     parser.add_argument("--no-plasticity", action="store_true", help="kind liquidnn: traces neither act nor change")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_flags(parser, SamplingConfig)

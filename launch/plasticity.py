@@ -5,8 +5,8 @@ Writes plasticity.json and plasticity.png beside the checkpoints of the run, and
 
 import argparse
 import json
-from pathlib import Path
 
+from lfm.config import path_flag
 from lfm.errors import UserError, command
 from lfm.files import write_durably
 
@@ -14,10 +14,10 @@ from lfm.files import write_durably
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="The four-way plasticity probe over many made-up words.")
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_OR_STEP", help="of kind liquidnn")
+    parser.add_argument("--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="of kind liquidnn")
     parser.add_argument("--words", type=int, default=200, help="made-up words (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the words and the bootstrap")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the folder of the run")
+    parser.add_argument("--out", type=path_flag, metavar="FOLDER", help="default: the folder of the run")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags = parser.parse_args()
     if flags.words < 2:

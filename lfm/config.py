@@ -2,16 +2,36 @@
 
 import argparse
 import difflib
+import os
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
 from lfm.errors import UserError
+from lfm.files import exists, expanded, read_file, shown
+
+
+def _usable_path(text: str) -> str:
+    if "://" not in text:
+        expanded(text)
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_usable_path)]
+"""A path, or a URL, as the user wrote it; `lfm.files.expanded` makes a path of it.  What cannot be one is refused."""
+
+
+def path_flag(text: str) -> Path:
+    """`type=path_flag` of a flag that takes a path."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class Config(BaseModel):
@@ -109,16 +129,19 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
+    real = Path(os.path.realpath(expanded(path)))
+    if real in seen:
         raise UserError(f"config {path} lists itself under `base:` (through {seen[-1]}); remove one of the two")
     try:
-        own = yaml.load(path.read_text(), _Loader) or {}
-    except FileNotFoundError:
+        text = read_file(path).decode() if exists(path) else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {shown(path)} cannot be read: {error}") from None
+    if text is None:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "configs/ holds the shipped ones"
-        raise UserError(f"config file {path} does not exist; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from None
+        raise UserError(f"config file {path} does not exist; {hint}")
+    try:
+        own = yaml.load(text, _Loader) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, say
         raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(own, dict):
@@ -128,7 +151,7 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"`base: {bases}` in {path} is not a list of file names")
     tree: dict[str, Any] = {}
     for base in bases:
-        tree = _merge(tree, _read(path.parent / base, seen=(*seen, path.resolve())))
+        tree = _merge(tree, _read(path.parent / base, seen=(*seen, real)))
     return _merge(tree, own)
 
 
@@ -179,8 +202,13 @@ def _keys(config: type[Config], prefix: str, kinds: Sequence[int | str] = ()) ->
             default = "(derived)"
         else:
             default = yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
-        bounds = [str(rule).partition("(")[2].rstrip(")") for rule in field.metadata if "=" in str(rule)]
+        bounds = [str(rule).partition("(")[2].rstrip(")") for rule in field.metadata if _is_bound(rule)]
         yield path, " ".join([_type_name(field.annotation), *bounds]), default, text
+
+
+def _is_bound(rule: Any) -> bool:
+    """Whether a rule of a field is worth printing, such as ge=0."""
+    return "=" in str(rule) and not isinstance(rule, AfterValidator)
 
 
 def _kind(config: type[Config]) -> str | None:
