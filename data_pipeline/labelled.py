@@ -30,6 +30,7 @@ from data_pipeline.split import row_key, split_of_group
 from lfm.config import Config, parse_command_line
 from lfm.errors import UserError, command
 from lfm.files import replace_folder, write_durably
+from lfm.talk import talking
 
 LABELS_NAME = "labels.json"
 LABELLED_SPLITS = ("train", "validation", "test")
@@ -338,6 +339,7 @@ def _definitions(entry: str) -> Iterator[tuple[str, str]]:
 
 
 @command
+@talking()
 def main(argv: Sequence[str] | None = None) -> None:
     config, _ = parse_command_line(LabelledConfig, "Prepare a labelled data set: texts and their classes.", argv)
     report = prepare_labelled(config)

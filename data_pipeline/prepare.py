@@ -44,6 +44,7 @@ from lfm.data.format import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, Packing, Spl
 from lfm.data.tokenizer import TiktokenPattern, Tokenizer, from_tiktoken, train_bpe
 from lfm.errors import UserError, command
 from lfm.files import held_alone, replace_folder, write_durably
+from lfm.talk import talking
 
 REPORT_NAME = "report.json"
 FEWEST_TOKENS = 1000
@@ -157,6 +158,7 @@ class PrepareConfig(Config):
         return self
 
 
+@talking()
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Make the data set unless it is there already; returns the content of its report.json.
 

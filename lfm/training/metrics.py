@@ -1,8 +1,6 @@
 """What a run writes for people: metrics.jsonl, TensorBoard, wandb, the loss plot.  A failing logger never stops it."""
 
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from tqdm import tqdm
 from lfm.config import Config
 from lfm.files import write_durably
 from lfm.models.registry import ModelConfig
+from lfm.talk import say, warn
 from lfm.training.engine import Engine, StepResult
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12}
@@ -134,7 +133,7 @@ class Metrics:
 
 
 def _complain(name: str, error: Exception) -> None:
-    print(f"warning: logging to {name} is off from now on: {error!r}", file=sys.stderr, flush=True)
+    warn(f"warning: logging to {name} is off from now on: {error!r}")
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
@@ -245,16 +244,6 @@ def show(bar: tqdm, record: dict[str, Any], world_size: int) -> None:
     bar.set_postfix_str(text)
     if bar.disable:
         say(f"step {record['step']}/{bar.total}  {text}  ETA {_minutes(record.get('eta_seconds'))}")
-
-
-def say(line: str) -> None:
-    """Print a line beside the progress bar; a closed pipe or full disk behind stdout does not stop training."""
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except OSError:
-        # Nothing can be said any more: let later prints, and Python's own flush at exit, go nowhere.
-        sys.stdout = open(os.devnull, "w")
 
 
 def _minutes(seconds: float | None) -> str:
