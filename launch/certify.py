@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import get_args
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 from lfm.config import parse_command_line
 from lfm.errors import UserError, command
 from lfm.parallel.process import prepare_environment, require_packages

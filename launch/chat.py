@@ -8,6 +8,8 @@ import hashlib
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 from lfm.config import add_flags, from_flags
 from lfm.errors import UserError, command
 from lfm.models.generation import Conversation, SamplingConfig

@@ -4,6 +4,11 @@ On several processes with the same words after `deepspeed`, `torchrun --nproc-pe
 says what the run would take, with `--world-size N` on N processes.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 from lfm.config import parse_command_line
 from lfm.errors import UserError, command
 from lfm.parallel.layout import check_layout
