@@ -13,10 +13,12 @@ from lfm.config import parse_command_line
 from lfm.errors import UserError, command
 from lfm.parallel.layout import check_layout
 from lfm.parallel.process import Process
+from lfm.parallel.rendezvous import one_voice
 from lfm.training.run import RunConfig
 
 
 @command
+@one_voice()
 def main() -> None:
     run, flags = parse_command_line(
         RunConfig,

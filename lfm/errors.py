@@ -15,10 +15,6 @@ class UserError(ValueError):
     """Something the user typed, or a file the user pointed at, is wrong.  `str(error)` is one clear sentence."""
 
 
-class ProcessError(UserError):
-    """A UserError that the job's other processes need not meet: every process that does says so."""
-
-
 class NonFiniteError(RuntimeError):
     """A loss or gradient norm is NaN or infinite; the update was not made.  Exit code 3."""
 
@@ -64,10 +60,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
                 error = UserError(f"the standard output cannot be written ({lost.strerror}); give it another place")
             told = error and explained(error)
             if told:
-                # Before they are joined, all processes of a job find the same mistake: one of them says so.
-                rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-                if rank == "0" or isinstance(error, ProcessError):
-                    warn(told[0])
+                warn(told[0])
                 sys.exit(told[1])
         if error is not None:
             raise error

@@ -86,7 +86,7 @@ def watched(
     hang_timeout_seconds: float,
     report: Path | None,
 ) -> Iterator["Watch"]:
-    """Watch this rank and its peers; enter on every rank right after `init_process_group`, as often on each.
+    """Watch this rank and its peers; enter on every rank when all have met, as often on each.
 
     `address` is the job's store (MASTER_ADDR, MASTER_PORT), whoever hosts it.  With more than one rank no exception
     leaves: all processes exit with the code of the first cause (UserError 2, NonFiniteError 3, KeyboardInterrupt 130,

@@ -19,7 +19,7 @@ from lfm.data.consumed import START, Consumed, ConsumedRecord, chained
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_tokenizer, open_training, open_validation, resume_row
 from lfm.data.tokenizer import Tokenizer
-from lfm.errors import NonFiniteError, ProcessError, UserError
+from lfm.errors import NonFiniteError, UserError
 from lfm.files import write_durably
 from lfm.models.generation import check_prompts, generate
 from lfm.parallel import health
@@ -27,6 +27,7 @@ from lfm.parallel.launchers import Launchers
 from lfm.parallel.layout import Layout
 from lfm.parallel.process import Process, prepare_environment, require_packages
 from lfm.parallel.ranks import Ranks
+from lfm.parallel.rendezvous import Stopped, meet
 from lfm.parallel.watch import Watch, watched
 from lfm.talk import say, talking
 from lfm.training import checkpoint
@@ -88,7 +89,13 @@ def _train_in_parallel(
     from lfm.training.parallel_engine import ParallelEngine
 
     seconds = max(_SAVING_SECONDS, 2 * run.parallel.hang_timeout_seconds)  # the watch speaks first
-    process_groups.join(process, device, timeout_seconds=seconds)
+    store = None
+    if process.world_size > 1:
+        limit_seconds = run.parallel.rendezvous_timeout_seconds
+        try:
+            store = meet(process, limit_seconds=limit_seconds, why_stop=why_stop)
+        except Stopped as stopped:
+            return _stopped_before_the_start(run, process, str(stopped))
 
     def parallel_engine(run: RunConfig, device: torch.device, watch: Watch) -> Engine:
         groups = process_groups.make_groups(layout, device)
@@ -105,6 +112,8 @@ def _train_in_parallel(
         )
 
     with _watching(run, process) as watch:
+        watch.phase("connecting")
+        process_groups.join(process, device, timeout_seconds=seconds, store=store)
         watch.phase("health check")
         health.check(process, device, fingerprint=hashlib.sha256(run.to_yaml().encode()).hexdigest()[:12])
         ranks = Ranks(process.rank, process.world_size, process_groups.gloo_group(seconds))
@@ -119,12 +128,23 @@ def _train_in_parallel(
     return progress
 
 
+def _stopped_before_the_start(run: RunConfig, process: Process, cause: str) -> Progress:
+    """Nothing was trained: the run stands where its newest checkpoint is, and can be started again."""
+    whole = checkpoint.whole_checkpoints(run.folder / "checkpoints")
+    step = int(whole[-1].name.removeprefix("step_")) if whole else 0
+    if process.rank == 0:
+        with owning_folder(run):
+            write_durably(run.folder / STOPPED, f"{step} {cause}\n".encode())
+        say(f"stopped by {cause} while the ranks met; the run stands at step {step}, the same command goes on")
+    return Progress(step=step)
+
+
 def _device(run: RunConfig, process: Process) -> torch.device:
     if run.device.type != "cuda":
         return run.device
     if process.local_rank >= torch.cuda.device_count():
         visible = torch.cuda.device_count()
-        raise ProcessError(
+        raise UserError(
             f"training.device=cuda: rank {process.rank} needs GPU {process.local_rank} and {visible or 'no GPU'} is "
             "visible; start fewer processes a node, or use training.device=cpu or auto"
         )
