@@ -204,7 +204,10 @@ def _train(
     torch.manual_seed(run.seed)
     engine = make_engine(run, device, watch)
     progress = _restore(run, engine, start, weights, ranks)
-    log = Metrics(run.logging, run.folder, name=run.folder.name, resumed_step=progress.step) if ranks.is_main else None
+    log = None
+    if ranks.is_main:
+        resumed = {"resumed_step": progress.step, "run_config": run.model_dump(mode="json")}
+        log = Metrics(run.logging, run.folder, name=run.folder.name, **resumed)
     done = {"resumed_step": progress.step, "chain": progress.chain}
     consumed = ConsumedRecord(run.folder, **done) if ranks.is_main else None
     global_batch_size = run.training.global_batch_size
@@ -253,7 +256,7 @@ def _train(
         group=saver_group,
     )
     stopped = False
-    with _progress_bar(run, progress, ranks) as bar, saver:
+    with log or nullcontext(), _progress_bar(run, progress, ranks) as bar, saver:
         while progress.step < run.training.steps and not _patience_is_over(run, progress):
             watch.phase(f"step {progress.step + 1}: reading rows")
             stopped = ranks.largest(why_stop() is not None) > 0
