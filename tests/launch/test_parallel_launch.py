@@ -4,7 +4,6 @@ Every command pays the imports of all its processes, so that a test proves what 
 that: a rank is taken for dead after 15 s without a sign of life.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -261,20 +260,21 @@ def _token_that_the_second_rank_meets_first(data: Path, start: int) -> tuple[int
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path, text_data):
-    """Rank 0 prints into a pipe that nobody reads, as of a terminal that was stopped."""
-    hang_timeout = 10
-    reader, writer = os.pipe()
-    room_for_some_steps = 1500
-    os.write(writer, b" " * (fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096) - room_for_some_steps))
-    limit = f"parallel.hang_timeout_seconds={hang_timeout}"
-    words = command(tmp_path, text_data, *DATA_2, "training.steps=1000", limit)
-    with Job(tmp_path / "output", *started_by(bare, 2, words), first_stdout=writer) as job:
+    """Rank 0 writes its plot, at a validation, to a file that does not answer, as on a file system that is gone."""
+    hang_timeout, validation = 10, 300
+    often = [f"training.steps={2 * validation}", f"validation.every_steps={validation}", "checkpoint.every_steps=0"]
+    words = command(tmp_path, text_data, *DATA_2, *often, f"parallel.hang_timeout_seconds={hang_timeout}")
+    with Job(tmp_path / "output", *started_by(bare, 2, words)) as job:
+        until(lambda: job.step() >= 1, 400, job)
+        (run_folder(tmp_path) / "plots").mkdir()
+        os.mkfifo(run_folder(tmp_path) / f"plots/.loss.png.{job.ranks()[0]}.tmp")
+        assert job.step() < validation
+        until(lambda: job.step() == validation, 400, job)
+        hung = time.monotonic()
         assert job.wait() == [1, 1], job.output
-        hung = (run_folder(tmp_path) / "metrics.jsonl").stat().st_mtime
-        assert time.time() - hung < hang_timeout + 30
-    os.close(reader), os.close(writer)
+        assert time.monotonic() - hung < hang_timeout + 30
     assert re.match(r"error: rank 0 \(pid \d+, host .*\) hangs: \d+ s in phase", errors_in(job)[0])
-    assert "lfm/training/metrics.py" in job.output  # where it prints
+    assert "lfm/training/plots.py" in job.output  # where it writes
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -54,7 +55,9 @@ def runs(tmp_path_factory, text_data):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    words = {name: pretrain_command(folder, text_data, *LONG) for name, folder in folders.items()}
+    # wandb, where it is installed, prints much of its own.
+    more = {"broken": ["logging.wandb=offline"]}
+    words = {name: pretrain_command(folder, text_data, *LONG, *more.get(name, [])) for name, folder in folders.items()}
     started = {
         "full": start(words["full"], "2>/dev/full", stdout=full),
         "broken": start(words["broken"], "2>&1", stdout=subprocess.PIPE),
@@ -96,6 +99,23 @@ def test_signals_that_were_ignored_stay_ignored_and_closed_streams_are_no_matter
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 0
     assert_saved_at_its_last_step(folder)
+
+
+def test_a_limit_to_the_size_of_files_is_named_and_logs_that_meet_it_are_given_up_in_a_line_each(tmp_path, text_data):
+    often = ["training.steps=40", "logging.tensorboard=true", *LONG[1:]]
+    words = shlex.join(pretrain_command(tmp_path, text_data, *often))
+    limited = ["bash", "-c", f"ulimit -f 12; exec {words}"]
+    found = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2, found.stderr
+    *warnings, error = found.stderr.splitlines()
+    told = [re.match(r"warning: (logging to )?(\S+) is (off|not drawn)", line) for line in warnings]
+    assert sorted(one[2] for one in told) == ["metrics.jsonl", "plots/loss.png", "tensorboard"], found.stderr
+    assert re.fullmatch(
+        r"error: checkpoint .*step_00000040 could not be written by rank 0: a file may have at most 12,288 bytes here; "
+        r"raise the limit \(ulimit -f unlimited\); earlier checkpoints are intact",
+        error,
+    )
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 @pytest.fixture(scope="module")
