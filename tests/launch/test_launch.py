@@ -108,7 +108,7 @@ BAD_RUNS = {
     ),
     "hang": (["parallel.hang_timeout_seconds=0.1"], r"hang_timeout_seconds=0\.1 is below 10: .* phases take seconds"),
     "rendezvous": (["parallel.rendezvous_timeout_seconds=1"], r"rendezvous_timeout_seconds=1 is below 10: the ranks"),
-    "endless": (["parallel.hang_timeout_seconds=1e30"], r"hang_timeout_seconds = 1e\+30 .* less than or equal to"),
+    "endless": (["parallel.hang_timeout_seconds=1e30"], r"hang_timeout_seconds = '?1e\+?30'? .* less than or equal to"),
     "post_scaling": (
         ["model.liquid.norm=post", "model.liquid.input_scaling=2"],
         "input_scaling=2.0 needs liquid.norm=pre",
@@ -123,6 +123,12 @@ def test_a_bad_run_is_refused_in_one_sentence(case, tmp_path, text_data, main):
         pytest.skip("needs a machine without a GPU")
     assert_refused(main("pretrain", *pretrain_command(tmp_path, text_data, *overrides)[2:]), words)
     assert not list(tmp_path.rglob("step_*"))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 10**9])
+def test_a_certificate_without_a_step_is_refused(steps, main):
+    command = ["certify", "--config", ROOT / "configs/lfm_debug.yaml", "--layouts", "tp2", "--steps", steps]
+    assert_refused(main(*command), rf"--steps {steps} is not from 1 to 1000")
 
 
 def test_a_run_says_where_its_folder_is_after_a_check_of_its_layout(main):
