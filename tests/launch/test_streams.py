@@ -1,6 +1,7 @@
 """What commands do when nobody hears them, and with signals that were ignored when they started."""
 
 import fcntl
+import json
 import os
 import re
 import shlex
@@ -116,6 +117,15 @@ def test_a_limit_to_the_size_of_files_is_named_and_logs_that_meet_it_are_given_u
         error,
     )
     assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_a_data_set_is_made_where_nothing_can_be_said(tmp_path, text_data):
+    config = tmp_path / "data.json"
+    made = json.loads((text_data / "report.json").read_text())["config"]
+    config.write_text(json.dumps(made | {"output": str(tmp_path / "data")}))
+    process = start([PYTHON, "-m", "data_pipeline.prepare", "--config", config], ">/dev/full 2>&-")
+    assert process.wait(120) == 0
+    assert (tmp_path / "data/report.json").exists()
 
 
 @pytest.fixture(scope="module")
