@@ -20,6 +20,8 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 import torch
 from torch import Tensor
 

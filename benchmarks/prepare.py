@@ -15,6 +15,7 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -25,6 +26,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import datasets
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 import numpy as np
 import yaml
 

@@ -6,8 +6,11 @@ Tokens/s, MFU and memory are the median of the logged windows after `--skip-step
 import argparse
 import json
 import statistics
+import sys
 from datetime import date
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from lfm.training.metrics import peak_flops, read_metrics
 from lfm.training.run import RunConfig

@@ -8,10 +8,11 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks.ops.case import rate  # noqa: E402
+from benchmarks.ops.case import rate
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(name: str) -> dict:

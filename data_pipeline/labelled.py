@@ -41,6 +41,7 @@ from lfm.files import (
     shown,
     write_durably,
 )
+from lfm.talk import talking
 
 LABELS_NAME = "labels.json"
 LABELLED_SPLITS = ("train", "validation", "test")
@@ -379,6 +380,7 @@ def _definitions(entry: str) -> Iterator[tuple[str, str]]:
 
 
 @command
+@talking()
 def main(argv: Sequence[str] | None = None) -> None:
     config, _ = parse_command_line(LabelledConfig, "Prepare a labelled data set: texts and their classes.", argv)
     report = prepare_labelled(config)

@@ -58,6 +58,7 @@ from lfm.files import (
     shown,
     write_durably,
 )
+from lfm.talk import talking
 
 FEWEST_TOKENS = 1000
 """Of a data set of .bin files: less is a wrong path rather than a corpus."""
@@ -170,6 +171,7 @@ class PrepareConfig(Config):
         return self
 
 
+@talking()
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Make the data set unless it is there already; returns the content of its report.json.
 

@@ -6,6 +6,9 @@ These are plain language models: a reply is a continuation of everything typed a
 import argparse
 import hashlib
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from lfm.config import add_flags, from_flags, path_flag
 from lfm.errors import UserError, command

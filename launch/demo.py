@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 import torch
 
 from data_pipeline.prepare import PrepareConfig, prepare

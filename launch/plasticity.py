@@ -5,6 +5,10 @@ Writes plasticity.json and plasticity.png beside the checkpoints of the run, and
 
 import argparse
 import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from lfm.config import path_flag
 from lfm.errors import UserError, command

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
+from typing_extensions import Self
 
 from lfm.config import Config
 from lfm.errors import UserError
@@ -18,6 +19,9 @@ from lfm.parallel.stages import balance, balanced_sizes, stage_loads
 
 if TYPE_CHECKING:  # the model's module needs torch, its arithmetic does not
     from lfm.models.registry import ModelConfig
+
+
+_LONGEST_SECONDS = 30 * 86400
 
 
 class ParallelConfig(Config):
@@ -37,10 +41,25 @@ class ParallelConfig(Config):
     """DeepSpeed ZeRO stage; 0 on one process is the local engine."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory (ZeRO-2 and 3)."""
-    heartbeat_timeout_seconds: float = Field(default=15, gt=0)
-    """Seconds: a rank without a sign of life for this long ends all."""
-    hang_timeout_seconds: float = Field(default=900, gt=0)
-    """Seconds: longest time in one phase before the run is taken to hang."""
+    rendezvous_timeout_seconds: float = Field(default=600, le=_LONGEST_SECONDS)
+    """At least 10: the first rank waits this long for the last; imports from a cold shared disk take minutes."""
+    heartbeat_timeout_seconds: float = Field(default=15, le=_LONGEST_SECONDS)
+    """At least 5: a rank without a sign of life for this long ends all."""
+    hang_timeout_seconds: float = Field(default=900, le=_LONGEST_SECONDS)
+    """At least 10: longest time in one phase before the run is taken to hang."""
+
+    @model_validator(mode="after")
+    def _check_timeouts(self) -> Self:
+        lowest = {
+            "rendezvous_timeout_seconds": (10, "the ranks of a healthy job start seconds apart"),
+            "heartbeat_timeout_seconds": (5, "a healthy rank gives a sign of life once a second, on a busy host later"),
+            "hang_timeout_seconds": (10, "in a healthy run some phases take seconds, such as a first step"),
+        }
+        for key, (seconds, why) in lowest.items():
+            value = getattr(self, key)
+            if value < seconds:
+                raise ValueError(f"{key}={value:g} is below {seconds}: {why}")
+        return self
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import hashlib
 import math
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +19,7 @@ from lfm.data.consumed import START, Consumed, ConsumedRecord, chained
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_tokenizer, open_training, open_validation, resume_row
 from lfm.data.tokenizer import Tokenizer
-from lfm.errors import NonFiniteError, ProcessError, UserError
+from lfm.errors import NonFiniteError, UserError
 from lfm.files import write_durably
 from lfm.models.generation import check_prompts, generate
 from lfm.parallel import health
@@ -28,17 +27,22 @@ from lfm.parallel.launchers import Launchers
 from lfm.parallel.layout import Layout
 from lfm.parallel.process import Process, prepare_environment, require_packages
 from lfm.parallel.ranks import Ranks
+from lfm.parallel.rendezvous import Stopped, meet
 from lfm.parallel.watch import Watch, watched
+from lfm.talk import say, talking
 from lfm.training import checkpoint
 from lfm.training.engine import Engine, LocalEngine
 from lfm.training.evaluate import HeldOut, evaluate, together
-from lfm.training.metrics import Metrics, Speed, say, show, training_record
+from lfm.training.metrics import Metrics, Speed, show, training_record
 from lfm.training.run import RunConfig, owning_folder, write_run_files
 from lfm.training.saver import Saver
 from lfm.training.schedule import lr_factor
 
 STOPPED = "stopped"
 """In the run folder: step and cause, while a run is stopped that has steps to go; what a job is requeued for."""
+_SIGNAL_ELSEWHERE = "a signal to another rank"
+_ONE_PRESS_SECONDS = 1.0
+"""Of one Ctrl-C a process may get several signals, from the terminal and from its launcher."""
 _SAVING_SECONDS = 7200.0
 """A save, or the first load of a large checkpoint, may take this long before it counts as a hang."""
 
@@ -63,7 +67,7 @@ def train(run: RunConfig, process: Process | None = None, layout: Layout | None 
     """
     process, launchers = process or Process(), Launchers()
     device = _device(run, process)
-    with _stop_on_signal(process.rank) as signalled:
+    with talking(), _stop_on_signal() as signalled:
 
         def why_stop() -> str | None:
             gone = launchers.gone()
@@ -85,7 +89,13 @@ def _train_in_parallel(
     from lfm.training.parallel_engine import ParallelEngine
 
     seconds = max(_SAVING_SECONDS, 2 * run.parallel.hang_timeout_seconds)  # the watch speaks first
-    process_groups.join(process, device, timeout_seconds=seconds)
+    store = None
+    if process.world_size > 1:
+        limit_seconds = run.parallel.rendezvous_timeout_seconds
+        try:
+            store = meet(process, limit_seconds=limit_seconds, why_stop=why_stop)
+        except Stopped as stopped:
+            return _stopped_before_the_start(run, process, str(stopped))
 
     def parallel_engine(run: RunConfig, device: torch.device, watch: Watch) -> Engine:
         groups = process_groups.make_groups(layout, device)
@@ -102,11 +112,13 @@ def _train_in_parallel(
         )
 
     with _watching(run, process) as watch:
+        watch.phase("connecting")
+        process_groups.join(process, device, timeout_seconds=seconds, store=store)
         watch.phase("health check")
         health.check(process, device, fingerprint=hashlib.sha256(run.to_yaml().encode()).hexdigest()[:12])
         ranks = Ranks(process.rank, process.world_size, process_groups.gloo_group(seconds))
         if ranks.is_main:
-            print(f"layout: {layout.describe()}", flush=True)
+            say(f"layout: {layout.describe()}")
         with owning_folder(run) if ranks.is_main else nullcontext():
             saver_group = process_groups.gloo_group(seconds)
             progress = _train(run, device, ranks, watch, why_stop, saver_group, parallel_engine)
@@ -116,12 +128,23 @@ def _train_in_parallel(
     return progress
 
 
+def _stopped_before_the_start(run: RunConfig, process: Process, cause: str) -> Progress:
+    """Nothing was trained: the run stands where its newest checkpoint is, and can be started again."""
+    whole = checkpoint.whole_checkpoints(run.folder / "checkpoints")
+    step = int(whole[-1].name.removeprefix("step_")) if whole else 0
+    if process.rank == 0:
+        with owning_folder(run):
+            write_durably(run.folder / STOPPED, f"{step} {cause}\n".encode())
+        say(f"stopped by {cause} while the ranks met; the run stands at step {step}, the same command goes on")
+    return Progress(step=step)
+
+
 def _device(run: RunConfig, process: Process) -> torch.device:
     if run.device.type != "cuda":
         return run.device
     if process.local_rank >= torch.cuda.device_count():
         visible = torch.cuda.device_count()
-        raise ProcessError(
+        raise UserError(
             f"training.device=cuda: rank {process.rank} needs GPU {process.local_rank} and {visible or 'no GPU'} is "
             "visible; start fewer processes a node, or use training.device=cpu or auto"
         )
@@ -174,14 +197,17 @@ def _train(
         (run.folder / STOPPED).unlink(missing_ok=True)
         write_run_files(run, step=start[1]["progress"]["step"] if start is not None else 0)
         if run.logging.print_config:
-            print(run.model_dump_json(indent=1), flush=True)
-        print(run.model.count_parameters().report(), flush=True)
+            say(run.model_dump_json(indent=1))
+        say(run.model.count_parameters().report())
 
     watch.phase("building the model", allow_seconds=_SAVING_SECONDS)
     torch.manual_seed(run.seed)
     engine = make_engine(run, device, watch)
     progress = _restore(run, engine, start, weights, ranks)
-    log = Metrics(run.logging, run.folder, name=run.folder.name, resumed_step=progress.step) if ranks.is_main else None
+    log = None
+    if ranks.is_main:
+        resumed = {"resumed_step": progress.step, "run_config": run.model_dump(mode="json")}
+        log = Metrics(run.logging, run.folder, name=run.folder.name, **resumed)
     done = {"resumed_step": progress.step, "chain": progress.chain}
     consumed = ConsumedRecord(run.folder, **done) if ranks.is_main else None
     global_batch_size = run.training.global_batch_size
@@ -230,7 +256,7 @@ def _train(
         group=saver_group,
     )
     stopped = False
-    with _progress_bar(run, progress, ranks) as bar, saver:
+    with log or nullcontext(), _progress_bar(run, progress, ranks) as bar, saver:
         while progress.step < run.training.steps and not _patience_is_over(run, progress):
             watch.phase(f"step {progress.step + 1}: reading rows")
             stopped = ranks.largest(why_stop() is not None) > 0
@@ -297,6 +323,8 @@ def _train(
                 save()
                 speed.restart()
         stopped = stopped or ranks.largest(why_stop() is not None) > 0
+        if stopped and ranks.is_main:
+            say(f"{why_stop() or _SIGNAL_ELSEWHERE}: saving step {progress.step}")
         if run.checkpoint.save_at_end or stopped:
             save()
         watch.phase("finishing the last save", allow_seconds=_SAVING_SECONDS)
@@ -306,15 +334,15 @@ def _train(
         return progress
     log.plot()
     if prompts and not isinstance(engine, LocalEngine):
-        print(f"samples: python launch/generate.py --checkpoint {run.folder} --prompt TEXT", flush=True)
+        say(f"samples: python launch/generate.py --checkpoint {run.folder} --prompt TEXT")
     if stopped:
         how = "the same command" if run.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
-        cause = why_stop() or "a signal to another rank"
-        print(f"stopped by {cause} after step {progress.step}; saved, {how} goes on", flush=True)
+        cause = why_stop() or _SIGNAL_ELSEWHERE
+        say(f"stopped by {cause} after step {progress.step}; saved, {how} goes on")
         if progress.step < run.training.steps and not _patience_is_over(run, progress):
             write_durably(run.folder / STOPPED, f"{progress.step} {cause}\n".encode())
     elif _patience_is_over(run, progress):
-        print(f"stopped early after step {progress.step}: validation.patience={run.validation.patience} reached")
+        say(f"stopped early after step {progress.step}: validation.patience={run.validation.patience} reached")
     return progress
 
 
@@ -394,13 +422,13 @@ def _restore(
         saved = manifest["progress"]
         best = saved["best_validation"]
         if ranks.is_main:
-            print(f"resuming from {path} at step {saved['step']}", flush=True)
+            say(f"resuming from {path} at step {saved['step']}")
         return Progress(**(saved | {"best_validation": math.inf if best is None else best}))
     if weights is not None:
         path, manifest = weights
         engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets), kinds=("master", "frozen"))
         if ranks.is_main:
-            print(f"starting from the weights of {path}", flush=True)
+            say(f"starting from the weights of {path}")
     return Progress()
 
 
@@ -465,24 +493,27 @@ def _progress_bar(run: RunConfig, progress: Progress, ranks: Ranks) -> tqdm:
 
 
 @contextmanager
-def _stop_on_signal(rank: int) -> Iterator[Callable[[], str | None]]:
-    """The name of the stop signal that came, if any: the loop then saves and ends.  A second Ctrl-C interrupts that."""
-    received: list[str] = []
+def _stop_on_signal() -> Iterator[Callable[[], str | None]]:
+    """The name of the stop signal that came, if any: the loop then saves and ends.  A later Ctrl-C interrupts that."""
+    received: list[tuple[str, float]] = []
 
     def handle(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
+        # Only a note: a print here could wait for ever, or meet the print that it interrupts.
+        now = time.monotonic()
+        if received and number == signal.SIGINT and now - received[0][1] > _ONE_PRESS_SECONDS:
             raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-        if rank == 0 and len(received) == 1:  # launchers send several
-            print(f"{received[0]}: saving after this step", file=sys.stderr, flush=True)
+        received.append((signal.Signals(number).name, now))
 
-    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    handled = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
+    # What was ignored when this program started stays so: `nohup` and shells' background jobs mean it.  SIGUSR1 has no
+    # other meaning than ours, and job scripts ignore it until it can be answered.
+    handled = [n for n in handled if n == signal.SIGUSR1 or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in handled}
     try:
-        yield lambda: received[0] if received else None
+        yield lambda: received[0][0] if received else None
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _finite(value: float) -> float | None:

@@ -1,8 +1,9 @@
 """What a run writes for people: metrics.jsonl, TensorBoard, wandb, the loss plot.  A failing logger never stops it."""
 
+import contextlib
 import json
 import os
-import sys
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from lfm.config import Config
 from lfm.files import write_durably
 from lfm.models.registry import ModelConfig
+from lfm.talk import say, warn
 from lfm.training.engine import Engine, StepResult
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12}
@@ -34,19 +36,33 @@ class LoggingConfig(Config):
 
 
 class Metrics:
-    """Writers of one run folder; each is dropped, with one message, when it fails."""
+    """Writers of one run folder, used as a context; each is dropped, with one message, when it fails."""
 
-    def __init__(self, config: LoggingConfig, folder: Path, *, name: str, resumed_step: int) -> None:
+    def __init__(
+        self, config: LoggingConfig, folder: Path, *, name: str, resumed_step: int, run_config: dict[str, Any]
+    ) -> None:
         self.file = folder / "metrics.jsonl"
         self.folder = folder
         self.writers: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self._ends: dict[str, Callable[[], Any]] = {}
+        self._is_drawn = True
         self._open("metrics.jsonl", lambda: self._open_jsonl(resumed_step))
         if config.steps_per_epoch:
             self._open("loss_log.csv", lambda: self._open_csv(config.steps_per_epoch, resumed_step))
         if config.tensorboard:
             self._open("tensorboard", lambda: self._open_tensorboard(resumed_step))
         if config.wandb != "off":
-            self._open("wandb", lambda: self._open_wandb(config, name))
+            self._open("wandb", lambda: self._open_wandb(config, name, run_config))
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name in list(self._ends):
+            try:
+                self._ends.pop(name)()
+            except Exception as error:
+                _complain(name, error)
 
     def _open(self, name: str, opener: Callable[[], Callable[[dict[str, Any]], None]]) -> None:
         try:
@@ -62,6 +78,8 @@ class Metrics:
             except Exception as error:
                 _complain(name, error)
                 del self.writers[name]
+                with contextlib.suppress(Exception):
+                    self._ends.pop(name, lambda: None)()
 
     def plot(self) -> None:
         """Redraw plots/loss.png from metrics.jsonl."""
@@ -69,8 +87,11 @@ class Metrics:
             from lfm.training.plots import plot_loss
 
             plot_loss(self.file, self.folder / "plots" / "loss.png")
+            self._is_drawn = True
         except Exception as error:
-            _complain("plots/loss.png", error)
+            if self._is_drawn:
+                warn(f"warning: plots/loss.png is not drawn: {error!r}")
+            self._is_drawn = False
 
     def _open_jsonl(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
         if self.file.exists():  # what was logged after the checkpoint that this run goes on from happens again
@@ -106,18 +127,35 @@ class Metrics:
         return write
 
     def _open_tensorboard(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
-        from torch.utils.tensorboard import SummaryWriter
+        # Not its SummaryWriter, whose thread prints the traceback of a full disk and tells nobody.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resumed_step + 1)
+        folder = self.folder / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        file = open(folder / name, "wb")
+        self._ends["tensorboard"] = file.close
+        records = RecordWriter(file)
+
+        def write_event(step: int, **content: Any) -> None:
+            records.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
         def write(record: dict[str, Any]) -> None:
-            for key, value in _scalars(record).items():
-                writer.add_scalar(key, value, record["step"])
-            writer.flush()
+            values = [Summary.Value(tag=key, simple_value=value) for key, value in _scalars(record).items()]
+            write_event(record["step"], summary=Summary(value=values))
+            file.flush()
 
+        write_event(resumed_step + 1, file_version="brain.Event:2")
+        # Its readers drop what an earlier start wrote from this step on.
+        write_event(resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
+        file.flush()
         return write
 
-    def _open_wandb(self, config: LoggingConfig, name: str) -> Callable[[dict[str, Any]], None]:
+    def _open_wandb(
+        self, config: LoggingConfig, name: str, run_config: dict[str, Any]
+    ) -> Callable[[dict[str, Any]], None]:
         try:
             import wandb
         except ImportError:
@@ -129,12 +167,15 @@ class Metrics:
             resume="allow",
             dir=str(self.folder),
             mode=config.wandb if config.wandb == "online" else "offline",
+            config=run_config,
+            allow_val_change=True,  # a run may go on with other settings
         )
+        self._ends["wandb"] = run.finish
         return lambda record: run.log(_scalars(record), step=record["step"])
 
 
 def _complain(name: str, error: Exception) -> None:
-    print(f"warning: logging to {name} is off from now on: {error!r}", file=sys.stderr, flush=True)
+    warn(f"warning: logging to {name} is off from now on: {error!r}")
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
@@ -245,16 +286,6 @@ def show(bar: tqdm, record: dict[str, Any], world_size: int) -> None:
     bar.set_postfix_str(text)
     if bar.disable:
         say(f"step {record['step']}/{bar.total}  {text}  ETA {_minutes(record.get('eta_seconds'))}")
-
-
-def say(line: str) -> None:
-    """Print a line beside the progress bar; a closed pipe or full disk behind stdout does not stop training."""
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except OSError:
-        # Nothing can be said any more: let later prints, and Python's own flush at exit, go nowhere.
-        sys.stdout = open(os.devnull, "w")
 
 
 def _minutes(seconds: float | None) -> str:

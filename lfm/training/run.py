@@ -4,7 +4,8 @@ import json
 import platform
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing_extensions import Self
 
 from lfm.config import Config, PathText
 from lfm.data.stream import DataConfig
-from lfm.files import expanded, held_alone, write_durably
+from lfm.files import expanded, held_alone, remove_temporaries, write_durably
 from lfm.models.generation import SamplingConfig
 from lfm.models.registry import ModelConfig
 from lfm.parallel.layout import ParallelConfig
@@ -121,13 +122,17 @@ def write_run_files(run: RunConfig, step: int) -> None:
         write_durably(folder / "environment.json", json.dumps(environment(), indent=1).encode() + b"\n")
 
 
-def owning_folder(run: RunConfig) -> AbstractContextManager[None]:
+@contextmanager
+def owning_folder(run: RunConfig) -> Iterator[None]:
     """Make the run folder and hold it alone.  Raises UserError when it cannot be written or another process has it."""
-    return held_alone(
+    with held_alone(
         run.folder / ".lock",
         unwritable=f"run folder {run.folder} cannot be written; set output=DIR",
         taken=f"another process trains in {run.folder}; wait for it, or give name=NAME",
-    )
+    ):
+        for folder in (run.folder, *(run.folder / part for part in ("plots", "samples")), *run.folder.glob("starts/*")):
+            remove_temporaries(folder)
+        yield
 
 
 def environment() -> dict[str, Any]:

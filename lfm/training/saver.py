@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import resource
 import shutil
 import threading
 import time
@@ -36,7 +37,10 @@ from lfm.training.checkpoint import (
     whole_checkpoints,
 )
 
-_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LIMITED = {
+    errno.EDQUOT: lambda: "a quota of the disk is used up; free some space, or set output=DIR",
+    errno.EFBIG: lambda: f"a file may have {_most_bytes_of_a_file()} bytes here; raise the limit (ulimit -f unlimited)",
+}
 T = TypeVar("T")
 
 
@@ -240,7 +244,12 @@ class Saver:
             return error
         if not isinstance(error, OSError):
             return RuntimeError(f"checkpoint {final}: {type(error).__name__} on rank {rank}: {error}")
-        if error.errno in _OUT_OF_SPACE:
+        if error.errno in _LIMITED:
+            return UserError(
+                f"checkpoint {final} could not be written by rank {rank}: {_LIMITED[error.errno]()}; "
+                "earlier checkpoints are intact"
+            )
+        if error.errno == errno.ENOSPC:
             free = shutil.disk_usage(self.folder).free
             return UserError(
                 f"checkpoint {final} needs {need / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free; "
@@ -250,6 +259,11 @@ class Saver:
             f"checkpoint {final} could not be written by rank {rank} ({error}); "
             "make the folder writable or set output=DIR; earlier checkpoints are intact"
         )
+
+
+def _most_bytes_of_a_file() -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return "no more" if limit == resource.RLIM_INFINITY else f"at most {limit:,}"
 
 
 class _Files(FileSystem):

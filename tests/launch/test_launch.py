@@ -102,6 +102,13 @@ BAD_RUNS = {
     "empty_sample": (['samples.prompts=[""]'], "a prompt is empty"),
     "long_sample": ([f"samples.prompts=['{'x ' * 200}']"], "the context is 64"),
     "init_from": (["checkpoint.init_from=/no/run"], "neither a checkpoint nor a run folder"),
+    "heartbeat": (
+        ["parallel.heartbeat_timeout_seconds=0.5"],
+        r"heartbeat_timeout_seconds=0\.5 is below 5: a healthy rank gives a sign of life once a second",
+    ),
+    "hang": (["parallel.hang_timeout_seconds=0.1"], r"hang_timeout_seconds=0\.1 is below 10: .* phases take seconds"),
+    "rendezvous": (["parallel.rendezvous_timeout_seconds=1"], r"rendezvous_timeout_seconds=1 is below 10: the ranks"),
+    "endless": (["parallel.hang_timeout_seconds=1e30"], r"hang_timeout_seconds = '?1e\+?30'? .* less than or equal to"),
     "post_scaling": (
         ["model.liquid.norm=post", "model.liquid.input_scaling=2"],
         "input_scaling=2.0 needs liquid.norm=pre",
@@ -116,6 +123,12 @@ def test_a_bad_run_is_refused_in_one_sentence(case, tmp_path, text_data, main):
         pytest.skip("needs a machine without a GPU")
     assert_refused(main("pretrain", *pretrain_command(tmp_path, text_data, *overrides)[2:]), words)
     assert not list(tmp_path.rglob("step_*"))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 10**9])
+def test_a_certificate_without_a_step_is_refused(steps, main):
+    command = ["certify", "--config", ROOT / "configs/lfm_debug.yaml", "--layouts", "tp2", "--steps", steps]
+    assert_refused(main(*command), rf"--steps {steps} is not from 1 to 1000")
 
 
 def test_a_run_says_where_its_folder_is_after_a_check_of_its_layout(main):
@@ -147,17 +160,6 @@ def test_a_corrupt_checkpoint_is_refused_in_one_sentence(tmp_path, text_data, tr
 def test_a_checkpoint_of_another_architecture_is_refused_in_one_sentence(text_data, trained, main):
     command = pretrain_command(trained.parent, text_data, "model.num_layers=3")[2:]
     assert_refused(main("pretrain", *command), r"another architecture: model\.num_layers is 2 there and 3")
-
-
-def test_of_several_processes_with_the_same_mistake_the_first_says_so(tmp_path, text_data, main, monkeypatch):
-    place = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
-    command = pretrain_command(tmp_path, text_data)[2:]
-    assert_refused(main("pretrain", *command), r"zero_stage=0 does not go with world size 2: .*zero_stage=1")
-    monkeypatch.setenv("RANK", "1")
-    silent = main("pretrain", *command)
-    assert silent.returncode == 2 and silent.stderr == ""
 
 
 @pytest.mark.alone

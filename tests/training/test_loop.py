@@ -210,7 +210,9 @@ def test_wandb_writes_an_offline_run(tmp_path, text_data):
     pytest.importorskip("wandb", reason="needs wandb: pip install 'lfm[wandb]'")
     run = tiny_run(tmp_path, text_data, "logging.wandb=offline", "training.steps=2")
     train(run)
-    assert list((run.folder / "wandb").glob("offline-run-*"))
+    (written,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
+    content = written.read_bytes()  # records of a key and its value as JSON
+    assert b"global_batch_size" in content and b"moe_ffn_hidden_size" in content
 
 
 def test_a_non_finite_loss_names_step_and_batch(tmp_path, text_data, monkeypatch):
@@ -303,6 +305,15 @@ def test_a_copy_beside_the_checkpoints_is_neither_resumed_from_nor_deleted(saved
     copy = shutil.copytree(saved / "checkpoints/step_00000002", saved / "checkpoints/step_backup")
     train(tiny_run(saved.parent, text_data, "training.steps=8", "checkpoint.keep=1"))
     assert "step_00000006 at step 6" in capsys.readouterr().out and copy.exists()
+
+
+def test_what_a_killed_process_was_writing_is_gone_after_the_next_start(saved, text_data):
+    rests = [saved / name for name in (".environment.json.71.tmp", "starts/step_00000000/.config.yaml.71.tmp")]
+    kept = saved / ".mine.tmp"
+    for path in (*rests, kept):
+        path.write_text("half")
+    with owning_folder(tiny_run(saved.parent, text_data)):
+        assert not any(path.exists() for path in rests) and kept.exists()
 
 
 def test_two_processes_never_train_in_one_folder(saved, text_data):
