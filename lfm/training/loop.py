@@ -372,8 +372,9 @@ def _starting_weights(run: RunConfig, ranks: Ranks) -> tuple[Path, dict[str, Any
 
 def _verified(path: Path, run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """The manifest; each process has verified its part of the files."""
-    manifest = checkpoint.read_manifest(path)
+    manifest = checkpoint.read_manifest(path, warn=ranks.is_main)
     checkpoint.check_architecture(path, manifest, run.model)
+    checkpoint.check_layers(path, manifest, run.model)
     ranks.together(lambda: checkpoint.verify(path, manifest, rank=ranks.rank, world_size=ranks.world_size))
     return manifest
 
@@ -390,7 +391,7 @@ def _restore(
         path, manifest = start
         engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets))
         engine.load_counters(manifest["counters"])
-        checkpoint.set_rng_state(manifest["rng"], engine.device)
+        checkpoint.set_rng_state(path, manifest["rng"], engine.device)
         saved = manifest["progress"]
         best = saved["best_validation"]
         if ranks.is_main:

@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import json
 import os
 import shutil
 import threading
@@ -22,10 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lfm.errors import UserError
-from lfm.files import sync, write_durably
+from lfm.files import listed, sync, write_durably
 from lfm.training.checkpoint import (
     BEST,
-    FORMAT,
     TEMPORARY,
     hash_files,
     io_threads,
@@ -35,6 +33,8 @@ from lfm.training.checkpoint import (
     tensor_hash,
     whole_checkpoints,
 )
+from lfm.training.manifest import MANIFEST_NAME, TOKENIZER_NAME, manifest_bytes
+from lfm.training.stored_tensors import METADATA_NAME
 
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
@@ -164,10 +164,10 @@ class Saver:
             assert not isinstance(share, Exception)
             writer = _Writer(temporary, threads=io_threads(self.world_size))
             dcp_save(dict(share), storage_writer=writer, process_group=self.group, no_dist=self.group is None)
-            names = [path.name for path in temporary.glob(f"__{self.rank}_*")]
+            names = [path.name for path in listed(temporary) if path.name.startswith(f"__{self.rank}_")]
             if self.rank == 0:
-                write_durably(temporary / "tokenizer.json", tokenizer)
-                names += [".metadata", "tokenizer.json"]
+                write_durably(temporary / TOKENIZER_NAME, tokenizer)
+                names += [METADATA_NAME, TOKENIZER_NAME]
             frozen = {key: tensor_hash(tensor) for key, tensor in share.items() if key.startswith("frozen.")}
             return frozen, hash_files(temporary, names, io_threads(self.world_size))
 
@@ -180,8 +180,8 @@ class Saver:
                         f"checkpoint file {temporary / name}, written by another rank, is not seen by rank 0; "
                         "set output=DIR to a folder that all hosts share"
                     )
-            whole = {"format": FORMAT, "step": step, **manifest, "frozen": frozen, "files": files}
-            write_durably(temporary / "manifest.json", json.dumps(whole, indent=1).encode())
+            whole = {"step": step, **manifest, "frozen": frozen, "files": files}
+            write_durably(temporary / MANIFEST_NAME, manifest_bytes(whole))
             sync(temporary)
             os.rename(temporary, final)
             sync(self.folder)
