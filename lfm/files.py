@@ -134,7 +134,7 @@ def remove_tree(path: Path) -> None:
 
 
 def read_lines(path: Path, parse: Callable[[str], T]) -> list[tuple[str, T]]:
-    """The lines of a file that is only ever appended to, with what `parse` makes of each.
+    """The lines of a file that is only ever appended to, with what `parse` makes of each (without its newline).
 
     A last line that a crash cut short is left out.  So is any other for which `parse` raises ValueError, but since the
     caller is about to write the file anew, a copy of it is kept beside it then, and that is said.  Raises UserError
@@ -142,25 +142,24 @@ def read_lines(path: Path, parse: Callable[[str], T]) -> list[tuple[str, T]]:
     """
     data = read_file(path)
     found, damaged = [], []
-    lines = data.decode(errors="replace").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # behind the last newline lies nothing, or a line cut short
+    lines = data.split(b"\n")[:-1]  # behind the last newline lies nothing, or a line cut short
+    for number, line in enumerate(lines, start=1):
         try:
-            found.append((line + "\n", parse(line)))
+            text = line.decode()
+            found.append((text + "\n", parse(text)))
         except ValueError:
             damaged.append(number)
     if damaged:
-        aside = keep_aside(path, data)
+        aside = keep_aside(path, data, "damaged")
         which = f"line {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
         complain(f"{shown(path)}: {which} cannot be read and is left out; the file as it was is kept as {aside.name}")
     return found
 
 
-def keep_aside(path: Path, data: bytes) -> Path:
-    """Write the content of `path` beside it under the first free name `NAME.damaged-N`, which is returned."""
+def keep_aside(path: Path, data: bytes, why: str) -> Path:
+    """Write the content of `path` beside it under the first free name `NAME.why-N`, which is returned."""
     number = 1
-    while exists(aside := path.with_name(f"{path.name}.damaged-{number}")):
-        if exists(aside) and aside.is_file() and read_file(aside) == data:
-            return aside  # kept already, by a start that went no further
+    while exists(aside := path.with_name(f"{path.name}.{why}-{number}")):
         number += 1
     write_durably(aside, data)
     return aside
