@@ -71,13 +71,15 @@ class ConsumedRecord:
         self._waiting = ""
         """Whole lines that are not on the disk."""
         try:
-            if exists(self._path):
-                self._cut_back(resumed_step, chain)
+            last = self._cut_back(resumed_step, chain) if exists(self._path) else 0
+            if last < resumed_step:
+                complain(f"{shown(self._path)} lacks steps {last + 1} to {resumed_step} of this run")
         except (UserError, OSError) as error:
             self._works = False
             complain(f"{shown(self._path)} is not written from now on: {error}")
 
-    def _cut_back(self, resumed_step: int, chain: str) -> None:
+    def _cut_back(self, resumed_step: int, chain: str) -> int:
+        """The last step that is left."""
         lines = [(line, entry) for line, entry in read_lines(self._path, _parsed) if entry.step <= resumed_step]
         if lines and lines[-1][1].step == resumed_step and lines[-1][1].chain != chain:
             aside = keep_aside(self._path, read_file(self._path), "abandoned")
@@ -86,6 +88,7 @@ class ConsumedRecord:
         kept = "".join(line for line, _ in lines).encode()
         write_durably(self._path, kept)
         self._size = len(kept)
+        return lines[-1][1].step if lines else 0
 
     def add(self, entry: Consumed) -> None:
         """Append one step."""
