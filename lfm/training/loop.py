@@ -464,7 +464,12 @@ def _restore(
     if start is not None:
         path, manifest = start
         engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets))
-        engine.load_counters(manifest["counters"])
+        try:
+            engine.load_counters(manifest["counters"])
+        except KeyError as error:
+            raise UserError(
+                f"checkpoint {path} has counters of {error}, which its model has not; use another"
+            ) from None
         checkpoint.set_rng_state(path, manifest["rng"], engine.device)
         saved = manifest["progress"]
         best = saved["best_validation"]

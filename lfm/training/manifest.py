@@ -52,6 +52,8 @@ class StoredCounters(_Part):
     optimizer_step: Count
     reservoir_warmup: dict[Layer, Annotated[int, Field(ge=0, le=2**20)]]
     reservoir_calm_steps: dict[Layer, Count]
+    late_parameters: dict[str, Count] = {}
+    """Updates of those parameters that had fewer than `optimizer_step`, by name."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

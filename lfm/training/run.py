@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lfm.config import Config
 from lfm.data.stream import DataConfig
-from lfm.files import held_alone, write_durably
+from lfm.files import held_alone, shown, write_durably
 from lfm.models.generation import SamplingConfig
 from lfm.models.registry import ModelConfig
 from lfm.parallel.layout import ParallelConfig
@@ -125,8 +125,8 @@ def owning_folder(run: RunConfig) -> AbstractContextManager[None]:
     """Make the run folder and hold it alone.  Raises UserError when it cannot be written or another process has it."""
     return held_alone(
         run.folder / ".lock",
-        unwritable=f"run folder {run.folder} cannot be written; set output=DIR",
-        taken=f"another process trains in {run.folder}; wait for it, or give name=NAME",
+        unwritable=f"run folder {shown(run.folder)} cannot be written; set output=DIR",
+        taken=f"another process trains in {shown(run.folder)}; wait for it, or give name=NAME",
     )
 
 

@@ -260,12 +260,12 @@ class Saver:
             return error
         if not isinstance(error, OSError):
             return RuntimeError(f"checkpoint {final}: {type(error).__name__} on rank {rank}: {error}")
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(_existing(self.folder)).free
+        free = shutil.disk_usage(_existing(self.folder)).free
+        if error.errno == errno.ENOSPC and free < need:
             why = f"needs {_amount(need)} and the disk has {_amount(free)} free; free some space or set"
         elif error.errno == errno.EFBIG:
             why = f"could not be written by rank {rank}: a file is larger than `ulimit -f` allows; raise that or set"
-        elif error.errno == errno.EDQUOT:
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             why = f"could not be written: {reason(error)}, and it needs {_amount(need)}; free some space or set"
         else:
             why = f"could not be written by rank {rank} ({error}); make the folder writable or set"

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from lfm.errors import UserError
+from lfm.errors import NonFiniteError, UserError
+from lfm.parallel.ranks import Ranks
 from lfm.training import checkpoint
+from lfm.training.loop import _check_finite
 from lfm.training.saver import Saver
 from tests.ranks import run_on_ranks
-from tests.training.tiny_run import manifest_fields
+from tests.training.tiny_run import manifest_fields, tiny_run
 
 
 def whole_state():
@@ -175,12 +177,22 @@ def _one_rank_cannot_write(rank, folder, asynchronous):
     together = saver(folder, asynchronous=asynchronous)
     together.save(1, state, manifest_fields(1), b"")
     together.wait()
+    no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, no_limit[1]))
     with pytest.raises(UserError) as failed:
         together.save(2, state, manifest_fields(2), b"")
-        together.save(3, state, manifest_fields(3), b"")  # where the error of a background save comes out
+        while not together.has_failed:  # every rank comes to see it without asking the others
+            time.sleep(0.01)
+        together.wait()
     together.wait()  # an error is raised once
+    assert not together.has_failed
+    resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+    dist.barrier()
+    assert os.listdir(folder) == ["step_00000001"]
+    dist.barrier()
+    together.save(3, state, manifest_fields(3), b"")
+    together.wait()
     return str(failed.value)
 
 
@@ -190,9 +202,9 @@ def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_earlier_checkpoi
     assert errors[0] == errors[1]
     assert "step_00000002 could not be written by rank 1: a file is larger than `ulimit -f` allows" in errors[0]
     assert errors[0].endswith("set output=DIR; the checkpoint before, step_00000001, is intact")
-    assert os.listdir(tmp_path) == ["step_00000001"]
-    path = tmp_path / "step_00000001"
-    checkpoint.verify(path, checkpoint.read_manifest(path))
+    assert steps(tmp_path) == [1, 3]
+    for path in checkpoint.whole_checkpoints(tmp_path):
+        checkpoint.verify(path, checkpoint.read_manifest(path))
 
 
 def _need_more_than_the_disk_has(rank, folder):
@@ -303,3 +315,24 @@ def test_one_rank_of_four_names_the_damaged_file(harm, tmp_path):
         except UserError as error:
             named.append(str(error))
     assert len(named) == 1 and f"checkpoint file {damaged} " in named[0]
+
+
+def _one_rank_has_a_number_that_is_none(rank, folder, harm):
+    share = {
+        "master.whole": torch.full((4,), 3e38),
+        "frozen.mask": torch.ones(2).bool(),
+        "exp_avg.empty": torch.ones(0),
+    }
+    shard = cut(torch.tensor([1.0, harm]), 0, dist.group.WORLD)
+    ranks = Ranks(rank, 2, dist.new_group(backend="gloo"))
+    _check_finite(share, tiny_run(folder, folder), 7, ranks)
+    with pytest.raises(NonFiniteError) as failed:
+        _check_finite(share | {"master.shard": shard}, tiny_run(folder, folder), 7, ranks)
+    return str(failed.value)
+
+
+@pytest.mark.parametrize("harm", [float("nan"), float("-inf")])
+def test_a_number_that_is_none_on_one_rank_is_told_on_all(harm, tmp_path):
+    other, own = run_on_ranks(_one_rank_has_a_number_that_is_none, 2, tmp_path, harm)
+    end = "is not finite after the update; this state is not saved, and there is no earlier one"
+    assert own == f"step 7: master.shard {end}" and other == f"step 7: a tensor of rank 1 {end}"

@@ -4,6 +4,7 @@ What a checkpoint holds is an error that names the file; what is written anew at
 broken, and stay as they are or are kept aside.  Nothing hangs, is lost, or used in silence.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from lfm.errors import UserError
 from lfm.training import checkpoint
 from lfm.training.loop import train
 from tests.data.damage import cut, empty, flip, forbid, obeying_modes, put_fifo, put_folder, put_link_loop
-from tests.training.tiny_run import tiny_run
+from tests.training.tiny_run import rewrite_manifest, tiny_run
 
 STEP = "checkpoints/step_00000002/"
 
@@ -112,7 +113,7 @@ def test_a_damaged_lock_is_named_or_still_one(damage, run):
 def test_a_damaged_record_is_said_and_kept(name, damage, run, capsys):
     path = run.folder / name
     damage(path)
-    content = path.read_bytes() if damage not in NO_FILE else None
+    content = path.read_bytes() if damage not in NO_FILE else b""
     with obeying_modes():
         train(run)
     said = capsys.readouterr().err
@@ -134,3 +135,40 @@ def test_a_run_whose_files_are_whole_says_nothing(run, capsys):
     train(run)
     assert capsys.readouterr().err == "" and read_record(run.folder)[-1].step == 2
     assert os.listdir(run.folder / "checkpoints") == ["step_00000002"]
+
+
+def test_a_checkpoint_of_format_1_goes_on_with_one_warning(run, capsys):
+    path = run.folder / STEP / "manifest.json"
+    tree = json.loads(path.read_bytes())
+    del tree["checksum"]
+    path.write_text(json.dumps({**tree, "format": 1}))
+    train(run)
+    checkpoint.open_model(run.folder, device="cpu")
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all(
+        "manifest.json is of format 1, which has no checksum" in each for each in warnings
+    )
+
+
+UNKNOWN = {
+    "late_parameters": ({"late_parameters": {"no.such": 1}}, "has counters of 'no.such', which its model lacks"),
+    "layers": (
+        {"reservoir_warmup": {}, "reservoir_calm_steps": {}},
+        r"counters of reservoir layers \[\] and",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_counters_of_what_the_model_has_not_are_one_sentence(case, run):
+    changes, words = UNKNOWN[case]
+    path = run.folder / STEP
+    rewrite_manifest(path, counters=checkpoint.read_manifest(path)["counters"] | changes)
+    with pytest.raises(UserError, match=words):
+        train(run)
+
+
+def test_a_state_of_generators_that_torch_refuses_is_one_sentence(run):
+    rewrite_manifest(run.folder / STEP, rng={"cpu": "AAAA"})
+    with pytest.raises(UserError, match=r"manifest\.json has no state of torch's generators"):
+        train(run)

@@ -376,7 +376,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(announced, small_disk
         usage = shutil.disk_usage(small_disk)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**40))
     run = tiny_run(small_disk, text_data, "checkpoint.every_steps=1", "checkpoint.keep=9", "training.steps=40")
-    with pytest.raises(UserError, match="earlier checkpoints are intact"):
+    with pytest.raises(UserError, match=r"the checkpoint before, step_0000000\d, is intact"):
         train(run)
     folder = run.folder / "checkpoints"
     left = checkpoint.whole_checkpoints(folder)
