@@ -125,7 +125,8 @@ def test_a_state_that_calls_anything_is_refused_and_not_run(saved, tmp_path):
 def test_what_is_no_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
-    for file in (tmp_path / "fifo", tmp_path / "loop", tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    for file in (tmp_path / "fifo", tmp_path / "loop", tmp_path, tmp_path / "absent", tmp_path / "empty"):
         assert_refused(file, re.escape(str(file)))
 
 
