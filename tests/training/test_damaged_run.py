@@ -172,3 +172,13 @@ def test_a_state_of_generators_that_torch_refuses_is_one_sentence(run):
     rewrite_manifest(run.folder / STEP, rng={"cpu": "AAAA"})
     with pytest.raises(UserError, match=r"manifest\.json has no state of torch's generators"):
         train(run)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "loop", "forbidden/run", "file/run"])
+def test_a_checkpoint_that_cannot_be_looked_for_is_one_sentence(path, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "forbidden").mkdir(mode=0)
+    with obeying_modes(), pytest.raises(UserError, match=r"cannot be (looked at|read) \(") as found:
+        checkpoint.find(tmp_path / path)
+    assert "\0" not in str(found.value) and len(str(found.value)) < 700
