@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from lfm.config import add_flags, from_flags, path_flag
 from lfm.errors import UserError, command
+from lfm.files import exists, read_file
 from lfm.models.generation import Conversation, SamplingConfig
 from lfm.models.liquidnn import MiniLiquidGPT, trace_norms, turn_plasticity_off
 
@@ -37,16 +38,16 @@ def main() -> None:
     from lfm.training.checkpoint import open_model, read_manifest
 
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
-    manifest = read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint, warn=False)  # open_model has warned
     if flags.no_plasticity:
         turn_plasticity_off(model)
-    digest = hashlib.blake2b((checkpoint / "manifest.json").read_bytes(), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(read_file(checkpoint / "manifest.json"), digest_size=4).hexdigest()
     weights = f"{manifest['config']['name']} step {manifest['step']} ({digest})"
     talk = Conversation(model, sampling, end_of_document=tokenizer.eod_id)
     if flags.state is not None:
         if model.config.context_limit is not None:
             raise UserError(f"--state: the state of {model.config.kind} grows with its text and is not kept in files")
-        if flags.state.exists():
+        if exists(flags.state):
             talk.load(flags.state, checkpoint=weights)
     print(f"{weights}, {model.config.kind}; {describe(talk)}. {HELP}", flush=True)
     # Bytes that are no UTF-8 reach the tokenizer's check, which names them.

@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient norm is NaN or infinite; the update was not made.  Exit code 3."""
+    """A loss, a gradient norm, a weight or a logit is NaN or infinite; nothing is made of it.  Exit code 3."""
 
 
 def explained(error: BaseException) -> tuple[str, int] | None:

@@ -115,3 +115,9 @@ def _voice(stream: TextIO | None, patience: float | None, strict: bool = False) 
     except (OSError, ValueError):
         pass
     return Voice(os.open(os.devnull, os.O_RDONLY), encoding="utf-8", patience=patience, strict=strict)
+
+
+def complain(text: str) -> None:
+    """Print a warning; that it cannot be printed stops nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        warn(f"warning: {text}")

@@ -5,7 +5,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_tokenizer, open_training, open_validation, resume_row
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import NonFiniteError, UserError
-from lfm.files import write_durably
+from lfm.files import reason, refusing, write_durably
 from lfm.models.generation import check_prompts, generate
 from lfm.parallel import health
 from lfm.parallel.launchers import Launchers
@@ -29,7 +29,7 @@ from lfm.parallel.process import Process, prepare_environment, require_packages
 from lfm.parallel.ranks import Ranks
 from lfm.parallel.rendezvous import Stopped, meet
 from lfm.parallel.watch import Watch, watched
-from lfm.talk import say, talking
+from lfm.talk import complain, say, talking
 from lfm.training import checkpoint
 from lfm.training.engine import Engine, LocalEngine
 from lfm.training.evaluate import HeldOut, evaluate, together
@@ -194,8 +194,9 @@ def _train(
     check_prompts(prompts, run.model.context_limit)
     start, weights = _starting_point(run, rows, ranks), _starting_weights(run, ranks)
     if ranks.is_main:
-        (run.folder / STOPPED).unlink(missing_ok=True)
-        write_run_files(run, step=start[1]["progress"]["step"] if start is not None else 0)
+        with refusing(f"make room and put nothing else into {run.folder}, or set output=DIR"):
+            (run.folder / STOPPED).unlink(missing_ok=True)
+            write_run_files(run, step=start[1]["progress"]["step"] if start is not None else 0)
         if run.logging.print_config:
             say(run.model_dump_json(indent=1))
         say(run.model.count_parameters().report())
@@ -221,14 +222,16 @@ def _train(
         prefetch_steps=run.data.prefetch_steps,
     )
     speed = Speed(run.model, engine, ranks.world_size)
-    saved_step = progress.step if start is not None else -1
+    saved_step, best_step, lost = progress.step if start is not None else -1, -1, False
     # A step's rows count as consumed when its update is made; another process may fail between the two.
     position = stream.position
     stalls: list[float] = []
     window: list[float] = []
 
-    def save(*, best: bool = False) -> None:
-        nonlocal saved_step
+    def save(*, last: bool = False) -> None:
+        """In the background or at once.  One that fails is told and made again with the next; `last`: there is none."""
+        nonlocal saved_step, lost
+        settle()
         if saved_step == progress.step:
             return
         bar.set_postfix_str("saving")
@@ -243,11 +246,34 @@ def _train(
         start = time.perf_counter()
         if consumed is not None:
             consumed.sync()
-        saver.wait()  # the engine may give the same host memory again
-        share = engine.share()
-        saver.save(progress.step, share, manifest, tokenizer.definition, owned=engine.share_is_fresh, best=best)
-        saved_step = progress.step
+        share = engine.share()  # after `settle`: the engine may give the same host memory again
+        _check_finite(share, run, progress.step, ranks)
+        saved_step, lost = progress.step, False
+        options = {"owned": engine.share_is_fresh, "best": best_step == progress.step}
+        try:
+            saver.save(progress.step, share, manifest, tokenizer.definition, **options)
+        except UserError as error:
+            if last:
+                raise
+            give_up(error)
         stalls.append(time.perf_counter() - start)
+
+    def settle() -> None:
+        """Wait for the save under way."""
+        try:
+            saver.wait()
+        except UserError as error:
+            give_up(error)
+
+    def give_up(error: UserError) -> None:
+        nonlocal saved_step, lost
+        saved_step, lost = -1, True
+        if ranks.is_main:
+            complain(f"{error}; the next save tries again")
+
+    def save_before_the_end() -> None:
+        save()
+        settle()
 
     saver = Saver(
         run.folder / "checkpoints",
@@ -259,10 +285,14 @@ def _train(
     with log or nullcontext(), _progress_bar(run, progress, ranks) as bar, saver:
         while progress.step < run.training.steps and not _patience_is_over(run, progress):
             watch.phase(f"step {progress.step + 1}: reading rows")
-            stopped = ranks.largest(why_stop() is not None) > 0
+            # One agreement a step: to stop, or else that a save in the background has failed somewhere.
+            wish = ranks.largest(2 if why_stop() is not None else 1 if saver.has_failed else 0)
+            stopped = wish == 2
             if stopped:
                 break
-            with _saving_on_damage(save):
+            if wish == 1:
+                settle()
+            with _saving_on_damage(save_before_the_end):
                 ids, lengths = ranks.together(stream.next)
             lr = run.optimizer.lr * lr_factor(run.schedule, progress.step, run.training.steps)
             try:
@@ -307,16 +337,25 @@ def _train(
                     show(bar, record, ranks.world_size)
             if _due(progress.step, run.validation.every_steps) or last:
                 watch.phase(f"step {progress.step}: validation")
-                with _saving_on_damage(save):
+                with _saving_on_damage(save_before_the_end):
                     validated = _validate(run, engine, held_out, progress, ranks)
+                loss = validated["validation_loss"]
+                if not math.isfinite(loss):
+                    settle()
+                    raise NonFiniteError(
+                        f"step {progress.step}: the validation loss is {loss}; this state is not saved, "
+                        f"{_newest_checkpoint(run)}"
+                    )
                 if log is not None:
                     log.write(validated)
                     log.plot()
+                    saver.spared = _spared(run, progress.step, loss, saver.spared)
                 if run.checkpoint.keep_best and progress.validations_without_gain == 0:
-                    save(best=True)
+                    best_step = progress.step
+                    save()
                 speed.restart()
             if _due(progress.step, run.samples.every_steps) or last or _patience_is_over(run, progress):
-                with _saving_on_damage(save):
+                with _saving_on_damage(save_before_the_end):
                     _sample(run, engine, tokenizer, prompts, progress.step)
                 speed.restart()
             if _due(progress.step, run.checkpoint.every_steps):
@@ -325,8 +364,9 @@ def _train(
         stopped = stopped or ranks.largest(why_stop() is not None) > 0
         if stopped and ranks.is_main:
             say(f"{why_stop() or _SIGNAL_ELSEWHERE}: saving step {progress.step}")
-        if run.checkpoint.save_at_end or stopped:
-            save()
+        settle()
+        if run.checkpoint.save_at_end or stopped or lost:
+            save(last=True)
         watch.phase("finishing the last save", allow_seconds=_SAVING_SECONDS)
         saver.wait()
         stream.close()
@@ -340,7 +380,8 @@ def _train(
         cause = why_stop() or _SIGNAL_ELSEWHERE
         say(f"stopped by {cause} after step {progress.step}; saved, {how} goes on")
         if progress.step < run.training.steps and not _patience_is_over(run, progress):
-            write_durably(run.folder / STOPPED, f"{progress.step} {cause}\n".encode())
+            with refusing("the run is saved, and goes on when it is started again"):
+                write_durably(run.folder / STOPPED, f"{progress.step} {cause}\n".encode())
     elif _patience_is_over(run, progress):
         say(f"stopped early after step {progress.step}: validation.patience={run.validation.patience} reached")
     return progress
@@ -354,6 +395,38 @@ def _saving_on_damage(save: Callable[[], None]) -> Iterator[None]:
     except (UserError, OSError):
         save()
         raise
+
+
+def _check_finite(share: Mapping[str, torch.Tensor], run: RunConfig, step: int, ranks: Ranks) -> None:
+    """Raises NonFiniteError, on all processes, when any has a number in its `share` of the state that is not finite."""
+    bad = checkpoint.not_finite(share)
+    rank = ranks.largest(0 if bad is None else ranks.rank + 1) - 1
+    if rank >= 0:
+        what = bad if bad is not None else f"a tensor of rank {rank}"
+        raise NonFiniteError(
+            f"step {step}: {what} is not finite after the update; this state is not saved, {_newest_checkpoint(run)}"
+        )
+
+
+def _newest_checkpoint(run: RunConfig) -> str:
+    found = checkpoint.whole_checkpoints(run.folder / "checkpoints")
+    return f"{found[-1].name} is the newest that is" if found else "and there is no earlier one"
+
+
+def _spared(run: RunConfig, step: int, loss: float, spared: Path | None) -> Path | None:
+    """The checkpoint that no save may drop while the validation loss is absurd: the newest when it became so.
+
+    Twice ln V is far above what knows nothing; training may come back from there, so it goes on.
+    """
+    guessing = math.log(run.model.vocab_size)
+    if loss <= 2 * guessing:
+        return None
+    found = checkpoint.whole_checkpoints(run.folder / "checkpoints")
+    if spared is None and found:
+        spared = found[-1]
+    kept = f"; {spared.name} is kept until it falls" if spared is not None else ""
+    complain(f"step {step}: the validation loss of {loss:.4g} is far above {guessing:.2f}, that of guessing{kept}")
+    return spared
 
 
 def _due(step: int, every: int) -> bool:
@@ -373,7 +446,8 @@ def _starting_point(run: RunConfig, rows: RowReader, ranks: Ranks) -> tuple[Path
     resume_row(manifest["data"], rows, seed=run.seed)
     step = manifest["progress"]["step"]
     if ranks.is_main:
-        checkpoint.set_newer_aside(run.folder / "checkpoints", step)
+        with refusing("make the folder writable"):
+            checkpoint.set_newer_aside(run.folder / "checkpoints", step)
         if step >= run.training.steps:
             say(f"step {step} is reached already: raise training.steps={run.training.steps} to train on")
     return path, manifest
@@ -400,8 +474,9 @@ def _starting_weights(run: RunConfig, ranks: Ranks) -> tuple[Path, dict[str, Any
 
 def _verified(path: Path, run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """The manifest; each process has verified its part of the files."""
-    manifest = checkpoint.read_manifest(path)
+    manifest = checkpoint.read_manifest(path, warn=ranks.is_main)
     checkpoint.check_architecture(path, manifest, run.model)
+    checkpoint.check_layers(path, manifest, run.model)
     ranks.together(lambda: checkpoint.verify(path, manifest, rank=ranks.rank, world_size=ranks.world_size))
     return manifest
 
@@ -417,8 +492,13 @@ def _restore(
     if start is not None:
         path, manifest = start
         engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets))
-        engine.load_counters(manifest["counters"])
-        checkpoint.set_rng_state(manifest["rng"], engine.device)
+        try:
+            engine.load_counters(manifest["counters"])
+        except KeyError as error:
+            raise UserError(
+                f"checkpoint {path} has counters of {error}, which its model has not; use another"
+            ) from None
+        checkpoint.set_rng_state(path, manifest["rng"], engine.device)
         saved = manifest["progress"]
         best = saved["best_validation"]
         if ranks.is_main:
@@ -482,8 +562,12 @@ def _sample(run: RunConfig, engine: Engine, tokenizer: Tokenizer, prompts: list[
         for text, token in zip(texts, tokens, strict=True):
             text += [] if token is None else [token]
     whole = "\n\n--------\n\n".join(tokenizer.decode(text) for text in texts) + "\n"
-    (run.folder / "samples").mkdir(exist_ok=True)
-    write_durably(run.folder / "samples" / f"step_{step:08d}.txt", whole.encode())
+    path = run.folder / "samples" / f"step_{step:08d}.txt"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_durably(path, whole.encode())
+    except OSError as error:
+        complain(f"{path} is not written ({reason(error)})")
 
 
 def _progress_bar(run: RunConfig, progress: Progress, ranks: Ranks) -> tqdm:

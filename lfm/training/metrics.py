@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from lfm.config import Config
-from lfm.files import write_durably
+from lfm.files import exists, read_file, read_lines, write_durably
 from lfm.models.registry import ModelConfig
 from lfm.talk import say, warn
 from lfm.training.engine import Engine, StepResult
@@ -94,9 +95,8 @@ class Metrics:
             self._is_drawn = False
 
     def _open_jsonl(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
-        if self.file.exists():  # what was logged after the checkpoint that this run goes on from happens again
-            records = read_metrics(self.file)
-            kept = [json.dumps(r) + "\n" for r in records if r["step"] <= resumed_step]
+        if exists(self.file):  # what was logged after the checkpoint that this run goes on from happens again
+            kept = [line for line, record in read_lines(self.file, _record) if record["step"] <= resumed_step]
             write_durably(self.file, "".join(kept).encode())
 
         def write(record: dict[str, Any]) -> None:
@@ -108,13 +108,11 @@ class Metrics:
     def _open_csv(self, steps_per_epoch: int, resumed_step: int) -> Callable[[dict[str, Any]], None]:
         file = self.folder / "loss_log.csv"
         kept = []
-        if file.exists():
-            lines = file.read_text().splitlines()[1:]
-            kept = [
-                line for line in lines if line.partition(",")[0].isdigit() and int(line.split(",")[0]) <= resumed_step
-            ]
         columns = "global_step,epoch,step_in_epoch,loss,lr,timestamp"
-        write_durably(file, "\n".join([columns, *kept, ""]).encode())
+        if exists(file):
+            lines = read_lines(file, lambda line: -1 if line == columns else int(line.partition(",")[0]))
+            kept = [line for line, step in lines if 0 <= step <= resumed_step]
+        write_durably(file, "".join([columns + "\n", *kept]).encode())
 
         def write(record: dict[str, Any]) -> None:
             if "mean_cross_entropy" not in record:
@@ -199,16 +197,25 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a line that is none, such as a last one that a crash cut short, is left out."""
+    """Records of a metrics.jsonl; a line that is none, such as a last one that a crash cut short, is left out.
+
+    Raises UserError when the file cannot be read.
+    """
     records = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
+    for line in read_file(file).decode(errors="replace").split("\n"):
+        with suppress(ValueError):
+            records.append(_record(line))
     return records
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("too deep") from error
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError("no record of a step")
+    return record
 
 
 def training_record(result: StepResult) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from lfm.config import Config, PathText
 from lfm.data.stream import DataConfig
-from lfm.files import expanded, held_alone, remove_temporaries, write_durably
+from lfm.files import expanded, held_alone, remove_temporaries, shown, write_durably
 from lfm.models.generation import SamplingConfig
 from lfm.models.registry import ModelConfig
 from lfm.parallel.layout import ParallelConfig
@@ -127,8 +127,8 @@ def owning_folder(run: RunConfig) -> Iterator[None]:
     """Make the run folder and hold it alone.  Raises UserError when it cannot be written or another process has it."""
     with held_alone(
         run.folder / ".lock",
-        unwritable=f"run folder {run.folder} cannot be written; set output=DIR",
-        taken=f"another process trains in {run.folder}; wait for it, or give name=NAME",
+        unwritable=f"run folder {shown(run.folder)} cannot be written; set output=DIR",
+        taken=f"another process trains in {shown(run.folder)}; wait for it, or give name=NAME",
     ):
         for folder in (run.folder, *(run.folder / part for part in ("plots", "samples")), *run.folder.glob("starts/*")):
             remove_temporaries(folder)

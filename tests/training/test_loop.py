@@ -16,7 +16,14 @@ from lfm.training import checkpoint, metrics
 from lfm.training.loop import train
 from lfm.training.metrics import read_metrics
 from lfm.training.run import owning_folder
-from tests.training.tiny_run import assert_same_checkpoint, checkpoint_tensors, losses, pretrain_command, tiny_run
+from tests.training.tiny_run import (
+    assert_same_checkpoint,
+    checkpoint_tensors,
+    losses,
+    pretrain_command,
+    rewrite_manifest,
+    tiny_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +269,7 @@ DAMAGE = {
     "metadata": (lambda folder: _flip(folder / "checkpoints/step_00000006/.metadata"), "is corrupt"),
     "manifest": (
         lambda folder: os.truncate(folder / "checkpoints/step_00000006/manifest.json", 50),
-        "no readable manifest",
+        r"manifest\.json is damaged: it is not valid JSON",
     ),
 }
 
@@ -354,10 +361,8 @@ def test_odd_lines_in_metrics_are_left_out(tmp_path):
 
 def test_a_changed_frozen_tensor_is_found_by_its_hash(saved, text_data):
     path = saved / "checkpoints/step_00000006"
-    manifest = json.loads((path / "manifest.json").read_text())
-    name = next(iter(manifest["frozen"]))
-    manifest["frozen"][name] = "0" * 16
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    frozen = checkpoint.read_manifest(path)["frozen"]
+    rewrite_manifest(path, frozen={name: "0" * 16 for name in frozen})
     with pytest.raises(UserError, match="does not match its hash"):
         train(tiny_run(saved.parent, text_data))
 
@@ -380,9 +385,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(announced, small_disk
         import shutil
 
         usage = shutil.disk_usage(small_disk)
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=2**40))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**40))
     run = tiny_run(small_disk, text_data, "checkpoint.every_steps=1", "checkpoint.keep=9", "training.steps=40")
-    with pytest.raises(UserError, match="earlier checkpoints are intact"):
+    with pytest.raises(UserError, match=r"the checkpoint before, step_0000000\d, is intact"):
         train(run)
     folder = run.folder / "checkpoints"
     left = checkpoint.whole_checkpoints(folder)
