@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(as_text(report))
     if flags.html is not None:
         try:
-            flags.html.write_text(as_page(report, flags.folder.absolute()))
+            flags.html.write_text(as_page(report, flags.folder.absolute()), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--html {flags.html} cannot be written: {error.strerror}; choose another file") from None
         print(f"{flags.html} is written")

@@ -112,7 +112,7 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"config {path} lists itself under `base:` (through {seen[-1]}); remove one of the two")
     try:
-        own = yaml.load(path.read_text(), _Loader) or {}
+        own = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "configs/ holds the shipped ones"

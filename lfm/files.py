@@ -119,7 +119,7 @@ def held_alone(lock: Path, *, unwritable: str, taken: str) -> Iterator[None]:
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
+        file = open(lock, "w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{unwritable} ({error.strerror})") from None
     with file:

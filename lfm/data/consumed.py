@@ -73,7 +73,7 @@ class ConsumedRecord:
         """Append one step."""
         with self._giving_up():
             if self._works:
-                with open(self._path, "a") as file:
+                with open(self._path, "a", encoding="utf-8") as file:
                     file.write(_line(entry))
 
     def sync(self) -> None:
@@ -121,7 +121,7 @@ def _line(entry: Consumed) -> str:
 
 def _lines(path: Path) -> Iterator[Consumed]:
     """The whole lines of a record, up to one that a crash cut short."""
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         found = re.fullmatch(r"(\d+) ([0-9a-f]{16}) ([0-9a-f]{32})\n", line)
         if found is None:
             return

@@ -118,7 +118,7 @@ def find(path: Path) -> Path:
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest, after checking that it is one of ours.  Raises UserError."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"checkpoint {checkpoint} has no readable manifest.json ({error}); {_way_out(checkpoint)}"

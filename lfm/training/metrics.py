@@ -79,7 +79,7 @@ class Metrics:
             write_durably(self.file, "".join(kept).encode())
 
         def write(record: dict[str, Any]) -> None:
-            with open(self.file, "a") as stream:
+            with open(self.file, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
 
         return write
@@ -88,7 +88,7 @@ class Metrics:
         file = self.folder / "loss_log.csv"
         kept = []
         if file.exists():
-            lines = file.read_text().splitlines()[1:]
+            lines = file.read_text(encoding="utf-8").splitlines()[1:]
             kept = [
                 line for line in lines if line.partition(",")[0].isdigit() and int(line.split(",")[0]) <= resumed_step
             ]
@@ -100,7 +100,7 @@ class Metrics:
                 return
             epoch, step = divmod(record["step"] - 1, steps_per_epoch)
             values = [record["step"], epoch + 1, step + 1, record["mean_cross_entropy"], record["next_lr"], time.time()]
-            with open(file, "a") as stream:
+            with open(file, "a", encoding="utf-8") as stream:
                 stream.write(",".join(str(value) for value in values) + "\n")
 
         return write
@@ -160,7 +160,7 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl; a line that is none, such as a last one that a crash cut short, is left out."""
     records = []
-    for line in file.read_text(errors="replace").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -254,7 +254,7 @@ def say(line: str) -> None:
         sys.stdout.flush()
     except OSError:
         # Nothing can be said any more: let later prints, and Python's own flush at exit, go nowhere.
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def _minutes(seconds: float | None) -> str:
