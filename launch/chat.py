@@ -63,8 +63,9 @@ def main() -> None:
             print(obey(talk, line), flush=True)
             continue
         try:
-            talk.read(tokenizer.encode_prompt(line + "\n", begin=talk.num_tokens == 0))
-            decoder = tokenizer.stream_decoder()
+            turn = tokenizer.encode_prompt(line + "\n", begin=talk.num_tokens == 0)
+            talk.read(turn)
+            decoder = tokenizer.stream_decoder(turn)
             for token in talk.reply():
                 print(decoder.push(token), end="", flush=True)
             print(decoder.flush())

@@ -45,7 +45,7 @@ def main() -> None:
         "unigram entropy of the same tokens": found.unigram_bits_per_byte(len(text)),
         **compressor_bits_per_byte(text),
     }
-    (run.folder / "bits_per_byte.json").write_text(json.dumps(sizes, indent=1) + "\n")
+    (run.folder / "bits_per_byte.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     print(f"\nbits per byte on {len(text):,} bytes of text that training never saw:")
     for name, bits in sizes.items():
         print(f"  {name:36} {bits:.3f}")

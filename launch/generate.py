@@ -30,7 +30,7 @@ def main() -> None:
     if flags.no_plasticity:
         turn_plasticity_off(model)
     prompts = [tokenizer.encode_prompt(prompt) for prompt in flags.prompt]
-    decoders = [tokenizer.stream_decoder() for _ in prompts]
+    decoders = [tokenizer.stream_decoder(prompt) for prompt in prompts]
     # One prompt streams as it comes; several are collected, so that their texts do not mix.
     texts = list(flags.prompt)
     if len(prompts) == 1:

@@ -1,7 +1,9 @@
 """How commands end: the user's mistake as one sentence that names thing, value and way out, and exit code 2."""
 
+import contextlib
 import errno
 import functools
+import io
 import os
 import sys
 import traceback
@@ -34,6 +36,26 @@ def explained(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def _read_arguments_as_utf8() -> None:
+    """Start the process again in Python's UTF-8 mode where the locale reads arguments and file names as another code.
+
+    Some locales do so without an error: in Latin-1, an accented letter becomes two others, which would be trained on.
+    """
+    mode = ["-X", "utf8"]
+    if sys.getfilesystemencoding() == "utf-8" or sys.orig_argv[1:3] == mode:
+        return
+    os.environ["PYTHONUTF8"] = "1"  # processes that this one starts
+    os.execv(sys.executable, [sys.executable, *mode, *sys.orig_argv[1:]])
+
+
+def _write_utf8() -> None:
+    """Make both streams write UTF-8, whatever the locale, and escaped what is none, as in some file names."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none, nor is a closed one
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command's `main`: expected ends become one line on stderr and an exit code; bugs keep their traceback.
 
@@ -44,7 +66,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
+        if not (args or kwargs):
+            _read_arguments_as_utf8()
         _open_closed_streams()
+        _write_utf8()
         with talking(None, strict=True):
             try:
                 main(*args, **kwargs)

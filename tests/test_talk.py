@@ -43,7 +43,7 @@ UNWRITABLE = {
 def test_no_way_of_talking_fails_or_waits_at_a_stream_that_cannot_be_written(kind, monkeypatch):
     descriptor = UNWRITABLE[kind]()
     monkeypatch.setattr("sys.stdout", None)
-    with open(os.devnull, "w") as stream:
+    with open(os.devnull, "w", encoding="utf-8") as stream:
         monkeypatch.setattr("sys.stderr", stream)
         with talking():
             assert isinstance(sys.stderr, Voice)

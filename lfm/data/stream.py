@@ -180,7 +180,8 @@ def open_split(config: DataConfig, split: Split, *, seq_length: int, vocab_size:
     if size < vocab_size and not config.allow_smaller_tokenizer:
         raise UserError(
             f"the tokenizer of {root} has {size} ids, fewer than the model's vocab_size={vocab_size}; "
-            f"set vocab_size={size}, or data.allow_smaller_tokenizer=true if that is meant"
+            "set data.allow_smaller_tokenizer=true if that is meant, which leaves the rest of the embedding untrained; "
+            f"vocab_size={size} would be another model"
         )
     return reader
 

@@ -236,9 +236,9 @@ def compatibility_table() -> str:
 
 def main() -> None:
     page = Path(sys.argv[1])
-    before, _, rest = page.read_text().partition(BEGIN)
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{compatibility_table()}\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n{compatibility_table()}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

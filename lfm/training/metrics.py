@@ -100,7 +100,7 @@ class Metrics:
             write_durably(self.file, "".join(kept).encode())
 
         def write(record: dict[str, Any]) -> None:
-            with open(self.file, "a") as stream:
+            with open(self.file, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
 
         return write
@@ -119,7 +119,7 @@ class Metrics:
                 return
             epoch, step = divmod(record["step"] - 1, steps_per_epoch)
             values = [record["step"], epoch + 1, step + 1, record["mean_cross_entropy"], record["next_lr"], time.time()]
-            with open(file, "a") as stream:
+            with open(file, "a", encoding="utf-8") as stream:
                 stream.write(",".join(str(value) for value in values) + "\n")
 
         return write

@@ -59,7 +59,7 @@ def test_a_record_goes_on_from_the_step_of_the_checkpoint(tmp_path):
     whole.mkdir(), parts.mkdir()
     chain = write(whole, range(9))
     write(parts, [0, 1, 2, 3, 99, 98])
-    with open(parts / CONSUMED_NAME, "a") as file:
+    with open(parts / CONSUMED_NAME, "a", encoding="utf-8") as file:
         file.write("7 00")  # cut short by a crash
     kept = read_record(parts)[3]
     assert write(parts, range(4, 9), start=4, chain=kept.chain) == chain

@@ -9,8 +9,13 @@ import sys
 
 import pytest
 
+from data_pipeline.prepare import prepare
+from lfm.models.generation import SamplingConfig, generate
+from lfm.training.checkpoint import open_model
 from lfm.training.loop import train
 from tests import shared_memory
+from tests.data.corpus import config, write_texts
+from tests.data.tokenizer_kinds import KINDS, TEXTS
 from tests.training.tiny_run import PYTHON, ROOT, pretrain_command, tiny_run
 
 
@@ -207,3 +212,26 @@ BAD_PROMPTS = {
 def test_a_bad_generation_is_refused_in_one_sentence(case, trained, main):
     arguments, words = BAD_PROMPTS[case]
     assert_refused(main("generate", "--checkpoint", trained, *arguments), words)
+
+
+def test_streamed_text_keeps_the_space_behind_the_prompt(main, capsys, tmp_path):
+    # Metaspace: the space belongs to the word behind it, and the first of a text has none.
+    (tmp_path / "tokenizer.json").write_bytes(KINDS["metaspace"]().to_str().encode())
+    source = write_texts(tmp_path / "text", TEXTS[:60])
+    prepare(config(source, tmp_path / "data", seq_length=64, tokenizer={"file": str(tmp_path / "tokenizer.json")}))
+    small = ("data.allow_smaller_tokenizer=true", "samples.prompts=[in]")
+    tiny = tiny_run(tmp_path, tmp_path / "data", "training.steps=1", *small)
+    train(tiny)
+    model, tokenizer, _ = open_model(tiny.folder, device="cpu")
+    prompt = tokenizer.encode_prompt("rain in")
+
+    def whole_text(seed):
+        sampling = SamplingConfig(max_new_tokens=5, seed=seed)
+        made = [token for (token,) in generate(model, [prompt], sampling, end_of_document=tokenizer.eod_id)]
+        return tokenizer.decode([*prompt, *(token for token in made if token not in (None, tokenizer.eod_id))])
+
+    seed = next(seed for seed in range(100) if whole_text(seed).startswith("rain in "))
+    capsys.readouterr()
+    flags = ("--prompt", "rain in", "--max-new-tokens", 5, "--seed", seed)
+    found = main("generate", "--checkpoint", tiny.folder, *flags)
+    assert (found.returncode, found.stdout) == (0, whole_text(seed) + "\n")

@@ -33,7 +33,7 @@ def torchruns(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
         command += [str(Path(__file__).with_name("watched_job.py")), str(folder), name]
-        with open(folder / "output", "w") as output:
+        with open(folder / "output", "w", encoding="utf-8") as output:
             process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=output)
         started[name] = process, folder
     yield started
