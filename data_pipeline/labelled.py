@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline import debian
 from data_pipeline.prepare import REPORT_NAME
 from data_pipeline.split import row_key, split_of_group
-from lfm.config import Config, parse_command_line
+from lfm.config import Config, Count, parse_command_line
 from lfm.errors import UserError, command
 from lfm.files import replace_folder, write_durably
 
@@ -114,7 +114,7 @@ class LabelledConfig(Config):
     output: str
     """Folder of the data set."""
     source: Annotated[Icd10Config | GcideConfig, Field(discriminator="kind")]
-    max_rows_per_group: PositiveInt | None = None
+    max_rows_per_group: Count | None = None
     """Take at most this many rows of a group, chosen by a hash of their text; null: all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the groups in the validation split."""

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from data_pipeline import debian, files, hub
 from data_pipeline.batches import BATCH_BYTES, BATCH_FILES, Batch, FileBatch, InputFile, LineBatch, TextBatch
 from data_pipeline.clean import CleanConfig
 from data_pipeline.markup import Markup
-from lfm.config import Config
+from lfm.config import Bytes, Config
 from lfm.errors import UserError
 
 _SUFFIXES = {
@@ -39,7 +39,7 @@ class _Files(_Source):
     suffixes: tuple[str, ...] | None = None
     """Endings of the files taken from folders; null: .txt .md .rst for text, .py for code, .jsonl and .jsonl.gz and
     .jsonl.zst for jsonl, .parquet for parquet."""
-    max_file_bytes: PositiveInt | None = None
+    max_file_bytes: Bytes | None = None
     """Larger files are left out; null: 200000 for code (larger ones are mostly data), no limit for the others."""
 
 

@@ -4,19 +4,19 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from lfm.config import Config
+from lfm.config import Config, Depth, Tokens, Width
 from lfm.kernels.reservoir import WARMUP_NOTCHES, RecurrenceStats, reservoir_recurrence
 from lfm.layers.parts import PLAIN, Parts
 
 
 class LiquidConfig(Config):
-    interval: PositiveInt = 4
+    interval: Depth = 4
     """Layers 0, interval, 2 * interval, ... carry reservoirs."""
-    num_reservoirs: PositiveInt = 3
-    reservoir_size: PositiveInt = 512
+    num_reservoirs: Width = 3
+    reservoir_size: Width = 512
     """Units of one reservoir."""
     leak_rate: float = Field(default=0.3, gt=0, le=1)
     spectral_radius: float = Field(default=0.99, gt=0)
@@ -32,7 +32,7 @@ class LiquidConfig(Config):
     longest warm-up is scaled down."""
     backend: Literal["auto", "sequential", "chunked"] = "auto"
     """auto: chunked with warm-up where that is shorter than the sequence, else sequential."""
-    chunk_length: PositiveInt | Literal["fill"] = 128
+    chunk_length: Tokens | Literal["fill"] = 128
     """Steps of one chunk; fixed, so that results do not depend on the batch size.  fill: the length with
     which the device holds all chunks of a batch at once: faster, but then the last bits of results follow its size."""
     warmup: Literal[32, 64, 96, 128, 192, 256, 384] = 64

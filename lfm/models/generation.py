@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from lfm.config import Config
+from lfm.config import Config, Count, CountOrZero
 from lfm.errors import UserError
 from lfm.files import write_durably
 from lfm.models.language_model import LanguageModel
 
 
 class SamplingConfig(Config):
-    max_new_tokens: PositiveInt = 100
+    max_new_tokens: Count = 100
     greedy: bool = False
     """Always the most likely token; the other sampling keys are then unused."""
     temperature: float = 1.0
     """At least 0.001; for the most likely token use greedy."""
-    top_k: NonNegativeInt = 50
+    top_k: CountOrZero = 50
     """Sample among this many most likely tokens; 0: all."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Sample among the fewest tokens that hold this much probability."""

@@ -7,9 +7,10 @@ from typing import ClassVar, Literal, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
 from lfm.layers.documents import Documents
 from lfm.layers.loss import linear_cross_entropy
@@ -28,16 +29,16 @@ class LAERCConfig(FamilyConfig):
     changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "chunk_length", "warmup", "tolerance"})
     kind: Literal["laerc"] = "laerc"
     """Model family."""
-    hidden_size: PositiveInt = 512
-    num_layers: PositiveInt = 16
-    seq_length: PositiveInt = 1024
+    hidden_size: Width = 512
+    num_layers: Depth = 16
+    seq_length: Tokens = 1024
     """Tokens of a training row.  Nothing in the model depends on it: text may go on for ever."""
-    vocab_size: PositiveInt = 50_257
-    reservoir_multiple: float = Field(default=4.0, gt=0)
+    vocab_size: Vocabulary = 50_257
+    reservoir_multiple: float = Field(default=4.0, gt=0, le=1 << 20)
     """Units of a reservoir over hidden_size, rounded down."""
-    reservoir_mlp_multiple: float = Field(default=1.0, gt=0)
+    reservoir_mlp_multiple: float = Field(default=1.0, gt=0, le=1 << 20)
     """Width of the reservoir's read-out over hidden_size, rounded down."""
-    ffn_multiple: float = Field(default=4.0, gt=0)
+    ffn_multiple: float = Field(default=4.0, gt=0, le=1 << 20)
     """Width of the feed-forward network over hidden_size, rounded down."""
     use_reservoir: bool = True
     """false: blocks of gate and feed-forward network alone, with which nothing mixes tokens."""
@@ -51,7 +52,7 @@ class LAERCConfig(FamilyConfig):
     """
     backend: Literal["auto", "sequential", "chunked"] = "sequential"
     """sequential is exact; chunked cuts time, to `tolerance`; auto: chunked where that is shorter than the sequence."""
-    chunk_length: PositiveInt = 128
+    chunk_length: Tokens = 128
     """Steps of one chunk; fixed, so that results do not depend on the batch size."""
     warmup: Literal[32, 64, 96, 128, 192, 256, 384] = 64
     """Steps a chunk starts early, at the first training step; the residual guard moves it up and down from there."""
@@ -74,6 +75,11 @@ class LAERCConfig(FamilyConfig):
                 raise ValueError(
                     f"{key}={getattr(self, key)} of hidden_size={self.hidden_size} is no unit; "
                     f"the nearest that is one is {1 / self.hidden_size}"
+                )
+            if width > 1 << 20:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} of hidden_size={self.hidden_size} is {width} units; "
+                    f"the most are {1 << 20}"
                 )
         if self.keep_input_norm and self.use_reservoir:
             raise ValueError("keep_input_norm=true needs use_reservoir=false; a reservoir always has the norm")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from lfm.config import Config
+from lfm.config import Config, Depth
 from lfm.errors import UserError
 from lfm.parallel.rules import Request, first_broken, refusal
 from lfm.parallel.stages import balance, balanced_sizes, stage_loads
@@ -21,17 +21,17 @@ if TYPE_CHECKING:  # the model's module needs torch, its arithmetic does not
 
 
 class ParallelConfig(Config):
-    tensor: PositiveInt = 1
+    tensor: Depth = 1
     """Tensor-parallel size."""
-    pipeline: PositiveInt = 1
+    pipeline: Depth = 1
     """Pipeline stages."""
-    virtual_pipeline: PositiveInt = 1
+    virtual_pipeline: Depth = 1
     """Model chunks a stage holds (interleaved schedule)."""
-    expert: PositiveInt = 1
+    expert: Depth = 1
     """Expert-parallel size."""
     sequence_parallel: bool = False
     """Split activations outside the tensor-parallel regions along the sequence; goes with tensor > 1."""
-    stage_layers: tuple[PositiveInt, ...] | None = None
+    stage_layers: tuple[Depth, ...] | None = None
     """Layers of each of the pipeline * virtual_pipeline chunks, first to last; null: balanced automatically."""
     zero_stage: int = Field(default=0, ge=0, le=3)
     """DeepSpeed ZeRO stage; 0 on one process is the local engine."""

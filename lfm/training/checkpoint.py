@@ -22,13 +22,12 @@ from typing import Any, Literal
 
 import torch
 import xxhash
-from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.tensor import DTensor
 
-from lfm.config import Config
+from lfm.config import Config, Count, CountOrZero
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 from lfm.models.global_names import global_views
@@ -43,12 +42,12 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class CheckpointConfig(Config):
-    every_steps: NonNegativeInt = 1000
+    every_steps: CountOrZero = 1000
     """0: only at the end and on a signal."""
     save_at_end: bool = True
     asynchronous: bool = True
     """Write in the background; costs host memory of one copy of the state; at most one save is under way."""
-    keep: PositiveInt = 2
+    keep: Count = 2
     """Newest checkpoints kept; older ones are removed after a newer one is whole."""
     keep_best: bool = False
     """Save after each validation with the lowest loss so far, and keep that checkpoint too: checkpoints/best."""
