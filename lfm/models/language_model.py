@@ -193,7 +193,9 @@ class LanguageModel(nn.Module, abc.ABC):
         """Final hidden states of `ids` after the prefix of `state` (None: no prefix), and the state after them.
 
         `documents` packs documents that do not see each other; it goes with `state=None` only.  Any split of a
-        sequence into calls gives the same.  Raises ValueError for the state of another model or batch.
+        sequence into calls gives the same, whatever stands beside it, in every family and with every backend: where
+        training may approximate (chunked reservoirs), this does not.  Raises ValueError for the state of another model
+        or batch.
         """
 
     @abc.abstractmethod

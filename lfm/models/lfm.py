@@ -262,30 +262,38 @@ class Block(nn.Module):
         cache: KeyValueCache | None,
         liquid_state: Tensor | None,
         stats: RecurrenceStats | None,
-        keep_cache: bool,
+        streaming: bool,
         recompute: Recompute,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"], KeyValueCache | None, Tensor | None, Routing]:
         """Takes and returns the residual stream as two summands, x and what the part before put out (None after the
-        embedding): each part adds them in one pass with its norm."""
+        embedding): each part adds them in one pass with its norm.
+
+        `streaming` keeps the cache and takes the exact recurrence, as what is read in pieces must."""
         # Selective recompute: the two parts whose activations are large and cheap to make again.
         part = _checkpointed if recompute == "selective" else _plain
         x, u = self.attention_norm.of_sum(x, pending)
-        y, cache = self.attention(u, rotary=rotary, documents=documents, cache=cache, keep_cache=keep_cache)
+        y, cache = self.attention(u, rotary=rotary, documents=documents, cache=cache, keep_cache=streaming)
         if self.has_liquid:
             starts = documents.starts if documents is not None else None
-            x, y, liquid_state = part(self._liquid, x, y, liquid_state, starts, stats)
+            x, y, liquid_state = part(self._liquid, x, y, liquid_state, starts, stats, streaming)
         x, y, routing = part(self._moe, x, y)
         return x, y, cache, liquid_state, routing
 
     def _liquid(
-        self, x: Tensor, y: Tensor, state: Tensor | None, starts: Tensor | None, stats: RecurrenceStats | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        state: Tensor | None,
+        starts: Tensor | None,
+        stats: RecurrenceStats | None,
+        exact: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.post_norm:
             x = x + y
-            y, final = self.liquid(x, state=state, starts=starts, stats=stats)
+            y, final = self.liquid(x, state=state, starts=starts, stats=stats, exact=exact)
             return self.liquid_norm.of_sum(x, y)[1], None, final
         x, u = self.liquid_norm.of_sum(x, y)
-        y, final = self.liquid(u, state=state, starts=starts, stats=stats)
+        y, final = self.liquid(u, state=state, starts=starts, stats=stats, exact=exact)
         return x, y, final
 
     def _moe(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Routing]:
@@ -459,7 +467,7 @@ class LFM(LanguageModel):
                 cache=state.caches[layer] if state else None,
                 liquid_state=state.liquid.get(layer) if state else None,
                 stats=found.recurrence.get(layer),
-                keep_cache=keep_state,
+                streaming=keep_state,
                 recompute=recompute,
             )
             caches.append(cache)

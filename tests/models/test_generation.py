@@ -21,6 +21,6 @@ def test_of_equally_likely_tokens_the_first_are_chosen():
 
 def test_keys_that_greedy_does_not_use_are_not_judged():
     for unused in ({"temperature": 0.0}, {"temperature": -1.0}, {"top_p": 0.0}):
-        assert SamplingConfig(greedy=True, **unused).greedy
+        assert SamplingConfig.model_validate(unused | {"greedy": True}).greedy
         with pytest.raises(ValidationError, match="for the most likely token use greedy"):
-            SamplingConfig(**unused)
+            SamplingConfig.model_validate(unused)
