@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,19 @@ def shown(path: Path) -> str:
 def reason(error: BaseException) -> str:
     """Why the system refused, in its own words, without the path."""
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def ready_folder(folder: Path) -> None:
+    """Make `folder` if it is missing, so that work whose result goes there is not begun in vain.
+
+    Raises UserError when it cannot be made or nothing can be written in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"folder {shown(folder)} cannot be written ({reason(error)})") from None
 
 
 def write_durably(path: Path, data: bytes) -> None:
