@@ -185,9 +185,11 @@ def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[st
             raise UserError(f"frozen tensor {name} of {checkpoint} does not match its hash; {_way_out(checkpoint)}")
 
 
-def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any], Path]:
+def load_model(
+    path: Path | str, *, device: torch.device, dtype: torch.dtype
+) -> tuple[LanguageModel, dict[str, Any], Path]:
     """A verified checkpoint's model in evaluation mode, its manifest, and the checkpoint's path."""
-    checkpoint = find(path)
+    checkpoint = find(Path(path))
     manifest = read_manifest(checkpoint)
     verify(checkpoint, manifest)
     config = parse(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))
@@ -201,13 +203,13 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple
     return model.eval(), manifest, checkpoint
 
 
-def open_model(path: Path, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
+def open_model(path: Path | str, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
     """A verified checkpoint's model, in bf16 on a GPU and fp32 on a CPU, its tokenizer, and the checkpoint's path."""
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for and no GPU is visible; use --device cpu")
     where, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    model, _, checkpoint = load_model(path, device=where, dtype=dtype)
+    model, _, checkpoint = load_model(Path(path), device=where, dtype=dtype)
     return model, Tokenizer.from_file(checkpoint / "tokenizer.json"), checkpoint
 
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from lfm.training.checkpoint import find, open_model
 from lfm.training.loop import train
 from tests import shared_memory
 from tests.training.tiny_run import PYTHON, ROOT, pretrain_command, tiny_run
@@ -205,3 +206,19 @@ BAD_PROMPTS = {
 def test_a_bad_generation_is_refused_in_one_sentence(case, trained, main):
     arguments, words = BAD_PROMPTS[case]
     assert_refused(main("generate", "--checkpoint", trained, *arguments), words)
+
+
+def test_help_of_the_demo_lists_the_keys(main):
+    found = main("demo", "--help")
+    assert found.returncode == 0 and "model.liquid.leak_rate" in found.stdout
+    assert_refused(main("demo", "optimizer.lr=on"), "optimizer.lr = 'on' in .* is not legal")
+
+
+def test_a_model_is_opened_by_the_text_of_its_path(trained):
+    model, _, checkpoint = open_model(str(trained), device="cpu")
+    assert not model.training and checkpoint == find(trained)
+
+
+def test_greedy_generation_asks_for_no_temperature(trained, main):
+    found = main("generate", "--checkpoint", trained, "--prompt", "x", "--greedy", "--temperature", 0)
+    assert found.returncode == 0 and found.stdout.startswith("x"), found.stderr
