@@ -359,7 +359,8 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
     # An unknown key explains a missing one, and a typo is the commonest mistake: name it first.
     problem = min(problems, key=lambda item: item["type"] != "extra_forbidden")
     path = _short(_user_path(root, problem["loc"]))[1:-1]
-    value = _short(problem["input"])
+    value = problem["input"]
+    value = _short(list(value) if isinstance(value, tuple) else value)
     if problem["type"] == "extra_forbidden":
         sentence = f"unknown key {path} (value {value}) in {source}; {_nearest(root, path, problem['loc'])}"
     elif problem["type"] == "union_tag_invalid":
@@ -373,7 +374,7 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         where = f"{path}: " if path else ""
         sentence = f"{where}{problem.get('ctx', {}).get('error')} (in {source})"
     else:
-        reason = problem["msg"][0].lower() + problem["msg"][1:]
+        reason = (problem["msg"][0].lower() + problem["msg"][1:]).replace("tuple", "list")
         if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float):
             reason += f"; quote the text, as {path}='\"...\"' on a command line"
         sentence = f"{path} = {value} in {source} is not legal: {reason}"
