@@ -9,7 +9,7 @@ TYPED := --jaxtyping-packages=lfm.layers,lfm.models,beartype.beartype
 OPS := $(filter-out case,$(basename $(notdir $(wildcard benchmarks/ops/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-full test-gpu test-slurm bench
+.PHONY: help setup demo check test test-full test-gpu test-slurm golden bench
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -40,6 +40,9 @@ test-slurm: setup ## the job scripts on a throw-away Slurm; needs the packages s
 	@PATH=$$PATH:/usr/sbin; command -v slurmctld >/dev/null && command -v munged >/dev/null || \
 		{ echo "error: no Slurm here; apt-get install --no-install-recommends slurm-wlm munge" >&2; exit 2; }
 	@$(PY) -m pytest -q -m slurm
+
+golden: setup ## write the golden runs anew; only in a commit that says which numbers change, and why
+	@$(PY) tests/golden/write.py
 
 bench: setup ## benchmarks against floors and peers; results in benchmarks/results/
 	@$(PY) benchmarks/attention.py

@@ -7,10 +7,11 @@ first step that does is named; 2: a record is missing or was changed.
 
 import argparse
 import sys
-from pathlib import Path
 
+from lfm.config import path_flag
 from lfm.data.consumed import Consumed, read_record
 from lfm.errors import UserError, command
+from lfm.files import shown
 
 
 def first_difference(a: list[Consumed], b: list[Consumed]) -> int | None:
@@ -34,7 +35,7 @@ def first_difference(a: list[Consumed], b: list[Consumed]) -> int | None:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a run folder, with its consumed.txt")
+    parser.add_argument("runs", nargs=2, type=path_flag, metavar="RUN", help="a run folder, with its consumed.txt")
     folders = parser.parse_args().runs
     a, b = (read_record(folder) for folder in folders)
     step = first_difference(a, b)
@@ -47,7 +48,7 @@ def main() -> None:
     print(f"same: steps {max(a[0].step, b[0].step)} to {last}, chain {chain}")
     for folder, record in zip(folders, (a, b), strict=True):
         if record[-1].step > last:
-            print(f"{folder} goes on to step {record[-1].step}")
+            print(f"{shown(folder)} goes on to step {record[-1].step}")
 
 
 if __name__ == "__main__":

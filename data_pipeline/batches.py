@@ -3,26 +3,34 @@
 What is in a batch depends on the sources alone, so neither counts nor ids depend on how many processes there are.
 """
 
-import gzip
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data_pipeline.markup import Markup, texts_of_markup
+from data_pipeline.unpack import PACKED, Limits, Unreadable, opened
 from lfm.errors import UserError
+from lfm.files import shown
 
 BATCH_BYTES = 1 << 19
 BATCH_FILES = 256
+_SMALL_BYTES = 1 << 20
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Text = tuple[str, str]
 """A text and its origin."""
+
+
+class Left(Enum):
+    """In place of a value that was not even looked at."""
+
+    TOO_LONG = "too_long"
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,12 @@ class InputFile:
     markup: Markup
     num_bytes: int
     mtime_ns: int
+    limits: Limits
 
 
 @dataclass(frozen=True)
 class FileBatch:
-    """Files that are read as a whole, .gz and .dz ones unpacked."""
+    """Files that are read as a whole, compressed ones unpacked."""
 
     source: int
     num_bytes: int
@@ -53,17 +62,20 @@ class FileBatch:
     files: tuple[InputFile, ...]
 
     def texts(self, counts: Counter[str]) -> Iterator[Text]:
-        """The texts in the files.  Those that cannot be read or are no UTF-8 are left out and counted."""
+        """The texts in the files.  Those that cannot be read, are too long or no UTF-8 are left out and counted."""
         for file in self.files:
             try:
                 text = _read(file, counts)
-            except (OSError, EOFError, zlib.error):
+            except Unreadable:
                 counts["files_unreadable"] += 1
             except UnicodeError:
                 counts["files_not_utf8"] += 1
             else:
+                if text is None:
+                    counts["files_too_large"] += 1
+                    continue
                 counts["files_read"] += 1
-                yield from texts_of_markup(text, file.markup, origin=str(file.path))
+                yield from texts_of_markup(text, file.markup, origin=shown(file.path))
 
 
 @dataclass(frozen=True)
@@ -72,37 +84,68 @@ class LineBatch:
 
     source: int
     num_bytes: int
-    lines: tuple[bytes, ...]
+    lines: tuple[bytes | None, ...]
+    """None: a line that is too long."""
     origin: str
     first: int
     """Number of the first line."""
     text_key: str
 
     def texts(self, counts: Counter[str]) -> Iterator[Text]:
-        """The text of each line; lines that are no JSON in UTF-8 are left out and counted.
+        """The text of each line; lines that are no JSON in UTF-8 or hold no text are left out and counted by reason.
 
-        Raises UserError for a line without its text key: that is a mistake in the config.
+        Raises UserError if the first lines of a file are parts of one JSON document, or none of them has a text though
+        some are JSON: that is a mistake in the config, or another kind of file.
         """
+        if self.first == 1:
+            self._check_lines()
+        found, problem = False, None
         for number, line in enumerate(self.lines, start=self.first):
+            if line is None:
+                counts["documents_too_long"] += 1
+                continue
             if not line.strip():
                 continue
             origin = f"{self.origin}:{number}"
             try:
                 record = json.loads(line)
-            except ValueError:  # neither JSON nor UTF-8
+            except (ValueError, RecursionError):  # neither JSON nor UTF-8, or nested beyond measure
                 counts["lines_malformed"] += 1
                 continue
-            text = record.get(self.text_key) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                keys = ", ".join(record) if isinstance(record, dict) else "none"
-                raise UserError(
-                    f"{origin} has no text under text_key={self.text_key!r} (its keys: {keys}); "
+            if not isinstance(record, dict):
+                counts["lines_without_keys"] += 1
+                problem = problem or f"{origin} holds {_name_of_type(record)} in place of an object with keys"
+                continue
+            if self.text_key not in record:
+                counts["documents_without_text_key"] += 1
+                problem = problem or (
+                    f"{origin} has no text under text_key={self.text_key!r} (its keys: {shown(', '.join(record))}); "
                     "set text_key to one of them"
                 )
+                continue
+            value = record[self.text_key]
+            found = found or value is None
+            text = _text_of(value, counts)
+            if isinstance(text, _WrongType):
+                problem = problem or f"{origin} has {text.name} under text_key={self.text_key!r}, which takes text"
+                continue
+            if text is None:
+                continue
+            found = True
             if b"\\u" in line and _LONE_SURROGATE.search(text):  # JSON can write them, UTF-8 cannot
                 counts["lines_malformed"] += 1
                 continue
             yield text, origin
+        if self.first == 1 and problem is not None and not found:
+            raise UserError(f"{problem}; none of its first {len(self.lines):,} lines has a text")
+
+    def _check_lines(self) -> None:
+        first, *rest = [line.strip() for line in self.lines[:100] if line and line.strip()][:2] or [b""]
+        if first.removeprefix(b"\xef\xbb\xbf") in (b"[", b"{", b"[{") and not _is_object(rest):
+            raise UserError(
+                f"{self.origin} is one JSON document over many lines, and kind=jsonl takes one in each line; rewrite "
+                "it, such as by `jq -c '.[]'`"
+            )
 
 
 @dataclass(frozen=True)
@@ -111,15 +154,33 @@ class TextBatch:
 
     source: int
     num_bytes: int
-    found: tuple[Text, ...]
+    found: tuple[tuple[Any, str], ...]
+    """Values, which should be texts, and their origins."""
     counted: str | None = None
     """What one more of is to be counted, such as files_read."""
+    column: str | None = None
+    """Where they are from, for messages, if these are the first from there."""
 
     def texts(self, counts: Counter[str]) -> Iterator[Text]:
-        """All of them."""
+        """All of them; what is no text is left out and counted by reason.
+
+        Raises UserError if the first ones of a column are of another type.
+        """
         if self.counted is not None:
             counts[self.counted] += 1
-        yield from self.found
+        found, problem = False, None
+        for value, origin in self.found:
+            text = _text_of(value, counts)
+            if isinstance(text, _WrongType):
+                problem = problem or f"{origin} has {text.name} in the column {self.column}, which takes text"
+                continue
+            found = found or text is not None or value is None
+            if text is not None:
+                yield text, origin
+        if self.column is not None and problem is not None and not found:
+            raise UserError(
+                f"{problem}; none of its first {len(self.found):,} rows has a text; set text_key to another"
+            )
 
 
 Batch = FileBatch | LineBatch | TextBatch
@@ -137,10 +198,53 @@ def documents(batch: Batch, counts: Counter[str]) -> Iterator[Document]:
         yield Document(text, num_bytes, origin)
 
 
-def _read(file: InputFile, counts: Counter[str]) -> str:
-    content = file.path.read_bytes()
-    if file.path.suffix in (".gz", ".dz"):
-        content = gzip.decompress(content)
+@dataclass(frozen=True)
+class _WrongType:
+    name: str
+
+
+def _text_of(value: Any, counts: Counter[str]) -> str | _WrongType | None:
+    """The text that a row holds; None, or a type that no text is of, and it is counted."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            counts["documents_not_utf8"] += 1
+    elif value is None:
+        counts["documents_null"] += 1
+    elif value is Left.TOO_LONG:
+        counts["documents_too_long"] += 1
+    else:
+        counts[f"documents_of_type_{type(value).__name__}"] += 1
+        return _WrongType(_name_of_type(value))
+    return None
+
+
+def _name_of_type(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _is_object(lines: list[bytes]) -> bool:
+    try:
+        return all(isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read(file: InputFile, counts: Counter[str]) -> str | None:
+    """The content of a file; None if it is longer than a document may be."""
+    limit = file.limits.record_bytes
+    if file.path.suffix in PACKED:  # a batch has many
+        limit = min(limit, max(_SMALL_BYTES, file.limits.expansion * file.num_bytes))
+    with opened(file.path, file.limits) as (stream, _):
+        # To ask for the limit would take room for it; the file may have grown since it was found.
+        content = stream.read(min(limit, file.num_bytes) + 1)
+        if len(content) > file.num_bytes:
+            content += stream.read(limit + 1 - len(content))
+    if len(content) > limit:
+        return None
     try:
         return content.decode()
     except UnicodeDecodeError:

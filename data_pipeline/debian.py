@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data_pipeline.markup import Markup
 from lfm.errors import UserError
+from lfm.files import exists, expanded
 
 Rule = tuple[str, Markup]
 
@@ -48,7 +49,8 @@ def find(packages: Sequence[str], cache: str) -> list[tuple[Path, Markup]]:
 
     Raises UserError, naming the package, if that fails.
     """
-    root = Path(cache).expanduser().absolute()
+    root = expanded(cache).absolute()
+    exists(root)  # or says why that cannot be found out
     found: list[tuple[Path, Markup]] = []
     for package in packages:
         folder = root / package

@@ -1,20 +1,21 @@
 """Rows of Hugging Face data sets."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline import extras
 from data_pipeline.batches import Batch
 from data_pipeline.files import text_batches
+from data_pipeline.unpack import Limits
 from lfm.errors import UserError
+from lfm.files import expanded
 
 
-def batches(source: int, config: dict[str, Any]) -> Iterator[Batch]:
+def batches(source: int, config: dict[str, Any], limits: Limits) -> Iterator[Batch]:
     """The rows of one split.  Raises UserError if it cannot be had or has no such column."""
     datasets = extras.require("datasets", extra="datasets", purpose="kind=huggingface")
     name, text_key = config["path"], config["text_key"]
-    data_files = [os.path.expanduser(path) for path in config["data_files"] or ()] or None
+    data_files = [path if "://" in path else str(expanded(path)) for path in config["data_files"] or ()] or None
     try:
         rows = datasets.load_dataset(
             name,
@@ -31,7 +32,8 @@ def batches(source: int, config: dict[str, Any]) -> Iterator[Batch]:
                 "set text_key to one of them"
             )
         groups = rows.select_columns([text_key]).iter(batch_size=256)
-        yield from text_batches(source, (text for group in groups for text in group[text_key]), name, bytes_a_text=0)
+        values = (value for group in groups for value in group[text_key])
+        yield from text_batches(source, values, name, column=text_key, limits=limits, bytes_a_text=0)
     except UserError:
         raise
     except Exception as error:  # anything from a missing file to a closed connection, of many classes

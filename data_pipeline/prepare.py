@@ -16,6 +16,7 @@ import heapq
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -34,29 +35,41 @@ from data_pipeline.dedup import ExactDuplicates, NearDuplicates
 from data_pipeline.fast_tokenizer import FastEncoder, first_difference
 from data_pipeline.pack import SplitCounter
 from data_pipeline.pool import ordered_map
+from data_pipeline.report import DROPPED_NAME, REPORT_NAME, check_report, found_report, write_report
 from data_pipeline.sources import SourceConfig, StdinConfig, find_files, read_batches, title
+from data_pipeline.verify import Verification
 from data_pipeline.worker import BatchWorker, Dropped, Encoding, Prepared
 from data_pipeline.write_bins import BinsWriter
 from data_pipeline.write_shards import SplitWriter
-from lfm.config import Bytes, Config, Count, DepthOrZero, Tokens, Vocabulary, parse_command_line
+from lfm.config import Bytes, Config, Count, DepthOrZero, PathText, Tokens, Vocabulary, parse_command_line
 from lfm.data.bins import BinFile
 from lfm.data.format import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, Packing, Split, SplitIndex
 from lfm.data.tokenizer import TiktokenPattern, Tokenizer, from_tiktoken, train_bpe
 from lfm.errors import UserError, command
-from lfm.files import held_alone, replace_folder, write_durably
+from lfm.files import (
+    behind_links,
+    exists,
+    expanded,
+    held_alone,
+    is_free,
+    partial_folder,
+    reason,
+    replace_folder,
+    shown,
+    write_durably,
+)
 
-REPORT_NAME = "report.json"
 FEWEST_TOKENS = 1000
 """Of a data set of .bin files: less is a wrong path rather than a corpus."""
 
-DROPPED_NAME = "dropped.jsonl"
-"""A few documents that each rule dropped, to be looked at."""
 BEGIN_OF_TEXT_NAMES = ("<|begin_of_text|>", "<s>", "<|startoftext|>", "<|bos|>")
 
 _SMALL_INPUT_BYTES = 1 << 23  # starting processes takes longer than preparing it
 _SAMPLES_A_RULE = 5
 _COMPARED_DOCUMENTS, _COMPARED_CHARACTERS = 64, 20_000  # about a second
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FILES_LEFT_OUT = ("repeated", "too_large", "unreadable", "not_regular", "not_utf8")
+_LEFT_OUT = re.compile(r"(files_(?!found|read)|lines_|documents_|dropped_by_)")
 _LASTING_NOT = {"output", "overwrite", "num_workers", "tokenizer_backend"}
 
 _Counts = dict[str, Counter[str]]
@@ -68,7 +81,7 @@ class TokenizerConfig(Config):
     """Train a byte-level BPE of this many entries on the training split; null: read `file`."""
     train_bytes: Bytes = 16_000_000
     """About how many bytes of text to train it on, taken evenly from all sources."""
-    file: str | None = None
+    file: PathText | None = None
     """A tokenizer.json, or a .tiktoken rank file; null: train one."""
     tiktoken_pattern: TiktokenPattern | None = None
     """How a .tiktoken file's text is cut into words; null: recognise the published files, gpt2 for others."""
@@ -84,7 +97,7 @@ class TokenizerConfig(Config):
 
 
 class PrepareConfig(Config):
-    output: str
+    output: PathText
     """Folder of the data set: tokenizer.json, both splits, validation.txt and report.json."""
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     """Where text comes from; read in this order."""
@@ -164,18 +177,23 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     the disk is full.
     """
     started = time.monotonic()
-    output = Path(config.output).expanduser().absolute()
+    output = behind_links(expanded(config.output))
     counts: Counter[str] = Counter()
     found = find_files(config.sources, counts)
     fingerprint = _fingerprint(config, found)
-    report = _finished_report(output)
+    report = found_report(output)
+    if report is not None and not config.overwrite:
+        check_report(output, report)
     # What the standard input holds now is not known.
     can_differ = config.overwrite or any(isinstance(source, StdinConfig) for source in config.sources)
     if report is not None and report["fingerprint"] == fingerprint and not can_differ:
-        print(f"{config.output} is already prepared: same config, same inputs")
+        problems = Verification(str(output), full=False).run().problems
+        if problems:
+            raise UserError(f"{problems[0]}; restore it, or set overwrite=true to prepare output={config.output} anew")
+        print(f"{shown(config.output)} is already prepared: same config, same inputs")
         return report
 
-    partial = output.with_name(f".{output.name}.partial")
+    partial = partial_folder(output)
     with held_alone(
         output.with_name(f".{output.name}.lock"),
         unwritable=f"output={config.output} cannot be made; choose another output",
@@ -186,20 +204,17 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         try:
             partial.mkdir()
             report = {"fingerprint": fingerprint, **_build(config, found, counts, partial)}
-            write_durably(partial / REPORT_NAME, json.dumps(report, indent=2).encode())
+            report = write_report(partial, report)
             replace_folder(output, by=partial)
         except OSError as error:
-            if error.errno not in _FULL_DISK:
-                raise
-            raise UserError(
-                f"output={config.output} cannot be written ({error.strerror}); make room, or choose another output"
-            ) from None
+            way_out = "make room, or choose another output" if error.errno in _FULL_DISK else "choose another output"
+            raise UserError(f"output={config.output} cannot be written ({reason(error)}); {way_out}") from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     seconds = time.monotonic() - started
     tokens = report["stages"]["encode"]["tokens"]
     print(_in_words(report))
-    print(f"{config.output} is ready, after {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
+    print(f"{shown(config.output)} is ready, after {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
     return report
 
 
@@ -207,7 +222,7 @@ def _build(
     config: PrepareConfig, found: Sequence[Sequence[InputFile]], counts: Counter[str], folder: Path
 ) -> dict[str, Any]:
     """Write all files but the report into `folder`; returns the report."""
-    tokenizer, tokenizer_text_bytes = _make_tokenizer(config, found)
+    tokenizer, tokenizer_text_bytes = _make_tokenizer(config, found, counts)
     if config.bos != (tokenizer.bos_id is not None):
         tokenizer = tokenizer.beginning_with(_begin_of_text(tokenizer) if config.bos else None)
     tokenizer.save(folder / TOKENIZER_NAME)
@@ -233,10 +248,12 @@ def _build(
             num_documents = collector.stages["limit"]["documents"]
             raise UserError(
                 f"validation_fraction={config.validation_fraction} of {num_documents} documents leaves the {split} "
-                "split empty; change it or add text"
+                f"split empty; change it or add text{_left_out(collector.stages)}"
             )
     sources = collector.stages["sources"]
-    files_left_out = sum(sources[f"files_{why}"] for why in ("repeated", "too_large", "unreadable", "not_utf8"))
+    files_left_out = sum(
+        sources[f"files_{why}"] for why in ("repeated", "too_large", "unreadable", "not_regular", "not_utf8")
+    )
     sources["files_not_reached"] = sources["files_found"] - sources["files_read"] - files_left_out
     _check_sums(collector.stages, splits)
     write_durably(folder / DROPPED_NAME, collector.dropped_lines())
@@ -461,26 +478,30 @@ def _num_workers(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) ->
     return 0 if size is not None and size < _SMALL_INPUT_BYTES else len(os.sched_getaffinity(0))
 
 
-def _make_tokenizer(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) -> tuple[Tokenizer, int]:
+def _make_tokenizer(
+    config: PrepareConfig, found: Sequence[Sequence[InputFile]], counts: Counter[str]
+) -> tuple[Tokenizer, int]:
     """The tokenizer, and how many bytes of text it was trained on (0 if it was read from a file)."""
     wanted = config.tokenizer
     if wanted.file is not None:
-        path = Path(wanted.file).expanduser()
+        path = expanded(wanted.file)
         if path.suffix == ".tiktoken":
             return from_tiktoken(path, wanted.tiktoken_pattern), 0
         return Tokenizer.from_file(path), 0
     assert wanted.train_vocab_size is not None
     batches = read_batches(config.sources, found)
     prepared = ordered_map(_worker(config, None), batches, _num_workers(config, found))
-    texts = _sample(config, _with_bar(prepared, _input_bytes(found), "tokenizer"), wanted.train_bytes)
+    texts = _sample(
+        _Collector(config, counts), _with_bar(prepared, _input_bytes(found), "tokenizer"), wanted.train_bytes
+    )
     return train_bpe(texts, wanted.train_vocab_size), sum(len(text.encode()) for text in texts)
 
 
-def _sample(config: PrepareConfig, batches: Iterable[Prepared], num_bytes: int) -> list[str]:
+def _sample(collector: _Collector, batches: Iterable[Prepared], num_bytes: int) -> list[str]:
     """About `num_bytes` of training text, in order: the documents with the smallest keys, near-duplicates too."""
     heap: list[tuple[float, int, int, str]] = []  # the largest key first
     total = number = 0
-    for batch, kept in _Collector(config, Counter()).kept(batches):
+    for batch, kept in collector.kept(batches):
         assert batch.keys is not None
         for i in kept:
             if i not in batch.texts:
@@ -490,6 +511,8 @@ def _sample(config: PrepareConfig, batches: Iterable[Prepared], num_bytes: int) 
             total, number = total + size, number + 1
             while total - heap[0][2] >= num_bytes:
                 total -= heapq.heappop(heap)[2]
+    if not heap:
+        raise UserError(f"the sources hold no text to train a tokenizer on; add some{_left_out(collector.stages)}")
     return [text for _, _, _, text in sorted(heap, key=lambda item: item[1])]
 
 
@@ -582,31 +605,33 @@ def _fingerprint(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) ->
     """Equal for equal configs over unchanged inputs; the inputs count by path, size and time, without reading them."""
     inputs = [(str(file.path), file.num_bytes, file.mtime_ns) for of_source in found for file in of_source]
     if config.tokenizer.file is not None:
-        path = Path(config.tokenizer.file).expanduser()
+        path = expanded(config.tokenizer.file)
         if path.exists():  # if not, reading it says so
             inputs.append((str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns))
     content = json.dumps([FORMAT_VERSION, _lasting(config), inputs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _finished_report(output: Path) -> dict[str, Any] | None:
-    """The report of the data set in `output`; None if that is no data set."""
-    try:
-        report = json.loads((output / REPORT_NAME).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return report if isinstance(report, dict) and "fingerprint" in report else None
-
-
 def _check_replaceable(output: Path, config: PrepareConfig) -> None:
-    is_data_set = _finished_report(output) is not None
+    is_data_set = found_report(output) is not None
     if is_data_set and not config.overwrite:
         raise UserError(
             f"output={config.output} holds a data set of another config or of inputs that have changed since; "
             "choose another output, or set overwrite=true to replace it"
         )
-    if not is_data_set and output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"output={config.output} exists and is no data set of this program; choose another output")
+    if not is_data_set and not is_free(output):
+        damaged = f" (its {REPORT_NAME} is damaged)" if exists(output / REPORT_NAME) else ""
+        raise UserError(
+            f"output={config.output} exists and is no data set of this program{damaged}; choose another output"
+        )
+
+
+def _left_out(stages: _Counts) -> str:
+    """What was left out and why, as the end of a sentence."""
+    why = {key: n for key, n in sorted((stages["sources"] + stages["clean"]).items()) if n and _LEFT_OUT.match(key)}
+    if not why:
+        return ""
+    return " (left out: " + ", ".join(f"{key.replace('_', ' ')} {n:,}" for key, n in why.items()) + ")"
 
 
 @command

@@ -2,23 +2,25 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from data_pipeline import debian, files, hub
-from data_pipeline.batches import BATCH_BYTES, BATCH_FILES, Batch, FileBatch, InputFile, LineBatch, TextBatch
+from data_pipeline.batches import BATCH_BYTES, BATCH_FILES, Batch, FileBatch, InputFile, Left, LineBatch, TextBatch
 from data_pipeline.clean import CleanConfig
 from data_pipeline.markup import Markup
-from lfm.config import Bytes, Config
+from data_pipeline.unpack import Damaged, Limits, Stream, Unreadable, opened, records
+from lfm.config import Bytes, Config, Count, PathText
 from lfm.errors import UserError
+from lfm.files import shown
 
 _SUFFIXES = {
     "text": (".txt", ".md", ".rst"),
     "code": (".py",),
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    "jsonl": (".jsonl", *(f".jsonl{packed}" for packed in (".gz", ".zst", ".xz", ".bz2"))),
     "parquet": (".parquet",),
 }
 _MAX_FILE_BYTES = {"code": 200_000}
@@ -29,23 +31,40 @@ class _Source(Config):
     """What the report calls it; null: its kind and first path."""
     clean: CleanConfig = CleanConfig()
     """Rules that its documents must satisfy."""
+    max_record_bytes: Bytes = 1 << 27
+    """Longer documents, lines and rows are left out, and counted, without being held in memory."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_record_bytes, expansion=1)
 
 
-class _Files(_Source):
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Folders (searched through), globs or files; ~, {stdlib} and {site-packages} (of this Python) are filled in."""
+class _Packed(_Source):
+    max_expansion: Count = 250
+    """Times its size that a compressed file may become: a document of more, and of more than a mebibyte, is left out
+    and counted; a file of lines of more, and of more than a record, is refused."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_record_bytes, self.max_expansion)
+
+
+class _Files(_Packed):
+    paths: Annotated[tuple[PathText, ...], Field(min_length=1)]
+    """Folders (searched through), globs or files; ~, {stdlib} and {site-packages} (of this Python) are filled in.
+    Files that end in .gz, .dz, .bz2, .xz or .zst are unpacked."""
     exclude: tuple[str, ...] = ()
     """Globs on the path below the folder, where * also matches /; matching files are left out."""
     suffixes: tuple[str, ...] | None = None
-    """Endings of the files taken from folders; null: .txt .md .rst for text, .py for code, .jsonl and .jsonl.gz and
-    .jsonl.zst for jsonl, .parquet for parquet."""
+    """Endings of the files taken from folders; null: .txt .md .rst for text, .py for code, .jsonl (also compressed) for
+    jsonl, .parquet for parquet."""
     max_file_bytes: Bytes | None = None
     """Larger files are left out; null: 200000 for code (larger ones are mostly data), no limit for the others."""
 
 
 class _WholeFiles(_Files):
     markup: Markup = "none"
-    """What to take the text out of; .gz and .dz files are unpacked first."""
+    """What to take the text out of."""
     not_utf8: Literal["skip", "latin-1"] = "skip"
     """Files that are no UTF-8 are left out, or read as Latin-1; both are counted."""
 
@@ -82,7 +101,7 @@ class HuggingfaceConfig(_Source):
     """The data set's configuration."""
     split: str = "train"
     """train, or a part of it such as train[:1%] (without streaming)."""
-    data_files: tuple[str, ...] | None = None
+    data_files: tuple[PathText, ...] | None = None
     """Files or globs; null: what the data set says."""
     revision: str | None = None
     """Commit or branch on the hub; name a commit and the data cannot change."""
@@ -101,12 +120,12 @@ class StdinConfig(_Source):
     """The key that holds the text in each line of JSON."""
 
 
-class DebianConfig(_Source):
+class DebianConfig(_Packed):
     kind: Literal["debian"] = "debian"
     """Documentation in Debian's packages, which are fetched by apt-get and unpacked but not installed."""
     packages: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names; data_pipeline/debian.py says which of their files are taken."""
-    cache: str = "~/.cache/lfm/debian"
+    cache: PathText = "~/.cache/lfm/debian"
     """Folder to fetch to; what is there is not fetched again."""
 
 
@@ -136,7 +155,7 @@ def find_files(sources: Sequence[SourceConfig], counts: Counter[str]) -> list[li
 
     They are in the order of the config, and sorted by name within a folder.  A file reached twice, by two sources or
     through a symlink, is taken the first time only.  Adds to `counts`:
-    files_found = files_repeated + files_too_large + files_unreadable + the number of files in the result.
+    files_found = files_repeated + files_too_large + files_unreadable + files_not_regular + the files in the result.
     Raises UserError for a path that leads to no file.
     """
     seen: set[tuple[int, int]] = set()
@@ -149,10 +168,21 @@ def find_files(sources: Sequence[SourceConfig], counts: Counter[str]) -> list[li
                 whole = source if isinstance(source, _WholeFiles) else _WholeFiles(paths=source.paths)
                 wanted: list[tuple[Path, Markup]] = [(path, whole.markup) for path in paths]
                 limit = source.max_file_bytes or _MAX_FILE_BYTES.get(source.kind)
-                found.append(files.checked(wanted, counts, seen, max_file_bytes=limit, not_utf8=whole.not_utf8))
+                found.append(
+                    files.checked(
+                        wanted,
+                        counts,
+                        seen,
+                        max_file_bytes=limit,
+                        not_utf8=whole.not_utf8,
+                        limits=source.limits,
+                    )
+                )
             case DebianConfig():
                 wanted = debian.find(source.packages, source.cache)
-                found.append(files.checked(wanted, counts, seen, max_file_bytes=None, not_utf8="latin-1"))
+                found.append(
+                    files.checked(wanted, counts, seen, max_file_bytes=None, not_utf8="latin-1", limits=source.limits)
+                )
             case _:
                 found.append([])
     return found
@@ -171,7 +201,7 @@ def read_batches(sources: Sequence[SourceConfig], found: Sequence[Sequence[Input
                 for file in of_source:
                     yield from _counted(index, files.parquet_batches(index, file, source.text_key))
             case HuggingfaceConfig():
-                yield from hub.batches(index, source.model_dump(exclude={"kind", "name", "clean"}))
+                yield from hub.batches(index, source.model_dump(exclude={"kind", "name", "clean"}), source.limits)
             case StdinConfig():
                 yield from _stdin(index, source, sys.stdin.buffer)
 
@@ -180,7 +210,9 @@ def _counted(source: int, batches: Iterator[Batch]) -> Iterator[Batch]:
     """The batches of one file, which counts as read after the last, or as unreadable if not even opened."""
     try:
         yield from batches
-    except OSError:
+    except Damaged:
+        raise
+    except Unreadable:
         yield TextBatch(source, 0, (), "files_unreadable")
     else:
         yield TextBatch(source, 0, (), "files_read")
@@ -200,37 +232,47 @@ def _whole_files(source: int, found: Sequence[InputFile]) -> Iterator[Batch]:
 
 
 def _jsonl(source: int, file: InputFile, text_key: str) -> Iterator[Batch]:
-    with files.opened(file.path) as (lines, position):
-        yield from _line_batches(source, lines, str(file.path), text_key, position)
+    with opened(file.path, file.limits) as (stream, position):
+        yield from _line_batches(source, stream, shown(file.path), text_key, position, file.limits)
 
 
-def _line_batches(source: int, lines: BinaryIO, origin: str, text_key: str, position: Any) -> Iterator[Batch]:
-    before, number = 0, 1
-    while group := lines.readlines(BATCH_BYTES):
-        here = position()
-        yield LineBatch(source, here - before, tuple(group), origin, number, text_key)
-        before, number = here, number + len(group)
+def _line_batches(
+    source: int, stream: Stream, origin: str, text_key: str, position: Callable[[], int], limits: Limits
+) -> Iterator[Batch]:
+    before, number, size = 0, 1, 0
+    group: list[bytes | None] = []
+
+    def batch() -> LineBatch:
+        return LineBatch(source, position() - before, tuple(group), origin, number, text_key)
+
+    for line in records(stream, b"\n", limits.record_bytes):
+        group.append(line)
+        size += len(line or b"") + 1
+        if size >= BATCH_BYTES:
+            yield batch()
+            before, number, size = position(), number + len(group), 0
+            group = []
+    if group:
+        yield batch()
 
 
-def _stdin(source: int, config: StdinConfig, stream: BinaryIO) -> Iterator[Batch]:
+def _stdin(source: int, config: StdinConfig, stream: Stream) -> Iterator[Batch]:
     if config.separator is None:
-        yield from _line_batches(source, stream, "stdin", config.text_key, lambda: 0)
+        yield from _line_batches(source, stream, "stdin", config.text_key, lambda: 0, config.limits)
         return
-    separator, held, number = config.separator.encode(), b"", 0
-    while True:
-        block = stream.read(BATCH_BYTES)
-        *whole, held = (held + block).split(separator)
-        if not block:
-            whole, held = [*whole, held], b""
-        found = []
-        for text in whole:
-            number += 1
-            try:
-                found.append((text.decode(), f"stdin:document {number}"))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"document {number} of the standard input is no UTF-8 ({error.reason}); convert it first"
-                ) from None
-        yield TextBatch(source, sum(map(len, whole)), tuple(found))
-        if not block:
-            return
+    group: list[tuple[str | Left, str]] = []
+    size = 0
+    for number, text in enumerate(records(stream, config.separator.encode(), config.max_record_bytes), start=1):
+        origin = f"stdin:document {number}"
+        try:
+            group.append((Left.TOO_LONG if text is None else text.decode(), origin))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"document {number} of the standard input is no UTF-8 ({error.reason}); convert it first"
+            ) from None
+        size += len(text or b"")
+        if size >= BATCH_BYTES:
+            yield TextBatch(source, size, tuple(group))
+            group, size = [], 0
+    if group:
+        yield TextBatch(source, size, tuple(group))

@@ -15,11 +15,13 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from data_pipeline.report import REPORT_NAME, check_file, check_report, found_report
 from lfm.data.bins import BIN_NAMES, BINS_NAME, BinsRecord, hash_blocks, read_record
 from lfm.data.cache import fetch
 from lfm.data.format import HASH, INDEX_NAME, SPLITS, TOKENIZER_NAME, read_index
 from lfm.data.reader import hash_file
 from lfm.errors import UserError, command
+from lfm.files import exists, expanded, file_size, read_file, reason, shown
 
 FETCH_TIMEOUT_SECONDS = 600.0
 T = TypeVar("T")
@@ -33,7 +35,8 @@ class Verification:
         self.problems: list[str] = []
         self.num_files = self.num_bytes = 0
         self._remote = source.rstrip("/") if "://" in source and not source.startswith("file://") else None
-        self._root = Path(source.removeprefix("file://")).expanduser()
+        self._root = expanded(source.removeprefix("file://"))
+        self._report_splits: dict[str, Any] = {}
         self._progress = tqdm(unit="B", unit_scale=True, disable=None if full else True)
 
     def run(self) -> "Verification":
@@ -41,9 +44,10 @@ class Verification:
             if self._remote is not None:
                 self._root = Path(scratch)
             elif not self._root.is_dir():
-                raise UserError(f"{self._root} is no folder; give that of a data set")
+                raise UserError(f"{shown(self._root)} is no folder; give that of a data set")
+            self._attempt(self._check_report)
             tokenizer = self._attempt(self._tokenizer_sha256)
-            if any((self._root / name).exists() for name in (BINS_NAME, *BIN_NAMES.values())):
+            if any(exists(self._root / name) for name in (BINS_NAME, *BIN_NAMES.values())):
                 self._check_bins(tokenizer)
             else:
                 for split in SPLITS:
@@ -57,16 +61,32 @@ class Verification:
         except UserError as error:
             self.problems.append(str(error))
         except OSError as error:
-            self.problems.append(f"{error.filename} cannot be read: {error.strerror}")
+            self.problems.append(f"{shown(error.filename or self._root)} cannot be read ({reason(error)})")
         return None
 
     def _tokenizer_sha256(self) -> str:
         path = self._root / TOKENIZER_NAME
         if self._remote is not None:
             fetch(f"{self._remote}/{TOKENIZER_NAME}", path, FETCH_TIMEOUT_SECONDS)
-        if not path.exists():
+        if not exists(path):
             raise UserError(f"{path} is missing")
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(read_file(path)).hexdigest()
+
+    def _check_report(self) -> None:
+        """What belongs to the report, if there is one, and that the splits are its own."""
+        report = found_report(self._root)
+        if report is None:
+            if exists(self._root / REPORT_NAME):
+                raise UserError(f"{self._root / REPORT_NAME} is damaged: it is no report of data_pipeline.prepare")
+            return
+        check_report(self._root, report)
+        self._report_splits = report["splits"]
+        for name in report.get("files", {}):
+            self._attempt(lambda name=name: self._count(check_file(self._root, report, name, full=self.full)))
+
+    def _count(self, num_bytes: int) -> None:
+        self.num_files += 1
+        self.num_bytes += num_bytes
 
     def _check_tokenizer(self, found: str | None, wanted: str, what: str) -> None:
         if found is not None and found != wanted:
@@ -77,13 +97,15 @@ class Verification:
         if self._remote is not None:
             where = f"{self._remote}/{split}/{INDEX_NAME}"
             self._attempt(lambda: fetch(where, folder / INDEX_NAME, FETCH_TIMEOUT_SECONDS))
-            if not (folder / INDEX_NAME).exists():
+            if not exists(folder / INDEX_NAME):
                 return
         read = self._attempt(lambda: read_index(folder))
         if read is None:
             return
         index, shards = read
         self._check_tokenizer(tokenizer, index.tokenizer_sha256, str(folder))
+        if self._report_splits.get(split, {}).get("checksum", index.checksum) != index.checksum:
+            self.problems.append(f"{folder} is of another data set than {self._root / REPORT_NAME}")
         for shard in shards:
             self._attempt(lambda shard=shard: self._check_shard(split, shard))
 
@@ -100,16 +122,15 @@ class Verification:
                     local.unlink()
             return
         files = [file for file in (shard["zip_data"], shard["raw_data"]) if file]
-        present = [file for file in files if (folder / file["basename"]).exists()]
+        present = [file for file in files if exists(folder / file["basename"])]
         if not present:
             raise UserError(f"shard {folder / files[0]['basename']} is missing")
         for file in present:
             self._check_file(folder / file["basename"], file, f"{folder / file['basename']}")
 
     def _check_file(self, path: Path, file: dict[str, Any], name: str) -> None:
-        size = path.stat().st_size
-        self.num_files += 1
-        self.num_bytes += size
+        size = file_size(path)
+        self._count(size)
         if size != file["bytes"]:
             raise UserError(f"shard {name} has {size} bytes instead of {file['bytes']}")
         if self.full:
@@ -124,6 +145,9 @@ class Verification:
                 self.problems.append(f"{self._root} has no bins.json, so that nothing is known of what its files held")
             return
         self._check_tokenizer(tokenizer, record.tokenizer_sha256, str(self._root))
+        for split, file in record.files.items():
+            if self._report_splits.get(split, file.model_dump(exclude={"xxh64"})) != file.model_dump(exclude={"xxh64"}):
+                self.problems.append(f"{self._root / BINS_NAME} is of another data set than {REPORT_NAME} beside it")
         for problem in self._problems_of_bins(record):
             self.problems.append(problem)
 
@@ -131,16 +155,19 @@ class Verification:
         width = {"uint16": 2, "uint32": 4}[record.dtype]
         for split, file in record.files.items():
             path = self._root / BIN_NAMES[split]
-            if not path.exists():
+            if not exists(path):
                 yield f"{path} is missing"
                 continue
-            size = path.stat().st_size
-            self.num_files += 1
-            self.num_bytes += size
+            size = self._attempt(lambda path=path: file_size(path))
+            if size is None:
+                continue
+            self._count(size)
             if size != file.num_tokens * width:
                 yield f"{path} has {size} bytes instead of {file.num_tokens * width}"
             elif self.full:
-                blocks = hash_blocks(path, record.block_bytes)
+                blocks = self._attempt(lambda path=path: hash_blocks(path, record.block_bytes))
+                if blocks is None:
+                    continue
                 self._progress.update(size)
                 bad = [i for i, (a, b) in enumerate(zip(blocks, file.xxh64, strict=True)) if a != b]
                 if bad:
@@ -161,7 +188,7 @@ def main() -> None:
     if found.problems:
         sys.exit(2)
     how = "every byte is as it was written" if flags.full else "indexes and sizes are right; --full hashes every byte"
-    print(f"{flags.folder}: {found.num_files} files, {found.num_bytes:,} bytes: {how}")
+    print(f"{shown(flags.folder)}: {found.num_files} files, {found.num_bytes:,} bytes: {how}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lfm.config import path_flag  # noqa: E402
 from lfm.errors import UserError, command  # noqa: E402
 from lfm.files import ready_folder, write_durably  # noqa: E402
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check and time one op on a GPU.")
     parser.add_argument("--op", required=True, help=", ".join(ops))
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--out", type=path_flag, metavar="FILE", help="write the results as JSON")
     flags = parser.parse_args()
     if flags.op not in ops:
         raise UserError(f"--op {flags.op} is not one of {', '.join(ops)}")

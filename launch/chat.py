@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm.config import add_flags, from_flags
+from lfm.config import add_flags, from_flags, path_flag
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError, command
 from lfm.files import exists, ready_folder, reason, shown
@@ -28,8 +28,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Talk with a trained model in the terminal; text appears as it is made."
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_OR_STEP", help="run or step_* folder")
-    parser.add_argument("--state", type=Path, metavar="FILE", help="go on from this state if it exists; keep it there")
+    parser.add_argument(
+        "--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="run or step_* folder"
+    )
+    parser.add_argument(
+        "--state", type=path_flag, metavar="FILE", help="go on from this state if it exists; keep it there"
+    )
     parser.add_argument("--no-plasticity", action="store_true", help="kind liquidnn: traces neither act nor change")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_flags(parser, SamplingConfig)

@@ -15,6 +15,7 @@ from data_pipeline.prepare import PrepareConfig, prepare
 from lfm.data.stream import open_split
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import command
+from lfm.files import expanded, read_file
 from lfm.models.generation import SamplingConfig, generate
 from lfm.training.checkpoint import load_model
 from lfm.training.evaluate import compressor_bits_per_byte, evaluate, score
@@ -41,7 +42,7 @@ def main() -> None:
 
     model, _, checkpoint = load_model(run.folder, device=torch.device("cpu"), dtype=torch.float32)
     rows = open_split(run.data, "validation", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
-    text = (Path(run.data.path).expanduser() / "validation.txt").read_bytes()
+    text = read_file(expanded(run.data.path) / "validation.txt")
     found = evaluate(functools.partial(score, model), rows)
     sizes = {
         "LFM, held out": found.bits_per_byte(len(text), run.model.vocab_size),

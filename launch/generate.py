@@ -1,9 +1,8 @@
 """Generate: `python launch/generate.py --checkpoint runs/NAME --prompt "def " [--prompt ...]`, streaming text."""
 
 import argparse
-from pathlib import Path
 
-from lfm.config import add_flags, from_flags
+from lfm.config import add_flags, from_flags, path_flag
 from lfm.errors import command
 from lfm.models.generation import SamplingConfig, generate
 from lfm.models.liquidnn import turn_plasticity_off
@@ -12,7 +11,9 @@ from lfm.models.liquidnn import turn_plasticity_off
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="Continue prompts with a trained model; text appears as it is made.")
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_OR_STEP", help="run or step_* folder")
+    parser.add_argument(
+        "--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="run or step_* folder"
+    )
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--no-plasticity", action="store_true", help="kind liquidnn: traces neither act nor change")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -5,11 +5,10 @@ Writes plasticity.json and plasticity.png beside the checkpoints of the run, and
 
 import argparse
 import json
-from pathlib import Path
 
 from pydantic import Field
 
-from lfm.config import Config, add_flags, from_flags
+from lfm.config import Config, add_flags, from_flags, path_flag
 from lfm.errors import command
 from lfm.files import ready_folder, write_durably
 
@@ -24,9 +23,9 @@ class ProbeConfig(Config):
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="The four-way plasticity probe over many made-up words.")
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="RUN_OR_STEP", help="of kind liquidnn")
+    parser.add_argument("--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="of kind liquidnn")
     add_flags(parser, ProbeConfig)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the folder of the run")
+    parser.add_argument("--out", type=path_flag, metavar="FOLDER", help="default: the folder of the run")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags = parser.parse_args()
     config = from_flags(ProbeConfig, flags)

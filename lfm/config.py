@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import reprlib
 import typing
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from lfm.errors import UserError
-from lfm.files import listed, read_file, shown
+from lfm.files import exists, expanded, listed, read_file, shown
 
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
 """Units, heads or experts: a dimension of a tensor."""
@@ -31,6 +32,24 @@ Count = Annotated[int, Field(gt=0, lt=1 << 31)]
 """Steps, documents, or anything else that is only counted."""
 CountOrZero = Annotated[int, Field(ge=0, lt=1 << 31)]
 Bytes = Annotated[int, Field(gt=0, le=1 << 60)]
+
+
+def _usable_path(text: str) -> str:
+    if "://" not in text:
+        expanded(text)
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_usable_path)]
+"""A path, or a URL, as the user wrote it; `lfm.files.expanded` makes a path of it.  What cannot be one is refused."""
+
+
+def path_flag(text: str) -> Path:
+    """`type=path_flag` of a flag that takes a path."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class Config(BaseModel):
@@ -230,23 +249,22 @@ def _short(value: Any) -> str:
 
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
-    try:
-        content = read_file(path)
-    except UserError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise UserError(f"config file {error}") from None
-        names = [other.name for other in listed(path.parent) if other.suffix == ".yaml"]
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"did you mean {shown(path.parent / near[0])}?" if near else "configs/ holds the shipped ones"
-        raise UserError(f"config file {shown(path)} does not exist; {hint}") from None
-    if path.resolve() in seen:
+    real = Path(os.path.realpath(expanded(path)))
+    if real in seen:
         raise UserError(
             f"config {shown(path)} lists itself under `base:` (through {shown(seen[-1])}); remove one of the two"
         )
     try:
-        own = _yaml(content.decode("utf-8"))
+        text = read_file(path).decode() if exists(path) else None
     except UnicodeDecodeError as error:
         raise UserError(f"config file {shown(path)} cannot be read: it is not UTF-8 ({error.reason})") from None
+    if text is None:
+        names = [other.name for other in listed(path.parent) if other.suffix == ".yaml"]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"did you mean {shown(path.parent / near[0])}?" if near else "configs/ holds the shipped ones"
+        raise UserError(f"config file {shown(path)} does not exist; {hint}")
+    try:
+        own = _yaml(text)
     except UserError as error:
         raise UserError(f"config file {shown(path)} is not valid YAML: {error}") from None
     own = {} if own is None else own
@@ -257,7 +275,7 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"`base: {_short(bases)}` in {shown(path)} is not a list of file names")
     tree: dict[str, Any] = {}
     for base in bases:
-        tree = _merge(tree, _read(path.parent / base, seen=(*seen, path.resolve())))
+        tree = _merge(tree, _read(path.parent / base, seen=(*seen, real)))
     return _merge(tree, own)
 
 
@@ -312,6 +330,11 @@ def _keys(config: type[Config], prefix: str, kinds: Sequence[int | str] = ()) ->
         yield path, _type_name(field.annotation) + _bounds(field.metadata), default, text
 
 
+def _is_bound(rule: Any) -> bool:
+    """Whether a rule of a field is worth printing, such as ge=0."""
+    return "=" in str(rule) and not isinstance(rule, AfterValidator)
+
+
 def _kind(config: type[Config]) -> str | None:
     """The value of `kind` that picks this config out of a union."""
     field = config.model_fields.get("kind")
@@ -350,7 +373,7 @@ def _type_name(annotation: Any) -> str:
 
 def _bounds(rules: Sequence[Any]) -> str:
     """Such as ` gt=0 le=4096`."""
-    return "".join(" " + str(rule).partition("(")[2].rstrip(")") for rule in rules if "=" in str(rule))
+    return "".join(" " + str(rule).partition("(")[2].rstrip(")") for rule in rules if _is_bound(rule))
 
 
 def _one_sentence(root: type[Config], error: ValidationError, source: str) -> str:

@@ -1,7 +1,9 @@
 """Files read without trusting what lies there, files that survive a crash, folders that one process holds alone."""
 
+import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -11,6 +13,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lfm.errors import UserError
+
+_NEW, _OLD = ".new.partial", ".old.partial"
+"""In a mount point, what will be and what was in it."""
+_OF_THE_FILE_SYSTEM = "lost+found"
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -39,6 +45,12 @@ def read_file(path: Path) -> bytes:
             raise UserError(f"{shown(path)} cannot be read ({reason(error)})") from error
 
 
+def file_size(path: Path) -> int:
+    """Bytes in a regular file that can be read.  Raises UserError as `open_file` does."""
+    with open_file(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
 def exists(path: Path) -> bool:
     """Whether anything, a broken link too, has this name.
 
@@ -63,7 +75,7 @@ def listed(folder: Path) -> list[Path]:
         raise UserError(f"folder {shown(folder)} cannot be read ({reason(error)})") from error
 
 
-def shown(path: Path) -> str:
+def shown(path: Path | str) -> str:
     """A path as it can be printed anywhere: bytes that are no UTF-8 and control characters escaped, the middle cut."""
 
     def escaped(character: str) -> str:
@@ -114,15 +126,95 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def expanded(text: Path | str) -> Path:
+    """The path that a user wrote, with ~ filled in.
+
+    Raises UserError for one that no file can have: of an unknown user's home, with a NUL, too long, a loop of links.
+    """
+    if str(text) == "":
+        raise UserError("'' is no path; give the name of a file or folder")
+    try:
+        path = Path(text).expanduser()
+        os.stat(path)
+    except RuntimeError:
+        user = shown(Path(text).parts[0])
+        raise UserError(f"{shown(text)}: the home folder of {user} is not known; write the path in full") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            return Path(text).expanduser()  # what it leads to, if anything, is for those to say who open it
+        raise UserError(f"{shown(text)} is no path that can be used ({reason(error)}); choose another") from None
+    return path
+
+
+def behind_links(folder: Path) -> Path:
+    """Where `folder`, which need not exist, really is: links, its own too, are followed.
+
+    Raises UserError for a loop of links.
+    """
+    real = Path(os.path.realpath(folder))
+    if real.is_symlink():
+        raise UserError(f"{shown(folder)} is a loop of links; remove it or choose another folder")
+    return real
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where to build what `replace_folder` gives the name `folder`: on the same disk, under a hidden name."""
+    folder = behind_links(folder)
+    return folder / _NEW if _is_mount_point(folder) else folder.with_name(f".{folder.name}.partial")
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nothing is lost when `folder` is replaced: it is absent, empty, or a mount point with what is always
+    there, or with what a `replace_folder` that was killed left.
+    """
+    if not exists(folder):
+        return True
+    if not folder.is_dir():
+        return False
+    return exists(folder / _OLD) or all(path.name in (_NEW, _OF_THE_FILE_SYSTEM) for path in listed(folder))
+
+
 def replace_folder(folder: Path, *, by: Path) -> None:
-    """Give `by`, whose files are on the disk, the name `folder`; what has that name is removed."""
-    old = folder.with_name(f".{folder.name}.old")
+    """Give `by`, which is `partial_folder(folder)` and on the disk, the name `folder`; what has that name is removed.
+
+    What `folder` leads to through links is replaced, not the link.  A mount point cannot be renamed: then all that is
+    in it makes room first and what is in `by` follows, so that at no time a part of each can be read as one.
+    """
+    folder = behind_links(folder)
+    if by.parent == folder:
+        old = folder / _OLD
+        shutil.rmtree(old, ignore_errors=True)
+        old.mkdir()
+        for source, target in ((folder, old), (by, folder)):
+            for path in listed(source):
+                if path not in (by, old) and path.name != _OF_THE_FILE_SYSTEM:
+                    path.rename(target / path.name)
+            sync(folder)
+        by.rmdir()
+    else:
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if exists(folder):
+            folder.rename(old)
+        try:
+            by.rename(folder)
+        except OSError:
+            if exists(old):
+                old.rename(folder)
+            raise
+        sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    by.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """Also of a folder of the same disk, which `os.path.ismount` takes for an ordinary one."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return os.path.ismount(folder)
+    # The fifth field, in which blanks and backslashes are octal numbers.
+    points = (re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8)]), line.split(b" ")[4]) for line in mounts)
+    return os.fsencode(folder) in points
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from lfm.data.order import random_order
 from lfm.data.reader import RowReader
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
-from lfm.files import write_durably
+from lfm.files import exists, open_file, read_file, write_durably
 
 BINS_NAME = "bins.json"
 BIN_NAMES: dict[Split, str] = {"train": "train.bin", "validation": "val.bin"}
@@ -84,13 +84,13 @@ def read_record(folder: Path) -> BinsRecord | None:
     """bins.json, or None if `folder` has none.  Raises UserError if it is damaged or of another format version."""
     path = folder / BINS_NAME
     again = "restore it, or delete it if the .bin files are from elsewhere"
-    try:
-        tree = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not exists(path):
         return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    try:
+        tree = json.loads(read_file(path))
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not valid JSON; {again}") from None
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if version != FORMAT_VERSION:
@@ -106,7 +106,7 @@ def read_record(folder: Path) -> BinsRecord | None:
 
 def hash_blocks(path: Path, block_bytes: int) -> tuple[str, ...]:
     """xxh64 of each block of a file."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return tuple(xxhash.xxh64_hexdigest(block) for block in iter(lambda: file.read(block_bytes), b""))
 
 
@@ -123,8 +123,9 @@ class BinReader(RowReader):
         """Raises UserError for a missing file, one of a wrong size, a damaged bins.json and a foreign tokenizer."""
         self.folder = Path(folder)
         self._path = self.folder / BIN_NAMES[split]
-        self._descriptor = self._open()
-        weakref.finalize(self, os.close, self._descriptor)
+        file = self._open()
+        self._descriptor = file.fileno()
+        weakref.finalize(self, file.close)
         size = os.fstat(self._descriptor).st_size
         tokenizer = Tokenizer.from_file(self.folder / TOKENIZER_NAME)
         record = read_record(self.folder)
@@ -221,17 +222,14 @@ class BinReader(RowReader):
             raise self._changed("changed while in use: it is shorter than when it was opened")
         return content
 
-    def _open(self) -> int:
-        try:
-            return os.open(self._path, os.O_RDONLY)
-        except FileNotFoundError:
-            present = " and ".join(name for name in BIN_NAMES.values() if (self.folder / name).exists())
+    def _open(self) -> BinaryIO:
+        if not exists(self._path):
+            present = " and ".join(name for name in BIN_NAMES.values() if exists(self.folder / name))
             raise UserError(
                 f"{self._path} does not exist and {self.folder} holds {present or 'no .bin file'}; put it there, or "
                 "prepare the data set with format=bins"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be read: {error.strerror}") from None
+            )
+        return open_file(self._path)
 
     def _identity(self, size: int, tokenizer: Tokenizer, seq_length: int) -> str:
         """What a checkpoint remembers of the data: its content, and how rows are cut out of it."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lfm.data import streaming_shim
 from lfm.errors import UserError
+from lfm.files import exists, file_size, reason
 
 LOCK_NAME = ".lock"
 
@@ -95,6 +96,9 @@ def fetch(
     """
     deadline = time.monotonic() + timeout_seconds
     temporary = temporary_name(local)
+    source = Path(remote.removeprefix("file://"))
+    if "://" not in str(source) and exists(source):
+        file_size(source)  # a FIFO in its place would only show when the time is over
     failure: list[BaseException] = []
 
     def work() -> None:
@@ -125,10 +129,15 @@ def fetch(
                 f"{remote} does not fit: no space left in {local.parent}; free some or set another data.path"
             )
         if failure:
-            reason = " ".join(str(failure[0]).split()) or type(failure[0]).__name__
-            raise UserError(f"{remote} cannot be fetched ({reason}); check data.remote and the access to it")
+            words = " ".join(str(failure[0]).split()) or type(failure[0]).__name__
+            raise UserError(f"{remote} cannot be fetched ({words}); check data.remote and the access to it")
         check(temporary)
-        os.replace(temporary, local)
+        try:
+            os.replace(temporary, local)
+        except OSError as error:
+            raise UserError(
+                f"{local} cannot be written ({reason(error)}); remove it or set another data.path"
+            ) from None
     finally:
         for left in local.parent.glob(f"{temporary.name}*"):  # downloaders add endings of their own
             left.unlink(missing_ok=True)

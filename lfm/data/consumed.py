@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from lfm.errors import UserError
-from lfm.files import sync, write_durably
+from lfm.files import read_file, sync, write_durably
 
 CONSUMED_NAME = "consumed.txt"
 START = "0" * 32
@@ -98,9 +98,12 @@ def read_record(folder: Path) -> list[Consumed]:
     """
     path = folder / CONSUMED_NAME
     try:
-        found = list(_lines(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the folder of a run, runs/NAME") from None
+        num_lines = read_file(path).count(b"\n")  # what a crash cut short has none
+    except UserError as error:
+        raise UserError(f"{error}; give the folder of a run, runs/NAME") from None
+    found = list(_lines(path))
+    if found and len(found) < num_lines:
+        raise UserError(f"{path} is damaged in line {len(found) + 1}; restore it from a copy")
     if not found:
         raise UserError(f"{path} has no steps; give the folder of a run that has made one")
     chain = START if found[0].step == 1 else None

@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lfm.data import streaming_shim
 from lfm.errors import UserError
-from lfm.files import sync, write_durably
+from lfm.files import exists, read_file, sync, write_durably
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -79,17 +79,18 @@ def id_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
     """The record of the split in `folder`, and MDS's description of each shard in row order.
 
-    Raises UserError if index.json is missing, damaged, of another format version or not made by data_pipeline.prepare.
+    Raises UserError if index.json is missing, damaged, of another split than the folder's name says, of another format
+    version or not made by data_pipeline.prepare.
     """
     path = folder / INDEX_NAME
     again = "restore the file or prepare the data set again with overwrite=true"
+    if not exists(path):
+        raise UserError(f"{path} does not exist, so {folder} is no split of a data set; {again}")
     try:
-        tree = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist, so {folder} is no split of a data set; {again}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+        tree = json.loads(read_file(path))
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not valid JSON; {again}") from None
     if not (isinstance(tree, dict) and isinstance(tree.get("lfm"), dict)):
         raise UserError(f"{path} was not made by data_pipeline.prepare: it has no `lfm` record; {again}")
@@ -103,6 +104,10 @@ def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
         raise damaged from None
     if index.checksum != _checksum(tree):
         raise damaged
+    if folder.name in SPLITS and folder.name != index.split:
+        raise UserError(
+            f"{path} is that of the {index.split} split; put the folders of the two splits back in their places"
+        )
     return index, shards
 
 

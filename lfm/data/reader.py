@@ -29,6 +29,7 @@ from lfm.data.cache import Cache, fetch, remove_abandoned, temporary_name
 from lfm.data.format import HASH, INDEX_NAME, SplitIndex, read_index, split_row
 from lfm.data.order import epoch_permutation, row_order
 from lfm.errors import UserError
+from lfm.files import exists, file_size, open_file, read_file
 
 _OPEN_FILES = 64
 _OPEN_FILES_OF_A_LIMITED_CACHE = 4
@@ -100,8 +101,9 @@ class _OpenFile:
     """A shard's raw file, closed when the last reader lets go of it."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
+        file = open_file(path)
+        self.descriptor = file.fileno()
+        weakref.finalize(self, file.close)
         self.ends: np.ndarray | None = None
         """Where each row begins and the last one ends, int64; known once the content is."""
 
@@ -195,12 +197,13 @@ class ShardReader(RowReader):
         """Missing and cut files show in a stat, before any training; flipped bytes show in `_whole_file`."""
         present = False
         for file in shard.files:
-            try:
-                size = file.path.stat().st_size
-            except FileNotFoundError:  # or removed from the cache by another process just now
-                continue
-            present = True
-            self._check_size(file, size)
+            if exists(file.path):
+                present = True
+                try:
+                    self._check_size(file, file_size(file.path))
+                except UserError as error:
+                    if not isinstance(error.__cause__, FileNotFoundError) or self._remote is None:
+                        raise  # not removed from the cache by another process just now
         if not present and self._remote is None:
             raise self._damaged((shard.zip or shard.raw).path, "is missing")
 
@@ -244,11 +247,11 @@ class ShardReader(RowReader):
     def _opened(self, shard: _Shard) -> _OpenFile:
         for _ in range(_ATTEMPTS_TO_OPEN):
             try:
-                if not shard.raw.path.exists():
+                if not exists(shard.raw.path):
                     self._make(shard)
                 file = _OpenFile(shard.raw.path)
-            except FileNotFoundError:
-                if self._cache is None:
+            except UserError as error:
+                if self._cache is None or not isinstance(error.__cause__, FileNotFoundError):
                     raise
                 continue  # another process needed the room
             if self._cache is not None:
@@ -265,7 +268,7 @@ class ShardReader(RowReader):
         if shard.verified and self._remote is None and shard.zip is None:
             raise self._damaged(shard.raw.path, "changed while in use and is missing")
         with self._cache.alone(shard.number) if self._cache is not None else nullcontext():
-            if shard.raw.path.exists():
+            if exists(shard.raw.path):
                 return
             if self._cache is not None:
                 need = sum(file.num_bytes for file in shard.files if not file.path.exists())
@@ -277,7 +280,7 @@ class ShardReader(RowReader):
 
     def _obtain(self, file: _File) -> None:
         """Check the local file, or fetch it from the remote."""
-        if file.path.exists():
+        if exists(file.path):
             self._check_content(file, file.path)
         elif self._remote is not None:
             fetch(
@@ -291,7 +294,7 @@ class ShardReader(RowReader):
 
     def _decompress(self, shard: _Shard, zipped: _File) -> None:
         assert shard.compression is not None
-        data = streaming_shim.decompress(shard.compression, zipped.path.read_bytes())
+        data = streaming_shim.decompress(shard.compression, read_file(zipped.path))
         temporary = temporary_name(shard.raw.path)
         try:
             temporary.write_bytes(data)
@@ -307,7 +310,8 @@ class ShardReader(RowReader):
     def _check_content(self, file: _File, path: Path | int, *, since: str = "") -> None:
         """Compare `path`, which is `file`, open or not, or a temporary copy, with what the index says of `file`."""
         fetched = isinstance(path, Path) and path != file.path
-        self._check_size(file, os.stat(path).st_size, since=since, fetched=fetched)
+        size = os.fstat(path).st_size if isinstance(path, int) else file_size(path)
+        self._check_size(file, size, since=since, fetched=fetched)
         if hash_file(path) != file.xxh64:
             what = f"{since}is damaged: its {HASH} is not the one in {INDEX_NAME}"
             raise self._damaged(file.path, what, fetched=fetched)
@@ -325,7 +329,7 @@ class ShardReader(RowReader):
 def hash_file(path: Path | int) -> str:
     """xxh64 of the content of a path or descriptor."""
     digest = xxhash.xxh64()
-    with open(path, "rb", closefd=isinstance(path, Path)) as opened:
+    with open(path, "rb", closefd=False) if isinstance(path, int) else open_file(path) as opened:
         opened.seek(0)
         while block := opened.read(1 << 20):
             digest.update(block)
@@ -342,7 +346,10 @@ def _fetch_index(remote: str, folder: Path, timeout_seconds: float) -> None:
     cached = folder / INDEX_NAME
 
     def check(fetched: Path) -> None:
-        if cached.exists() and cached.read_bytes() != fetched.read_bytes():
-            raise UserError(f"{folder} caches another data set than {remote}; delete it or choose another data.path")
+        if exists(cached) and read_file(cached) != read_file(fetched):
+            raise UserError(
+                f"{folder} caches another data set than {remote}, or its {INDEX_NAME} is damaged; delete the folder or "
+                "choose another data.path"
+            )
 
     fetch(f"{remote}/{INDEX_NAME}", cached, timeout_seconds, check=check)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lfm.config import Bytes, Config, CountOrZero, Depth
+from lfm.config import Bytes, Config, CountOrZero, Depth, PathText
 from lfm.data.bins import BIN_NAMES, BinReader
 from lfm.data.cache import fetch
 from lfm.data.format import INDEX_NAME, SPLITS, TOKENIZER_NAME, Split
@@ -18,6 +18,7 @@ from lfm.data.mix import LONGEST_CYCLE, MixedReader, Segment, cycle_parts
 from lfm.data.reader import RowReader, ShardReader
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
+from lfm.files import exists, expanded
 
 Batch = tuple[torch.Tensor, list[list[int]]]
 Windows = Literal["sequential", "random"]
@@ -29,9 +30,9 @@ class StreamConfig(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """In messages and in the names of its metrics."""
-    path: str
+    path: PathText
     """As data.path."""
-    remote: str | None = None
+    remote: PathText | None = None
     """As data.remote."""
     windows: Windows = "sequential"
     """As data.windows."""
@@ -50,9 +51,9 @@ class StreamConfig(Config):
 class DataConfig(Config):
     """Where the rows come from."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Data set folder: shards, or train.bin and val.bin; with `remote`, the local folder that caches it."""
-    remote: str | None = None
+    remote: PathText | None = None
     """URL or path of the data set (s3://, gs://, hf://, ...) to fetch shards from; null reads `path` alone."""
     windows: Windows = "sequential"
     """Rows of train.bin: one window after the other, or windows at random places; val.bin is always sequential."""
@@ -145,7 +146,7 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that made all ids, once the splits are open."""
     first = next(iter(config.sources.values()))
     assert first.path is not None
-    return Tokenizer.from_file(Path(first.path).expanduser() / TOKENIZER_NAME)
+    return Tokenizer.from_file(expanded(first.path) / TOKENIZER_NAME)
 
 
 def _check_tokenizers(config: DataConfig, readers: dict[str, RowReader]) -> None:
@@ -165,8 +166,8 @@ def open_split(config: DataConfig, split: Split, *, seq_length: int, vocab_size:
     Raises UserError for a missing folder, another seq_length, a vocabulary that does not fit, a foreign tokenizer.
     """
     assert config.path is not None, "streams are opened by open_training and open_validation"
-    root = Path(config.path).expanduser()
-    if any((root / name).exists() for name in BIN_NAMES.values()):
+    root = expanded(config.path)
+    if any(exists(root / name) for name in BIN_NAMES.values()):
         reader = _open_bins(config, root, split, seq_length)
     else:
         reader = _open_shards(config, root, split, seq_length)
@@ -190,7 +191,7 @@ def _open_bins(config: DataConfig, root: Path, split: Split, seq_length: int) ->
             f"data.remote={config.remote} fetches shards, and data.path={config.path} holds .bin files, which are read "
             "in place; set data.remote=null or choose another data.path"
         )
-    if any((root / each / INDEX_NAME).exists() for each in SPLITS):
+    if any(exists(root / each / INDEX_NAME) for each in SPLITS):
         raise UserError(f"data.path={config.path} holds shards and .bin files; move one of the two elsewhere")
     return BinReader(root, split, seq_length=seq_length, windows=config.windows)
 
@@ -198,8 +199,8 @@ def _open_bins(config: DataConfig, root: Path, split: Split, seq_length: int) ->
 def _open_shards(config: DataConfig, root: Path, split: Split, seq_length: int) -> ShardReader:
     folder = root / split
     remote = config.remote.rstrip("/") if config.remote is not None else None
-    if remote is None and not (folder / INDEX_NAME).exists():
-        missing = f"holds no {split}/{INDEX_NAME}" if root.exists() else "does not exist"
+    if remote is None and not exists(folder / INDEX_NAME):
+        missing = f"holds no {split}/{INDEX_NAME}" if exists(root) else "does not exist"
         raise UserError(
             f"data.path={config.path} {missing}; make it with "
             f"`python -m data_pipeline.prepare --config configs/data/NAME.yaml output={config.path}`"
@@ -221,7 +222,7 @@ def _open_shards(config: DataConfig, root: Path, split: Split, seq_length: int) 
             f"{folder} has rows of seq_length={index.seq_length} but the run asks for seq_length={seq_length}; "
             "change the run's or prepare the data again with the run's"
         )
-    if remote is not None and not (root / TOKENIZER_NAME).exists():
+    if remote is not None and not exists(root / TOKENIZER_NAME):
         fetch(f"{remote}/{TOKENIZER_NAME}", root / TOKENIZER_NAME, config.fetch_timeout_seconds)
     if Tokenizer.from_file(root / TOKENIZER_NAME).sha256 != index.tokenizer_sha256:
         raise UserError(

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lfm.errors import UserError
-from lfm.files import write_durably
+from lfm.files import exists, read_file, write_durably
 
 END_OF_DOCUMENT = "<|endoftext|>"
 END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>")
@@ -260,12 +260,9 @@ def _read_ranks(path: Path | str) -> dict[bytes, int]:
 
 
 def _read(path: Path | str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"tokenizer file {path} does not exist; give the path of a tokenizer.json") from None
-    except OSError as error:
-        raise UserError(f"tokenizer file {path} cannot be read: {error.strerror}") from None
+    if not exists(Path(path)):
+        raise UserError(f"tokenizer file {path} does not exist; give the path of a tokenizer.json")
+    return read_file(Path(path))
 
 
 def byte_alphabet() -> list[str]:

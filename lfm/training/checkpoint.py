@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.tensor import DTensor
 
-from lfm.config import Config, Count, CountOrZero
+from lfm.config import Config, Count, CountOrZero, PathText
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
+from lfm.files import expanded
 from lfm.models.global_names import global_views
 from lfm.models.language_model import LanguageModel
 from lfm.models.registry import ModelConfig, build, parse
@@ -51,9 +52,9 @@ class CheckpointConfig(Config):
     """Newest checkpoints kept; older ones are removed after a newer one is whole."""
     keep_best: bool = False
     """Save after each validation with the lowest loss so far, and keep that checkpoint too: checkpoints/best."""
-    resume: str = "auto"
+    resume: PathText = "auto"
     """auto: go on from the run's newest checkpoint, if any; never: refuse a run folder that has one; or a path."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Run or checkpoint whose weights alone start this run (continued pre-training); optimizer and data start anew."""
 
 
@@ -105,7 +106,7 @@ def remove(checkpoint: Path) -> None:
 
 def find(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of the run folder it names."""
-    path = path.expanduser()
+    path = expanded(path)
     if (path / "manifest.json").exists() or (path.name.startswith("step_") and path.exists()):
         return path
     found = whole_checkpoints(path / "checkpoints") or whole_checkpoints(path)

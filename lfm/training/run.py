@@ -13,9 +13,9 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lfm.config import Config, Count, CountOrZero, Rows
+from lfm.config import Config, Count, CountOrZero, PathText, Rows
 from lfm.data.stream import DataConfig
-from lfm.files import held_alone, write_durably
+from lfm.files import expanded, held_alone, write_durably
 from lfm.models.generation import SamplingConfig
 from lfm.models.registry import ModelConfig
 from lfm.parallel.layout import ParallelConfig
@@ -66,7 +66,7 @@ class SamplesConfig(Config):
 class RunConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Run folder under `output`; auto: the family's own name for a model of these dimensions."""
-    output: str = "runs"
+    output: PathText = "runs"
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Of initialisation and data order."""
     model: ModelConfig
@@ -97,7 +97,7 @@ class RunConfig(Config):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output).expanduser() / (self.model.run_name if self.name == "auto" else self.name)
+        return expanded(self.output) / (self.model.run_name if self.name == "auto" else self.name)
 
     @property
     def device(self) -> torch.device:

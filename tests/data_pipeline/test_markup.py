@@ -1,8 +1,11 @@
+import time
 from html.parser import HTMLParser
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.labelled import _definition
 from data_pipeline.markup import text_of_html, text_of_pod, texts_of_markup
 
 
@@ -72,3 +75,34 @@ def test_dictionaries_give_parts_of_several_entries_and_wordnet_its_glosses():
     line = "00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that which is perceived  \n"
     [(text, origin)] = texts_of_markup("  1 This software | licence\n" + line, "wordnet", origin="data.noun")
     assert (text, origin) == ("entity: that which is perceived", "data.noun:part 1")
+
+
+def test_references_to_far_characters_are_none():
+    assert text_of_html("a&#" + "9" * 5000 + ";b&#x" + "f" * 99 + ";c&#65;") == "a\ufffdb\ufffdcA"
+
+
+def test_glosses_without_fields_are_left_out():
+    assert list(texts_of_markup("a b | c\n", "wordnet", origin="data.noun")) == []
+
+
+ENDLESS = {
+    text_of_html: ["<a ", "<p", '<p a="', "<!--", "<script>", "<Style>", "<!", "<?x", "<nav ", '<a "', '"<p>', "&#9"],
+    text_of_pod: ["=begin\n", "=for x\n", "A<< ", "A<", "B< >>", "\n=end\n=begin\n"],
+    _definition: ["[", "--A", '--A"', "Note", "[x]"],
+}
+
+
+@pytest.mark.parametrize("scan, unit", [(scan, unit) for scan, units in ENDLESS.items() for unit in units])
+def test_time_is_proportional_to_what_is_never_closed(scan, unit):
+    """A megabyte takes well under a second; were it quadratic, more than ten minutes."""
+
+    def seconds(size):
+        text = unit * (size // len(unit))
+        start = time.process_time()
+        scan(text)
+        return time.process_time() - start
+
+    small, middle, large = (min(seconds(size) for _ in range(2)) for size in (250_000, 500_000, 1_000_000))
+    assert large < 20
+    # Four times as much takes about four times as long, where quadratic would be sixteen.
+    assert large < 8 * max(small, 0.05) and middle < 4 * max(small, 0.05)
