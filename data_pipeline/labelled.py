@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline import debian
 from data_pipeline.report import REPORT_NAME
 from data_pipeline.split import row_key, split_of_group
 from data_pipeline.unpack import DAMAGE
-from lfm.config import Config, PathText, parse_command_line
+from lfm.config import Config, Count, PathText, parse_command_line
 from lfm.errors import UserError, command
 from lfm.files import (
     behind_links,
@@ -127,7 +127,7 @@ class LabelledConfig(Config):
     output: PathText
     """Folder of the data set."""
     source: Annotated[Icd10Config | GcideConfig, Field(discriminator="kind")]
-    max_rows_per_group: PositiveInt | None = None
+    max_rows_per_group: Count | None = None
     """Take at most this many rows of a group, chosen by a hash of their text; null: all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the groups in the validation split."""

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from data_pipeline.batches import Batch, InputFile, documents
@@ -41,7 +41,7 @@ from data_pipeline.verify import Verification
 from data_pipeline.worker import BatchWorker, Dropped, Encoding, Prepared
 from data_pipeline.write_bins import BinsWriter
 from data_pipeline.write_shards import SplitWriter
-from lfm.config import Config, PathText, parse_command_line
+from lfm.config import Bytes, Config, Count, DepthOrZero, PathText, Tokens, Vocabulary, parse_command_line
 from lfm.data.bins import BinFile
 from lfm.data.format import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, Packing, Split, SplitIndex
 from lfm.data.published import TiktokenPattern
@@ -78,9 +78,9 @@ _Splits = dict[Split, SplitIndex] | dict[Split, BinFile]
 
 
 class TokenizerConfig(Config):
-    train_vocab_size: PositiveInt | None = None
+    train_vocab_size: Vocabulary | None = None
     """Train a byte-level BPE of this many entries on the training split; null: read `file`."""
-    train_bytes: PositiveInt = 16_000_000
+    train_bytes: Bytes = 16_000_000
     """About how many bytes of text to train it on, taken evenly from all sources."""
     file: PathText | None = None
     """A tokenizer.json, or a tiktoken rank file; null: train one."""
@@ -105,7 +105,7 @@ class PrepareConfig(Config):
     tokenizer: TokenizerConfig
     format: Literal["mds", "bins"] = "mds"
     """mds: rows in shards, documents apart; bins: all ids end to end in train.bin and val.bin."""
-    seq_length: Annotated[int, Field(ge=2)] | None = None
+    seq_length: Annotated[Tokens, Field(ge=2)] | None = None
     """Ids in a row of shards; the run that trains on it uses the same.  null for bins: the run cuts the rows."""
     packing: Packing = "greedy"
     """greedy: shards' rows are full, documents go on in the next row; one_document: each row is one, cut or padded;
@@ -119,20 +119,20 @@ class PrepareConfig(Config):
     """Which text is held out: documents chosen by a hash of their text, or, in bins only, the last ids of all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the documents (hash) or of the ids (tail) in the validation split."""
-    shard_bytes: PositiveInt = 1 << 26
+    shard_bytes: Bytes = 1 << 26
     """Largest size of an uncompressed shard file."""
     compression: Literal["zstd"] | None = None
     """null is best on a shared file system; zstd suits shards that are fetched from a remote."""
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = None
     """Drop documents at least this similar to an earlier one (Jaccard, of runs of five words; 0.8 is usual); null:
     equal ones only.  Needs the extra `dedup`."""
-    max_bytes: PositiveInt | None = None
+    max_bytes: Bytes | None = None
     """Stop after this many bytes of text, duplicates not counted; null: take all."""
-    max_documents: PositiveInt | None = None
+    max_documents: Count | None = None
     """Stop after this many documents, duplicates not counted; null: take all."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the choice of validation documents and of the tokenizer's training text."""
-    num_workers: NonNegativeInt | None = None
+    num_workers: DepthOrZero | None = None
     """Processes; 0: this one alone; null: one a core, none for little text.  The result is the same."""
     tokenizer_backend: Literal["auto", "tokenizers"] = "auto"
     """auto: tiktoken, three times as fast, where it is installed and gives the same ids."""

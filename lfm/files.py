@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,6 +105,19 @@ def json_checksum(tree: dict[str, Any]) -> str:
     """
     content = {key: value for key, value in tree.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def ready_folder(folder: Path) -> None:
+    """Make `folder` if it is missing, so that work whose result goes there is not begun in vain.
+
+    Raises UserError when it cannot be made or nothing can be written in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"folder {shown(folder)} cannot be written ({reason(error)})") from None
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -7,31 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from lfm.config import Config
+from lfm.config import Config, Count, CountOrZero
 from lfm.errors import NonFiniteError, UserError
 from lfm.files import read_file, shown, write_durably
 from lfm.models.language_model import LanguageModel
 
 
 class SamplingConfig(Config):
-    max_new_tokens: PositiveInt = 100
+    max_new_tokens: Count = 100
     greedy: bool = False
-    """Always the most likely token; the other sampling keys are then unused."""
+    """Always the most likely token, of equal ones the first; the keys below are then unused."""
     temperature: float = 1.0
     """At least 0.001; for the most likely token use greedy."""
-    top_k: NonNegativeInt = 50
+    top_k: CountOrZero = 50
     """Sample among this many most likely tokens; 0: all."""
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    """Sample among the fewest tokens that hold this much probability."""
+    top_p: float = Field(default=0.95, ge=0, le=1)
+    """Sample among the fewest tokens that hold this much probability, which is above 0."""
     seed: int = Field(default=0, ge=0, lt=2**40)
 
     @model_validator(mode="after")
     def _check(self) -> "SamplingConfig":
-        if self.temperature < 1e-3:
+        if not self.greedy and self.temperature < 1e-3:
             raise ValueError(f"temperature={self.temperature} is below 0.001; for the most likely token use greedy")
+        if not self.greedy and self.top_p == 0:
+            raise ValueError(f"top_p={self.top_p} keeps no token; for the most likely token use greedy")
         return self
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lfm.config import Config
+from lfm.config import Config, Depth
 from lfm.errors import UserError
 from lfm.parallel.rules import Request, first_broken, refusal
 from lfm.parallel.stages import balance, balanced_sizes, stage_loads
@@ -25,17 +25,17 @@ _LONGEST_SECONDS = 30 * 86400
 
 
 class ParallelConfig(Config):
-    tensor: PositiveInt = 1
+    tensor: Depth = 1
     """Tensor-parallel size."""
-    pipeline: PositiveInt = 1
+    pipeline: Depth = 1
     """Pipeline stages."""
-    virtual_pipeline: PositiveInt = 1
+    virtual_pipeline: Depth = 1
     """Model chunks a stage holds (interleaved schedule)."""
-    expert: PositiveInt = 1
+    expert: Depth = 1
     """Expert-parallel size."""
     sequence_parallel: bool = False
     """Split activations outside the tensor-parallel regions along the sequence; goes with tensor > 1."""
-    stage_layers: tuple[PositiveInt, ...] | None = None
+    stage_layers: tuple[Depth, ...] | None = None
     """Layers of each of the pipeline * virtual_pipeline chunks, first to last; null: balanced automatically."""
     zero_stage: int = Field(default=0, ge=0, le=3)
     """DeepSpeed ZeRO stage; 0 on one process is the local engine."""

@@ -21,11 +21,10 @@ from typing import Any, Literal
 
 import torch
 import xxhash
-from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lfm.config import Config, PathText
+from lfm.config import Config, Count, CountOrZero, PathText
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import NonFiniteError, UserError
 from lfm.files import exists, expanded, listed, open_file, reason, remove_tree, shown
@@ -42,12 +41,12 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class CheckpointConfig(Config):
-    every_steps: NonNegativeInt = 1000
+    every_steps: CountOrZero = 1000
     """0: only at the end and on a signal."""
     save_at_end: bool = True
     asynchronous: bool = True
     """Write in the background; costs host memory of one copy of the state; at most one save is under way."""
-    keep: PositiveInt = 2
+    keep: Count = 2
     """Newest checkpoints kept; older ones are removed after a newer one is whole."""
     keep_best: bool = False
     """Save after each validation with the lowest loss so far, and keep that checkpoint too: checkpoints/best."""
@@ -204,9 +203,11 @@ def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[st
             raise UserError(f"frozen tensor {name} of {checkpoint} does not match its hash; {way_out(checkpoint)}")
 
 
-def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any], Path]:
+def load_model(
+    path: Path | str, *, device: torch.device, dtype: torch.dtype
+) -> tuple[LanguageModel, dict[str, Any], Path]:
     """A verified checkpoint's model in evaluation mode, its manifest, and the checkpoint's path."""
-    checkpoint = find(path)
+    checkpoint = find(Path(path))
     manifest = read_manifest(checkpoint)
     verify(checkpoint, manifest)
     config = parse(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))
@@ -224,13 +225,13 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple
     return model.eval(), manifest, checkpoint
 
 
-def open_model(path: Path, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
+def open_model(path: Path | str, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
     """A verified checkpoint's model, in bf16 on a GPU and fp32 on a CPU, its tokenizer, and the checkpoint's path."""
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for and no GPU is visible; use --device cpu")
     where, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    model, _, checkpoint = load_model(path, device=where, dtype=dtype)
+    model, _, checkpoint = load_model(Path(path), device=where, dtype=dtype)
     return model, Tokenizer.from_file(checkpoint / TOKENIZER_NAME), checkpoint
 
 

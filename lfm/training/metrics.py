@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
-from lfm.config import Config
+from lfm.config import Config, Count, CountOrZero
 from lfm.files import exists, read_file, read_lines, write_durably
 from lfm.models.registry import ModelConfig
 from lfm.talk import say, warn
@@ -25,12 +24,12 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12}
 
 
 class LoggingConfig(Config):
-    every_steps: PositiveInt = 10
+    every_steps: Count = 10
     tensorboard: bool = True
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; needs `pip install 'lfm[wandb]'`."""
     wandb_project: str = "lfm"
-    steps_per_epoch: NonNegativeInt = 0
+    steps_per_epoch: CountOrZero = 0
     """Write loss_log.csv too, counting this many steps as an epoch; 0: no such file."""
     print_config: bool = False
     """Print the resolved configuration as JSON when training starts."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lfm.config import Config, PathText
+from lfm.config import Config, Count, CountOrZero, PathText, Rows
 from lfm.data.stream import DataConfig
 from lfm.files import expanded, held_alone, remove_temporaries, shown, write_durably
 from lfm.models.generation import SamplingConfig
@@ -27,11 +27,11 @@ from lfm.training.schedule import ScheduleConfig
 
 
 class TrainingConfig(Config):
-    steps: PositiveInt
+    steps: Count
     """Optimizer steps of the whole run."""
-    global_batch_size: PositiveInt
+    global_batch_size: Rows
     """Rows of one optimizer step."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Rows = 1
     """Rows of one forward and backward pass."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations made again in backward: none; those of liquid and MoE; those of whole layers."""
@@ -49,16 +49,16 @@ class TrainingConfig(Config):
 
 
 class ValidationConfig(Config):
-    every_steps: NonNegativeInt = 1000
+    every_steps: CountOrZero = 1000
     """0: only at the end."""
-    max_rows: PositiveInt = 512
+    max_rows: Count = 512
     """Rows of the validation split that are scored, from its first on."""
-    patience: NonNegativeInt = 0
+    patience: CountOrZero = 0
     """Stop early after this many validations in a row without a better loss; 0: never."""
 
 
 class SamplesConfig(Config):
-    every_steps: NonNegativeInt = 0
+    every_steps: CountOrZero = 0
     """Generate from the prompts this often while training; 0: only at the end."""
     prompts: tuple[str, ...] = ()
     sampling: SamplingConfig = SamplingConfig()

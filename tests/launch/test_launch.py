@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.prepare import prepare
 from lfm.models.generation import SamplingConfig, generate
-from lfm.training.checkpoint import open_model
+from lfm.training.checkpoint import find, open_model
 from lfm.training.loop import train
 from tests import shared_memory
 from tests.data.corpus import config, write_texts
@@ -235,3 +235,19 @@ def test_streamed_text_keeps_the_space_behind_the_prompt(main, capsys, tmp_path)
     flags = ("--prompt", "rain in", "--max-new-tokens", 5, "--seed", seed)
     found = main("generate", "--checkpoint", tiny.folder, *flags)
     assert (found.returncode, found.stdout) == (0, whole_text(seed) + "\n")
+
+
+def test_help_of_the_demo_lists_the_keys(main):
+    found = main("demo", "--help")
+    assert found.returncode == 0 and "model.liquid.leak_rate" in found.stdout
+    assert_refused(main("demo", "optimizer.lr=on"), "optimizer.lr = 'on' in .* is not legal")
+
+
+def test_a_model_is_opened_by_the_text_of_its_path(trained):
+    model, _, checkpoint = open_model(str(trained), device="cpu")
+    assert not model.training and checkpoint == find(trained)
+
+
+def test_greedy_generation_asks_for_no_temperature(trained, main):
+    found = main("generate", "--checkpoint", trained, "--prompt", "x", "--greedy", "--temperature", 0)
+    assert found.returncode == 0 and found.stdout.startswith("x"), found.stderr
