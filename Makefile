@@ -5,6 +5,9 @@ WORKERS := 2
 # The shapes and types written in the layers' and models' signatures are checked while their tests run.
 TYPED := --jaxtyping-packages=lfm.layers,lfm.models,beartype.beartype
 
+# Those of docs/kernels.md.
+OPS := $(filter-out case,$(basename $(notdir $(wildcard benchmarks/ops/*.py))))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check test test-full test-gpu test-slurm golden bench
 
@@ -43,4 +46,4 @@ golden: setup ## write the golden runs anew; only in a commit that says which nu
 
 bench: setup ## benchmarks against floors and peers; results in benchmarks/results/
 	@$(PY) benchmarks/attention.py
-	@$(PY) launch/bench.py --op reservoir --out benchmarks/results/reservoir.json
+	@for op in $(OPS); do $(PY) launch/bench.py --op $$op --out benchmarks/results/op_$$op.json || exit; done

@@ -20,6 +20,8 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 import torch
 from torch import Tensor
 
@@ -146,7 +148,7 @@ def main() -> None:
         "rows": rows,
     }
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    flags.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 from lfm.training.metrics import read_metrics
 from lfm.training.run import RunConfig, environment
 
@@ -60,7 +62,14 @@ def measure(name: str, flags: argparse.Namespace) -> dict[str, Any]:
     ]
     began = time.monotonic()
     command = [sys.executable, "launch/pretrain.py", "--config", f"configs/{config}.yaml", *common]
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=flags.timeout)
+    done = subprocess.run(
+        command,
+        encoding="utf-8",
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=flags.timeout,
+    )
     if done.returncode:
         raise RuntimeError(done.stdout[-2000:])
     run = RunConfig.load(f"configs/{config}.yaml", common)
@@ -105,7 +114,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for all of them")
     flags = parser.parse_intermixed_args()
-    result: dict[str, Any] = json.loads(flags.out.read_text()) if flags.out.exists() else {"presets": []}
+    result: dict[str, Any] = (
+        json.loads(flags.out.read_text(encoding="utf-8")) if flags.out.exists() else {"presets": []}
+    )
     for name in flags.presets.split(","):
         try:
             found = measure(name, flags)
@@ -116,7 +127,7 @@ def main() -> None:
         found["commit"] = environment()["commit"]
         result["presets"] = [row for row in result["presets"] if row["name"] != name] + [found]
         result |= {"date": date.today().isoformat(), "environment": environment(), "runs": 1}
-        flags.out.write_text(json.dumps(result, indent=1) + "\n")
+        flags.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ import json
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 import torch
 
@@ -114,7 +117,7 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             rows += process.submit(measure, config, flags.device, flags.tokens).result()
     result = {"date": date.today().isoformat(), "environment": environment(), "runs": 1, "rows": rows}
-    flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    flags.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(rows, flags.plot)
 
 

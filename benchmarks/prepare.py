@@ -15,6 +15,7 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -25,6 +26,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import datasets
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 import numpy as np
 import yaml
 
@@ -51,7 +55,7 @@ def ours(text: Path, tokenizer: Path, folder: Path, workers: int, **changes) -> 
 
 def html_source() -> dict:
     """The first source of debian_docs.yaml."""
-    [source, *_] = yaml.safe_load(Path("configs/data/debian_docs.yaml").read_text())["sources"]
+    [source, *_] = yaml.safe_load(Path("configs/data/debian_docs.yaml").read_text(encoding="utf-8"))["sources"]
     return source
 
 
@@ -164,7 +168,7 @@ def main() -> None:
         "runs": runs,
     }
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    flags.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, rate in result["median_tokens_per_second"].items():
         print(f"{name:36} {rate / 1e6:6.2f} M tokens/s")
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 import numpy as np
 
 from lfm.data.format import RowWriter
@@ -157,7 +159,7 @@ def main() -> None:
         note(training_tokens_per_second=45_000, share_of_time_waited_by_threads=shares)
     where = environment() | {"command": ["benchmarks/reader.py"]}
     result = {"date": date.today().isoformat(), "environment": where, "seq_length": T, "rows": rows}
-    flags.out.write_text(json.dumps(result, indent=1) + "\n")
+    flags.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

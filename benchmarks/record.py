@@ -6,8 +6,11 @@ Tokens/s, MFU and memory are the median of the logged windows after `--skip-step
 import argparse
 import json
 import statistics
+import sys
 from datetime import date
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from lfm.training.metrics import peak_flops, read_metrics
 from lfm.training.run import RunConfig
@@ -15,7 +18,7 @@ from lfm.training.run import RunConfig
 
 def summarise(folder: Path, *, skip_steps: int) -> dict:
     run = RunConfig.load(folder / "config.yaml")
-    environment = json.loads((folder / "environment.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     records = read_metrics(folder / "metrics.jsonl")
     train = [r for r in records if "cross_entropy" in r]
     windows = [r for r in train if r["step"] > skip_steps and "tokens_per_second" in r]
@@ -24,7 +27,7 @@ def summarise(folder: Path, *, skip_steps: int) -> dict:
     peak = peak_flops(environment["gpu"])
     compression = folder / "bits_per_byte.json"
     return {
-        **({"bits_per_byte": json.loads(compression.read_text())} if compression.exists() else {}),
+        **({"bits_per_byte": json.loads(compression.read_text(encoding="utf-8"))} if compression.exists() else {}),
         "run": run.name,
         "date": date.today().isoformat(),
         "environment": environment,
@@ -54,7 +57,7 @@ def main() -> None:
     result = summarise(flags.folder, skip_steps=flags.skip_steps)
     out = flags.out or Path("benchmarks/results") / f"{result['run']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{out}: {result['tokens_per_second']:,.0f} tokens/s, last loss {result['last_loss']:.3f}")
 
 

@@ -26,6 +26,9 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 import torch
 
 from lfm.data.stream import BatchStream, open_split
@@ -378,12 +381,19 @@ def _pretrain(flags: argparse.Namespace, name: str, overrides: list[str]) -> dic
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(flags.gpus)]
     command = [*torchrun, "launch/pretrain.py", "--config", flags.config, *overrides, *shown]
     print(" ".join(command), flush=True)
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=flags.timeout)
+    done = subprocess.run(
+        command,
+        encoding="utf-8",
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=flags.timeout,
+    )
     if done.returncode:
         print(done.stdout[-6000:], flush=True)
         raise SystemExit(f"{name}: exit code {done.returncode}")
     run = RunConfig.load(flags.config, overrides)
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     for record in records:
         if "save_stall_seconds" in record:
@@ -410,7 +420,7 @@ def main() -> None:
     if unknown:
         parser.error(f"--only {','.join(sorted(unknown))}: not one of one,{','.join(LAYOUTS[flags.gpus])}")
     prepare_environment(flags.device)
-    result: dict[str, Any] = json.loads(flags.out.read_text()) if flags.out.exists() else {}
+    result: dict[str, Any] = json.loads(flags.out.read_text(encoding="utf-8")) if flags.out.exists() else {}
     result.setdefault("certificates", [])
     result.setdefault("layouts", [])
 
@@ -423,7 +433,7 @@ def main() -> None:
     def write() -> None:
         config = RunConfig.load(flags.config, flags.overrides).model_dump(mode="json")
         result.update(date=date.today().isoformat(), environment=environment(), config=config, runs=1)
-        flags.out.write_text(json.dumps(result, indent=1) + "\n")
+        flags.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     parts = flags.parts.split(",")
     if "certificate" in parts:

@@ -8,14 +8,15 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks.ops.case import rate  # noqa: E402
+from benchmarks.ops.case import rate
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())
+    return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def table() -> str:
@@ -289,6 +290,27 @@ def plot_scaling(path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def tokenizers_table() -> str:
+    result = load("real_tokenizers")
+    lines = [
+        "| file | package | ids | end | documents that differ | streams that differ | a million characters |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        known = f"| {row['name']} | `{row['package']}` |"
+        if "refused" in row:
+            lines.append(f"{known} refused: {row['refused'].partition('; ')[2]} | | | | |")
+            continue
+        lines.append(
+            f"{known} {row['vocab_size']:,} | {row['eod_id']:,} | {row['documents_that_differ']} of "
+            f"{row['documents']} | {row['streams_that_differ']} of {row['streams']} | "
+            f"{row['million_characters_seconds']:.1f} s |"
+        )
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    where = f"2 busy CPU cores, {versions}, {result['date']}, measured in several runs; the slowest of 8 characters."
+    return "\n".join([*lines, "", where])
+
+
 def _where(result: dict) -> str:
     torch = result["environment"]["versions"]["torch"]
     how_often = f"median of {result['calls']} calls" if "calls" in result else f"{result['runs']} run"
@@ -299,7 +321,7 @@ PAGES = {
     "README.md": {"results": table},
     "docs/scaling.md": {"scaling": scaling_table},
     "docs/kernels.md": {"kernels": kernels_table, "attention": attention_table},
-    "docs/data.md": {"prepare": prepare_table},
+    "docs/data.md": {"tokenizers": tokenizers_table, "prepare": prepare_table},
     "docs/families/README.md": {"families": families_table, "streaming": streaming_table},
 }
 """Page -> name of the mark around a table -> what writes it."""
@@ -308,7 +330,7 @@ PAGES = {
 def main() -> None:
     for name, tables in PAGES.items():
         page = ROOT / name
-        text = wanted = page.read_text()
+        text = wanted = page.read_text(encoding="utf-8")
         for mark, write in tables.items():
             begin, end = f"<!-- {mark}: python benchmarks/table.py -->", f"<!-- /{mark} -->"
             before, _, rest = wanted.partition(begin)
@@ -316,7 +338,7 @@ def main() -> None:
             wanted = f"{before}{begin}\n{write()}\n{end}{after}"
         if "--check" in sys.argv and wanted != text:
             sys.exit(f"the tables of {name} differ from benchmarks/results; run benchmarks/table.py")
-        page.write_text(wanted)
+        page.write_text(wanted, encoding="utf-8")
     if "--check" not in sys.argv:
         plot_scaling(ROOT / "docs/scaling.png")
 

@@ -6,10 +6,10 @@ import unicodedata
 from typing import Annotated, NamedTuple
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from data_pipeline import extras
-from lfm.config import Config
+from lfm.config import Config, Count, CountOrZero
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -23,19 +23,19 @@ _BOILERPLATE = re.compile(
 class CleanConfig(Config):
     nfc: bool = False
     """Unicode normalisation form C: one spelling of each accented letter."""
-    min_line_words: NonNegativeInt = 0
+    min_line_words: CountOrZero = 0
     """Lines of fewer words are taken out, headings and menus among them; for text out of HTML, 6."""
     min_line_letters: Share = 0.0
     """Lines with a smaller share of letters among their visible characters are taken out."""
     drop_boilerplate: bool = False
     """Take out short lines of legal notices, cookie banners and the like."""
-    min_chars: NonNegativeInt = 0
+    min_chars: CountOrZero = 0
     """Shorter documents are dropped; counted in characters, as all lengths here."""
-    max_chars: PositiveInt | None = None
+    max_chars: Count | None = None
     """Longer documents are dropped."""
-    max_line_chars: PositiveInt | None = None
+    max_line_chars: Count | None = None
     """Documents with a longer line are dropped: minified or generated."""
-    max_mean_line_chars: PositiveInt | None = None
+    max_mean_line_chars: Count | None = None
     """The same for the mean of its lines."""
     min_letters: Share = 0.0
     """Documents with a smaller share of letters among their visible characters are dropped."""

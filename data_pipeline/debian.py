@@ -104,7 +104,9 @@ def _fetch(package: str, folder: Path) -> None:
 
 
 def _run(arguments: list[str], folder: Path, package: str) -> None:
-    done = subprocess.run(arguments, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        arguments, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode != 0:
         words = " ".join(line for line in done.stderr.split("\n") if line.startswith(("E:", "dpkg-deb:")))
         raise UserError(

@@ -8,7 +8,7 @@ two regular expression engines, compared on hard cases and on documents of the c
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -44,9 +44,12 @@ class FastEncoder:
     def __init__(self, encoding: Any) -> None:
         self._encoding = encoding
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, uint32 `[n]`."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+    def encode(self, text: str) -> np.ndarray | None:
+        """The ids of `text`, uint32 `[n]`; None where tiktoken gives up, as on a million spaces in a row."""
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # the regular expression ran out of stack
+            return None
 
     @classmethod
     def make(cls, tokenizer: Tokenizer) -> "FastEncoder | str":
@@ -57,7 +60,7 @@ class FastEncoder:
         pattern = _pattern(definition)
         if pattern is None:
             return "the tokenizer is no plain byte-level BPE"
-        ranks = _ranks(definition)
+        ranks = _ranks(definition, tokenizer.control_names)
         if isinstance(ranks, str):
             return ranks
         tiktoken = extras.require("tiktoken", extra="fast-tokenizer", purpose="the fast tokenizer")
@@ -72,7 +75,8 @@ class FastEncoder:
 def first_difference(fast: FastEncoder, tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
     """The beginning of the first of the hard cases and `texts` that the two encode differently; None if none."""
     for text in chain(HARD_TEXTS, texts):
-        if fast.encode(text).tolist() != tokenizer.encode(text):
+        ids = fast.encode(text)
+        if ids is not None and ids.tolist() != tokenizer.encode(text):
             return repr(text[:80])
     return None
 
@@ -101,10 +105,10 @@ def _pattern(definition: dict[str, Any]) -> str | None:
     return None
 
 
-def _ranks(definition: dict[str, Any]) -> dict[bytes, int] | str:
+def _ranks(definition: dict[str, Any], control_names: Collection[str]) -> dict[bytes, int] | str:
     """Each token's bytes and id, which is its rank; or why ranks cannot stand for the merges."""
     byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
-    special = {token["content"] for token in definition.get("added_tokens", [])}
+    special = {token["content"] for token in definition.get("added_tokens", [])}.union(control_names)
     try:
         ranks = {
             bytes(byte_of[character] for character in token): rank

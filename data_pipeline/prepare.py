@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from data_pipeline.batches import Batch, InputFile, documents
@@ -41,10 +41,11 @@ from data_pipeline.verify import Verification
 from data_pipeline.worker import BatchWorker, Dropped, Encoding, Prepared
 from data_pipeline.write_bins import BinsWriter
 from data_pipeline.write_shards import SplitWriter
-from lfm.config import Config, PathText, parse_command_line
+from lfm.config import Bytes, Config, Count, DepthOrZero, PathText, Tokens, Vocabulary, parse_command_line
 from lfm.data.bins import BinFile
 from lfm.data.format import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, Packing, Split, SplitIndex
-from lfm.data.tokenizer import TiktokenPattern, Tokenizer, from_tiktoken, train_bpe
+from lfm.data.published import TiktokenPattern
+from lfm.data.tokenizer import BEGIN_OF_TEXT_NAMES, Tokenizer, read_tokenizer, train_bpe
 from lfm.errors import UserError, command
 from lfm.files import (
     behind_links,
@@ -58,11 +59,11 @@ from lfm.files import (
     shown,
     write_durably,
 )
+from lfm.talk import talking
 
 FEWEST_TOKENS = 1000
 """Of a data set of .bin files: less is a wrong path rather than a corpus."""
 
-BEGIN_OF_TEXT_NAMES = ("<|begin_of_text|>", "<s>", "<|startoftext|>", "<|bos|>")
 
 _SMALL_INPUT_BYTES = 1 << 23  # starting processes takes longer than preparing it
 _SAMPLES_A_RULE = 5
@@ -77,14 +78,14 @@ _Splits = dict[Split, SplitIndex] | dict[Split, BinFile]
 
 
 class TokenizerConfig(Config):
-    train_vocab_size: PositiveInt | None = None
+    train_vocab_size: Vocabulary | None = None
     """Train a byte-level BPE of this many entries on the training split; null: read `file`."""
-    train_bytes: PositiveInt = 16_000_000
+    train_bytes: Bytes = 16_000_000
     """About how many bytes of text to train it on, taken evenly from all sources."""
     file: PathText | None = None
-    """A tokenizer.json, or a .tiktoken rank file; null: train one."""
+    """A tokenizer.json, or a tiktoken rank file; null: train one."""
     tiktoken_pattern: TiktokenPattern | None = None
-    """How a .tiktoken file's text is cut into words; null: recognise the published files, gpt2 for others."""
+    """How text is cut into words with a rank file; null: published files are known, others get gpt2 and a warning."""
 
     @model_validator(mode="after")
     def _trained_or_read(self) -> "TokenizerConfig":
@@ -104,7 +105,7 @@ class PrepareConfig(Config):
     tokenizer: TokenizerConfig
     format: Literal["mds", "bins"] = "mds"
     """mds: rows in shards, documents apart; bins: all ids end to end in train.bin and val.bin."""
-    seq_length: Annotated[int, Field(ge=2)] | None = None
+    seq_length: Annotated[Tokens, Field(ge=2)] | None = None
     """Ids in a row of shards; the run that trains on it uses the same.  null for bins: the run cuts the rows."""
     packing: Packing = "greedy"
     """greedy: shards' rows are full, documents go on in the next row; one_document: each row is one, cut or padded;
@@ -118,20 +119,20 @@ class PrepareConfig(Config):
     """Which text is held out: documents chosen by a hash of their text, or, in bins only, the last ids of all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the documents (hash) or of the ids (tail) in the validation split."""
-    shard_bytes: PositiveInt = 1 << 26
+    shard_bytes: Bytes = 1 << 26
     """Largest size of an uncompressed shard file."""
     compression: Literal["zstd"] | None = None
     """null is best on a shared file system; zstd suits shards that are fetched from a remote."""
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None = None
     """Drop documents at least this similar to an earlier one (Jaccard, of runs of five words; 0.8 is usual); null:
     equal ones only.  Needs the extra `dedup`."""
-    max_bytes: PositiveInt | None = None
+    max_bytes: Bytes | None = None
     """Stop after this many bytes of text, duplicates not counted; null: take all."""
-    max_documents: PositiveInt | None = None
+    max_documents: Count | None = None
     """Stop after this many documents, duplicates not counted; null: take all."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the choice of validation documents and of the tokenizer's training text."""
-    num_workers: NonNegativeInt | None = None
+    num_workers: DepthOrZero | None = None
     """Processes; 0: this one alone; null: one a core, none for little text.  The result is the same."""
     tokenizer_backend: Literal["auto", "tokenizers"] = "auto"
     """auto: tiktoken, three times as fast, where it is installed and gives the same ids."""
@@ -170,6 +171,7 @@ class PrepareConfig(Config):
         return self
 
 
+@talking()
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Make the data set unless it is there already; returns the content of its report.json.
 
@@ -243,6 +245,8 @@ def _build(
     write = _write_bins if config.format == "bins" else _write_shards
     taken = collector.taken(_with_bar(prepared, _input_bytes(found)))
     splits = write(config, tokenizer, taken, collector.stages, folder)
+    if collector.lost:
+        print(_loss_in_words(collector))
     for split, index in splits.items():
         if index.num_documents == 0:
             num_documents = collector.stages["limit"]["documents"]
@@ -302,6 +306,8 @@ class _Collector:
         names = ("clean", "dedup", "limit", "encode")
         self.stages: _Counts = {"sources": Counter(found), **{name: Counter() for name in names}}
         self.by_source: list[Counter[str]] = [Counter() for _ in config.sources]
+        self.lost: Counter[str] = Counter()
+        """Characters that the tokenizer does not give back."""
         self.lengths = np.zeros(64, np.int64)
         """How many documents have 2**i .. 2**(i + 1) - 1 ids."""
 
@@ -326,9 +332,12 @@ class _Collector:
         """The ids of the documents that stay."""
         for batch, kept in self.kept(batches):
             assert batch.ids is not None and batch.lengths is not None
-            assert batch.tokens_cut is not None and batch.bytes_cut is not None
+            assert batch.tokens_cut is not None and batch.bytes_cut is not None and batch.bytes_lost is not None
             mask = np.zeros(len(batch.lengths), bool)
             mask[kept] = True
+            self._count_lost(batch, kept)
+            mask &= batch.lengths > 0
+            kept = np.flatnonzero(mask).tolist()
             lengths = batch.lengths[mask]
             ids = batch.ids if len(batch.ids) == lengths.sum() else batch.ids[np.repeat(mask, batch.lengths)]
             num_tokens = int(lengths.sum() + batch.tokens_cut[mask].sum())
@@ -343,8 +352,24 @@ class _Collector:
                     bytes_cut=int(batch.bytes_cut[mask].sum()),
                 )
             texts = [batch.texts[i] for i in kept if batch.is_validation[i]]
-            num_bytes = (batch.num_bytes - batch.bytes_cut)[mask]
+            num_bytes = (batch.num_bytes - batch.bytes_cut - batch.bytes_lost)[mask]
             yield _Taken(ids, lengths, num_bytes, batch.is_validation[mask], "".join(texts).encode())
+
+    def _count_lost(self, batch: Prepared, kept: list[int]) -> None:
+        """Count what the tokenizer does not give back, and documents of which nothing is left."""
+        assert batch.lengths is not None and batch.bytes_lost is not None
+        of = self.stages["encode"]
+        for i in kept:
+            if i not in batch.lost:
+                continue
+            self.lost.update(batch.lost[i])
+            if batch.lengths[i] == 0:
+                of["documents_lost"] += 1
+                of["bytes_lost"] += int(batch.num_bytes[i])
+                self._keep_sample(Dropped("encode", batch.origins[i], batch.heads[i]))
+            else:
+                of["documents_with_lost_characters"] += 1
+                of["bytes_lost"] += int(batch.bytes_lost[i])
 
     def dropped_lines(self) -> bytes:
         """Samples of what each rule dropped, as lines of JSON."""
@@ -484,10 +509,7 @@ def _make_tokenizer(
     """The tokenizer, and how many bytes of text it was trained on (0 if it was read from a file)."""
     wanted = config.tokenizer
     if wanted.file is not None:
-        path = expanded(wanted.file)
-        if path.suffix == ".tiktoken":
-            return from_tiktoken(path, wanted.tiktoken_pattern), 0
-        return Tokenizer.from_file(path), 0
+        return read_tokenizer(expanded(wanted.file), wanted.tiktoken_pattern), 0
     assert wanted.train_vocab_size is not None
     batches = read_batches(config.sources, found)
     prepared = ordered_map(_worker(config, None), batches, _num_workers(config, found))
@@ -564,15 +586,26 @@ def _check_sums(stages: _Counts, splits: _Splits) -> None:
     assert cleaned["documents"] == dedup["documents"] + copies, stages
     assert cleaned["bytes"] == dedup["bytes"] + dedup["duplicate_bytes"] + dedup["near_duplicate_bytes"], stages
     assert dedup["documents"] == limit["documents"] + limit["over_limit"], stages
-    assert limit["documents"] == encoded["documents"], stages
+    assert limit["documents"] == encoded["documents"] + encoded["documents_lost"], stages
     assert encoded["tokens"] == sum(split.num_tokens for split in splits.values()) + cut["tokens_cut"], (stages, splits)
     for split in splits.values():
         if isinstance(split, SplitIndex):
             assert split.num_rows * split.seq_length == split.num_tokens + split.num_padding, split
     if all(split.num_documents is not None for split in splits.values()):
-        assert limit["documents"] == sum(split.num_documents or 0 for split in splits.values()), (stages, splits)
+        assert encoded["documents"] == sum(split.num_documents or 0 for split in splits.values()), (stages, splits)
         text_bytes = sum(split.text_bytes or 0 for split in splits.values())
-        assert limit["bytes"] == text_bytes + cut["bytes_cut"], (stages, splits)
+        assert limit["bytes"] == text_bytes + cut["bytes_cut"] + encoded["bytes_lost"], (stages, splits)
+
+
+def _loss_in_words(collector: _Collector) -> str:
+    of = collector.stages["encode"]
+    most = ", ".join(f"{character!a}" for character, _ in collector.lost.most_common(5))
+    return (
+        f"warning: the tokenizer does not give back {of['bytes_lost']:,} bytes of text, {collector.lost.total():,} "
+        f"characters such as {most}, in {of['documents_with_lost_characters']:,} documents, and nothing of "
+        f"{of['documents_lost']:,} more, which are left out; bits per byte count only what it gives back. "
+        "A byte-level tokenizer.file, or train_vocab_size, keeps everything"
+    )
 
 
 def _in_words(report: dict[str, Any]) -> str:

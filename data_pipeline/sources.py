@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from data_pipeline import debian, files, hub
 from data_pipeline.batches import BATCH_BYTES, BATCH_FILES, Batch, FileBatch, InputFile, Left, LineBatch, TextBatch
 from data_pipeline.clean import CleanConfig
 from data_pipeline.markup import Markup
 from data_pipeline.unpack import Damaged, Limits, Stream, Unreadable, opened, records
-from lfm.config import Config, PathText
+from lfm.config import Bytes, Config, Count, PathText
 from lfm.errors import UserError
 from lfm.files import shown
 
@@ -31,7 +31,7 @@ class _Source(Config):
     """What the report calls it; null: its kind and first path."""
     clean: CleanConfig = CleanConfig()
     """Rules that its documents must satisfy."""
-    max_record_bytes: PositiveInt = 1 << 27
+    max_record_bytes: Bytes = 1 << 27
     """Longer documents, lines and rows are left out, and counted, without being held in memory."""
 
     @property
@@ -40,7 +40,7 @@ class _Source(Config):
 
 
 class _Packed(_Source):
-    max_expansion: PositiveInt = 250
+    max_expansion: Count = 250
     """Times its size that a compressed file may become: a document of more, and of more than a mebibyte, is left out
     and counted; a file of lines of more, and of more than a record, is refused."""
 
@@ -58,7 +58,7 @@ class _Files(_Packed):
     suffixes: tuple[str, ...] | None = None
     """Endings of the files taken from folders; null: .txt .md .rst for text, .py for code, .jsonl (also compressed) for
     jsonl, .parquet for parquet."""
-    max_file_bytes: PositiveInt | None = None
+    max_file_bytes: Bytes | None = None
     """Larger files are left out; null: 200000 for code (larger ones are mostly data), no limit for the others."""
 
 

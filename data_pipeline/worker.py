@@ -1,6 +1,7 @@
 """What is done to a batch on its own, in whatever process: read, clean, hash, encode."""
 
 import functools
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,10 @@ class Prepared:
     lengths: np.ndarray | None = None
     tokens_cut: np.ndarray | None = None
     bytes_cut: np.ndarray | None = None
+    bytes_lost: np.ndarray | None = None
+    """Of the characters that the ids do not give back."""
+    lost: dict[int, Counter[str]] = field(default_factory=dict)
+    """Those characters, of the documents that have some.  Where nothing else is in one, its length is 0."""
 
 
 @dataclass
@@ -145,33 +150,63 @@ class BatchWorker:
                 fresh.append(i)
         texts = [kept[i].text for i in fresh]
         if encoding.fast is not None:
-            found = [encoding.fast.encode(text) for text in texts]
+            found = [self._encode_fast(encoding.fast, text) for text in texts]
+            losses = [Counter[str]()] * len(texts)  # what tiktoken can stand for gives everything back
         else:
             found = [np.array(ids, np.uint32) for ids in self._tokenizer.encode_batch(texts)]
+            losses = [self._tokenizer.lost(text, ids) for text, ids in zip(texts, found, strict=True)]
         before = np.array([] if encoding.bos_id is None else [encoding.bos_id], np.uint32)
         after = np.array([] if encoding.eod_id is None else [encoding.eod_id], np.uint32)
         if len(before) or len(after):
             found = [np.concatenate([before, ids, after]) for ids in found]
 
-        lengths, tokens_cut, bytes_cut = np.zeros((3, len(kept)), np.int64)
+        lengths, tokens_cut, bytes_cut, bytes_lost = np.zeros((4, len(kept)), np.int64)
         prepared.texts = {i: kept[i].text for i in fresh if prepared.is_validation[i]}
         for place, i in enumerate(fresh):
-            ids = found[place]
+            ids, whole = found[place], kept[i].text
+            if losses[place]:
+                prepared.lost[i] = losses[place]
+                whole = without(whole, losses[place])
+                bytes_lost[i] = kept[i].num_bytes - len(whole.encode())
+                if i in prepared.texts:
+                    prepared.texts[i] = whole
+                if not whole.strip():
+                    found[place] = ids[:0]
+                    continue
             if encoding.longest is not None and len(ids) > encoding.longest:
                 text = text_of_beginning(ids[: encoding.longest], self._tokenizer, encoding.bos_id)
+                if losses[place]:  # of what the ids give back, what is in the document
+                    text = without(text, Counter(text) - Counter(whole))
                 tokens_cut[i] = len(ids) - encoding.longest
-                bytes_cut[i] = kept[i].num_bytes - len(text.encode())
+                bytes_cut[i] = kept[i].num_bytes - bytes_lost[i] - len(text.encode())
                 if i in prepared.texts:
                     prepared.texts[i] = text
                 found[place] = ids = ids[: encoding.longest]
             lengths[i] = len(ids)
         prepared.lengths, prepared.tokens_cut, prepared.bytes_cut = lengths, tokens_cut, bytes_cut
+        prepared.bytes_lost = bytes_lost
         prepared.ids = np.concatenate(found) if found else np.empty(0, np.uint32)
+
+    def _encode_fast(self, fast: FastEncoder, text: str) -> np.ndarray:
+        ids = fast.encode(text)
+        return np.array(self._tokenizer.encode(text), np.uint32) if ids is None else ids
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
         assert self.encoding is not None
         return Tokenizer(self.encoding.definition, source="the data set's tokenizer")
+
+
+def without(text: str, lost: Counter[str]) -> str:
+    """`text`, in Unicode's normal form C, but for as many of each character as `lost` has."""
+    left = dict(lost)
+    kept = []
+    for character in unicodedata.normalize("NFC", text):
+        if left.get(character, 0) > 0:
+            left[character] -= 1
+        else:
+            kept.append(character)
+    return "".join(kept)
 
 
 def text_of_beginning(ids: np.ndarray, tokenizer: Tokenizer, bos_id: int | None) -> str:

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from lfm.config import path_flag
+from lfm.errors import UserError, command
+from lfm.files import ready_folder, write_durably
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from lfm.config import path_flag  # noqa: E402
-from lfm.errors import UserError, command  # noqa: E402
-from lfm.files import write_durably  # noqa: E402
-
 RUNS_AT_A_TIME = 5
 
 
@@ -74,6 +74,8 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.op not in ops:
         raise UserError(f"--op {flags.op} is not one of {', '.join(ops)}")
+    if flags.out is not None:
+        ready_folder(flags.out.parent)
     import torch
 
     if not torch.cuda.is_available():

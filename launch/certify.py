@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import get_args
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 from lfm.config import parse_command_line
 from lfm.errors import UserError, command
 from lfm.parallel.process import prepare_environment, require_packages
@@ -30,6 +32,8 @@ def main() -> None:
         json={"metavar": "FILE", "help": "write the numbers here"},
         plant={"metavar": "FAULT", "help": "plant a silent mistake, to see it found"},
     )
+    if not 1 <= flags.steps <= 1000:
+        raise UserError(f"--steps {flags.steps} is not from 1 to 1000: the first is what the bounds are for")
     require_packages()
     prepare_environment(run.device.type)
     from lfm.parallel.layout import check_layout

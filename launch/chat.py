@@ -4,15 +4,25 @@ These are plain language models: a reply is a continuation of everything typed a
 """
 
 import argparse
+import contextlib
 import hashlib
+import signal
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from lfm.config import add_flags, from_flags, path_flag
+from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError, command
+from lfm.files import exists, read_file, ready_folder, reason, shown
 from lfm.models.generation import Conversation, SamplingConfig
 from lfm.models.liquidnn import MiniLiquidGPT, trace_norms, turn_plasticity_off
 
-HELP = "/reset forgets everything read; /state lists the state; /hebb the traces of plastic cells; /quit ends"
+HELP = "/reset forgets everything read; /state lists the state; /hebb the plastic traces; /quit ends, as does Ctrl-C"
 
 
 @command
@@ -34,41 +44,106 @@ def main() -> None:
     from lfm.training.checkpoint import open_model, read_manifest
 
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
-    manifest = read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint, warn=False)  # open_model has warned
     if flags.no_plasticity:
         turn_plasticity_off(model)
-    digest = hashlib.blake2b((checkpoint / "manifest.json").read_bytes(), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(read_file(checkpoint / "manifest.json"), digest_size=4).hexdigest()
     weights = f"{manifest['config']['name']} step {manifest['step']} ({digest})"
     talk = Conversation(model, sampling, end_of_document=tokenizer.eod_id)
     if flags.state is not None:
         if model.config.context_limit is not None:
             raise UserError(f"--state: the state of {model.config.kind} grows with its text and is not kept in files")
-        if flags.state.exists():
+        ready_folder(flags.state.parent)
+        if exists(flags.state):
             talk.load(flags.state, checkpoint=weights)
-    print(f"{weights}, {model.config.kind}; {describe(talk)}. {HELP}", flush=True)
+    with _stop_signals() as stop:
+        try:
+            converse(talk, tokenizer, weights, stop)
+        finally:  # also after an error, or when nobody reads what is printed
+            stop.at_once = False
+            if flags.state is not None:
+                keep(talk, flags.state, weights)
+
+
+def converse(talk: Conversation, tokenizer: Tokenizer, weights: str, stop: "_Stop") -> None:
+    """Read and reply until the input ends, /quit or a stop signal, which ends a reply after the token in hand."""
+    print(f"{weights}, {talk.model.config.kind}; {describe(talk)}. {HELP}", flush=True)
     # Bytes that are no UTF-8 reach the tokenizer's check, which names them.
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
-    while True:
+    while not stop.asked:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            break
+            with stop.while_waiting():
+                line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, _Stopped):
+            return
         if line == "/quit":
-            break
+            return
         if line.startswith("/"):
             print(obey(talk, line), flush=True)
             continue
         try:
-            talk.read(tokenizer.encode_prompt(line + "\n", begin=talk.num_tokens == 0))
-            decoder = tokenizer.stream_decoder()
+            turn = tokenizer.encode_prompt(line + "\n", begin=talk.num_tokens == 0)
+            talk.read(turn)
+            decoder = tokenizer.stream_decoder(turn)
             for token in talk.reply():
                 print(decoder.push(token), end="", flush=True)
+                if stop.asked:
+                    break
             print(decoder.flush())
         except UserError as error:  # the conversation goes on without what could not be read
             print(f"error: {error}", file=sys.stderr)
         print(f"[{describe(talk)}]", flush=True)
-    if flags.state is not None:
-        talk.save(flags.state, checkpoint=weights)
+
+
+def keep(talk: Conversation, path: Path, weights: str) -> None:
+    """Write the state.  Raises UserError naming the file when that fails."""
+    try:
+        talk.save(path, checkpoint=weights)
+    except OSError as error:
+        raise UserError(f"the state {shown(path)} cannot be written ({reason(error)})") from error
+
+
+class _Stopped(Exception):
+    """A stop signal came while the program waited for its user."""
+
+
+@dataclass
+class _Stop:
+    asked: bool = False
+    at_once: bool = False
+    """Whether nothing is in hand that a signal would tear."""
+
+    @contextlib.contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        self.at_once = True
+        try:
+            if self.asked:
+                raise _Stopped
+            yield
+        finally:
+            self.at_once = False
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Ctrl-C, TERM and HUP end the conversation, so that it is kept; those that were ignored stay ignored."""
+    stop = _Stop()
+
+    def handle(number: int, frame: Any) -> None:
+        stop.asked = True
+        if stop.at_once:
+            stop.at_once = False
+            raise _Stopped
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe(talk: Conversation) -> str:

@@ -3,11 +3,14 @@
 python launch/demo.py [key.path=value ...]      overrides of configs/lfm_debug.yaml
 """
 
+import argparse
 import functools
 import json
 import shutil
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 import torch
 
@@ -27,7 +30,13 @@ ROOT = Path(__file__).parent.parent
 
 @command
 def main() -> None:
-    run = RunConfig.load(ROOT / "configs/lfm_debug.yaml", [*sys.argv[1:], "name=demo"])
+    parser = argparse.ArgumentParser(
+        description="Prepare text found on this machine, train a tiny model on it, and show what it learnt.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="keys of configs/lfm_debug.yaml:\n" + RunConfig.describe(),
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides, applied in order")
+    run = RunConfig.load(ROOT / "configs/lfm_debug.yaml", [*parser.parse_args().overrides, "name=demo"])
     assert run.data.path is not None, "the demo has one data set"
     prepare(PrepareConfig.load(ROOT / "configs/data/stdlib_8k.yaml", [f"output={run.data.path}"]))
     shutil.rmtree(run.folder, ignore_errors=True)  # runs/demo is the demo's own, and trained anew each time
@@ -43,7 +52,7 @@ def main() -> None:
         "unigram entropy of the same tokens": found.unigram_bits_per_byte(len(text)),
         **compressor_bits_per_byte(text),
     }
-    (run.folder / "bits_per_byte.json").write_text(json.dumps(sizes, indent=1) + "\n")
+    (run.folder / "bits_per_byte.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     print(f"\nbits per byte on {len(text):,} bytes of text that training never saw:")
     for name, bits in sizes.items():
         print(f"  {name:36} {bits:.3f}")

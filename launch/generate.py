@@ -1,6 +1,10 @@
 """Generate: `python launch/generate.py --checkpoint runs/NAME --prompt "def " [--prompt ...]`, streaming text."""
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from lfm.config import add_flags, from_flags, path_flag
 from lfm.errors import command
@@ -26,7 +30,7 @@ def main() -> None:
     if flags.no_plasticity:
         turn_plasticity_off(model)
     prompts = [tokenizer.encode_prompt(prompt) for prompt in flags.prompt]
-    decoders = [tokenizer.stream_decoder() for _ in prompts]
+    decoders = [tokenizer.stream_decoder(prompt) for prompt in prompts]
     # One prompt streams as it comes; several are collected, so that their texts do not mix.
     texts = list(flags.prompt)
     if len(prompts) == 1:

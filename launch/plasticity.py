@@ -5,31 +5,43 @@ Writes plasticity.json and plasticity.png beside the checkpoints of the run, and
 
 import argparse
 import json
+import sys
+from pathlib import Path
 
-from lfm.config import path_flag
-from lfm.errors import UserError, command
-from lfm.files import write_durably
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from pydantic import Field
+
+from lfm.config import Config, add_flags, from_flags, path_flag
+from lfm.errors import command
+from lfm.files import ready_folder, write_durably
+
+
+class ProbeConfig(Config):
+    words: int = Field(default=200, ge=8, le=100_000)
+    """Made-up words, at least one for each of the 8 meanings."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of the words and the bootstrap."""
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="The four-way plasticity probe over many made-up words.")
     parser.add_argument("--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="of kind liquidnn")
-    parser.add_argument("--words", type=int, default=200, help="made-up words (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the words and the bootstrap")
+    add_flags(parser, ProbeConfig)
     parser.add_argument("--out", type=path_flag, metavar="FOLDER", help="default: the folder of the run")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags = parser.parse_args()
-    if flags.words < 2:
-        raise UserError(f"--words {flags.words} gives no interval; give 2 or more")
+    config = from_flags(ProbeConfig, flags)
     from lfm.training.checkpoint import open_model
     from lfm.training.plasticity import compare, plot, probes, record
 
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
-    found = probes(model, tokenizer, num_words=flags.words, seed=flags.seed)
-    comparisons = compare(found, seed=flags.seed)
     out = flags.out or checkpoint.parent.parent
-    content = {"checkpoint": str(checkpoint), "seed": flags.seed, **record(found, comparisons)}
+    ready_folder(out)
+    found = probes(model, tokenizer, num_words=config.words, seed=config.seed)
+    comparisons = compare(found, seed=config.seed)
+    content = {"checkpoint": str(checkpoint), "seed": config.seed, **record(found, comparisons)}
     write_durably(out / "plasticity.json", json.dumps(content, indent=1).encode() + b"\n")
     plot(found, out / "plasticity.png")
     for comparison in comparisons:

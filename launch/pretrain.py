@@ -4,14 +4,21 @@ On several processes with the same words after `deepspeed`, `torchrun --nproc-pe
 says what the run would take, with `--world-size N` on N processes.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
 from lfm.config import parse_command_line
 from lfm.errors import UserError, command
 from lfm.parallel.layout import check_layout
 from lfm.parallel.process import Process
+from lfm.parallel.rendezvous import one_voice
 from lfm.training.run import RunConfig
 
 
 @command
+@one_voice()
 def main() -> None:
     run, flags = parse_command_line(
         RunConfig,

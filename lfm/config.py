@@ -3,17 +3,35 @@
 import argparse
 import difflib
 import os
+import re
+import reprlib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from lfm.errors import UserError
-from lfm.files import exists, expanded, read_file, shown
+from lfm.files import exists, expanded, listed, read_file, shown
+
+Width = Annotated[int, Field(gt=0, le=1 << 20)]
+"""Units, heads or experts: a dimension of a tensor."""
+Depth = Annotated[int, Field(gt=0, le=4096)]
+"""Layers, steps of a solver, ranks: what is gone through one by one."""
+DepthOrZero = Annotated[int, Field(ge=0, le=4096)]
+Vocabulary = Annotated[int, Field(gt=0, le=1 << 20)]
+"""Ids of a tokenizer; the largest in use have about 262,000."""
+Tokens = Annotated[int, Field(gt=0, le=1 << 24)]
+"""Length of a sequence, or a part of one."""
+Rows = Annotated[int, Field(gt=0, le=1 << 20)]
+"""Of a batch."""
+Count = Annotated[int, Field(gt=0, lt=1 << 31)]
+"""Steps, documents, or anything else that is only counted."""
+CountOrZero = Annotated[int, Field(ge=0, lt=1 << 31)]
+Bytes = Annotated[int, Field(gt=0, le=1 << 60)]
 
 
 def _usable_path(text: str) -> str:
@@ -39,9 +57,18 @@ class Config(BaseModel):
 
     A run file lists only what differs from the files under its `base:` key.  The order of precedence is defaults,
     `base:` files in order, the file itself, then `key.path=value` overrides in order.
+
+    A value is of its field's type or refused: true is not 1, "yes" is not true and 1.5 is no integer, though 1e3 is.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written_in_yaml(cls, tree: Any) -> Any:
+        return {key: _plain(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
@@ -53,7 +80,8 @@ class Config(BaseModel):
         tree = _read(Path(path), seen=())
         for override in overrides:
             tree = _merge(tree, _parse_override(override))
-        return cls.from_tree(tree, source=f"{path} with the command line" if overrides else str(path))
+        file = shown(Path(path))
+        return cls.from_tree(tree, source=f"{file} with the command line" if overrides else file)
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any], *, source: str) -> Self:
@@ -65,7 +93,7 @@ class Config(BaseModel):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load` reads back to an equal config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
     @classmethod
     def describe(cls) -> str:
@@ -113,42 +141,138 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
 
 def from_flags(config: type[AnyConfig], flags: argparse.Namespace) -> AnyConfig:
     """What the flags of `add_flags` say.  Raises UserError naming the key."""
-    return config.from_tree({name: getattr(flags, name) for name in config.model_fields}, source="the command line")
+    tree = {}
+    for name in config.model_fields:
+        value = getattr(flags, name)
+        tree |= _parse_override(f"{name}={value}") if isinstance(value, str) else {name: value}
+    return config.from_tree(tree, source="the command line")
+
+
+_SCALARS = {
+    "null": re.compile(r"~|null|Null|NULL|"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+}
+"""Core schema of YAML 1.2.2, section 10.3.2: type -> what is one when unquoted.  The first that fits, else a string."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice (plain PyYAML keeps the last one in silence)."""
+    """YAML 1.2's scalars: yes, off, 1:30, 1_000 and 2024-01-01 are strings, 010 is ten, 3e-4 is a number.
+
+    Plain PyYAML reads YAML 1.1.  A key given twice, a tag beyond str, int, float, bool, null, map and seq, an alias
+    (a few of which can stand for gigabytes) and an integer beyond 64 bits are errors; nor are there merge keys.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+    yaml_constructors: typing.ClassVar[dict] = {  # pyright: ignore[reportIncompatibleVariableOverride]
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (None, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "seq")))
+    }
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            problem = f"alias *{_short(alias.anchor)[1:-1]} is not accepted, write the value out"
+            raise yaml.MarkedYAMLError(None, None, problem, alias.start_mark)
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node):
+        """`<<` is a key like any other."""
 
     def construct_mapping(self, node, deep=False):
-        self.flatten_mapping(node)  # `<<: *anchor`
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"key {_short(key)} is given twice", node.start_mark)
+                seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_core_scalar(self, node):
+        kind, text = node.tag.rpartition(":")[2], self.construct_scalar(node)
+        if not _SCALARS[kind].fullmatch(text):
+            raise yaml.MarkedYAMLError(None, None, f"{_short(text)} is no {kind}", node.start_mark)
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind == "float":
+            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        value = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        if not -(1 << 63) <= value < 1 << 64:
+            raise yaml.MarkedYAMLError(None, None, f"{_short(text)} has over 64 bits", node.start_mark)
+        return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what would be no string in either version of YAML."""
+
+
+for _kind_of_scalar, _pattern in _SCALARS.items():
+    _tag = f"tag:yaml.org,2002:{_kind_of_scalar}"
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern.pattern})\Z"), None)
+    _Loader.add_constructor(_tag, _Loader.construct_core_scalar)
+
+
+def _yaml(text: str) -> Any:
+    """The value of a YAML document.  Raises UserError with the reason, in one line, for what is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise UserError(" ".join(filter(None, (error.context, error.problem))) + line) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of too many digits
+        raise UserError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise UserError("it is nested too deep") from None
+
+
+def _plain(value: Any) -> Any:
+    """What strict types take: lists become tuples, and whole floats (as 1e3) integers, which are legal floats too."""
+    if isinstance(value, list):
+        return tuple(map(_plain, value))
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
+        return int(value)
+    return value
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+
+
+def _short(value: Any) -> str:
+    """`repr`, of no more than a few hundred characters."""
+    return _SHORT.repr(value)
 
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     real = Path(os.path.realpath(expanded(path)))
     if real in seen:
-        raise UserError(f"config {path} lists itself under `base:` (through {seen[-1]}); remove one of the two")
+        raise UserError(
+            f"config {shown(path)} lists itself under `base:` (through {shown(seen[-1])}); remove one of the two"
+        )
     try:
         text = read_file(path).decode() if exists(path) else None
     except UnicodeDecodeError as error:
-        raise UserError(f"config file {shown(path)} cannot be read: {error}") from None
+        raise UserError(f"config file {shown(path)} cannot be read: it is not UTF-8 ({error.reason})") from None
     if text is None:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "configs/ holds the shipped ones"
-        raise UserError(f"config file {path} does not exist; {hint}")
+        names = [other.name for other in listed(path.parent) if other.suffix == ".yaml"]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"did you mean {shown(path.parent / near[0])}?" if near else "configs/ holds the shipped ones"
+        raise UserError(f"config file {shown(path)} does not exist; {hint}")
     try:
-        own = yaml.load(text, _Loader) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, say
-        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        own = _yaml(text)
+    except UserError as error:
+        raise UserError(f"config file {shown(path)} is not valid YAML: {error}") from None
+    own = {} if own is None else own
     if not isinstance(own, dict):
-        raise UserError(f"config file {path} holds a {type(own).__name__} where key: value pairs are needed")
+        raise UserError(f"config file {shown(path)} holds a {type(own).__name__} where key: value pairs are needed")
     bases = own.pop("base", [])
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
-        raise UserError(f"`base: {bases}` in {path} is not a list of file names")
+        raise UserError(f"`base: {_short(bases)}` in {shown(path)} is not a list of file names")
     tree: dict[str, Any] = {}
     for base in bases:
         tree = _merge(tree, _read(path.parent / base, seen=(*seen, real)))
@@ -158,11 +282,12 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _parse_override(override: str) -> dict[str, Any]:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(f"override {override!r} is not of the form key.path=value")
+        raise UserError(f"override {_short(override)} is not of the form key.path=value")
     try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"override {override!r}: the value {text!r} is not valid YAML; quote it") from None
+        value = _yaml(text)
+    except UserError as error:
+        sentence = f"override {_short(override)}: the value {_short(text)} is not valid YAML ({error}); quote it"
+        raise UserError(sentence) from None
     for key in reversed(dotted.split(".")):
         value = {key: value}
     return typing.cast(dict[str, Any], value)
@@ -202,8 +327,7 @@ def _keys(config: type[Config], prefix: str, kinds: Sequence[int | str] = ()) ->
             default = "(derived)"
         else:
             default = yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
-        bounds = [str(rule).partition("(")[2].rstrip(")") for rule in field.metadata if _is_bound(rule)]
-        yield path, " ".join([_type_name(field.annotation), *bounds]), default, text
+        yield path, _type_name(field.annotation) + _bounds(field.metadata), default, text
 
 
 def _is_bound(rule: Any) -> bool:
@@ -239,7 +363,7 @@ def _type_name(annotation: Any) -> str:
     if not arguments:
         return getattr(annotation, "__name__", str(annotation))
     if typing.get_origin(annotation) is typing.Annotated:
-        return _type_name(arguments[0])
+        return _type_name(arguments[0]) + "".join(_bounds(getattr(rule, "metadata", [])) for rule in arguments[1:])
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(str(value) for value in arguments)
     if typing.get_origin(annotation) in (list, tuple):
@@ -247,18 +371,24 @@ def _type_name(annotation: Any) -> str:
     return " | ".join(_type_name(argument) for argument in arguments)
 
 
+def _bounds(rules: Sequence[Any]) -> str:
+    """Such as ` gt=0 le=4096`."""
+    return "".join(" " + str(rule).partition("(")[2].rstrip(")") for rule in rules if _is_bound(rule))
+
+
 def _one_sentence(root: type[Config], error: ValidationError, source: str) -> str:
     """The first problem of a ValidationError, in words of the user's file; how many more there are."""
     problems = error.errors()
     # An unknown key explains a missing one, and a typo is the commonest mistake: name it first.
     problem = min(problems, key=lambda item: item["type"] != "extra_forbidden")
-    path = _user_path(root, problem["loc"])
+    path = _short(_user_path(root, problem["loc"]))[1:-1]
     value = problem["input"]
+    value = _short(list(value) if isinstance(value, tuple) else value)
     if problem["type"] == "extra_forbidden":
-        sentence = f"unknown key {path} (value {value!r}) in {source}; {_nearest(root, path, problem['loc'])}"
+        sentence = f"unknown key {path} (value {value}) in {source}; {_nearest(root, path, problem['loc'])}"
     elif problem["type"] == "union_tag_invalid":
         context = problem.get("ctx", {})
-        sentence = f"{path}.kind = {context['tag']!r} in {source} is not one of {context['expected_tags']}"
+        sentence = f"{path}.kind = {_short(context['tag'])} in {source} is not one of {context['expected_tags']}"
     elif problem["type"] == "union_tag_not_found":
         sentence = f"key {path}.kind is missing in {source}; add it (--help describes every key)"
     elif problem["type"] == "missing":
@@ -267,8 +397,10 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         where = f"{path}: " if path else ""
         sentence = f"{where}{problem.get('ctx', {}).get('error')} (in {source})"
     else:
-        reason = problem["msg"][0].lower() + problem["msg"][1:]
-        sentence = f"{path} = {value!r} in {source} is not legal: {reason}"
+        reason = (problem["msg"][0].lower() + problem["msg"][1:]).replace("tuple", "list")
+        if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float):
+            reason += f"; quote the text, as {path}='\"...\"' on a command line"
+        sentence = f"{path} = {value} in {source} is not legal: {reason}"
     return sentence + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 

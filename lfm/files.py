@@ -2,16 +2,22 @@
 
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from lfm.errors import UserError
+from lfm.talk import complain
+
+T = TypeVar("T")
 
 _NEW, _OLD = ".new.partial", ".old.partial"
 """In a mount point, what will be and what was in it."""
@@ -92,15 +98,104 @@ def reason(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
+def json_checksum(tree: dict[str, Any]) -> str:
+    """sha256 of a JSON object without its own key `checksum`, which keeps it.
+
+    It finds damage.  Whoever can change the object can make its checksum anew: it says nothing about who wrote it.
+    """
+    content = {key: value for key, value in tree.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def ready_folder(folder: Path) -> None:
+    """Make `folder` if it is missing, so that work whose result goes there is not begun in vain.
+
+    Raises UserError when it cannot be made or nothing can be written in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"folder {shown(folder)} cannot be written ({reason(error)})") from None
+
+
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step: after a crash the file is the old one or the new one, whole."""
+    """Replace `path` by `data` in one step: after a crash the file is the old one or the new one, whole.
+
+    Where `path` is a link, the file that it leads to is replaced, and the link stays.
+    """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed processes left of `write_durably` in `folder`, which no other process may be writing to."""
+    for path in listed(folder):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusing(way_out: str) -> Iterator[None]:
+    """What the system refuses within becomes a UserError that names the path, the reason and the way out."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename2 or error.filename
+        if path is None:
+            raise UserError(f"{reason(error)}; {way_out}") from error
+        raise UserError(f"{shown(Path(os.fsdecode(path)))} cannot be used ({reason(error)}); {way_out}") from error
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder with all it holds, or a file; of a link, the link alone.  What cannot be deleted stays."""
+    with suppress(OSError):
+        path.unlink()  # fails for a folder
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def read_lines(path: Path, parse: Callable[[str], T]) -> list[tuple[str, T]]:
+    """The lines of a file that is only ever appended to, with what `parse` makes of each (without its newline).
+
+    A last line that a crash cut short is left out.  So is any other for which `parse` raises ValueError, but since the
+    caller is about to write the file anew, a copy of it is kept beside it then, and that is said.  Raises UserError
+    when the file cannot be read.
+    """
+    data = read_file(path)
+    found, damaged = [], []
+    lines = data.split(b"\n")[:-1]  # behind the last newline lies nothing, or a line cut short
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode()
+            found.append((text + "\n", parse(text)))
+        except ValueError:
+            damaged.append(number)
+    if damaged:
+        aside = keep_aside(path, data, "damaged")
+        which = f"line {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+        complain(f"{shown(path)}: {which} cannot be read and is left out; the file as it was is kept as {aside.name}")
+    return found
+
+
+def keep_aside(path: Path, data: bytes, why: str) -> Path:
+    """Write the content of `path` beside it under the first free name `NAME.why-N`, which is returned."""
+    number = 1
+    while exists(aside := path.with_name(f"{path.name}.{why}-{number}")):
+        number += 1
+    write_durably(aside, data)
+    return aside
 
 
 def sync(path: Path) -> None:
@@ -211,12 +306,17 @@ def held_alone(lock: Path, *, unwritable: str, taken: str) -> Iterator[None]:
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
-    except OSError as error:
-        raise UserError(f"{unwritable} ({error.strerror})") from None
-    with file:
+        # Opening a FIFO to write waits for a reader, but for this flag; what lies there is not cut.
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{unwritable} ({reason(error)})") from None
+    with os.fdopen(descriptor, "rb+", buffering=0):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{unwritable} ({shown(lock)} is not a regular file; remove it)")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(taken) from None
+        except OSError as error:
+            raise UserError(f"{unwritable} ({reason(error)})") from None
         yield

@@ -1,13 +1,23 @@
+import argparse
+import contextlib
+import os
+import re
 import subprocess
 from typing import Annotated, Literal
 
 import pytest
+import yaml
 from pydantic import Field, PositiveInt
 
-from lfm.config import Config
+from lfm.config import Config, Count, Tokens, _parse_override, _yaml, add_flags, from_flags
 from lfm.errors import UserError
+from lfm.models.generation import SamplingConfig
 from lfm.training.run import RunConfig
 from tests.training.tiny_run import PYTHON, ROOT
+
+RUNS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
+DATA = sorted(path for path in (ROOT / "configs/data").glob("*.yaml"))
+BASES = sorted(path for path in (ROOT / "configs/base").glob("*.yaml"))
 
 
 class Inner(Config):
@@ -90,7 +100,7 @@ def test_help_says_which_kind_a_key_is_of():
         ("inner.kind=c", "inner.kind = 'c' in {file} with the command line is not legal"),
         ("size", "override 'size' is not of the form key.path=value"),
         ("size=[", "the value '[' is not valid YAML"),
-        ("size=2024-99-99", "the value '2024-99-99' is not valid YAML"),
+        ("size=2024-99-99", "size = '2024-99-99' in {file} with the command line is not legal"),
         ("inner.lr=.inf", "input should be a finite number"),
     ],
 )
@@ -109,7 +119,7 @@ def test_a_wrong_override_is_one_sentence(file, override, sentence):
         ("base: other.yaml\n", "is not a list of file names"),
         ("base: [run.yaml]\n", "lists itself"),
         ("base: [missing.yaml]\n", "does not exist"),
-        ("size: 2024-99-99\n", "is not valid YAML"),
+        ("size: 2024-99-99\n", "size = '2024-99-99' in .* is not legal"),
         ("[" * 3000, "is not valid YAML"),
     ],
 )
@@ -118,6 +128,145 @@ def test_a_wrong_file_is_one_sentence(tmp_path, content, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         Outer.load(tmp_path / "run.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, value",
+    [
+        *[(text, text) for text in ("yes", "no", "on", "off", "y", "1:30", "1_000", "0b1", "2024-01-01", "=", "<<")],
+        *[(text, True) for text in ("true", "True", "TRUE")],
+        *[(text, None) for text in ("", "~", "null", "NULL")],
+        *[(text, 10) for text in ("10", "+10", "010", "0o12", "0xA")],
+        *[(text, 3e-4) for text in ("3e-4", "3.0e-4", "3E-04", ".0003", "+0.0003")],
+        *[("-.inf", float("-inf")), ("1.", 1.0), ("'010'", "010"), ("!!str 010", "010"), ("!!float 1", 1.0)],
+        ("[1, off, {a: 010}]", [1, "off", {"a": 10}]),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(content, value):
+    read = _parse_override(f"key={content}")["key"]
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("path", [*RUNS, *DATA, *BASES], ids=lambda path: path.stem)
+def test_shipped_files_mean_what_any_reader_of_yaml_sees(path):
+    def numbers(value):
+        """YAML 1.1 takes 3e-4 for a string."""
+        if isinstance(value, dict):
+            return {key: numbers(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [numbers(item) for item in value]
+        with contextlib.suppress(ValueError):
+            return float(value) if isinstance(value, str) else value
+        return value
+
+    text = path.read_text()
+    assert numbers(_yaml(text)) == numbers(yaml.safe_load(text))
+
+
+class Typed(Config):
+    count: Count = 1
+    ratio: float = 1.0
+    flag: bool = False
+    name: str = "x"
+    wandb: Literal["off", "online"] = "off"
+    either: Tokens | Literal["fill"] = 1
+    seeds: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *["count=true", "count=1.5", "count='1'", "count=yes", "count=1:30", "count=1_000", "count=null", "count=[1]"],
+        *["ratio=on", "ratio=true", "ratio='1'", "ratio=1:30", "flag=1", "flag=yes", "flag='true'", "flag=1.0"],
+        *["name=1", "name=010", "name=true", "wandb=false", "either=true", "either=1.5", "seeds=[true]", "seeds=[1.5]"],
+        *["seeds=1", "count=1e30", "count=-1", "count=2147483648", "count=9223372036854775808", "either=16777217"],
+    ],
+)
+def test_a_value_of_another_type_is_refused(tmp_path, override):
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(UserError, match=rf"^{override.partition('=')[0]}.* is not legal") as error:
+        Typed.load(tmp_path / "run.yaml", [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["1e3", "010", "0o17", "yes", "1_000", "null", "~", "", ".5", "2024-01-01", "a: b"])
+def test_text_that_looks_like_something_else_survives_yaml(tmp_path, name):
+    config = Typed(name=name, ratio=1e-8)
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert Typed.load(tmp_path / "again.yaml") == config
+
+
+def test_values_of_their_own_type_are_taken(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: '010'\nseeds: [010, 1e3]\n")
+    config = Typed.load(tmp_path / "run.yaml", ["count=1e3", "ratio=1", "flag=true", "wandb=off", "either=fill"])
+    assert config == Typed(count=1000, ratio=1.0, flag=True, name="010", either="fill", seeds=(10, 1000))
+    assert type(config.count) is int and type(config.ratio) is float
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        *[(f"count: !!{tag} x", f"tag 'tag:yaml.org,2002:{tag}' in line 1") for tag in ("timestamp", "binary", "set")],
+        ("count: !!python/name:os.system x", "could not determine a constructor for the tag"),
+        ("count: !!int x", "'x' is no int in line 1"),
+        ("count: !!bool yes", "'yes' is no bool in line 1"),
+        ("count: 18446744073709551616", "has over 64 bits in line 1"),
+        ("count: " + "9" * 5000, "has over 64 bits|digits"),
+        ("a: &a [1]\nb: *a", "alias [*]a is not accepted, write the value out in line 2"),
+        ("count: &a 1\n<<: {ratio: 2}", "unknown key <<"),
+        ("? [1]\n: 2", "unhashable key"),
+        ("count: 1\n---\ncount: 2", "another document"),
+        ("true: 1", "is not legal: keys should be strings"),
+        ("a\nb: 1", "is not valid YAML"),
+        ('"a\\nb": 1', r"unknown key a\\nb "),
+        ("count: 'x\0'", "is not valid YAML"),
+    ],
+)
+def test_yaml_beyond_the_core_schema_is_one_sentence(tmp_path, content, sentence):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(UserError, match=sentence) as error:
+        Typed.load(tmp_path / "run.yaml")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_a_config_file_that_is_no_file_is_one_sentence(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "latin").write_bytes(b"name: caf\xe9\n")
+    names = ["fifo", "loop", ".", "latin", "a\0b", "x" * 5000, "absent/run.yaml"]
+    for name in names:
+        with pytest.raises(UserError, match=r"cannot be|regular file|does not exist|no path that can be used") as error:
+            Typed.load(tmp_path / name)
+        assert len(str(error.value)) < 1000
+
+
+def test_no_config_has_a_number_without_bounds_of_sense():
+    """Of the integers that can be set: each has an upper bound."""
+    from data_pipeline.labelled import LabelledConfig
+    from data_pipeline.prepare import PrepareConfig
+
+    for config in (RunConfig, PrepareConfig, LabelledConfig, SamplingConfig):
+        keys = [line.split(" = ")[0] for line in config.describe().splitlines() if re.match(r"  \w", line)]
+        assert len(keys) > 5
+        assert not [key for key in keys if re.search(r"\bint\b", key) and not re.search(r"\bl[te]=", key)]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["num_layers=65537", "num_layers=9223372036854775807", "num_layers=1e30", "hidden_size=1e9", "vocab_size=1e12"],
+)
+def test_a_model_of_absurd_size_is_refused_at_once(override):
+    with pytest.raises(UserError, match=rf"^model[.]{override.partition('=')[0]} = .* is not legal"):
+        RunConfig.load(ROOT / "configs/lfm_debug.yaml", [f"model.{override}"])
+
+
+def test_flags_are_read_as_overrides_are():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, SamplingConfig)
+    assert from_flags(SamplingConfig, parser.parse_args(["--top-p", "1", "--top-k", "010"])).top_k == 10
+    for flag in (["--top-k", "1_000"], ["--top-k", "yes"], ["--temperature", "on"], ["--max-new-tokens", "1e30"]):
+        with pytest.raises(UserError, match=rf"^{flag[0][2:].replace('-', '_')} = .* in the command line is not legal"):
+            from_flags(SamplingConfig, parser.parse_args(flag))
 
 
 def test_a_misspelt_file_is_met_with_the_nearest_one(file):
@@ -138,10 +287,6 @@ def test_help_of_pretrain_describes_all_of_a_run():
     assert "--dry-run" in text
     undocumented = [field for field in RunConfig.model_fields if field not in text]
     assert not undocumented
-
-
-RUNS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
-DATA = sorted(path for path in (ROOT / "configs/data").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

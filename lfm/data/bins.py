@@ -30,7 +30,7 @@ from lfm.data.order import random_order
 from lfm.data.reader import RowReader
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
-from lfm.files import exists, open_file, read_file, write_durably
+from lfm.files import exists, json_checksum, open_file, read_file, write_durably
 
 BINS_NAME = "bins.json"
 BIN_NAMES: dict[Split, str] = {"train": "train.bin", "validation": "val.bin"}
@@ -77,7 +77,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write bins.json from the fields of a `BinsRecord`, without format_version and checksum."""
     record = {"format_version": FORMAT_VERSION, **record}
     record = BinsRecord.model_validate({**record, "checksum": ""}).model_dump(mode="json")
-    write_durably(folder / BINS_NAME, json.dumps({**record, "checksum": _checksum(record)}).encode())
+    write_durably(folder / BINS_NAME, json.dumps({**record, "checksum": json_checksum(record)}).encode())
 
 
 def read_record(folder: Path) -> BinsRecord | None:
@@ -99,7 +99,7 @@ def read_record(folder: Path) -> BinsRecord | None:
         record = BinsRecord.model_validate(tree)
     except ValidationError:
         record = None
-    if record is None or record.checksum != _checksum(tree):
+    if record is None or record.checksum != json_checksum(tree):
         raise UserError(f"{path} is damaged: its checksum does not match its contents; {again}")
     return record
 
@@ -248,9 +248,3 @@ class BinReader(RowReader):
         if self._file is not None:
             way_out += f", or delete {BINS_NAME} if another file was put there on purpose"
         return UserError(f"{self._path} {what}; {way_out}")
-
-
-def _checksum(tree: dict[str, Any]) -> str:
-    """Of the content of a bins.json, leaving out the checksum in it."""
-    content = {key: value for key, value in tree.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

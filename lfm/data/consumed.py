@@ -8,10 +8,9 @@ Each chain value is a hash of the one before, the step and its digest: equal hea
 """
 
 import hashlib
+import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,8 @@ import torch
 import xxhash
 
 from lfm.errors import UserError
-from lfm.files import read_file, sync, write_durably
+from lfm.files import exists, keep_aside, read_file, read_lines, reason, shown, write_durably
+from lfm.talk import complain
 
 CONSUMED_NAME = "consumed.txt"
 START = "0" * 32
@@ -56,39 +56,71 @@ class Consumed:
 
 
 class ConsumedRecord:
-    """Appends to a run's consumed.txt.  When that fails it says so and gives up: training goes on."""
+    """Appends to a run's consumed.txt.  When that fails it says so, and training goes on.
+
+    Steps that a full disk kept out are written when there is room again.  A file that cannot be read, or is none, is
+    left as it is.
+    """
 
     def __init__(self, folder: Path, *, resumed_step: int, chain: str) -> None:
-        """Steps after `resumed_step` are forgotten: they happen again.  So are all that did not lead to `chain`."""
+        """Steps after `resumed_step` are forgotten: they happen again.  A record that did not lead to `chain` is kept
+        under another name."""
         self._path = folder / CONSUMED_NAME
-        self._works = True
-        with self._giving_up():
-            if self._path.exists():
-                kept = [entry for entry in _lines(self._path) if entry.step <= resumed_step]
-                if kept and kept[-1].step == resumed_step and kept[-1].chain != chain:
-                    kept = []
-                write_durably(self._path, "".join(_line(entry) for entry in kept).encode())
+        self._works, self._failed = True, False
+        self._size = 0
+        """Of the whole lines on the disk."""
+        self._waiting = ""
+        """Whole lines that are not on the disk."""
+        try:
+            last = self._cut_back(resumed_step, chain) if exists(self._path) else 0
+            if last < resumed_step:
+                complain(f"{shown(self._path)} lacks steps {last + 1} to {resumed_step} of this run")
+        except (UserError, OSError) as error:
+            self._works = False
+            complain(f"{shown(self._path)} is not written from now on: {error}")
+
+    def _cut_back(self, resumed_step: int, chain: str) -> int:
+        """The last step that is left."""
+        lines = [(line, entry) for line, entry in read_lines(self._path, _parsed) if entry.step <= resumed_step]
+        if lines and lines[-1][1].step == resumed_step and lines[-1][1].chain != chain:
+            aside = keep_aside(self._path, read_file(self._path), "abandoned")
+            complain(f"{shown(self._path)} is of another history than the checkpoint's: it is kept as {aside.name}")
+            lines = []
+        kept = "".join(line for line, _ in lines).encode()
+        write_durably(self._path, kept)
+        self._size = len(kept)
+        return lines[-1][1].step if lines else 0
 
     def add(self, entry: Consumed) -> None:
         """Append one step."""
-        with self._giving_up():
-            if self._works:
-                with open(self._path, "a") as file:
-                    file.write(_line(entry))
+        if self._works:
+            self._waiting += _line(entry)
+            self._write(durably=False)
 
     def sync(self) -> None:
         """Force all steps so far to the disk."""
-        with self._giving_up():
-            if self._works and self._path.exists():
-                sync(self._path)
+        if self._works and (self._waiting or self._size):
+            self._write(durably=True)
 
-    @contextmanager
-    def _giving_up(self) -> Iterator[None]:
+    def _write(self, *, durably: bool) -> None:
         try:
-            yield
+            with open(self._path, "ab") as file:
+                if self._failed:
+                    file.truncate(min(self._size, file.tell()))  # without half a line
+                file.write(self._waiting.encode())
+                file.flush()
+                if durably:
+                    os.fsync(file.fileno())
         except OSError as error:
-            self._works = False
-            print(f"warning: {self._path} is not written from now on: {error!r}", file=sys.stderr, flush=True)
+            if not self._failed:
+                complain(f"{shown(self._path)} cannot be written ({reason(error)}); its steps wait until it can be")
+            self._failed = True
+            return
+        self._size += len(self._waiting)
+        self._waiting = ""
+        if self._failed:
+            complain(f"{shown(self._path)} is written again, and lacks nothing")
+        self._failed = False
 
 
 def read_record(folder: Path) -> list[Consumed]:
@@ -98,12 +130,15 @@ def read_record(folder: Path) -> list[Consumed]:
     """
     path = folder / CONSUMED_NAME
     try:
-        num_lines = read_file(path).count(b"\n")  # what a crash cut short has none
+        lines = read_file(path).decode(errors="replace").split("\n")[:-1]  # without one that a crash cut short
     except UserError as error:
         raise UserError(f"{error}; give the folder of a run, runs/NAME") from None
-    found = list(_lines(path))
-    if found and len(found) < num_lines:
-        raise UserError(f"{path} is damaged in line {len(found) + 1}; restore it from a copy")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(_parsed(line))
+        except ValueError:
+            raise UserError(f"{path}: line {number} is damaged; restore it from a copy") from None
     if not found:
         raise UserError(f"{path} has no steps; give the folder of a run that has made one")
     chain = START if found[0].step == 1 else None
@@ -122,10 +157,8 @@ def _line(entry: Consumed) -> str:
     return f"{entry.step} {entry.digest:016x} {entry.chain}\n"
 
 
-def _lines(path: Path) -> Iterator[Consumed]:
-    """The whole lines of a record, up to one that a crash cut short."""
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
-        found = re.fullmatch(r"(\d+) ([0-9a-f]{16}) ([0-9a-f]{32})\n", line)
-        if found is None:
-            return
-        yield Consumed(int(found[1]), int(found[2], 16), found[3])
+def _parsed(line: str) -> Consumed:
+    found = re.fullmatch(r"(\d{1,18}) ([0-9a-f]{16}) ([0-9a-f]{32})", line)
+    if found is None:
+        raise ValueError(line)
+    return Consumed(int(found[1]), int(found[2], 16), found[3])

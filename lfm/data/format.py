@@ -22,7 +22,6 @@ its own) has no labels and needs no mask.
 index.json is MDSWriter's, with one more top-level key, "lfm": a `SplitIndex`.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lfm.data import streaming_shim
 from lfm.errors import UserError
-from lfm.files import exists, read_file, sync, write_durably
+from lfm.files import exists, json_checksum, read_file, sync, write_durably
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -196,4 +195,4 @@ class RowWriter:
 def _checksum(tree: dict[str, Any]) -> str:
     """Of the content of an index.json, leaving out the checksum in it."""
     record = {key: value for key, value in tree["lfm"].items() if key != "checksum"}
-    return hashlib.sha256(json.dumps({**tree, "lfm": record}, sort_keys=True).encode()).hexdigest()
+    return json_checksum({**tree, "lfm": record})

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lfm.config import Config, PathText
+from lfm.config import Bytes, Config, CountOrZero, Depth, PathText
 from lfm.data.bins import BIN_NAMES, BinReader
 from lfm.data.cache import fetch
 from lfm.data.format import INDEX_NAME, SPLITS, TOKENIZER_NAME, Split
@@ -36,7 +36,7 @@ class StreamConfig(Config):
     """As data.remote."""
     windows: Windows = "sequential"
     """As data.windows."""
-    proportion: Proportion | dict[NonNegativeInt, Proportion]
+    proportion: Proportion | dict[CountOrZero, Proportion]
     """Its share of the rows, over the sum of all streams' numbers; or `{step: number, ...}`, each from that optimizer
     step on, and 0 before the first."""
 
@@ -61,11 +61,11 @@ class DataConfig(Config):
     """Several data sets in given proportions, in place of `path`."""
     prefetch_threads: Annotated[int, Field(ge=0, le=16)] = 2
     """Threads that read ahead; 0 reads in the training loop."""
-    prefetch_steps: PositiveInt = 4
+    prefetch_steps: Depth = 4
     """How many optimizer steps the threads read ahead."""
     fetch_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
     """Longest time for one remote file; exceeding it ends the run with the file's name."""
-    cache_limit_bytes: PositiveInt | None = None
+    cache_limit_bytes: Bytes | None = None
     """Room for fetched shards of one split in `path`; those not opened for longest are removed.  null: no limit."""
     allow_smaller_tokenizer: bool = False
     """Accept a tokenizer with fewer ids than the model's vocab_size (the rest of the embedding is then untrained)."""
@@ -180,7 +180,8 @@ def open_split(config: DataConfig, split: Split, *, seq_length: int, vocab_size:
     if size < vocab_size and not config.allow_smaller_tokenizer:
         raise UserError(
             f"the tokenizer of {root} has {size} ids, fewer than the model's vocab_size={vocab_size}; "
-            f"set vocab_size={size}, or data.allow_smaller_tokenizer=true if that is meant"
+            "set data.allow_smaller_tokenizer=true if that is meant, which leaves the rest of the embedding untrained; "
+            f"vocab_size={size} would be another model"
         )
     return reader
 

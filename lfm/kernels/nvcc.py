@@ -53,14 +53,16 @@ def compile_library(source: Path, flags: tuple[str, ...]) -> Path:
         return target
     nvcc = find_nvcc()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
+    with open(target.with_suffix(".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             temporary = target.with_suffix(f".{os.getpid()}.tmp")
             try:
                 libraries = Path(nvcc).parent.parent / "lib"  # where pip's has the runtime it links
                 command = [nvcc, *flags, f"-L{libraries}", "-o", str(temporary), str(source)]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+                done = subprocess.run(
+                    command, capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT_SECONDS
+                )
                 if done.returncode != 0:
                     raise Unavailable(f"{nvcc} failed on {source.name}: {done.stderr.strip()[-500:]}")
                 os.replace(temporary, target)

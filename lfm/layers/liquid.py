@@ -4,19 +4,19 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from lfm.config import Config
+from lfm.config import Config, Depth, Tokens, Width
 from lfm.kernels.reservoir import WARMUP_NOTCHES, RecurrenceStats, reservoir_recurrence
 from lfm.layers.parts import PLAIN, Parts
 
 
 class LiquidConfig(Config):
-    interval: PositiveInt = 4
+    interval: Depth = 4
     """Layers 0, interval, 2 * interval, ... carry reservoirs."""
-    num_reservoirs: PositiveInt = 3
-    reservoir_size: PositiveInt = 512
+    num_reservoirs: Width = 3
+    reservoir_size: Width = 512
     """Units of one reservoir."""
     leak_rate: float = Field(default=0.3, gt=0, le=1)
     spectral_radius: float = Field(default=0.99, gt=0)
@@ -31,14 +31,16 @@ class LiquidConfig(Config):
     """Train the non-zero recurrent weights; zeros stay zero.  Every 100 updates, what forgets too slowly for the
     longest warm-up is scaled down."""
     backend: Literal["auto", "sequential", "chunked"] = "auto"
-    """auto: chunked with warm-up where that is shorter than the sequence, else sequential."""
-    chunk_length: PositiveInt | Literal["fill"] = 128
+    """Of training; evaluation and generation are sequential, which is exact.  auto: chunked with warm-up where that is
+    shorter than the sequence, else sequential."""
+    chunk_length: Tokens | Literal["fill"] = 128
     """Steps of one chunk; fixed, so that results do not depend on the batch size.  fill: the length with
     which the device holds all chunks of a batch at once: faster, but then the last bits of results follow its size."""
     warmup: Literal[32, 64, 96, 128, 192, 256, 384] = 64
     """Steps a chunk starts early, at the first training step; the residual guard moves it up and down from there."""
     tolerance: float = Field(default=1e-2, gt=0)
-    """Largest relative chunk-boundary residual before repair passes, then the sequential path, take over."""
+    """Largest relative chunk-boundary residual before repair passes, then the sequential path, take over: by so much
+    the states of a training row, and through them its documents and the rows beside it, may move each other."""
 
     def must_forget(self, num_positions: int) -> bool:
         """Whether trained reservoirs must be kept forgetful, because so many positions may be cut into chunks."""
@@ -84,8 +86,13 @@ class Liquid(nn.Module):
         state: Float[Tensor, "B R N"] | None = None,
         starts: Bool[Tensor, "B whole_T"] | None = None,
         stats: RecurrenceStats | None = None,
+        exact: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R N"]]:
-        """`starts` marks the first token of each document; `stats` receives residual, saturation and repairs."""
+        """`starts` marks the first token of each document; `stats` receives residual, saturation and repairs.
+
+        With `exact`, and in eval mode, every position is stepped through, whatever the backend.  Chunks are a device
+        of training: their states are off by up to `tolerance`, and one guard judges all sequences of a call together.
+        """
         c = self.config
         # The recurrence runs whole on every tensor-parallel process: three reservoirs do not divide, and its time is
         # that of its steps, not of its units.
@@ -99,7 +106,7 @@ class Liquid(nn.Module):
             state,
             starts,
             leak_rate=c.leak_rate,
-            backend=c.backend,
+            backend="sequential" if exact or not self.training else c.backend,
             chunk_length=c.chunk_length,
             warmup=self.warmup,
             tolerance=c.tolerance,

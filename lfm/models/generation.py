@@ -1,36 +1,39 @@
 """Sampling from any model with functional state: prefill each prompt, then decode all of them one token at a time."""
 
+import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from lfm.config import Config
-from lfm.errors import UserError
-from lfm.files import write_durably
+from lfm.config import Config, Count, CountOrZero
+from lfm.errors import NonFiniteError, UserError
+from lfm.files import read_file, shown, write_durably
 from lfm.models.language_model import LanguageModel
 
 
 class SamplingConfig(Config):
-    max_new_tokens: PositiveInt = 100
+    max_new_tokens: Count = 100
     greedy: bool = False
-    """Always the most likely token; the other sampling keys are then unused."""
+    """Always the most likely token, of equal ones the first; the keys below are then unused."""
     temperature: float = 1.0
     """At least 0.001; for the most likely token use greedy."""
-    top_k: NonNegativeInt = 50
+    top_k: CountOrZero = 50
     """Sample among this many most likely tokens; 0: all."""
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    """Sample among the fewest tokens that hold this much probability."""
+    top_p: float = Field(default=0.95, ge=0, le=1)
+    """Sample among the fewest tokens that hold this much probability, which is above 0."""
     seed: int = Field(default=0, ge=0, lt=2**40)
 
     @model_validator(mode="after")
     def _check(self) -> "SamplingConfig":
-        if self.temperature < 1e-3:
+        if not self.greedy and self.temperature < 1e-3:
             raise ValueError(f"temperature={self.temperature} is below 0.001; for the most likely token use greedy")
+        if not self.greedy and self.top_p == 0:
+            raise ValueError(f"top_p={self.top_p} keeps no token; for the most likely token use greedy")
         return self
 
 
@@ -137,26 +140,67 @@ class Conversation:
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        write_durably(path, buffer.getvalue())
+        saved = buffer.getvalue()
+        write_durably(path, _STATE_HEADER + hashlib.sha256(saved).hexdigest().encode() + b"\n" + saved)
 
     def load(self, path: Path, *, checkpoint: str) -> None:
-        """Go on from a saved state.  Raises UserError for a file that is none, or of other weights."""
+        """Go on from a saved state.  Raises UserError for a file that is none, is damaged, or is of other weights.
+
+        Tensors must have the names, shapes and kinds of number of the model's own state, and finite values.
+        """
         empty = self.model.empty_state(1)
         if empty is None or self.model.config.context_limit is not None:
             raise UserError(f"the state of {self.model.config.kind} grows with its text and is not kept in files")
+        other = "give another file, or one that does not exist"
+        data = read_file(path)
+        if data.startswith(b"PK"):
+            raise UserError(f"{shown(path)} was saved without a checksum, by an earlier version; {other}")
+        if not data.startswith(_STATE_HEADER):
+            raise UserError(f"{shown(path)} is not a saved state; {other}")
+        found, _, saved = data.removeprefix(_STATE_HEADER).partition(b"\n")
+        if found != hashlib.sha256(saved).hexdigest().encode():
+            raise UserError(f"the state {shown(path)} is damaged: its checksum does not match its contents; {other}")
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            saved_by, num_tokens, hidden = content["checkpoint"], int(content["num_tokens"]), content["hidden"]
+            content = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+            saved_by, num_tokens, hidden = content["checkpoint"], content["num_tokens"], content["hidden"]
             tensors = content["state"]
+            if (
+                type(num_tokens) is not int
+                or num_tokens < 1
+                or not all(isinstance(name, str) for name in tensors.keys())
+            ):
+                raise ValueError
         except Exception:  # whatever torch makes of a file that is something else
-            raise UserError(f"{path} is not a saved state; give another file, or one that does not exist") from None
+            raise UserError(f"{shown(path)} is not a saved state; {other}") from None
         if saved_by != checkpoint:
             raise UserError(f"the state {path} is of another model ({saved_by}, not {checkpoint}); give another file")
         try:
+            _check_tensors(tensors, empty.tensors())
+            _check_tensors({"hidden": hidden}, {"hidden": self.model.embedding.weight[:1]})
             self.state = empty.filled(tensors)
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{shown(path)}: {error}; {other}") from None
         self.hidden, self.num_tokens = hidden.to(self.model.embedding.weight), num_tokens
+
+
+_STATE_HEADER = b"lfm state 2\n"
+"""Then sha256 of what follows, and a torch.save.  The checksum finds damage; it does not say who wrote the file."""
+
+
+def _check_tensors(found: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the first difference, unless `found` could be `wanted` with other values."""
+    for name in sorted(found.keys() | wanted.keys()):
+        tensor, own = found.get(name), wanted.get(name)
+        if not isinstance(tensor, Tensor) or own is None:
+            raise ValueError(f"{name} is {'missing' if own is not None else 'of no state of this model'}")
+        if tensor.shape != own.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(own.shape)}")
+        if tensor.is_floating_point() != own.is_floating_point() or tensor.is_complex() or tensor.layout != own.layout:
+            raise ValueError(f"{name} is of {tensor.dtype}, not {own.dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+        if not tensor.is_floating_point() and (tensor < 0).any():
+            raise ValueError(f"{name} is a negative count")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context_limit: int | None) -> None:
@@ -172,7 +216,14 @@ def check_prompts(prompts: Sequence[Sequence[int]], context_limit: int | None) -
 
 
 def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """One id from fp32 `logits [V]`: temperature, then top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751)."""
+    """One id from fp32 `logits [V]`: temperature, then top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751).
+
+    Raises NonFiniteError when the logits are no numbers to choose by.
+    """
+    if not logits.max().isfinite():  # NaN wherever one is
+        raise NonFiniteError(
+            "the model's logits are not finite: its weights or its state are broken; use another checkpoint"
+        )
     if sampling.greedy:
         return int(logits.argmax())
     probabilities, ids = (logits / sampling.temperature).softmax(-1).sort(descending=True, stable=True)

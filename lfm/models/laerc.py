@@ -7,9 +7,10 @@ from typing import ClassVar, Literal, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
@@ -28,16 +29,16 @@ class LAERCConfig(FamilyConfig):
     changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "chunk_length", "warmup", "tolerance"})
     kind: Literal["laerc"] = "laerc"
     """Model family."""
-    hidden_size: PositiveInt = 512
-    num_layers: PositiveInt = 16
-    seq_length: PositiveInt = 1024
+    hidden_size: Width = 512
+    num_layers: Depth = 16
+    seq_length: Tokens = 1024
     """Tokens of a training row.  Nothing in the model depends on it: text may go on for ever."""
-    vocab_size: PositiveInt = 50_257
-    reservoir_multiple: float = Field(default=4.0, gt=0)
+    vocab_size: Vocabulary = 50_257
+    reservoir_multiple: float = Field(default=4.0, gt=0, le=1 << 20)
     """Units of a reservoir over hidden_size, rounded down."""
-    reservoir_mlp_multiple: float = Field(default=1.0, gt=0)
+    reservoir_mlp_multiple: float = Field(default=1.0, gt=0, le=1 << 20)
     """Width of the reservoir's read-out over hidden_size, rounded down."""
-    ffn_multiple: float = Field(default=4.0, gt=0)
+    ffn_multiple: float = Field(default=4.0, gt=0, le=1 << 20)
     """Width of the feed-forward network over hidden_size, rounded down."""
     use_reservoir: bool = True
     """false: blocks of gate and feed-forward network alone, with which nothing mixes tokens."""
@@ -50,8 +51,9 @@ class LAERCConfig(FamilyConfig):
     eigenvalue modulus.
     """
     backend: Literal["auto", "sequential", "chunked"] = "sequential"
-    """sequential is exact; chunked cuts time, to `tolerance`; auto: chunked where that is shorter than the sequence."""
-    chunk_length: PositiveInt = 128
+    """Of training; evaluation and generation are sequential, which is exact.  chunked cuts time, to `tolerance`; auto:
+    chunked where that is shorter than the sequence."""
+    chunk_length: Tokens = 128
     """Steps of one chunk; fixed, so that results do not depend on the batch size."""
     warmup: Literal[32, 64, 96, 128, 192, 256, 384] = 64
     """Steps a chunk starts early, at the first training step; the residual guard moves it up and down from there."""
@@ -74,6 +76,11 @@ class LAERCConfig(FamilyConfig):
                 raise ValueError(
                     f"{key}={getattr(self, key)} of hidden_size={self.hidden_size} is no unit; "
                     f"the nearest that is one is {1 / self.hidden_size}"
+                )
+            if width > 1 << 20:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} of hidden_size={self.hidden_size} is {width} units; "
+                    f"the most are {1 << 20}"
                 )
         if self.keep_input_norm and self.use_reservoir:
             raise ValueError("keep_input_norm=true needs use_reservoir=false; a reservoir always has the norm")
@@ -181,8 +188,12 @@ class Reservoir(nn.Module):
         state: Float[Tensor, "B R"] | None,
         starts: Bool[Tensor, "B T"] | None,
         stats: RecurrenceStats | None,
+        exact: bool,
     ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B R"]]:
-        """States in `h`'s dtype, and the last one.  `starts` marks the first token of each document."""
+        """States in `h`'s dtype, and the last one.  `starts` marks the first token of each document.
+
+        With `exact`, and in eval mode, every position is stepped through, whatever the backend.
+        """
         c = self.config
         drive = F.linear(h.to(self.input_weight.dtype), self.input_weight, self.input_bias + self.recurrent_bias)
         states, final = reservoir_recurrence(
@@ -191,7 +202,7 @@ class Reservoir(nn.Module):
             None if state is None else state.unsqueeze(1),
             starts,
             leak_rate=1.0,
-            backend=c.backend,
+            backend="sequential" if exact or not self.training else c.backend,
             chunk_length=c.chunk_length,
             warmup=self.warmup,
             tolerance=c.tolerance,
@@ -243,10 +254,11 @@ class Block(nn.Module):
         state: Float[Tensor, "B R"] | None,
         starts: Bool[Tensor, "B T"] | None,
         stats: RecurrenceStats | None,
+        exact: bool,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R"] | None]:
         final, rho = None, torch.zeros_like(x)
         if self.use_reservoir:
-            states, final = self.reservoir(self.input_norm(x), state=state, starts=starts, stats=stats)
+            states, final = self.reservoir(self.input_norm(x), state=state, starts=starts, stats=stats, exact=exact)
             rho = self.readout_log_scale.exp() * self.readout(self.readout_norm(states))
         gate = self.gate(self.gate_norm(torch.cat((x, rho), -1))).sigmoid()
         m = gate * rho + (1 - gate) * x
@@ -277,7 +289,7 @@ class LAERC(LanguageModel):
         if state is not None:
             state.check_like(self.empty_state(len(ids)))
             assert isinstance(state, LAERCState)
-        return self._hidden(ids, state, documents, {})
+        return self._hidden(ids, state, documents, {}, exact=True)
 
     def empty_state(self, batch: int) -> LAERCState:
         c, weight = self.config, self.embedding.weight
@@ -289,7 +301,7 @@ class LAERC(LanguageModel):
 
     def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
         stats = {layer: RecurrenceStats() for layer in self.config.reservoir_layers}
-        hidden, _ = self._hidden(rows.ids, None, rows.documents, stats)
+        hidden, _ = self._hidden(rows.ids, None, rows.documents, stats, exact=False)
         sums = objective.sums(Hidden(hidden), self.head, rows)
         yield Losses(sums, lambda: reservoir_measurements(stats))
 
@@ -299,13 +311,15 @@ class LAERC(LanguageModel):
         state: LAERCState | None,
         documents: Documents | None,
         stats: dict[int, RecurrenceStats],
+        *,
+        exact: bool,
     ) -> tuple[Tensor, LAERCState]:
         # A document that begins with its row begins from zero anyway.
         starts = None if documents is None or documents.row_is_one_document else documents.starts
         x, after = self.embedding(ids), LAERCState([])
         for layer, block in enumerate(self.layers):
             before = state.reservoirs[layer] if state is not None and state.reservoirs else None
-            x, final = block(x, state=before, starts=starts, stats=stats.get(layer))
+            x, final = block(x, state=before, starts=starts, stats=stats.get(layer), exact=exact)
             if final is not None:
                 after.reservoirs.append(final)
         return self.final_norm(x), after

@@ -172,12 +172,23 @@ def _map_tree(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) ->
     return {key: _map_tree(f"{dot}{key}", item, change) for key, item in value.items()}
 
 
-class LanguageModel(nn.Module, abc.ABC):
+class _Initialized(abc.ABCMeta):
+    """A model built from its configuration alone is ready to compute; one on the meta device, or in parts, is not."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().__call__(*args, **kwargs)
+        if not kwargs and not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            initialize(model, seed=0)
+        return model
+
+
+class LanguageModel(nn.Module, metaclass=_Initialized):
     """A next-token model with functional state.
 
-    Parameters are made uninitialised, on whatever device is current (the meta device included); `initialize` fills
-    them, and every buffer, from (seed, name).  A buffer is a frozen tensor: never trained, saved with every
-    checkpoint.  What is derived from parameters or buffers is neither, and is not kept on the module across steps.
+    Parameters are made on whatever device is current (the meta device included); `initialize` fills them, and every
+    buffer, from (seed, name), as building a model does with seed 0.  A buffer is a frozen tensor: never trained, saved
+    with every checkpoint.  What is derived from parameters or buffers is neither, and is not kept on the module across
+    steps.
     """
 
     config: Any
@@ -195,7 +206,9 @@ class LanguageModel(nn.Module, abc.ABC):
         """Final hidden states of `ids` after the prefix of `state` (None: no prefix), and the state after them.
 
         `documents` packs documents that do not see each other; it goes with `state=None` only.  Any split of a
-        sequence into calls gives the same.  Raises ValueError for the state of another model or batch.
+        sequence into calls gives the same, whatever stands beside it, in every family and with every backend: where
+        training may approximate (chunked reservoirs), this does not.  Raises ValueError for the state of another model
+        or batch.
         """
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:

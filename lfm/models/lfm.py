@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
 from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
 from lfm.layers.documents import Documents, Rows
@@ -48,15 +49,15 @@ class LFMConfig(FamilyConfig):
     )
     kind: Literal["lfm"] = "lfm"
     """Model family."""
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_query_groups: PositiveInt
+    hidden_size: Width
+    num_layers: Depth
+    num_attention_heads: Width
+    num_query_groups: Width
     """Key/value heads."""
-    seq_length: PositiveInt = 8192
+    seq_length: Tokens = 8192
     """Context in tokens: the length of a training row and the most that prompt and continuation may reach."""
-    vocab_size: PositiveInt = 128_256
-    vocab_size_multiple: PositiveInt = 1024
+    vocab_size: Vocabulary = 128_256
+    vocab_size_multiple: Width = 1024
     """The embedding is stored with its rows padded to this multiple, so that every layout can split it."""
     untie_embeddings_and_output_weights: bool = False
     rotary_base: float = Field(default=10_000.0, gt=1)
@@ -65,11 +66,11 @@ class LFMConfig(FamilyConfig):
     attention_backend: Backend = "auto"
     """auto: the fastest one for the rows at hand.  flash: the package flash-attn 4, else flash-attn 2.  flex applies on
     a GPU to rows that 128 divides, elsewhere it means sdpa.  reference is dense, for tests."""
-    num_moe_experts: PositiveInt = 8
-    moe_router_topk: PositiveInt = 2
-    moe_ffn_hidden_size: PositiveInt
+    num_moe_experts: Width = 8
+    moe_router_topk: Width = 2
+    moe_ffn_hidden_size: Width
     """Width of one expert."""
-    moe_capacity_factor: float | None = Field(default=None, gt=0)
+    moe_capacity_factor: float | None = Field(default=None, gt=0, le=1 << 20)
     """null: dropless; else an expert takes at most ceil(factor * topk * seq_length / experts) tokens of a row."""
     moe_aux_loss_coeff: float = Field(default=0.01, ge=0)
     moe_aux_loss_scope: Literal["sequence", "batch"] = "sequence"
@@ -280,30 +281,38 @@ class Block(nn.Module):
         cache: KeyValueCache | None,
         liquid_state: Tensor | None,
         stats: RecurrenceStats | None,
-        keep_cache: bool,
+        streaming: bool,
         recompute: Recompute,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"], KeyValueCache | None, Tensor | None, Routing]:
         """Takes and returns the residual stream as two summands, x and what the part before put out (None after the
-        embedding): each part adds them in one pass with its norm."""
+        embedding): each part adds them in one pass with its norm.
+
+        `streaming` keeps the cache and takes the exact recurrence, as what is read in pieces must."""
         # Selective recompute: the two parts whose activations are large and cheap to make again.
         part = _checkpointed if recompute == "selective" else _plain
         x, u = self.attention_norm.of_sum(x, pending)
-        y, cache = self.attention(u, rotary=rotary, documents=documents, cache=cache, keep_cache=keep_cache)
+        y, cache = self.attention(u, rotary=rotary, documents=documents, cache=cache, keep_cache=streaming)
         if self.has_liquid:
             starts = documents.starts if documents is not None else None
-            x, y, liquid_state = part(self._liquid, x, y, liquid_state, starts, stats)
+            x, y, liquid_state = part(self._liquid, x, y, liquid_state, starts, stats, streaming)
         x, y, routing = part(self._moe, x, y)
         return x, y, cache, liquid_state, routing
 
     def _liquid(
-        self, x: Tensor, y: Tensor, state: Tensor | None, starts: Tensor | None, stats: RecurrenceStats | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        state: Tensor | None,
+        starts: Tensor | None,
+        stats: RecurrenceStats | None,
+        exact: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.post_norm:
             x = x + y
-            y, final = self.liquid(x, state=state, starts=starts, stats=stats)
+            y, final = self.liquid(x, state=state, starts=starts, stats=stats, exact=exact)
             return self.liquid_norm.of_sum(x, y)[1], None, final
         x, u = self.liquid_norm.of_sum(x, y)
-        y, final = self.liquid(u, state=state, starts=starts, stats=stats)
+        y, final = self.liquid(u, state=state, starts=starts, stats=stats, exact=exact)
         return x, y, final
 
     def _moe(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Routing]:
@@ -452,7 +461,7 @@ class LFM(LanguageModel):
                 cache=state.caches[layer] if state else None,
                 liquid_state=state.liquid.get(layer) if state else None,
                 stats=found.recurrence.get(layer),
-                keep_cache=keep_state,
+                streaming=keep_state,
                 recompute=recompute,
             )
             caches.append(cache)

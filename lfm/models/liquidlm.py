@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
+from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
 from lfm.layers.lstm import StackedLSTM, lstm_parameters
@@ -28,11 +29,11 @@ from lfm.models.losses import Losses, Objective
 class LiquidLMConfig(FamilyConfig):
     kind: Literal["liquidlm"] = "liquidlm"
     """Model family."""
-    hidden_size: PositiveInt = 1024
+    hidden_size: Width = 1024
     """Width of the embedding and of every LSTM layer."""
-    num_layers: PositiveInt = 4
+    num_layers: Depth = 4
     """LSTM layers."""
-    reservoir_size: PositiveInt = 4096
+    reservoir_size: Width = 4096
     """Random features of a token, which the first LSTM layer reads."""
     connectivity: float = Field(default=0.05, gt=0, le=1)
     """Probability that a feature reads a dimension of the embedding."""
@@ -43,9 +44,9 @@ class LiquidLMConfig(FamilyConfig):
     hidden_dropout: float = Field(default=0.4, ge=0, lt=1)
     """On the features, between LSTM layers and before the head, while training."""
     layernorm_epsilon: PositiveFloat = 1e-5
-    seq_length: PositiveInt = 512
+    seq_length: Tokens = 512
     """Length of a training row in tokens; the state has no limit."""
-    vocab_size: PositiveInt = 50_265
+    vocab_size: Vocabulary = 50_265
 
     @property
     def stored_connections(self) -> int:

@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.layers.diagonal_liquid import LONGEST_HALF_LIFE, DiagonalLiquid, initial_delta_bias
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
@@ -31,13 +32,13 @@ class LiquidNetConfig(FamilyConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "full")
     kind: Literal["liquidnet"] = "liquidnet"
     """Model family."""
-    hidden_size: PositiveInt = 384
-    num_layers: PositiveInt = 6
-    ffn_hidden_size: PositiveInt = 1024
-    seq_length: PositiveInt = 512
+    hidden_size: Width = 384
+    num_layers: Depth = 6
+    ffn_hidden_size: Width = 1024
+    seq_length: Tokens = 512
     """Tokens of a training row; the state carries over any length."""
-    vocab_size: PositiveInt = 50_257
-    vocab_size_multiple: PositiveInt = 256
+    vocab_size: Vocabulary = 50_257
+    vocab_size_multiple: Width = 256
     """The embedding is stored with its rows padded to this multiple; published sizes count them."""
     delta_min: float = Field(default=1e-5, ge=0)
     """Smallest decay rate: no channel's half-life exceeds ln 2 / delta_min tokens."""

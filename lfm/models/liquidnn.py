@@ -9,9 +9,10 @@ from typing import ClassVar, Literal, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from lfm.config import Depth, DepthOrZero, Tokens, Vocabulary, Width
 from lfm.errors import UserError
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
@@ -34,23 +35,23 @@ class LiquidNNConfig(FamilyConfig):
     )
     kind: Literal["liquidnn"] = "liquidnn"
     """Model family."""
-    hidden_size: PositiveInt = 256
-    num_fast: NonNegativeInt = 2
+    hidden_size: Width = 256
+    num_fast: DepthOrZero = 2
     """Cells of `fast_steps`, which are never plastic; they come first."""
-    num_deep: NonNegativeInt = 2
+    num_deep: DepthOrZero = 2
     """Cells of `deep_steps`, plastic when plasticity is on."""
-    fast_steps: PositiveInt = 1
+    fast_steps: Depth = 1
     """ODE steps a token."""
-    deep_steps: PositiveInt = 3
+    deep_steps: Depth = 3
     """ODE steps a token."""
     integrator: Integrator = "rk2"
     """rk2: midpoint where a cell makes two steps or more, Euler where it makes one; exponential is stable always."""
     adaptive_steps: bool = False
     """Take more steps, at most 5, where a step would be longer than the least time constant of the token."""
-    seq_length: PositiveInt = 129
+    seq_length: Tokens = 129
     """Length of a training row in tokens; one more than the labels in it."""
-    vocab_size: PositiveInt = 50_257
-    max_positions: PositiveInt = 512
+    vocab_size: Vocabulary = 50_257
+    max_positions: Tokens = 512
     """Of positions: until_max."""
     positions: Literal["any", "until_max"] = "any"
     """Position signal of every token, or (as published) of those before max_positions, and 0 after them."""
@@ -61,7 +62,7 @@ class LiquidNNConfig(FamilyConfig):
     """batch_mean (as published): traces grow by the batch's mean, so that the sequences of a batch see each other."""
     trace_grad: bool = True
     """Differentiate trace updates inside a window; false (as published): log_eta and logit_decay stay as they start."""
-    bptt_window: PositiveInt = 16
+    bptt_window: Tokens = 16
     """Tokens that a gradient reaches back: hidden states and traces are detached between windows of this length."""
     plastic_from: float = Field(default=0.5, ge=0, le=1)
     """Share of the training steps after which plasticity is on; 1: never, and then off by default afterwards."""

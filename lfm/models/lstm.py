@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
 from lfm.layers.lstm import StackedLSTM, lstm_parameters
@@ -28,15 +29,15 @@ from lfm.models.losses import Losses, Objective
 class LSTMConfig(FamilyConfig):
     kind: Literal["lstm"] = "lstm"
     """Model family."""
-    hidden_size: PositiveInt
+    hidden_size: Width
     """Width of the embedding and of every layer."""
-    num_layers: PositiveInt
+    num_layers: Depth
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     """On every layer's output, while training."""
     layernorm_epsilon: PositiveFloat = 1e-5
-    seq_length: PositiveInt = 1024
+    seq_length: Tokens = 1024
     """Length of a training row in tokens; the state has no limit."""
-    vocab_size: PositiveInt = 50_257
+    vocab_size: Vocabulary = 50_257
 
     def count_parameters(self) -> ParameterCounts:
         inner = lstm_parameters(self.hidden_size, self.hidden_size, self.num_layers) + self.hidden_size

@@ -41,5 +41,5 @@ def parse(tree: dict[str, Any], *, source: str) -> ModelConfig:
 
 
 def build(config: ModelConfig) -> LanguageModel:
-    """The model, uninitialised; safe under `torch.device("meta")`."""
+    """The model, initialised with seed 0 unless it is built under `torch.device("meta")`."""
     return FAMILIES[type(config)](config)  # type: ignore[call-arg]

@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
@@ -31,16 +32,16 @@ class TransformerConfig(FamilyConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "full")
     kind: Literal["transformer"] = "transformer"
     """Model family."""
-    hidden_size: PositiveInt = 384
-    num_layers: PositiveInt = 6
-    num_attention_heads: PositiveInt = 6
-    num_query_groups: PositiveInt = 6
+    hidden_size: Width = 384
+    num_layers: Depth = 6
+    num_attention_heads: Width = 6
+    num_query_groups: Width = 6
     """Key/value heads."""
-    ffn_hidden_size: PositiveInt = 1024
-    seq_length: PositiveInt = 512
+    ffn_hidden_size: Width = 1024
+    seq_length: Tokens = 512
     """Context in tokens: the length of a training row and the most that prompt and continuation may reach."""
-    vocab_size: PositiveInt = 50_257
-    vocab_size_multiple: PositiveInt = 256
+    vocab_size: Vocabulary = 50_257
+    vocab_size_multiple: Width = 256
     """The embedding is stored with its rows padded to this multiple."""
     rotary_base: float = Field(default=10_000.0, gt=1)
     layernorm_epsilon: float = Field(default=1e-6, gt=0)

@@ -10,19 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
-from lfm.errors import ProcessError
 from lfm.parallel.layout import Layout
 from lfm.parallel.process import Process
+from lfm.parallel.rendezvous import meet
 
 with warnings.catch_warnings():
     # It warns about transformer-engine and apex, which are not used here.
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
-
-JOIN_SECONDS = 600.0
-"""How long the first process waits for the last: imports from a cold shared file system take minutes."""
 
 
 @dataclass(frozen=True)
@@ -45,39 +42,21 @@ class Groups:
     """First and last stage, on those stages alone."""
 
 
-def join(process: Process, device: torch.device, timeout_seconds: float) -> None:
-    """Enter the default process group: NCCL for GPUs, gloo for CPUs.  Raises ProcessError when not all come."""
+def join(process: Process, device: torch.device, timeout_seconds: float, store: Store | None = None) -> None:
+    """Enter the default process group: NCCL for GPUs, gloo for CPUs.  `store`: where all have met; None: meet first."""
     os.environ.setdefault("LOCAL_RANK", str(process.local_rank))  # DeepSpeed reads it
     if process.address in ("localhost", "127.0.0.1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if process.world_size > 1:
+        store = PrefixStore("default_pg", store or meet(process, limit_seconds=timeout_seconds))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=HashStore() if process.world_size == 1 else PrefixStore("default_pg", _rendezvous(process)),
+        store=store or HashStore(),
         rank=process.rank,
         world_size=process.world_size,
         timeout=datetime.timedelta(seconds=timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
-
-
-def _rendezvous(process: Process) -> Store:
-    """The store through which all processes find each other; rank 0 hosts it, or torchrun's agent does."""
-    hosts = process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        return TCPStore(
-            process.address,
-            process.port,
-            process.world_size,
-            is_master=hosts,
-            multi_tenant=hosts,
-            timeout=datetime.timedelta(seconds=JOIN_SECONDS),
-        )
-    except dist.DistError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ProcessError(
-            f"rank {process.rank} of {process.world_size} did not meet the others at {process.address}:{process.port} "
-            f"({reason}); see what they say, or set MASTER_ADDR and MASTER_PORT to rank 0's host and a free port"
-        ) from None
 
 
 def make_groups(layout: Layout, device: torch.device) -> Groups:

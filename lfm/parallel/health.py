@@ -206,7 +206,9 @@ def _uncorrected_errors(device: torch.device) -> str | None:
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     query = ["nvidia-smi", f"--id={gpu}", "--query-gpu=ecc.errors.uncorrected.volatile.total"]
     try:
-        found = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True, timeout=5)
+        found = subprocess.run(
+            [*query, "--format=csv,noheader"], capture_output=True, encoding="utf-8", errors="replace", timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     errors = found.stdout.strip()
@@ -243,7 +245,7 @@ def _commit() -> str | None:
     """Of the checkout that this code runs from; None outside one.  Local changes take long to look for."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5)
+        found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

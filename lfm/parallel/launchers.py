@@ -42,7 +42,7 @@ class _Process(NamedTuple):
 def _process(pid: int) -> _Process | None:
     try:
         # The program's name, in parentheses, may itself hold spaces and parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return _Process(fields[0], int(fields[1]), fields[19])

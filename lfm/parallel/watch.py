@@ -24,10 +24,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from lfm.errors import NonFiniteError, UserError
+from lfm.errors import NonFiniteError, explained
 from lfm.files import write_durably
 
 BEAT_SECONDS = 1.0
+# Within a second a new phase is told so many times at most.
+BEATS_OF_PHASES = 5
 # For a first sign of life at least: connecting may wait for a slow name server.
 START_SECONDS = 60.0
 # An error from a collective is a consequence more often than a cause; the cause is found this much after a heartbeat's
@@ -86,14 +88,13 @@ def watched(
     hang_timeout_seconds: float,
     report: Path | None,
 ) -> Iterator["Watch"]:
-    """Watch this rank and its peers; enter on every rank right after `init_process_group`, as often on each.
+    """Watch this rank and its peers; enter on every rank when all have met, as often on each.
 
     `address` is the job's store (MASTER_ADDR, MASTER_PORT), whoever hosts it.  With more than one rank no exception
-    leaves: all processes exit with the code of the first cause (UserError 2, NonFiniteError 3, KeyboardInterrupt 130,
-    anything else 1), and one rank prints the summary and writes it to `report`, if its folder exists.  A rank is taken
-    for dead after `heartbeat_timeout_seconds` without a sign of life (a minute before its first); the job is taken to
-    hang when no rank has begun a phase for `hang_timeout_seconds`.  Rank 0, which may host the store, leaves when all
-    have left.
+    leaves: all processes exit with the code of the first cause (that of `explained`, or 1), and one rank prints the
+    summary and writes it to `report`, if its folder exists.  A rank is taken for dead after `heartbeat_timeout_seconds`
+    without a sign of life (a minute before its first); the job is taken to hang when no rank has begun a phase for
+    `hang_timeout_seconds`.  Rank 0, which may host the store, leaves when all have left.
     """
     watch = Watch(
         rank=rank,
@@ -112,7 +113,7 @@ def watched(
         watch._leave()
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (None, 0):
-            watch._leave()
+            watch._leave(by=error)
             raise
         watch._end_by(error)
 
@@ -141,6 +142,8 @@ class Watch:
         self._num_outer_frames = len(callers) - 1
         self._raised: _Raised | None = None
         self._left = False
+        self._early: dict[str, Any] | None = None
+        """What others are to say if this rank, which left by `sys.exit(0)`, left them alone."""
         self._wake, self._over, self._started = threading.Event(), threading.Event(), threading.Event()
 
         self._address, self._store_rank = address, 0
@@ -183,7 +186,11 @@ class Watch:
             self._over.wait()
         os._exit(_exit_code(error))
 
-    def _leave(self) -> None:
+    def _leave(self, by: SystemExit | None = None) -> None:
+        if by is not None:
+            headline = f"error: {self._name(self._beat())} ended by sys.exit(0) in phase '{self._phase.name}'"
+            failure = {"kind": "error", "rank": self._rank, "dead": [], "code": 1, "details": _traceback(by)}
+            self._early = failure | {"headline": f"{headline}, and the others went on"}
         self._left = True
         self._wake.set()
         self._over.wait()
@@ -241,15 +248,16 @@ class Watch:
             server = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
             store = PrefixStore(self._prefix, server)
             read = range(self._world_size) if self._rank == 0 else [0]
-            keys = ["failed", "second_store", "all_ended", *(f"beat/{rank}" for rank in read)]
+            keys = ["failed", "second_store", "all_ended", "left_early", *(f"beat/{rank}" for rank in read)]
             for key in [*keys, "secondary", "printer"]:
                 store.compare_set(key, "", "")  # from here on it exists, and reading it does not wait for its writer
             if self._rank == self._world_size - 1 and self._store_rank == 0:
                 store.set("second_store", json.dumps(self._host_second_store(address)))
             while self._exchange_thread is threading.current_thread():
                 left = self._left
+                told = self._phase
                 store.set(f"beat/{self._rank}", json.dumps(self._beat()))
-                failed, second, all_ended, *beats = store.multi_get(keys)
+                failed, second, all_ended, early, *beats = store.multi_get(keys)
                 if self._exchange_thread is not threading.current_thread():
                     return  # the guard gave this store up, which then answered after all
                 self._answered = self._clock()
@@ -258,12 +266,14 @@ class Watch:
                     host, port = json.loads(second)
                     self._second_address = (host, port)
                     self._started.set()
-                failure = json.loads(failed) if failed else self._find_failure(store)
+                failure = json.loads(failed) if failed else self._find_failure(store, early)
                 if failure is not None:
                     self._end(store, failure)
                 if left and self._rank not in self._ended:
                     # The last that a rank says: the store's host may leave, and take it along, when it has read this.
                     self._ended.add(self._rank)
+                    if self._early is not None:
+                        store.compare_set("left_early", "", json.dumps(self._early))
                     store.set(f"beat/{self._rank}", json.dumps(self._beat()))
                 if self._rank == 0 and len(self._ended) == self._world_size:
                     store.set("all_ended", "yes")
@@ -272,7 +282,12 @@ class Watch:
                 if left and (all_ended or self._rank not in (0, self._store_rank)):
                     self._over.set()
                     return
-                self._wake.wait(BEAT_SECONDS if self._second_address else BEAT_SECONDS / 20)
+                for _ in range(BEATS_OF_PHASES):
+                    if self._wake.wait((BEAT_SECONDS if self._second_address else BEAT_SECONDS / 20) / BEATS_OF_PHASES):
+                        break
+                    if self._phase is not told:  # of a rank that dies, its last beat tells where
+                        told = self._phase
+                        store.set(f"beat/{self._rank}", json.dumps(self._beat()))
                 self._wake.clear()
         except (RuntimeError, OSError) as error:  # the first are torch's store and network errors
             self._connection_error = str(error).splitlines()[0][:300]
@@ -309,8 +324,11 @@ class Watch:
                 if self._beats[rank]["ended"]:
                     self._ended.add(rank)
 
-    def _find_failure(self, store: Store) -> dict[str, Any] | None:
+    def _find_failure(self, store: Store, early: bytes) -> dict[str, Any] | None:
         failure = self._own_failure(store) or self._death() or self._hang()
+        consequence = (self._raised is not None and self._raised.secondary) or (failure or {}).get("kind") == "hang"
+        if early and consequence:  # of being left alone
+            failure = json.loads(early)
         return None if failure is None else json.loads(store.compare_set("failed", "", json.dumps(failure)))
 
     def _own_failure(self, store: Store) -> dict[str, Any] | None:
@@ -361,10 +379,10 @@ class Watch:
     def _failure_of(self, raised: _Raised) -> dict[str, Any]:
         error, name = raised.error, self._name(self._beat())
         failure = {"kind": "error", "rank": self._rank, "dead": [], "code": _exit_code(error), "details": ""}
-        if isinstance(error, (UserError, NonFiniteError)):
-            return failure | {"kind": "brief", "headline": f"error: rank {self._rank}: {error}"}
-        if isinstance(error, KeyboardInterrupt):
-            return failure | {"kind": "brief", "headline": f"rank {self._rank}: interrupted"}
+        if told := explained(error):
+            sentence = told[0].removeprefix("error: ")
+            start = "error: " if sentence != told[0] else ""
+            return failure | {"kind": "brief", "headline": f"{start}rank {self._rank}: {sentence}"}
         headline = f"error: {name} failed in phase '{self._phase.name}': {_one_line(error)}"
         if raised.secondary:
             headline += "\n(a lost peer is the likely cause, but no rank told of another error, died or hung)"
@@ -477,8 +495,8 @@ class Watch:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    codes = {UserError: 2, NonFiniteError: 3, KeyboardInterrupt: 130}
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+    told = explained(error)
+    return told[1] if told else 1
 
 
 def _is_secondary(error: BaseException) -> bool:

@@ -3,17 +3,16 @@
     checkpoints/step_00000100/
         __R_*.distcp, .metadata tensors `master.* exp_avg.* exp_avg_sq.* frozen.*`, one global tensor a name
         tokenizer.json          so that a checkpoint generates text on its own
-        manifest.json           step, resolved config, counters, RNG; size and xxh3-64 of every file above
+        manifest.json           step, resolved config, counters, RNG; size and xxh3-64 of every file above; a checksum
 
 A checkpoint is written under a temporary name, synced, given its manifest, and renamed: a folder called `step_*` is
 whole or was damaged later, which the hashes find.  `lfm.training.saver` writes them; here they are found and read.
+Nothing that their files name is run: see `lfm.training.stored_tensors`.
 """
 
 import base64
-import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,34 +21,32 @@ from typing import Any, Literal
 
 import torch
 import xxhash
-from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.tensor import DTensor
 
-from lfm.config import Config, PathText
+from lfm.config import Config, Count, CountOrZero, PathText
 from lfm.data.tokenizer import Tokenizer
-from lfm.errors import UserError
-from lfm.files import expanded
+from lfm.errors import NonFiniteError, UserError
+from lfm.files import exists, expanded, listed, open_file, reason, remove_tree, shown
 from lfm.models.global_names import global_views
 from lfm.models.language_model import LanguageModel
 from lfm.models.registry import ModelConfig, build, parse
+from lfm.training import stored_tensors
 from lfm.training.engine import materialize
+from lfm.training.manifest import MANIFEST_NAME, TOKENIZER_NAME, read_manifest, way_out
 
-FORMAT = 1
 TEMPORARY = ".writing-"
 # DCP says so each time `no_dist` asks for it.  Not in a context: those are not safe beside a thread that saves.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class CheckpointConfig(Config):
-    every_steps: NonNegativeInt = 1000
+    every_steps: CountOrZero = 1000
     """0: only at the end and on a signal."""
     save_at_end: bool = True
     asynchronous: bool = True
     """Write in the background; costs host memory of one copy of the state; at most one save is under way."""
-    keep: PositiveInt = 2
+    keep: Count = 2
     """Newest checkpoints kept; older ones are removed after a newer one is whole."""
     keep_best: bool = False
     """Save after each validation with the lowest loss so far, and keep that checkpoint too: checkpoints/best."""
@@ -60,8 +57,14 @@ class CheckpointConfig(Config):
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, oldest first.  Unfinished ones, and copies under other names, are not seen."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
+    """Checkpoints in `folder`, oldest first.  Unfinished ones, and copies under other names, are not seen.
+
+    Raises UserError when it cannot be found out which there are.
+    """
+    found = [path for path in listed(folder) if re.fullmatch(r"step_\d{8,}", path.name)]
+    for path in found:
+        if not os.path.isdir(path):  # a link to a disk that is not there now, say: training must not go on before it
+            raise UserError(f"{shown(path)} has the name of a checkpoint and is no folder; restore it, or remove it")
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
@@ -71,62 +74,56 @@ BEST = "best"
 
 def mark_best(checkpoint: Path) -> None:
     """Point the link at this checkpoint, at once."""
-    new = checkpoint.with_name(f"{TEMPORARY}{BEST}")
-    new.unlink(missing_ok=True)
+    new, best = checkpoint.with_name(f"{TEMPORARY}{BEST}"), checkpoint.with_name(BEST)
+    remove_tree(new)
     new.symlink_to(checkpoint.name)
-    os.rename(new, checkpoint.with_name(BEST))
+    if exists(best) and not best.is_symlink():  # as a copy of the run has it that was made with links followed
+        _set_aside(best, "there is a better one")
+    os.rename(new, best)
 
 
 def set_newer_aside(folder: Path, step: int) -> None:
     """Rename the checkpoints after `step` to `abandoned_*`: a run that goes on from `step` leaves their branch."""
     for path in whole_checkpoints(folder):
         if int(path.name.removeprefix("step_")) > step:
-            aside = path.with_name(f"abandoned_{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(path, aside)
-            print(f"{path.name} is now {aside.name}: this run goes on from step {step}", flush=True)
+            _set_aside(path, f"this run goes on from step {step}")
     best = folder / BEST
-    if best.is_symlink() and not best.exists():
+    if best.is_symlink() and not os.path.exists(best):
         best.unlink()
+
+
+def _set_aside(path: Path, why: str) -> None:
+    aside = path.with_name(f"abandoned_{path.name}")
+    remove_tree(aside)
+    os.rename(path, aside)
+    print(f"{path.name} is now {aside.name}: {why}", flush=True)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what a crash left half-written or half-removed."""
-    for path in folder.glob(f"{TEMPORARY}*"):
-        if path.is_symlink():
-            path.unlink()
-        shutil.rmtree(path, ignore_errors=True)
+    for path in listed(folder):
+        if path.name.startswith(TEMPORARY):
+            remove_tree(path)
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete under a name that is not taken for a checkpoint, should the process die half-way."""
+    """Delete under a name that is not taken for a checkpoint, should the process die half-way; of a link, the link."""
     doomed = checkpoint.with_name(f"{TEMPORARY}old_{checkpoint.name}")
     os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
 
 
 def find(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of the run folder it names."""
     path = expanded(path)
-    if (path / "manifest.json").exists() or (path.name.startswith("step_") and path.exists()):
+    if exists(path / MANIFEST_NAME) or (path.name.startswith("step_") and exists(path)):
         return path
     found = whole_checkpoints(path / "checkpoints") or whole_checkpoints(path)
     if not found:
-        raise UserError(f"{path} is neither a checkpoint nor a run folder with one; give runs/NAME or a step_* folder")
-    return found[-1]
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, after checking that it is one of ours.  Raises UserError."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
         raise UserError(
-            f"checkpoint {checkpoint} has no readable manifest.json ({error}); {_way_out(checkpoint)}"
-        ) from None
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"checkpoint {checkpoint} has format {manifest.get('format')}; this version reads {FORMAT}")
-    return manifest
+            f"{shown(path)} is neither a checkpoint nor a run folder with one; give runs/NAME or a step_* folder"
+        )
+    return found[-1]
 
 
 def verify(checkpoint: Path, manifest: dict[str, Any], *, rank: int = 0, world_size: int = 1) -> None:
@@ -137,17 +134,16 @@ def verify(checkpoint: Path, manifest: dict[str, Any], *, rank: int = 0, world_s
     files = manifest["files"]
     mine = sorted(files, key=lambda name: (-files[name]["bytes"], name))[rank::world_size]
     for name in mine:
-        file, entry = checkpoint / name, files[name]
-        if not file.exists():
-            raise UserError(f"checkpoint file {file} is missing; {_way_out(checkpoint)}")
-        if file.stat().st_size != entry["bytes"]:
-            raise UserError(
-                f"checkpoint file {file} has {file.stat().st_size} bytes instead of {entry['bytes']}; "
-                f"{_way_out(checkpoint)}"
-            )
+        file, expected = checkpoint / name, files[name]["bytes"]
+        if not exists(file):
+            raise UserError(f"checkpoint file {file} is missing; {way_out(checkpoint)}")
+        with open_file(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+        if size != expected:
+            raise UserError(f"checkpoint file {file} has {size} bytes instead of {expected}; {way_out(checkpoint)}")
     for name, entry in hash_files(checkpoint, mine, io_threads(world_size)).items():
         if entry != files[name]:
-            raise UserError(f"checkpoint file {checkpoint / name} is corrupt (hash differs); {_way_out(checkpoint)}")
+            raise UserError(f"checkpoint file {checkpoint / name} is corrupt (hash differs); {way_out(checkpoint)}")
 
 
 def check_architecture(checkpoint: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
@@ -166,6 +162,29 @@ def check_architecture(checkpoint: Path, manifest: dict[str, Any], model: ModelC
             )
 
 
+def check_layers(checkpoint: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
+    """Raises UserError unless the manifest's counters are of the reservoir layers of `model`."""
+    stored = sorted(map(int, manifest["counters"]["reservoir_warmup"]))
+    if stored != sorted(model.reservoir_layers):
+        raise UserError(
+            f"{checkpoint / MANIFEST_NAME} has counters of reservoir layers {stored} and its model has "
+            f"{sorted(model.reservoir_layers)}; {way_out(checkpoint)}"
+        )
+
+
+@torch.no_grad()
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first of `tensors` (of a DTensor, this rank's shard) that holds a NaN or an infinity; one wait for a GPU."""
+    local = {key: t.to_local() if isinstance(t, DTensor) else t for key, t in tensors.items()}
+    floating = {key: t for key, t in local.items() if t.is_floating_point() and t.numel()}
+    if not floating:
+        return None
+    # Largest and smallest show both, and unlike a sum of large numbers are infinite only where an element is.
+    ends = [torch.stack(torch.aminmax(tensor)).float() for tensor in floating.values()]
+    finite = torch.stack([end.to(ends[0].device) for end in ends]).isfinite().all(1).tolist()
+    return next((key for key, good in zip(floating, finite, strict=True) if not good), None)
+
+
 _HASHED = (torch.float32, torch.bool, torch.int32)
 """Dtypes in which frozen tensors are stored: one that was asked for in another cannot be compared with its hash."""
 
@@ -175,21 +194,20 @@ def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[st
 
     Not collective: every rank may ask for other keys.  Whole frozen tensors are checked against their hashes.
     """
-    missing = targets.keys() - FileSystemReader(checkpoint).read_metadata().state_dict_metadata.keys()
-    if missing:
-        raise UserError(f"checkpoint {checkpoint} lacks {sorted(missing)[0]} (and {len(missing) - 1} more)")
-    dcp_load(dict(targets), checkpoint_id=checkpoint, no_dist=True)
+    stored_tensors.load(checkpoint, stored_tensors.read_metadata(checkpoint, manifest["files"]), targets)
     for name, expected in manifest["frozen"].items():
         target = targets.get(name)
         if target is None or isinstance(target, DTensor) or target.dtype not in _HASHED:
             continue
         if tensor_hash(target) != expected:
-            raise UserError(f"frozen tensor {name} of {checkpoint} does not match its hash; {_way_out(checkpoint)}")
+            raise UserError(f"frozen tensor {name} of {checkpoint} does not match its hash; {way_out(checkpoint)}")
 
 
-def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, Any], Path]:
+def load_model(
+    path: Path | str, *, device: torch.device, dtype: torch.dtype
+) -> tuple[LanguageModel, dict[str, Any], Path]:
     """A verified checkpoint's model in evaluation mode, its manifest, and the checkpoint's path."""
-    checkpoint = find(path)
+    checkpoint = find(Path(path))
     manifest = read_manifest(checkpoint)
     verify(checkpoint, manifest)
     config = parse(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))
@@ -198,19 +216,23 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> tuple
     frozen = {name.removeprefix("frozen.") for name in manifest["frozen"]}
     keys = {f"{'frozen' if name in frozen else 'master'}.{name}": tensor for name, tensor in views.items()}
     load_tensors(checkpoint, manifest, keys)
+    bad = not_finite(keys)
+    if bad is not None:
+        raise NonFiniteError(f"checkpoint {checkpoint}: {bad} is not finite; use an earlier checkpoint")
+    check_layers(checkpoint, manifest, config)
     for layer, warmup in manifest["counters"]["reservoir_warmup"].items():
         model.liquids[int(layer)].warmup = warmup
     return model.eval(), manifest, checkpoint
 
 
-def open_model(path: Path, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
+def open_model(path: Path | str, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
     """A verified checkpoint's model, in bf16 on a GPU and fp32 on a CPU, its tokenizer, and the checkpoint's path."""
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for and no GPU is visible; use --device cpu")
     where, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    model, _, checkpoint = load_model(path, device=where, dtype=dtype)
-    return model, Tokenizer.from_file(checkpoint / "tokenizer.json"), checkpoint
+    model, _, checkpoint = load_model(Path(path), device=where, dtype=dtype)
+    return model, Tokenizer.from_file(checkpoint / TOKENIZER_NAME), checkpoint
 
 
 def rng_state(device: torch.device) -> dict[str, str]:
@@ -221,16 +243,17 @@ def rng_state(device: torch.device) -> dict[str, str]:
     return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
 
 
-def set_rng_state(saved: dict[str, str], device: torch.device) -> None:
-    """Restore `rng_state()`."""
+def set_rng_state(checkpoint: Path, saved: dict[str, str], device: torch.device) -> None:
+    """Restore `rng_state()`, as it was saved in `checkpoint`.  Raises UserError."""
     states = {n: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for n, text in saved.items()}
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def _way_out(checkpoint: Path) -> str:
-    return f"restore it, or use another checkpoint and delete {checkpoint.name}"
+    try:
+        torch.set_rng_state(states["cpu"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{checkpoint / MANIFEST_NAME} has no state of torch's generators ({reason(error)}); {way_out(checkpoint)}"
+        ) from None
 
 
 def io_threads(world_size: int) -> int:
@@ -243,10 +266,13 @@ def hash_files(folder: Path, names: Iterable[str], threads: int) -> dict[str, di
 
     def digest(name: str) -> tuple[str, dict[str, Any]]:
         hasher, size = xxhash.xxh3_64(), 0
-        with open(folder / name, "rb") as file:
-            while block := file.read(2**24):
-                hasher.update(block)
-                size += len(block)
+        with open_file(folder / name) as file:
+            try:
+                while block := file.read(2**24):
+                    hasher.update(block)
+                    size += len(block)
+            except OSError as error:
+                raise UserError(f"{shown(folder / name)} cannot be read ({reason(error)})") from error
         return name, {"bytes": size, "xxh3_64": hasher.hexdigest()}
 
     with ThreadPoolExecutor(threads) as pool:

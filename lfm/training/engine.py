@@ -5,6 +5,7 @@ It is the truth that the parallel engine is compared with.
 
 import abc
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lfm.data.consumed import rows_digest
-from lfm.errors import NonFiniteError
+from lfm.errors import NonFiniteError, UserError
 from lfm.kernels.accumulation import accumulate_
 from lfm.kernels.reservoir import WARMUP_NOTCHES, contraction, next_warmup
 from lfm.layers.documents import Counts, Documents, Rows
@@ -475,7 +476,8 @@ def materialize(make: Callable[[], AnyModel], *, device: torch.device, dtype: to
     """What `make` builds, with empty parameters in `dtype` on `device`.
 
     Parameters that a module lists in `wide_parameters` are in fp32 at least: they are their own masters then.  Frozen
-    tensors keep their own dtype: they are few, and exact.
+    tensors keep their own dtype: they are few, and exact.  Raises UserError, before anything is allocated, for a model
+    whose tensors alone are more than all of the device's memory.
     """
     with torch.device("meta"):
         model = make()
@@ -483,4 +485,14 @@ def materialize(make: Callable[[], AnyModel], *, device: torch.device, dtype: to
         wide = getattr(module, "wide_parameters", ())
         for name, parameter in module.named_parameters(recurse=False):
             parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if name in wide else dtype)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"the weights of model.kind={model.config.kind} take {needed / 2**30:,.1f} GiB and this {device.type} has "
+            f"{there / 2**30:,.1f}; make model.num_layers, its widths or model.vocab_size smaller"
+        )
     return model.to_empty(device=device)

@@ -4,9 +4,8 @@ import hashlib
 import math
 import signal
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,25 +19,30 @@ from lfm.data.consumed import START, Consumed, ConsumedRecord, chained
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_tokenizer, open_training, open_validation, resume_row
 from lfm.data.tokenizer import Tokenizer
-from lfm.errors import NonFiniteError, ProcessError, UserError
-from lfm.files import write_durably
+from lfm.errors import NonFiniteError, UserError
+from lfm.files import reason, refusing, write_durably
 from lfm.models.generation import check_prompts, generate
 from lfm.parallel import health
 from lfm.parallel.launchers import Launchers
 from lfm.parallel.layout import Layout
 from lfm.parallel.process import Process, prepare_environment, require_packages
 from lfm.parallel.ranks import Ranks
+from lfm.parallel.rendezvous import Stopped, meet
 from lfm.parallel.watch import Watch, watched
+from lfm.talk import complain, say, talking
 from lfm.training import checkpoint
 from lfm.training.engine import Engine, LocalEngine
 from lfm.training.evaluate import HeldOut, evaluate, together
-from lfm.training.metrics import Metrics, Speed, say, show, training_record
+from lfm.training.metrics import Metrics, Speed, show, training_record
 from lfm.training.run import RunConfig, owning_folder, write_run_files
 from lfm.training.saver import Saver
 from lfm.training.schedule import lr_factor
 
 STOPPED = "stopped"
 """In the run folder: step and cause, while a run is stopped that has steps to go; what a job is requeued for."""
+_SIGNAL_ELSEWHERE = "a signal to another rank"
+_ONE_PRESS_SECONDS = 1.0
+"""Of one Ctrl-C a process may get several signals, from the terminal and from its launcher."""
 _SAVING_SECONDS = 7200.0
 """A save, or the first load of a large checkpoint, may take this long before it counts as a hang."""
 
@@ -63,7 +67,7 @@ def train(run: RunConfig, process: Process | None = None, layout: Layout | None 
     """
     process, launchers = process or Process(), Launchers()
     device = _device(run, process)
-    with _stop_on_signal(process.rank) as signalled:
+    with talking(), _stop_on_signal() as signalled:
 
         def why_stop() -> str | None:
             gone = launchers.gone()
@@ -85,7 +89,13 @@ def _train_in_parallel(
     from lfm.training.parallel_engine import ParallelEngine
 
     seconds = max(_SAVING_SECONDS, 2 * run.parallel.hang_timeout_seconds)  # the watch speaks first
-    process_groups.join(process, device, timeout_seconds=seconds)
+    store = None
+    if process.world_size > 1:
+        limit_seconds = run.parallel.rendezvous_timeout_seconds
+        try:
+            store = meet(process, limit_seconds=limit_seconds, why_stop=why_stop)
+        except Stopped as stopped:
+            return _stopped_before_the_start(run, process, str(stopped))
 
     def parallel_engine(run: RunConfig, device: torch.device, watch: Watch) -> Engine:
         groups = process_groups.make_groups(layout, device)
@@ -103,11 +113,13 @@ def _train_in_parallel(
         )
 
     with _watching(run, process) as watch:
+        watch.phase("connecting")
+        process_groups.join(process, device, timeout_seconds=seconds, store=store)
         watch.phase("health check")
         health.check(process, device, fingerprint=hashlib.sha256(run.to_yaml().encode()).hexdigest()[:12])
         ranks = Ranks(process.rank, process.world_size, process_groups.gloo_group(seconds))
         if ranks.is_main:
-            print(f"layout: {layout.describe()}", flush=True)
+            say(f"layout: {layout.describe()}")
         with owning_folder(run) if ranks.is_main else nullcontext():
             saver_group = process_groups.gloo_group(seconds)
             progress = _train(run, device, ranks, watch, why_stop, saver_group, parallel_engine)
@@ -117,12 +129,23 @@ def _train_in_parallel(
     return progress
 
 
+def _stopped_before_the_start(run: RunConfig, process: Process, cause: str) -> Progress:
+    """Nothing was trained: the run stands where its newest checkpoint is, and can be started again."""
+    whole = checkpoint.whole_checkpoints(run.folder / "checkpoints")
+    step = int(whole[-1].name.removeprefix("step_")) if whole else 0
+    if process.rank == 0:
+        with owning_folder(run):
+            write_durably(run.folder / STOPPED, f"{step} {cause}\n".encode())
+        say(f"stopped by {cause} while the ranks met; the run stands at step {step}, the same command goes on")
+    return Progress(step=step)
+
+
 def _device(run: RunConfig, process: Process) -> torch.device:
     if run.device.type != "cuda":
         return run.device
     if process.local_rank >= torch.cuda.device_count():
         visible = torch.cuda.device_count()
-        raise ProcessError(
+        raise UserError(
             f"training.device=cuda: rank {process.rank} needs GPU {process.local_rank} and {visible or 'no GPU'} is "
             "visible; start fewer processes a node, or use training.device=cpu or auto"
         )
@@ -173,17 +196,21 @@ def _train(
     check_prompts(prompts, run.model.context_limit)
     start, weights = _starting_point(run, rows, ranks), _starting_weights(run, ranks)
     if ranks.is_main:
-        (run.folder / STOPPED).unlink(missing_ok=True)
-        write_run_files(run, step=start[1]["progress"]["step"] if start is not None else 0)
+        with refusing(f"make room and put nothing else into {run.folder}, or set output=DIR"):
+            (run.folder / STOPPED).unlink(missing_ok=True)
+            write_run_files(run, step=start[1]["progress"]["step"] if start is not None else 0)
         if run.logging.print_config:
-            print(run.model_dump_json(indent=1), flush=True)
-        print(run.model.count_parameters().report(), flush=True)
+            say(run.model_dump_json(indent=1))
+        say(run.model.count_parameters().report())
 
     watch.phase("building the model", allow_seconds=_SAVING_SECONDS)
     torch.manual_seed(run.seed)
     engine = make_engine(run, device, watch)
     progress = _restore(run, engine, start, weights, ranks)
-    log = Metrics(run.logging, run.folder, name=run.folder.name, resumed_step=progress.step) if ranks.is_main else None
+    log = None
+    if ranks.is_main:
+        resumed = {"resumed_step": progress.step, "run_config": run.model_dump(mode="json")}
+        log = Metrics(run.logging, run.folder, name=run.folder.name, **resumed)
     done = {"resumed_step": progress.step, "chain": progress.chain}
     consumed = ConsumedRecord(run.folder, **done) if ranks.is_main else None
     global_batch_size = run.training.global_batch_size
@@ -197,14 +224,16 @@ def _train(
         prefetch_steps=run.data.prefetch_steps,
     )
     speed = Speed(run.model, engine, ranks.world_size)
-    saved_step = progress.step if start is not None else -1
+    saved_step, best_step, lost = progress.step if start is not None else -1, -1, False
     # A step's rows count as consumed when its update is made; another process may fail between the two.
     position = stream.position
     stalls: list[float] = []
     window: list[float] = []
 
-    def save(*, best: bool = False) -> None:
-        nonlocal saved_step
+    def save(*, last: bool = False) -> None:
+        """In the background or at once.  One that fails is told and made again with the next; `last`: there is none."""
+        nonlocal saved_step, lost
+        settle()
         if saved_step == progress.step:
             return
         bar.set_postfix_str("saving")
@@ -219,11 +248,34 @@ def _train(
         start = time.perf_counter()
         if consumed is not None:
             consumed.sync()
-        saver.wait()  # the engine may give the same host memory again
-        share = engine.share()
-        saver.save(progress.step, share, manifest, tokenizer.definition, owned=engine.share_is_fresh, best=best)
-        saved_step = progress.step
+        share = engine.share()  # after `settle`: the engine may give the same host memory again
+        _check_finite(share, run, progress.step, ranks)
+        saved_step, lost = progress.step, False
+        options = {"owned": engine.share_is_fresh, "best": best_step == progress.step}
+        try:
+            saver.save(progress.step, share, manifest, tokenizer.definition, **options)
+        except UserError as error:
+            if last:
+                raise
+            give_up(error)
         stalls.append(time.perf_counter() - start)
+
+    def settle() -> None:
+        """Wait for the save under way."""
+        try:
+            saver.wait()
+        except UserError as error:
+            give_up(error)
+
+    def give_up(error: UserError) -> None:
+        nonlocal saved_step, lost
+        saved_step, lost = -1, True
+        if ranks.is_main:
+            complain(f"{error}; the next save tries again")
+
+    def save_before_the_end() -> None:
+        save()
+        settle()
 
     saver = Saver(
         run.folder / "checkpoints",
@@ -232,13 +284,17 @@ def _train(
         group=saver_group,
     )
     stopped = False
-    with _progress_bar(run, progress, ranks) as bar, saver:
+    with log or nullcontext(), _progress_bar(run, progress, ranks) as bar, saver:
         while progress.step < run.training.steps and not _patience_is_over(run, progress):
             watch.phase(f"step {progress.step + 1}: reading rows")
-            stopped = ranks.largest(why_stop() is not None) > 0
+            # One agreement a step: to stop, or else that a save in the background has failed somewhere.
+            wish = ranks.largest(2 if why_stop() is not None else 1 if saver.has_failed else 0)
+            stopped = wish == 2
             if stopped:
                 break
-            with _saving_on_damage(save):
+            if wish == 1:
+                settle()
+            with _saving_on_damage(save_before_the_end):
                 ids, lengths = ranks.together(stream.next)
             lr = run.optimizer.lr * lr_factor(run.schedule, progress.step, run.training.steps)
             try:
@@ -283,24 +339,36 @@ def _train(
                     show(bar, record, ranks.world_size)
             if _due(progress.step, run.validation.every_steps) or last:
                 watch.phase(f"step {progress.step}: validation")
-                with _saving_on_damage(save):
+                with _saving_on_damage(save_before_the_end):
                     validated = _validate(run, engine, held_out, progress, ranks)
+                loss = validated["validation_loss"]
+                if not math.isfinite(loss):
+                    settle()
+                    raise NonFiniteError(
+                        f"step {progress.step}: the validation loss is {loss}; this state is not saved, "
+                        f"{_newest_checkpoint(run)}"
+                    )
                 if log is not None:
                     log.write(validated)
                     log.plot()
+                    saver.spared = _spared(run, progress.step, loss, saver.spared)
                 if run.checkpoint.keep_best and progress.validations_without_gain == 0:
-                    save(best=True)
+                    best_step = progress.step
+                    save()
                 speed.restart()
             if _due(progress.step, run.samples.every_steps) or last or _patience_is_over(run, progress):
-                with _saving_on_damage(save):
+                with _saving_on_damage(save_before_the_end):
                     _sample(run, engine, tokenizer, prompts, progress.step)
                 speed.restart()
             if _due(progress.step, run.checkpoint.every_steps):
                 save()
                 speed.restart()
         stopped = stopped or ranks.largest(why_stop() is not None) > 0
-        if run.checkpoint.save_at_end or stopped:
-            save()
+        if stopped and ranks.is_main:
+            say(f"{why_stop() or _SIGNAL_ELSEWHERE}: saving step {progress.step}")
+        settle()
+        if run.checkpoint.save_at_end or stopped or lost:
+            save(last=True)
         watch.phase("finishing the last save", allow_seconds=_SAVING_SECONDS)
         saver.wait()
         stream.close()
@@ -308,15 +376,16 @@ def _train(
         return progress
     log.plot()
     if prompts and not isinstance(engine, LocalEngine):
-        print(f"samples: python launch/generate.py --checkpoint {run.folder} --prompt TEXT", flush=True)
+        say(f"samples: python launch/generate.py --checkpoint {run.folder} --prompt TEXT")
     if stopped:
         how = "the same command" if run.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
-        cause = why_stop() or "a signal to another rank"
-        print(f"stopped by {cause} after step {progress.step}; saved, {how} goes on", flush=True)
+        cause = why_stop() or _SIGNAL_ELSEWHERE
+        say(f"stopped by {cause} after step {progress.step}; saved, {how} goes on")
         if progress.step < run.training.steps and not _patience_is_over(run, progress):
-            write_durably(run.folder / STOPPED, f"{progress.step} {cause}\n".encode())
+            with refusing("the run is saved, and goes on when it is started again"):
+                write_durably(run.folder / STOPPED, f"{progress.step} {cause}\n".encode())
     elif _patience_is_over(run, progress):
-        print(f"stopped early after step {progress.step}: validation.patience={run.validation.patience} reached")
+        say(f"stopped early after step {progress.step}: validation.patience={run.validation.patience} reached")
     return progress
 
 
@@ -328,6 +397,38 @@ def _saving_on_damage(save: Callable[[], None]) -> Iterator[None]:
     except (UserError, OSError):
         save()
         raise
+
+
+def _check_finite(share: Mapping[str, torch.Tensor], run: RunConfig, step: int, ranks: Ranks) -> None:
+    """Raises NonFiniteError, on all processes, when any has a number in its `share` of the state that is not finite."""
+    bad = checkpoint.not_finite(share)
+    rank = ranks.largest(0 if bad is None else ranks.rank + 1) - 1
+    if rank >= 0:
+        what = bad if bad is not None else f"a tensor of rank {rank}"
+        raise NonFiniteError(
+            f"step {step}: {what} is not finite after the update; this state is not saved, {_newest_checkpoint(run)}"
+        )
+
+
+def _newest_checkpoint(run: RunConfig) -> str:
+    found = checkpoint.whole_checkpoints(run.folder / "checkpoints")
+    return f"{found[-1].name} is the newest that is" if found else "and there is no earlier one"
+
+
+def _spared(run: RunConfig, step: int, loss: float, spared: Path | None) -> Path | None:
+    """The checkpoint that no save may drop while the validation loss is absurd: the newest when it became so.
+
+    Twice ln V is far above what knows nothing; training may come back from there, so it goes on.
+    """
+    guessing = math.log(run.model.vocab_size)
+    if loss <= 2 * guessing:
+        return None
+    found = checkpoint.whole_checkpoints(run.folder / "checkpoints")
+    if spared is None and found:
+        spared = found[-1]
+    kept = f"; {spared.name} is kept until it falls" if spared is not None else ""
+    complain(f"step {step}: the validation loss of {loss:.4g} is far above {guessing:.2f}, that of guessing{kept}")
+    return spared
 
 
 def _due(step: int, every: int) -> bool:
@@ -347,7 +448,8 @@ def _starting_point(run: RunConfig, rows: RowReader, ranks: Ranks) -> tuple[Path
     resume_row(manifest["data"], rows, seed=run.seed)
     step = manifest["progress"]["step"]
     if ranks.is_main:
-        checkpoint.set_newer_aside(run.folder / "checkpoints", step)
+        with refusing("make the folder writable"):
+            checkpoint.set_newer_aside(run.folder / "checkpoints", step)
         if step >= run.training.steps:
             say(f"step {step} is reached already: raise training.steps={run.training.steps} to train on")
     return path, manifest
@@ -374,8 +476,9 @@ def _starting_weights(run: RunConfig, ranks: Ranks) -> tuple[Path, dict[str, Any
 
 def _verified(path: Path, run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """The manifest; each process has verified its part of the files."""
-    manifest = checkpoint.read_manifest(path)
+    manifest = checkpoint.read_manifest(path, warn=ranks.is_main)
     checkpoint.check_architecture(path, manifest, run.model)
+    checkpoint.check_layers(path, manifest, run.model)
     ranks.together(lambda: checkpoint.verify(path, manifest, rank=ranks.rank, world_size=ranks.world_size))
     return manifest
 
@@ -391,18 +494,23 @@ def _restore(
     if start is not None:
         path, manifest = start
         engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets))
-        engine.load_counters(manifest["counters"])
-        checkpoint.set_rng_state(manifest["rng"], engine.device)
+        try:
+            engine.load_counters(manifest["counters"])
+        except KeyError as error:
+            raise UserError(
+                f"checkpoint {path} has counters of {error}, which its model has not; use another"
+            ) from None
+        checkpoint.set_rng_state(path, manifest["rng"], engine.device)
         saved = manifest["progress"]
         best = saved["best_validation"]
         if ranks.is_main:
-            print(f"resuming from {path} at step {saved['step']}", flush=True)
+            say(f"resuming from {path} at step {saved['step']}")
         return Progress(**(saved | {"best_validation": math.inf if best is None else best}))
     if weights is not None:
         path, manifest = weights
         engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets), kinds=("master", "frozen"))
         if ranks.is_main:
-            print(f"starting from the weights of {path}", flush=True)
+            say(f"starting from the weights of {path}")
     return Progress()
 
 
@@ -456,8 +564,12 @@ def _sample(run: RunConfig, engine: Engine, tokenizer: Tokenizer, prompts: list[
         for text, token in zip(texts, tokens, strict=True):
             text += [] if token is None else [token]
     whole = "\n\n--------\n\n".join(tokenizer.decode(text) for text in texts) + "\n"
-    (run.folder / "samples").mkdir(exist_ok=True)
-    write_durably(run.folder / "samples" / f"step_{step:08d}.txt", whole.encode())
+    path = run.folder / "samples" / f"step_{step:08d}.txt"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_durably(path, whole.encode())
+    except OSError as error:
+        complain(f"{path} is not written ({reason(error)})")
 
 
 def _progress_bar(run: RunConfig, progress: Progress, ranks: Ranks) -> tqdm:
@@ -467,24 +579,27 @@ def _progress_bar(run: RunConfig, progress: Progress, ranks: Ranks) -> tqdm:
 
 
 @contextmanager
-def _stop_on_signal(rank: int) -> Iterator[Callable[[], str | None]]:
-    """The name of the stop signal that came, if any: the loop then saves and ends.  A second Ctrl-C interrupts that."""
-    received: list[str] = []
+def _stop_on_signal() -> Iterator[Callable[[], str | None]]:
+    """The name of the stop signal that came, if any: the loop then saves and ends.  A later Ctrl-C interrupts that."""
+    received: list[tuple[str, float]] = []
 
     def handle(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
+        # Only a note: a print here could wait for ever, or meet the print that it interrupts.
+        now = time.monotonic()
+        if received and number == signal.SIGINT and now - received[0][1] > _ONE_PRESS_SECONDS:
             raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-        if rank == 0 and len(received) == 1:  # launchers send several
-            print(f"{received[0]}: saving after this step", file=sys.stderr, flush=True)
+        received.append((signal.Signals(number).name, now))
 
-    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    handled = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
+    # What was ignored when this program started stays so: `nohup` and shells' background jobs mean it.  SIGUSR1 has no
+    # other meaning than ours, and job scripts ignore it until it can be answered.
+    handled = [n for n in handled if n == signal.SIGUSR1 or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in handled}
     try:
-        yield lambda: received[0] if received else None
+        yield lambda: received[0][0] if received else None
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _finite(value: float) -> float | None:

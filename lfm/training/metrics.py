@@ -1,20 +1,22 @@
 """What a run writes for people: metrics.jsonl, TensorBoard, wandb, the loss plot.  A failing logger never stops it."""
 
+import contextlib
 import json
 import os
-import sys
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
-from lfm.config import Config
-from lfm.files import write_durably
+from lfm.config import Config, Count, CountOrZero
+from lfm.files import exists, read_file, read_lines, write_durably
 from lfm.models.registry import ModelConfig
+from lfm.talk import say, warn
 from lfm.training.engine import Engine, StepResult
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12}
@@ -22,31 +24,45 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12}
 
 
 class LoggingConfig(Config):
-    every_steps: PositiveInt = 10
+    every_steps: Count = 10
     tensorboard: bool = True
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; needs `pip install 'lfm[wandb]'`."""
     wandb_project: str = "lfm"
-    steps_per_epoch: NonNegativeInt = 0
+    steps_per_epoch: CountOrZero = 0
     """Write loss_log.csv too, counting this many steps as an epoch; 0: no such file."""
     print_config: bool = False
     """Print the resolved configuration as JSON when training starts."""
 
 
 class Metrics:
-    """Writers of one run folder; each is dropped, with one message, when it fails."""
+    """Writers of one run folder, used as a context; each is dropped, with one message, when it fails."""
 
-    def __init__(self, config: LoggingConfig, folder: Path, *, name: str, resumed_step: int) -> None:
+    def __init__(
+        self, config: LoggingConfig, folder: Path, *, name: str, resumed_step: int, run_config: dict[str, Any]
+    ) -> None:
         self.file = folder / "metrics.jsonl"
         self.folder = folder
         self.writers: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self._ends: dict[str, Callable[[], Any]] = {}
+        self._is_drawn = True
         self._open("metrics.jsonl", lambda: self._open_jsonl(resumed_step))
         if config.steps_per_epoch:
             self._open("loss_log.csv", lambda: self._open_csv(config.steps_per_epoch, resumed_step))
         if config.tensorboard:
             self._open("tensorboard", lambda: self._open_tensorboard(resumed_step))
         if config.wandb != "off":
-            self._open("wandb", lambda: self._open_wandb(config, name))
+            self._open("wandb", lambda: self._open_wandb(config, name, run_config))
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name in list(self._ends):
+            try:
+                self._ends.pop(name)()
+            except Exception as error:
+                _complain(name, error)
 
     def _open(self, name: str, opener: Callable[[], Callable[[dict[str, Any]], None]]) -> None:
         try:
@@ -62,6 +78,8 @@ class Metrics:
             except Exception as error:
                 _complain(name, error)
                 del self.writers[name]
+                with contextlib.suppress(Exception):
+                    self._ends.pop(name, lambda: None)()
 
     def plot(self) -> None:
         """Redraw plots/loss.png from metrics.jsonl."""
@@ -69,17 +87,19 @@ class Metrics:
             from lfm.training.plots import plot_loss
 
             plot_loss(self.file, self.folder / "plots" / "loss.png")
+            self._is_drawn = True
         except Exception as error:
-            _complain("plots/loss.png", error)
+            if self._is_drawn:
+                warn(f"warning: plots/loss.png is not drawn: {error!r}")
+            self._is_drawn = False
 
     def _open_jsonl(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
-        if self.file.exists():  # what was logged after the checkpoint that this run goes on from happens again
-            records = read_metrics(self.file)
-            kept = [json.dumps(r) + "\n" for r in records if r["step"] <= resumed_step]
+        if exists(self.file):  # what was logged after the checkpoint that this run goes on from happens again
+            kept = [line for line, record in read_lines(self.file, _record) if record["step"] <= resumed_step]
             write_durably(self.file, "".join(kept).encode())
 
         def write(record: dict[str, Any]) -> None:
-            with open(self.file, "a") as stream:
+            with open(self.file, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
 
         return write
@@ -87,37 +107,52 @@ class Metrics:
     def _open_csv(self, steps_per_epoch: int, resumed_step: int) -> Callable[[dict[str, Any]], None]:
         file = self.folder / "loss_log.csv"
         kept = []
-        if file.exists():
-            lines = file.read_text().splitlines()[1:]
-            kept = [
-                line for line in lines if line.partition(",")[0].isdigit() and int(line.split(",")[0]) <= resumed_step
-            ]
         columns = "global_step,epoch,step_in_epoch,loss,lr,timestamp"
-        write_durably(file, "\n".join([columns, *kept, ""]).encode())
+        if exists(file):
+            lines = read_lines(file, lambda line: -1 if line == columns else int(line.partition(",")[0]))
+            kept = [line for line, step in lines if 0 <= step <= resumed_step]
+        write_durably(file, "".join([columns + "\n", *kept]).encode())
 
         def write(record: dict[str, Any]) -> None:
             if "mean_cross_entropy" not in record:
                 return
             epoch, step = divmod(record["step"] - 1, steps_per_epoch)
             values = [record["step"], epoch + 1, step + 1, record["mean_cross_entropy"], record["next_lr"], time.time()]
-            with open(file, "a") as stream:
+            with open(file, "a", encoding="utf-8") as stream:
                 stream.write(",".join(str(value) for value in values) + "\n")
 
         return write
 
     def _open_tensorboard(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
-        from torch.utils.tensorboard import SummaryWriter
+        # Not its SummaryWriter, whose thread prints the traceback of a full disk and tells nobody.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resumed_step + 1)
+        folder = self.folder / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        file = open(folder / name, "wb")
+        self._ends["tensorboard"] = file.close
+        records = RecordWriter(file)
+
+        def write_event(step: int, **content: Any) -> None:
+            records.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
         def write(record: dict[str, Any]) -> None:
-            for key, value in _scalars(record).items():
-                writer.add_scalar(key, value, record["step"])
-            writer.flush()
+            values = [Summary.Value(tag=key, simple_value=value) for key, value in _scalars(record).items()]
+            write_event(record["step"], summary=Summary(value=values))
+            file.flush()
 
+        write_event(resumed_step + 1, file_version="brain.Event:2")
+        # Its readers drop what an earlier start wrote from this step on.
+        write_event(resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
+        file.flush()
         return write
 
-    def _open_wandb(self, config: LoggingConfig, name: str) -> Callable[[dict[str, Any]], None]:
+    def _open_wandb(
+        self, config: LoggingConfig, name: str, run_config: dict[str, Any]
+    ) -> Callable[[dict[str, Any]], None]:
         try:
             import wandb
         except ImportError:
@@ -129,12 +164,15 @@ class Metrics:
             resume="allow",
             dir=str(self.folder),
             mode=config.wandb if config.wandb == "online" else "offline",
+            config=run_config,
+            allow_val_change=True,  # a run may go on with other settings
         )
+        self._ends["wandb"] = run.finish
         return lambda record: run.log(_scalars(record), step=record["step"])
 
 
 def _complain(name: str, error: Exception) -> None:
-    print(f"warning: logging to {name} is off from now on: {error!r}", file=sys.stderr, flush=True)
+    warn(f"warning: logging to {name} is off from now on: {error!r}")
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
@@ -158,16 +196,25 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a line that is none, such as a last one that a crash cut short, is left out."""
+    """Records of a metrics.jsonl; a line that is none, such as a last one that a crash cut short, is left out.
+
+    Raises UserError when the file cannot be read.
+    """
     records = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
+    for line in read_file(file).decode(errors="replace").split("\n"):
+        with suppress(ValueError):
+            records.append(_record(line))
     return records
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("too deep") from error
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError("no record of a step")
+    return record
 
 
 def training_record(result: StepResult) -> dict[str, Any]:
@@ -240,16 +287,6 @@ def show(bar: tqdm, record: dict[str, Any], world_size: int) -> None:
     bar.set_postfix_str(text)
     if bar.disable:
         say(f"step {record['step']}/{bar.total}  {text}  ETA {_minutes(record.get('eta_seconds'))}")
-
-
-def say(line: str) -> None:
-    """Print a line beside the progress bar; a closed pipe or full disk behind stdout does not stop training."""
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except OSError:
-        # Nothing can be said any more: let later prints, and Python's own flush at exit, go nowhere.
-        sys.stdout = open(os.devnull, "w")
 
 
 def _minutes(seconds: float | None) -> str:

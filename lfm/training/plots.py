@@ -1,6 +1,6 @@
 """Loss curve of a run, drawn from its metrics.jsonl."""
 
-import os
+import io
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
+from lfm.files import write_durably
 from lfm.training.metrics import read_metrics
 
 _TRAIN, _VALIDATION, _LR = "#3567a6", "#d1495b", "#9aa5b1"
@@ -52,11 +53,11 @@ def plot_loss(metrics: Path, image: Path) -> None:
     rate.spines["top"].set_visible(False)
     axis.xaxis.set_major_formatter(EngFormatter())
     figure.tight_layout()
-    image.parent.mkdir(parents=True, exist_ok=True)
-    temporary = image.with_name(f".{image.name}.{os.getpid()}.png")
-    figure.savefig(temporary)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
     plt.close(figure)
-    os.replace(temporary, image)
+    image.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(image, drawn.getvalue())
 
 
 def _smooth(values: list[float]) -> list[float]:

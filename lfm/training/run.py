@@ -4,18 +4,19 @@ import json
 import platform
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lfm.config import Config, PathText
+from lfm.config import Config, Count, CountOrZero, PathText, Rows
 from lfm.data.stream import DataConfig
-from lfm.files import expanded, held_alone, write_durably
+from lfm.files import expanded, held_alone, remove_temporaries, shown, write_durably
 from lfm.models.generation import SamplingConfig
 from lfm.models.registry import ModelConfig
 from lfm.objectives.next_token import NEXT_TOKEN
@@ -28,11 +29,11 @@ from lfm.training.schedule import ScheduleConfig
 
 
 class TrainingConfig(Config):
-    steps: PositiveInt
+    steps: Count
     """Optimizer steps of the whole run."""
-    global_batch_size: PositiveInt
+    global_batch_size: Rows
     """Rows of one optimizer step."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Rows = 1
     """Rows of one forward and backward pass."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations made again in backward: none; those of liquid and MoE; those of whole layers."""
@@ -50,16 +51,16 @@ class TrainingConfig(Config):
 
 
 class ValidationConfig(Config):
-    every_steps: NonNegativeInt = 1000
+    every_steps: CountOrZero = 1000
     """0: only at the end."""
-    max_rows: PositiveInt = 512
+    max_rows: Count = 512
     """Rows of the validation split that are scored, from its first on."""
-    patience: NonNegativeInt = 0
+    patience: CountOrZero = 0
     """Stop early after this many validations in a row without a better loss; 0: never."""
 
 
 class SamplesConfig(Config):
-    every_steps: NonNegativeInt = 0
+    every_steps: CountOrZero = 0
     """Generate from the prompts this often while training; 0: only at the end."""
     prompts: tuple[str, ...] = ()
     sampling: SamplingConfig = SamplingConfig()
@@ -124,13 +125,17 @@ def write_run_files(run: RunConfig, step: int) -> None:
         write_durably(folder / "environment.json", json.dumps(environment(), indent=1).encode() + b"\n")
 
 
-def owning_folder(run: RunConfig) -> AbstractContextManager[None]:
+@contextmanager
+def owning_folder(run: RunConfig) -> Iterator[None]:
     """Make the run folder and hold it alone.  Raises UserError when it cannot be written or another process has it."""
-    return held_alone(
+    with held_alone(
         run.folder / ".lock",
-        unwritable=f"run folder {run.folder} cannot be written; set output=DIR",
-        taken=f"another process trains in {run.folder}; wait for it, or give name=NAME",
-    )
+        unwritable=f"run folder {shown(run.folder)} cannot be written; set output=DIR",
+        taken=f"another process trains in {shown(run.folder)}; wait for it, or give name=NAME",
+    ):
+        for folder in (run.folder, *(run.folder / part for part in ("plots", "samples")), *run.folder.glob("starts/*")):
+            remove_temporaries(folder)
+        yield
 
 
 def environment() -> dict[str, Any]:
@@ -159,7 +164,7 @@ def _commit() -> str | None:
     """Commit of the checkout this code runs from, with `-dirty` when it has changes; None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

@@ -2,14 +2,14 @@
 
 import copy
 import errno
-import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lfm.errors import UserError
-from lfm.files import sync, write_durably
+from lfm.files import listed, reason, sync, write_durably
+from lfm.talk import complain
 from lfm.training.checkpoint import (
     BEST,
-    FORMAT,
     TEMPORARY,
     hash_files,
     io_threads,
@@ -35,8 +35,9 @@ from lfm.training.checkpoint import (
     tensor_hash,
     whole_checkpoints,
 )
+from lfm.training.manifest import MANIFEST_NAME, TOKENIZER_NAME, manifest_bytes
+from lfm.training.stored_tensors import METADATA_NAME
 
-_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
 
 
@@ -47,7 +48,8 @@ class Saver:
     a copy in host memory of this rank's share.  At most one save is under way, so that there is never a second copy;
     the one is kept for the next save, which spares allocating it anew.
 
-    Leaving it as a context waits for the save under way, however the context ends.
+    Leaving it as a context waits for the save under way, however the context ends; an error that ends it comes before
+    one of that save, which is then printed.
     """
 
     def __init__(self, folder: Path, *, keep: int, asynchronous: bool, group: dist.ProcessGroup | None = None) -> None:
@@ -55,6 +57,8 @@ class Saver:
         self.rank, self.world_size = (group.rank(), group.size()) if group is not None else (0, 1)
         self.last_seconds = 0.0
         """From the call of the last finished save until its checkpoint was whole."""
+        self.spared: Path | None = None
+        """A checkpoint that stays, whatever its age."""
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -100,6 +104,11 @@ class Saver:
         self._thread.start()
         return time.perf_counter() - start
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a background save ended in an error that `wait` has not raised yet; ranks come to see it in turn."""
+        return self._error is not None
+
     def wait(self) -> None:
         """Wait for the save under way, if any; raises its error, on all ranks alike."""
         if self._thread is not None:
@@ -112,8 +121,14 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.wait()
+    def __exit__(self, _: type[BaseException] | None, cause: BaseException | None, __: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except UserError as error:
+            if cause is None:
+                raise
+            if self.rank == 0:
+                complain(str(error))
 
     @torch.no_grad()
     def _copy_to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,10 +179,10 @@ class Saver:
             assert not isinstance(share, Exception)
             writer = _Writer(temporary, threads=io_threads(self.world_size))
             dcp_save(dict(share), storage_writer=writer, process_group=self.group, no_dist=self.group is None)
-            names = [path.name for path in temporary.glob(f"__{self.rank}_*")]
+            names = [path.name for path in listed(temporary) if path.name.startswith(f"__{self.rank}_")]
             if self.rank == 0:
-                write_durably(temporary / "tokenizer.json", tokenizer)
-                names += [".metadata", "tokenizer.json"]
+                write_durably(temporary / TOKENIZER_NAME, tokenizer)
+                names += [METADATA_NAME, TOKENIZER_NAME]
             frozen = {key: tensor_hash(tensor) for key, tensor in share.items() if key.startswith("frozen.")}
             return frozen, hash_files(temporary, names, io_threads(self.world_size))
 
@@ -180,16 +195,22 @@ class Saver:
                         f"checkpoint file {temporary / name}, written by another rank, is not seen by rank 0; "
                         "set output=DIR to a folder that all hosts share"
                     )
-            whole = {"format": FORMAT, "step": step, **manifest, "frozen": frozen, "files": files}
-            write_durably(temporary / "manifest.json", json.dumps(whole, indent=1).encode())
+            whole = {"step": step, **manifest, "frozen": frozen, "files": files}
+            write_durably(temporary / MANIFEST_NAME, manifest_bytes(whole))
             sync(temporary)
             os.rename(temporary, final)
             sync(self.folder)
+            try:
+                tidy()
+            except (UserError, OSError) as error:  # the checkpoint is there
+                complain(f"{final} is saved, and what should change beside it cannot ({error})")
+
+        def tidy() -> None:
             if best:
                 mark_best(final)
-            kept = (self.folder / BEST).resolve()
+            kept = {os.path.realpath(path) for path in (self.folder / BEST, self.spared) if path is not None}
             for old in whole_checkpoints(self.folder)[: -self.keep]:
-                if old.resolve() != kept:
+                if os.path.realpath(old) not in kept:
                     remove(old)
 
         def on_every_rank(work: Callable[[], T]) -> list[T]:
@@ -240,16 +261,23 @@ class Saver:
             return error
         if not isinstance(error, OSError):
             return RuntimeError(f"checkpoint {final}: {type(error).__name__} on rank {rank}: {error}")
-        if error.errno in _OUT_OF_SPACE:
-            free = shutil.disk_usage(self.folder).free
-            return UserError(
-                f"checkpoint {final} needs {need / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free; "
-                "free some space or set output=DIR; earlier checkpoints are intact"
-            )
-        return UserError(
-            f"checkpoint {final} could not be written by rank {rank} ({error}); "
-            "make the folder writable or set output=DIR; earlier checkpoints are intact"
-        )
+        free = shutil.disk_usage(_existing(self.folder)).free
+        if error.errno == errno.ENOSPC and free < need:
+            why = f"needs {_amount(need)} and the disk has {_amount(free)} free; free some space or set"
+        elif error.errno == errno.EFBIG:
+            why = f"could not be written by rank {rank}: a file is larger than `ulimit -f` allows; raise that or set"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = f"could not be written: {reason(error)}, and it needs {_amount(need)}; free some space or set"
+        else:
+            why = f"could not be written by rank {rank} ({error}); make the folder writable or set"
+        return UserError(f"checkpoint {final} {why} output=DIR; {self._earlier()}")
+
+    def _earlier(self) -> str:
+        try:
+            earlier = whole_checkpoints(self.folder)
+        except UserError:
+            return "earlier checkpoints were not touched"
+        return f"the checkpoint before, {earlier[-1].name}, is intact" if earlier else "there is no earlier checkpoint"
 
 
 class _Files(FileSystem):
@@ -258,18 +286,25 @@ class _Files(FileSystem):
     def __init__(self) -> None:
         super().__init__()
         self.errors: list[Exception] = []
-        self.owner = threading.get_ident()
+        self.several_threads = False
+        """While they write an error ends none of them, so that none still writes when the first error is raised."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        opened = False
         try:
             with super().create_stream(path, mode) as stream:
+                opened = True
                 yield stream
+            return
         except Exception as error:
             # torch.save hides the OSError behind an error of its own, which would not survive the way to other ranks.
             self.errors.append(_os_error(error) or error)
-            if threading.get_ident() == self.owner:
-                raise self.errors[-1] from None
+        if not self.several_threads:
+            raise self.errors[-1] from None
+        if not opened:
+            with suppress(OSError), open(os.devnull, "wb") as nowhere:
+                yield nowhere
 
 
 class _Writer(FileSystemWriter):
@@ -279,7 +314,9 @@ class _Writer(FileSystemWriter):
         self.files = self.fs = _Files()
 
     def write_data(self, plan: Any, planner: Any) -> Any:
+        self.files.several_threads = True
         written = super().write_data(plan, planner)
+        self.files.several_threads = False
         if self.files.errors:
             raise self.files.errors[0]
         missing = len(plan.items) - len(written.value())
@@ -290,6 +327,15 @@ class _Writer(FileSystemWriter):
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -3,10 +3,10 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lfm.config import Config
+from lfm.config import Config, CountOrZero
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -17,10 +17,10 @@ class ScheduleConfig(Config):
     kind: Literal["cosine", "linear", "wsd", "constant", "one_cycle"] = "cosine"
     """After the warm-up: cosine decay; linear decay; stable then linear decay (warm-up, stable, decay); constant.
     one_cycle: cosine up from 1/25 of the peak, cosine down to min_lr_ratio (Smith & Topin 2018, arXiv 1708.07120)."""
-    warmup_steps: NonNegativeInt = 2000
+    warmup_steps: CountOrZero = 2000
     warmup_fraction: Fraction | None = None
     """Share of all steps, at least one step, in place of warmup_steps."""
-    hold_steps: NonNegativeInt = 0
+    hold_steps: CountOrZero = 0
     """cosine and linear: steps at the peak between warm-up and decay."""
     hold_fraction: Fraction | None = None
     """Share of all steps, in place of hold_steps."""

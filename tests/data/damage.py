@@ -59,11 +59,11 @@ def forbid(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """A file, or a folder and all that is in it."""
-    if path.is_dir():
+    """Whatever lies there, a folder with all that is in it too."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

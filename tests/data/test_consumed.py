@@ -1,3 +1,4 @@
+import resource
 from itertools import pairwise
 
 import pytest
@@ -58,17 +59,35 @@ def test_a_record_goes_on_from_the_step_of_the_checkpoint(tmp_path):
     whole.mkdir(), parts.mkdir()
     chain = write(whole, range(9))
     write(parts, [0, 1, 2, 3, 99, 98])
-    with open(parts / CONSUMED_NAME, "a") as file:
+    with open(parts / CONSUMED_NAME, "a", encoding="utf-8") as file:
         file.write("7 00")  # cut short by a crash
     kept = read_record(parts)[3]
     assert write(parts, range(4, 9), start=4, chain=kept.chain) == chain
     assert (parts / CONSUMED_NAME).read_bytes() == (whole / CONSUMED_NAME).read_bytes()
 
 
-def test_a_record_that_did_not_lead_to_the_checkpoint_is_dropped(tmp_path):
+def test_a_record_that_did_not_lead_to_the_checkpoint_is_kept_under_another_name(tmp_path, capsys):
     write(tmp_path, range(4))
     write(tmp_path, [7, 8], start=4, chain="f" * 32)
     assert [entry.step for entry in read_record(tmp_path)] == [5, 6]
+    assert "consumed.txt.abandoned-1" in capsys.readouterr().err
+    assert len((tmp_path / "consumed.txt.abandoned-1").read_text().splitlines()) == 4
+
+
+def test_steps_that_a_full_disk_kept_out_are_written_when_there_is_room(tmp_path, capsys):
+    record, chain = ConsumedRecord(tmp_path, resumed_step=0, chain=START), START
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(1, 7):
+        if step == 3:  # room for half a line
+            resource.setrlimit(resource.RLIMIT_FSIZE, (130, limits[1]))
+        if step == 5:
+            record.sync()
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        chain = chained(chain, step, step)
+        record.add(Consumed(step, step, chain))
+    assert [entry.step for entry in read_record(tmp_path)] == list(range(1, 7))
+    said = capsys.readouterr().err
+    assert said.count("cannot be written") == 1 and said.count("is written again, and lacks nothing") == 1
 
 
 def test_a_record_that_cannot_be_written_is_given_up_with_one_message(tmp_path, capsys):

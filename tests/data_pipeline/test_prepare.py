@@ -162,7 +162,7 @@ def test_run_killed_twice_leaves_no_data_set_and_the_third_equals_an_uninterrupt
 def test_two_runs_on_one_output_at_once_are_an_error(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     source = write_texts(tmp_path / "text", texts(60))
-    with open(tmp_path / ".data.lock", "w") as lock:
+    with open(tmp_path / ".data.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is preparing"):
             prepare(config(source, tmp_path / "data"))

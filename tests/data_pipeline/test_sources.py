@@ -105,7 +105,7 @@ def test_a_hugging_face_data_set_that_cannot_be_read_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("separator", [None, "\n<|endoftext|>\n"])
 def test_standard_input_gives_documents(separator, monkeypatch):
     content = LINES if separator is None else separator.join(TEXTS).encode()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
     assert read({"kind": "stdin", "separator": separator}) == TEXTS
 
 

@@ -187,7 +187,9 @@ def losses_of(text: str) -> list[float]:
 
 def environment_key() -> str:
     """What the bits of a CPU run depend on besides this code: kernels chosen by the processor's flags, and versions."""
-    flags = set(next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "").split())
+    flags = set(
+        next((line for line in open("/proc/cpuinfo", encoding="utf-8") if line.startswith("flags")), "").split()
+    )
     wide = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return "_".join([capability, *wide, "torch" + torch.__version__.partition("+")[0]])

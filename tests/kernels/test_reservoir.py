@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -397,6 +398,16 @@ def test_reservoirs_have_the_connectivity_and_radius_asked_for(num_units, connec
     expected = max(connectivity, 1 / num_units)
     assert fan_in.double().mean().item() / num_units == pytest.approx(expected, rel=0.05)
     assert torch.linalg.eigvals(weight).abs().max().item() == pytest.approx(0.99, abs=1e-3)
+
+
+def test_equal_draws_of_a_reservoir_fall_in_the_order_of_their_columns():
+    generator = torch.Generator().manual_seed(4)
+    draws = torch.rand(512, 512, generator=torch.Generator().manual_seed(4))
+    assert (draws.sort(1).values.diff() == 0).any()
+    order = np.argsort(draws.numpy(), axis=1, kind="stable")
+    fan_in = np.diff(np.round(np.arange(513) * 0.3 * 512))
+    connections = make_reservoir(512, 0.3, 0.9, generator) != 0
+    assert (connections.numpy() == (order < fan_in[:, None])).all()
 
 
 def test_reservoirs_follow_their_generator():

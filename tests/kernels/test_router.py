@@ -3,6 +3,7 @@ import torch
 
 from lfm.kernels.router import Choice, choose_experts, router_logits
 from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
+from lfm.layers.moe import route
 from tests.comparison import assert_close
 
 # The CPU interprets the kernels.  Its interpreter cuts fp32 off to bf16 where a GPU rounds, hence fp16 there.
@@ -80,9 +81,25 @@ def test_all_tokens_on_one_expert(only):
     assert torch.allclose(got.z, torch.tensor(8100.0, device=DEVICE)) and got.probability[0, only] == 1
 
 
-def test_of_equal_logits_the_first_experts_win():
-    got = choose_experts(torch.zeros(1, 5, 6, device=DEVICE), 2, backend="triton")
-    assert got.experts.tolist() == [[[0, 1]] * 5]
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_of_equal_logits_the_first_experts_win(backend):
+    inf, nan = float("inf"), float("nan")
+    rows = [[0.0] * 6, [1, 2, 0, 2, 1, 2], [-inf, -inf, 3, -inf, -inf, -inf], [0, 5, nan, 5, nan, 5]]
+    logits = torch.tensor([rows], device=DEVICE)
+    chosen = choose_experts(logits, 4, backend=backend).experts
+    assert chosen.tolist() == [[[0, 1, 2, 3], [1, 3, 5, 0], [2, 0, 1, 3], [2, 4, 1, 3]]]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_logits_whose_probabilities_round_to_one_number_are_told_apart(backend):
+    logits = torch.tensor([[[0.0, -200.0, -150.0, -300.0], [1.0, 1.0 + 2**-23, 1.0, 1.0 + 2**-23]]], device=DEVICE)
+    assert choose_experts(logits, 3, backend=backend).experts.tolist() == [[[0, 2, 1], [1, 3, 0]]]
+
+
+def test_padding_and_zero_rows_are_routed_to_the_first_experts():
+    x, weight = torch.zeros(1, 3, 16, device=DEVICE), torch.randn(8, 16, device=DEVICE)
+    routing = route(router_logits(x, weight, backend="reference")[0], top_k=2, capacity_factor=None)
+    assert routing.experts.tolist() == [[0, 1]] * 3
 
 
 def test_a_nan_is_sent_to_an_expert_that_exists():

@@ -68,7 +68,7 @@ class Job:
         inherited = {name: v for name, v in os.environ.items() if not _LAUNCHER_VARIABLES.fullmatch(name)}
         inherited |= {"PYTHONPATH": str(ROOT), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "LFM_TEST_JOB": job}
         self.processes = []
-        with open(output, "w") as file:
+        with open(output, "w", encoding="utf-8") as file:
             for command, variables in commands:
                 self.processes.append(
                     subprocess.Popen(

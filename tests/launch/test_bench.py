@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.ops.case import COPY_BYTES_PER_SECOND, MATMUL_FLOPS_PER_SECOND, floor, rate
+from benchmarks.table import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,6 +21,19 @@ def test_an_unknown_op_is_named_with_those_there_are():
     assert done.returncode == 2
     assert done.stderr.startswith("error: --op nothing is not one of ") and "reservoir" in done.stderr
     assert "case" not in done.stderr
+
+
+def test_make_bench_writes_what_the_tables_read():
+    plan = subprocess.run(["make", "-n", "bench"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    ops = re.search(r"for op in ([^;]*);.* --op \$op --out benchmarks/results/op_\$op[.]json", plan)
+    assert ops is not None and set(ops[1].split()) == set(OPS)
+    assert all((ROOT / f"benchmarks/results/op_{op}.json").exists() for op in OPS)
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = bench("--op", "reservoir", "--out", tmp_path / "file/result.json")
+    assert done.returncode == 2 and done.stderr.startswith("error: folder ") and "cannot be written" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,10 +1,14 @@
 """chat.py and plasticity.py as a user starts them, on runs of one step."""
 
+import contextlib
 import json
 import re
+import signal
 import subprocess
+import time
 
 import pytest
+import torch
 
 from lfm.training.loop import train
 from tests.launch.test_launch import assert_refused, main, run  # noqa: F401  (main is a fixture)
@@ -49,6 +53,54 @@ def test_a_chat_keeps_its_state_across_turns_and_sessions(folder, tmp_path):
     assert again == [read[4], 0]
 
 
+WAYS_OUT = {
+    "Ctrl-C at the prompt": signal.SIGINT,
+    "TERM at the prompt": signal.SIGTERM,
+    "HUP at the prompt": signal.SIGHUP,
+    "Ctrl-C in a reply": signal.SIGINT,
+    "nobody reads the reply": None,
+    "an ignored HUP, then the end of the input": signal.SIGHUP,
+}
+
+
+def test_a_conversation_is_kept_on_every_way_out(folder, tmp_path):
+    talks = {}
+    for i, way in enumerate(WAYS_OUT):
+        endless = way in ("Ctrl-C in a reply", "nobody reads the reply")
+        command = [PYTHON, "launch/chat.py", "--checkpoint", folder("lstm"), "--state", tmp_path / f"state{i}"]
+        command += ["--max-new-tokens", 10**9 if endless else 3]
+        talks[way] = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+            preexec_fn=lambda way=way: signal.signal(signal.SIGHUP, signal.SIG_IGN) if "ignored" in way else None,
+        )
+        talks[way].stdin.write(b"import os\n")
+        talks[way].stdin.flush()
+    for i, (way, talk) in enumerate(talks.items()):
+        assert b"tokens read" in talk.stdout.readline(), talk.stderr.read()
+        if "reply" in way:
+            assert talk.stdout.read(20)
+        else:
+            assert any(line.startswith(b"[state") for line in talk.stdout), talk.stderr.read()
+        if WAYS_OUT[way] is None:
+            talk.stdout.close()
+        else:
+            talk.send_signal(WAYS_OUT[way])
+        if "ignored" in way:
+            time.sleep(0.5)
+            assert talk.poll() is None
+            talk.stdin.close()
+        assert talk.wait(60) == 0 or WAYS_OUT[way] is None, talk.stderr.read()
+        kept = torch.load(tmp_path / f"state{i}", weights_only=True)
+        assert kept["num_tokens"] > 0, way
+        for pipe in (talk.stdin, talk.stdout, talk.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
 def test_a_chat_of_plastic_cells_shows_their_traces(folder):
     talks = {
         flags: chat(folder("liquidnn"), b"import os\n/hebb\n", *flags).stdout.decode()
@@ -87,26 +139,45 @@ def test_the_state_of_another_run_is_refused(folder, tmp_path, text_data, main):
 
 
 def test_the_plasticity_probe_writes_its_words_intervals_and_plot(folder, tmp_path):
-    command = ["launch/plasticity.py", "--checkpoint", folder("liquidnn"), "--words", 6, "--out", tmp_path]
+    command = [
+        "launch/plasticity.py",
+        "--checkpoint",
+        folder("liquidnn"),
+        "--words",
+        8,
+        "--out",
+        tmp_path / "new/folder",
+    ]
     found = run(PYTHON, *command)
     assert found.returncode == 0, found.stderr
-    assert "text, plasticity on against text, plasticity off" in found.stdout and "95%" in found.stdout
-    content = json.loads((tmp_path / "plasticity.json").read_text())
+    assert "text, plasticity on against text, plasticity off" in found.stdout and "99%" in found.stdout
+    content = json.loads((tmp_path / "new/folder/plasticity.json").read_text())
     words = [word["word"] for word in content["words"]]
-    assert len(set(words)) == 6 and (tmp_path / "plasticity.png").stat().st_size > 10_000
+    assert len(set(words)) == 8 and (tmp_path / "new/folder/plasticity.png").stat().st_size > 10_000
     for word in content["words"]:
-        nothing, off, on, traces = word["probability"]
-        assert len({nothing, off, on, traces}) == 4 and all(0 < p < 1 for p in word["probability"])
+        assert len({tuple(row) for row in word["probability"]}) == 4
+        assert all(len(row) == 8 and all(0 < p < 1 for p in row) for row in word["probability"])
     for comparison in content["comparisons"]:
         low, high = comparison["interval"]
-        assert low <= comparison["difference"] <= high
+        assert low <= comparison["change"] <= high
     again = run(PYTHON, *command)
     assert again.stdout == found.stdout
 
 
 def test_a_probe_of_a_family_without_plasticity_is_refused(folder, main):  # noqa: F811
     assert_refused(main("plasticity", "--checkpoint", folder("laerc")), "model.kind=laerc has no plasticity")
-    assert_refused(main("plasticity", "--checkpoint", folder("liquidnn"), "--words", 1), "--words 1 gives no interval")
+    probe = ("plasticity", "--checkpoint", folder("liquidnn"))
+    for words in (7, "1_000", 10**9, "yes"):
+        assert_refused(main(*probe, "--words", words), r"words = \S+ in the command line is not legal")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(folder, tmp_path, main):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file/below", "/proc/none"):
+        refused = main("plasticity", "--checkpoint", folder("liquidnn"), "--words", 100_000, "--out", out)
+        assert_refused(refused, "folder .* cannot be written")
+    refused = main("chat", "--checkpoint", folder("laerc"), "--state", tmp_path / "file/state")
+    assert_refused(refused, "folder .* cannot be written")
 
 
 COUNTS = {

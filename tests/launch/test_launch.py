@@ -9,8 +9,13 @@ import sys
 
 import pytest
 
+from data_pipeline.prepare import prepare
+from lfm.models.generation import SamplingConfig, generate
+from lfm.training.checkpoint import find, open_model
 from lfm.training.loop import train
 from tests import shared_memory
+from tests.data.corpus import config, write_texts
+from tests.data.tokenizer_kinds import KINDS, TEXTS
 from tests.training.tiny_run import PYTHON, ROOT, pretrain_command, tiny_run
 
 
@@ -102,6 +107,13 @@ BAD_RUNS = {
     "empty_sample": (['samples.prompts=[""]'], "a prompt is empty"),
     "long_sample": ([f"samples.prompts=['{'x ' * 200}']"], "the context is 64"),
     "init_from": (["checkpoint.init_from=/no/run"], "neither a checkpoint nor a run folder"),
+    "heartbeat": (
+        ["parallel.heartbeat_timeout_seconds=0.5"],
+        r"heartbeat_timeout_seconds=0\.5 is below 5: a healthy rank gives a sign of life once a second",
+    ),
+    "hang": (["parallel.hang_timeout_seconds=0.1"], r"hang_timeout_seconds=0\.1 is below 10: .* phases take seconds"),
+    "rendezvous": (["parallel.rendezvous_timeout_seconds=1"], r"rendezvous_timeout_seconds=1 is below 10: the ranks"),
+    "endless": (["parallel.hang_timeout_seconds=1e30"], r"hang_timeout_seconds = '?1e\+?30'? .* less than or equal to"),
     "post_scaling": (
         ["model.liquid.norm=post", "model.liquid.input_scaling=2"],
         "input_scaling=2.0 needs liquid.norm=pre",
@@ -116,6 +128,12 @@ def test_a_bad_run_is_refused_in_one_sentence(case, tmp_path, text_data, main):
         pytest.skip("needs a machine without a GPU")
     assert_refused(main("pretrain", *pretrain_command(tmp_path, text_data, *overrides)[2:]), words)
     assert not list(tmp_path.rglob("step_*"))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 10**9])
+def test_a_certificate_without_a_step_is_refused(steps, main):
+    command = ["certify", "--config", ROOT / "configs/lfm_debug.yaml", "--layouts", "tp2", "--steps", steps]
+    assert_refused(main(*command), rf"--steps {steps} is not from 1 to 1000")
 
 
 def test_a_run_says_where_its_folder_is_after_a_check_of_its_layout(main):
@@ -147,17 +165,6 @@ def test_a_corrupt_checkpoint_is_refused_in_one_sentence(tmp_path, text_data, tr
 def test_a_checkpoint_of_another_architecture_is_refused_in_one_sentence(text_data, trained, main):
     command = pretrain_command(trained.parent, text_data, "model.num_layers=3")[2:]
     assert_refused(main("pretrain", *command), r"another architecture: model\.num_layers is 2 there and 3")
-
-
-def test_of_several_processes_with_the_same_mistake_the_first_says_so(tmp_path, text_data, main, monkeypatch):
-    place = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
-    command = pretrain_command(tmp_path, text_data)[2:]
-    assert_refused(main("pretrain", *command), r"zero_stage=0 does not go with world size 2: .*zero_stage=1")
-    monkeypatch.setenv("RANK", "1")
-    silent = main("pretrain", *command)
-    assert silent.returncode == 2 and silent.stderr == ""
 
 
 @pytest.mark.alone
@@ -205,3 +212,42 @@ BAD_PROMPTS = {
 def test_a_bad_generation_is_refused_in_one_sentence(case, trained, main):
     arguments, words = BAD_PROMPTS[case]
     assert_refused(main("generate", "--checkpoint", trained, *arguments), words)
+
+
+def test_streamed_text_keeps_the_space_behind_the_prompt(main, capsys, tmp_path):
+    # Metaspace: the space belongs to the word behind it, and the first of a text has none.
+    (tmp_path / "tokenizer.json").write_bytes(KINDS["metaspace"]().to_str().encode())
+    source = write_texts(tmp_path / "text", TEXTS[:60])
+    prepare(config(source, tmp_path / "data", seq_length=64, tokenizer={"file": str(tmp_path / "tokenizer.json")}))
+    small = ("data.allow_smaller_tokenizer=true", "samples.prompts=[in]")
+    tiny = tiny_run(tmp_path, tmp_path / "data", "training.steps=1", *small)
+    train(tiny)
+    model, tokenizer, _ = open_model(tiny.folder, device="cpu")
+    prompt = tokenizer.encode_prompt("rain in")
+
+    def whole_text(seed):
+        sampling = SamplingConfig(max_new_tokens=5, seed=seed)
+        made = [token for (token,) in generate(model, [prompt], sampling, end_of_document=tokenizer.eod_id)]
+        return tokenizer.decode([*prompt, *(token for token in made if token not in (None, tokenizer.eod_id))])
+
+    seed = next(seed for seed in range(100) if whole_text(seed).startswith("rain in "))
+    capsys.readouterr()
+    flags = ("--prompt", "rain in", "--max-new-tokens", 5, "--seed", seed)
+    found = main("generate", "--checkpoint", tiny.folder, *flags)
+    assert (found.returncode, found.stdout) == (0, whole_text(seed) + "\n")
+
+
+def test_help_of_the_demo_lists_the_keys(main):
+    found = main("demo", "--help")
+    assert found.returncode == 0 and "model.liquid.leak_rate" in found.stdout
+    assert_refused(main("demo", "optimizer.lr=on"), "optimizer.lr = 'on' in .* is not legal")
+
+
+def test_a_model_is_opened_by_the_text_of_its_path(trained):
+    model, _, checkpoint = open_model(str(trained), device="cpu")
+    assert not model.training and checkpoint == find(trained)
+
+
+def test_greedy_generation_asks_for_no_temperature(trained, main):
+    found = main("generate", "--checkpoint", trained, "--prompt", "x", "--greedy", "--temperature", 0)
+    assert found.returncode == 0 and found.stdout.startswith("x"), found.stderr

@@ -4,10 +4,10 @@ Every command pays the imports of all its processes, so that a test proves what 
 that: a rank is taken for dead after 15 s without a sign of life.
 """
 
-import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -92,6 +92,11 @@ def assert_losses_of(folder: Path, reference: Path, last_step: int = STEPS) -> N
 
 def errors_in(job: Job) -> list[str]:
     return re.findall(r"^error: .*", job.output, re.MULTILINE)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -255,20 +260,21 @@ def _token_that_the_second_rank_meets_first(data: Path, start: int) -> tuple[int
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path, text_data):
-    """Rank 0 prints into a pipe that nobody reads, as of a terminal that was stopped."""
-    hang_timeout = 10
-    reader, writer = os.pipe()
-    room_for_some_steps = 1500
-    os.write(writer, b" " * (fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096) - room_for_some_steps))
-    limit = f"parallel.hang_timeout_seconds={hang_timeout}"
-    words = command(tmp_path, text_data, *DATA_2, "training.steps=1000", limit)
-    with Job(tmp_path / "output", *started_by(bare, 2, words), first_stdout=writer) as job:
+    """Rank 0 writes its plot, at a validation, to a file that does not answer, as on a file system that is gone."""
+    hang_timeout, validation = 10, 300
+    often = [f"training.steps={2 * validation}", f"validation.every_steps={validation}", "checkpoint.every_steps=0"]
+    words = command(tmp_path, text_data, *DATA_2, *often, f"parallel.hang_timeout_seconds={hang_timeout}")
+    with Job(tmp_path / "output", *started_by(bare, 2, words)) as job:
+        until(lambda: job.step() >= 1, 400, job)
+        (run_folder(tmp_path) / "plots").mkdir()
+        os.mkfifo(run_folder(tmp_path) / f"plots/.loss.png.{job.ranks()[0]}.tmp")
+        assert job.step() < validation
+        until(lambda: job.step() == validation, 400, job)
+        hung = time.monotonic()
         assert job.wait() == [1, 1], job.output
-        hung = (run_folder(tmp_path) / "metrics.jsonl").stat().st_mtime
-        assert time.time() - hung < hang_timeout + 30
-    os.close(reader), os.close(writer)
+        assert time.monotonic() - hung < hang_timeout + 30
     assert re.match(r"error: rank 0 \(pid \d+, host .*\) hangs: \d+ s in phase", errors_in(job)[0])
-    assert "lfm/training/metrics.py" in job.output  # where it prints
+    assert "lfm/training/plots.py" in job.output  # where it writes
 
 
 @pytest.mark.slow
@@ -323,6 +329,35 @@ def test_a_layout_that_is_not_legal_is_refused_once_before_the_ranks_meet(tmp_pa
     assert not run_folder(tmp_path).exists()
 
 
+def test_before_the_ranks_meet_the_one_that_fails_speaks_and_a_signal_ends_the_one_that_waits(tmp_path, text_data):
+    """Four jobs at once: rank 1 has no configuration, bare, under torchrun, and alone under Slurm; rank 0 is alone."""
+    words, without = command(tmp_path, text_data, *DATA_2), [PYTHON, "launch/pretrain.py", "--config", "/none.yaml"]
+    choose = f"if [ $RANK = 1 ]; then exec {shlex.join(without)}; else exec {shlex.join(words)}; fi"
+    launched = torchrun(2, ["", "--no-python", "bash", "-c", choose])
+    port, lonely = free_port(), free_port()
+    with (
+        Job(tmp_path / "bare", (words, bare(0, 2, port)), (without, bare(1, 2, port))) as bare_ranks,
+        Job(tmp_path / "torchrun", (launched, {})) as torchrun_ranks,
+        Job(tmp_path / "alone", (words, bare(0, 2, lonely))) as alone,
+        Job(tmp_path / "slurm", (without, slurm(1, 2, free_port()))) as slurm_rank,
+    ):
+        assert bare_ranks.wait(120) == [2, 2], bare_ranks.output
+        assert torchrun_ranks.wait(120) == [1], torchrun_ranks.output  # its own, for every failure
+        assert slurm_rank.wait(120) == [2], slurm_rank.output
+        until(lambda: answers(lonely), 120, alone)
+        os.kill(alone.processes[0].pid, signal.SIGTERM)
+        signalled = time.monotonic()
+        assert alone.wait(60) == [0], alone.output
+        assert time.monotonic() - signalled < 20
+    for job in (bare_ranks, torchrun_ranks, slurm_rank):
+        assert errors_in(job) == [
+            "error: rank 1: config file /none.yaml does not exist; configs/ holds the shipped ones"
+        ]
+        assert "lfm/" not in job.output and "Error" not in job.output.replace("ChildFailedError", "")
+    assert "stopped by SIGTERM while the ranks met; the run stands at step 0" in alone.output
+    assert (run_folder(tmp_path) / "stopped").read_text() == "0 SIGTERM\n"
+
+
 @pytest.mark.slow
 def test_a_run_folder_in_use_is_refused_once_by_all_ranks(tmp_path, text_data):
     with owning_folder(run_of(tmp_path, text_data)):
@@ -341,5 +376,5 @@ def test_a_rendezvous_that_another_program_holds_is_refused_in_one_sentence(tmp_
         with Job(tmp_path / "output", (command(tmp_path, text_data, *DATA_2), address)) as job:
             assert job.wait() == [2], job.output
     (error,) = errors_in(job)
-    assert re.search(r"rank 0 of 2 did not meet the others at 127\.0\.0\.1:\d+ .*address already in use", error)
+    assert re.search(r"rank 0 of 2 cannot meet the others at 127\.0\.0\.1:\d+ .*address already in use", error)
     assert "Traceback" not in job.output

@@ -23,6 +23,7 @@ from lfm.models import registry
 from lfm.models.generation import SamplingConfig, generate
 from lfm.models.global_names import global_index, global_views
 from lfm.models.language_model import LanguageModel, initialize
+from lfm.models.registry import FAMILIES as FAMILY_CLASSES
 from lfm.objectives.next_token import NEXT_TOKEN
 from tests.comparison import assert_close, relative_error
 from tests.losses import cross_entropy
@@ -462,6 +463,18 @@ def test_initial_values_depend_on_seed_and_global_name_alone(family):
     assert torch.equal(drawn, shallower.initial_tensor(name, shape, seed=1))
     assert not torch.equal(drawn, model.initial_tensor(other, shape, seed=1))
     assert not torch.equal(drawn, model.initial_tensor(name, shape, seed=2))
+
+
+@every_family
+def test_a_model_built_from_its_configuration_alone_is_initialised(family):
+    config = family.model().config
+    model = FAMILY_CLASSES[type(config)](config)
+    views = global_views(model, lambda _, tensor: tensor)
+    assert views
+    for name, tensor in views.items():
+        assert torch.equal(tensor, model.initial_tensor(name, tensor.shape, 0).to(tensor)), name
+    with torch.device("meta"):
+        assert all(tensor.is_meta for tensor in FAMILY_CLASSES[type(config)](config).state_dict().values())
 
 
 @every_family

@@ -84,6 +84,20 @@ def test_logits_loss_and_every_gradient_equal_the_equations(variant):
     assert trained.keys() - grads.keys() == unused
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+@torch.no_grad()
+def test_long_rows_are_read_exactly_whatever_training_cuts(backend):
+    cut = {"backend": backend, "chunk_length": 8, "warmup": 32, "tolerance": 0.5, "spectral_norm": 1.4}
+    model, exact = small_model(**cut), small_model(spectral_norm=1.4)
+    ids, lengths = torch.randint(0, VOCAB, (2, 96)), [[40, 56], [96]]
+    want = exact(ids, doc_lengths=lengths)[0]
+    assert torch.equal(model(ids, doc_lengths=lengths)[0], want)
+    documents = Documents.from_lengths(lengths, "cpu")
+    trained = cross_entropy(model, ids, documents)
+    assert torch.equal(cross_entropy(model.eval(), ids, documents), cross_entropy(exact, ids, documents))
+    assert not torch.equal(trained, cross_entropy(exact, ids, documents))
+
+
 def test_the_gate_sees_the_raw_input_and_then_the_readout():
     model, seen = small_model(), {}
     block = model.layers[0]

@@ -5,12 +5,15 @@ import pytest
 import torch
 
 from lfm.layers.documents import Documents, Rows
+from lfm.models.generation import prefill
 from lfm.models.global_names import global_index, global_views
 from lfm.models.language_model import initialize
 from lfm.models.lfm import LFM, LFMConfig, initial_tensor
 from lfm.models.losses import weighted
 from lfm.objectives.next_token import NEXT_TOKEN
+from lfm.training.evaluate import score
 from tests.comparison import assert_close
+from tests.losses import cross_entropy
 from tests.models.reference_lfm import document_forward, step_loss
 
 
@@ -82,6 +85,50 @@ def test_logits_loss_and_every_gradient_equal_the_equations(variant):
     if variant == "trained_reservoir":  # only the connections that exist are trained
         want = {n: g * (weights[n] != 0) if ".reservoirs." in n else g for n, g in want.items()}
     assert_close(got, want, 1e-9)
+
+
+LONG = {"seq_length": 256, "liquid": {"backend": "auto", "reservoir_size": 64, "chunk_length": 32, "warmup": 32}}
+"""Rows of 160 tokens are longer than a chunk and its warm-up, and training cuts them."""
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@torch.no_grad()
+def test_read_out_of_training_long_rows_are_isolated_causal_and_alike_in_any_split(mode):
+    model = small_model(**LONG).train(mode == "train")
+    ids, lengths = torch.randint(0, 40, (2, 160)), [[70, 90], [160]]
+    logits, _ = model(ids, doc_lengths=lengths)
+    other = ids.clone()
+    other[0, 70:], other[1, 100:] = torch.randint(0, 40, (90,)), torch.randint(0, 40, (60,))
+    moved, _ = model(other, doc_lengths=lengths)
+    assert torch.equal(moved[0, :70], logits[0, :70]), "a document of its neighbour in the row"
+    assert torch.equal(moved[1, :100], logits[1, :100]), "a token of those after it"
+    apart = [model(part)[0][0] for part in (ids[:1, :70], ids[:1, 70:], ids[1:])]
+    assert torch.allclose(torch.cat(apart), logits.flatten(0, 1), rtol=0, atol=1e-12)
+    first, state = model(ids[1:, :101])
+    rest, _ = model(ids[1:, 101:], state)
+    assert torch.allclose(torch.cat((first, rest), 1)[0], logits[1], rtol=0, atol=1e-12)
+
+
+def test_scores_of_long_rows_are_the_sums_of_their_documents_alone():
+    model = small_model(**LONG)
+    ids = torch.randint(0, 40, (1, 160))
+    together, labels = score(model, ids, [[70, 90]])
+    parts = [score(model, part, [[part.shape[1]]]) for part in ids.split([70, 90], 1)]
+    assert labels == 158 == sum(part[1] for part in parts)
+    assert together == pytest.approx(sum(part[0] for part in parts), rel=1e-13)
+    model.train()  # where chunks are used, and off by no more than the guard allows
+    trained = float(cross_entropy(model, ids, Documents.from_lengths([[70, 90]], "cpu")))
+    assert trained != together and trained == pytest.approx(together, rel=1e-3)
+
+
+@torch.no_grad()
+def test_generation_does_not_depend_on_how_a_long_prompt_is_read(monkeypatch):
+    model = small_model(**LONG)
+    prompt = torch.randint(0, 40, (160,)).tolist()
+    whole, _ = prefill(model, prompt)
+    monkeypatch.setattr("lfm.models.generation.PREFILL_TOKENS", 41)
+    pieces, _ = prefill(model, prompt)
+    assert torch.allclose(pieces, whole, rtol=0, atol=1e-12)
 
 
 def test_exact_counts_of_the_flagship():

@@ -16,6 +16,7 @@ from lfm.training.engine import Engine, LocalEngine
 from lfm.training.evaluate import score
 from lfm.training.optimizer import OptimizerConfig
 from lfm.training.saver import Saver
+from tests.training.tiny_run import manifest_fields
 
 SMALL = LFMConfig(
     hidden_size=32,
@@ -52,7 +53,7 @@ def one_step(engine: Engine, folder, step: int, ranks: tuple[int, int], group=No
     result = engine.forward_backward(ids[own], lengths[own])
     norm = engine.step(PROBLEM.optimizer.lr)
     with Saver(folder / "checkpoints", keep=100, asynchronous=True, group=group) as saver:
-        manifest = {"config": {"model": SMALL.model_dump(mode="json")}, "counters": engine.counters()}
+        manifest = manifest_fields(step + 1, counters=engine.counters(), model=SMALL.model_dump(mode="json"))
         saver.save(step + 1, engine.share(), manifest, b"{}", owned=engine.share_is_fresh)
     return result.loss, norm
 

@@ -1,10 +1,6 @@
-import socket
-
 import pytest
-import torch
 
-from lfm.errors import ProcessError, UserError
-from lfm.parallel import groups
+from lfm.errors import UserError
 from lfm.parallel.process import Process
 
 TORCHRUN = {
@@ -75,17 +71,3 @@ def test_incomplete_or_malformed_variables_are_refused(case):
     environment, words = REFUSED[case]
     with pytest.raises(UserError, match=words):
         Process.from_environment(environment)
-
-
-@pytest.mark.parametrize("rank, why", [(0, r"1/2 clients joined"), (1, r"timed out")])
-def test_processes_that_do_not_come_are_told_of_by_those_that_wait(rank, why, monkeypatch):
-    """Whichever rank it is: the error is one that every process prints."""
-    monkeypatch.setattr(groups, "JOIN_SECONDS", 1.0)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = Process(rank, 2, local_rank=rank, local_world_size=2, address="127.0.0.1", port=port)
-    with pytest.raises(
-        ProcessError, match=rf"rank {rank} of 2 did not meet the others at 127.* \(.*{why}.*MASTER_PORT"
-    ):
-        groups.join(process, torch.device("cpu"), timeout_seconds=1)

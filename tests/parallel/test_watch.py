@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import functools
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ def torchruns(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
         command += [str(Path(__file__).with_name("watched_job.py")), str(folder), name]
-        with open(folder / "output", "w") as output:
+        with open(folder / "output", "w", encoding="utf-8") as output:
             process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=output)
         started[name] = process, folder
     yield started
@@ -140,8 +141,12 @@ def test_the_first_cause_ends_all_ranks_with_one_summary(tmp_path):
 
 @pytest.mark.parametrize(
     "rank, error, code",
-    [(2, UserError("data.path=/nowhere is not there"), 2), (0, NonFiniteError("the loss is nan"), 3)],
-    ids=["a user's mistake on rank 2", "a non-finite loss on rank 0, which hosts the store"],
+    [
+        (2, UserError("data.path=/nowhere is not there"), 2),
+        (0, NonFiniteError("the loss is nan"), 3),
+        (1, FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere"), 2),
+    ],
+    ids=["a user's mistake on rank 2", "a non-finite loss on rank 0, which hosts the store", "a refusal on rank 1"],
 )
 def test_an_expected_end_is_one_sentence_and_its_code(tmp_path, rank, error, code):
     def body(own_rank, watch):
@@ -151,7 +156,8 @@ def test_an_expected_end_is_one_sentence_and_its_code(tmp_path, rank, error, cod
 
     with Job(tmp_path, 3, body) as job:
         assert job.codes(within=20) == [code] * 3
-    assert job.output() == f"error: rank {rank}: {error}\n"
+    sentence = error if code == 3 or rank == 2 else "/nowhere: No such file or directory"
+    assert job.output() == f"error: rank {rank}: {sentence}\n"
     assert not (tmp_path / "failure.txt").exists()
 
 
@@ -230,12 +236,30 @@ def ends_at_different_times(rank: int, watch, folder: Path) -> None:
     time.sleep([0, HEARTBEAT + 2, 1][rank])
 
 
+def leaves_early(rank: int, watch, folder: Path) -> None:
+    """Rank 1 leaves; rank 0, which it leaves alone, fails in a collective."""
+    train(rank, watch, folder, at_step_3=lambda rank: sys.exit(0) if rank == 1 else None)
+
+
+def dies_soon_after_a_new_phase(rank: int, watch, folder: Path) -> None:
+    watch.phase("starting")
+    time.sleep(2.5)
+    watch.phase("going on")
+    if rank == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
     """The jobs that mostly wait, at the same time."""
     with contextlib.ExitStack() as stack:
         started = {}
-        for body in (hangs, saves_long, hangs_before_a_save, loses_a_connection, ends_at_different_times):
+        for body in (
+            *(hangs, saves_long, hangs_before_a_save, loses_a_connection, ends_at_different_times),
+            *(leaves_early, dies_soon_after_a_new_phase),
+        ):
             folder = tmp_path_factory.mktemp(body.__name__)
             run = functools.partial(body, folder=folder)
             started[body] = stack.enter_context(Job(folder, 3 if body in (hangs, ends_at_different_times) else 2, run))
@@ -271,6 +295,20 @@ def test_an_error_of_a_collective_that_nothing_explains_is_told(jobs):
     assert "rank 1: in phase 'working alone'" in output
 
 
+def test_a_rank_that_leaves_by_sys_exit_is_the_first_cause(jobs):
+    assert jobs[leaves_early].codes() == [1, 0]
+    first, *rest = jobs[leaves_early].output().splitlines()
+    assert first.startswith("error: rank 1 (pid ")
+    assert first.endswith("ended by sys.exit(0) in phase 'step 3: data', and the others went on")
+    assert any("sys.exit(0) if rank == 1" in line for line in rest)
+    assert "rank 1: ended without error" in rest
+
+
+def test_the_last_phase_of_a_killed_rank_is_the_one_it_died_in(jobs):
+    assert jobs[dies_soon_after_a_new_phase].codes(0) == [1]
+    assert "its last phase: going on" in jobs[dies_soon_after_a_new_phase].output().splitlines()[0]
+
+
 def test_ranks_may_end_at_different_times(jobs):
     assert jobs[ends_at_different_times].codes() == [0, 0, 0]
     assert jobs[ends_at_different_times].output() == "left\n" * 3
@@ -285,13 +323,13 @@ def test_an_error_of_a_collective_is_not_the_first_cause(tmp_path):
         if rank == 1:
             dist.destroy_process_group()
             time.sleep(2)
-            raise OSError("disk full")
+            raise ZeroDivisionError("no rows")
         train(rank, watch, tmp_path)
 
     with Job(tmp_path, 2, body) as job:
         assert job.codes() == [1, 1]
     output = job.output()
-    assert output.startswith("error: rank 1 ") and output.splitlines()[0].endswith("OSError: disk full")
+    assert output.startswith("error: rank 1 ") and output.splitlines()[0].endswith("ZeroDivisionError: no rows")
     assert "rank 0: in phase 'step 0: reduce', raised an error as well" in output
 
 

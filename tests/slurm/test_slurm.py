@@ -68,12 +68,14 @@ class Cluster:
 def wait_until(condition: Callable[[], Any], log: Path, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not reached in {seconds} s:\n{log.read_text() if log.exists() else 'no log'}"
+        assert time.monotonic() < end, (
+            f"not reached in {seconds} s:\n{log.read_text(encoding='utf-8') if log.exists() else 'no log'}"
+        )
         time.sleep(0.2)
 
 
 def wait_for_line(log: Path, pattern: str) -> None:
-    wait_until(lambda: log.exists() and re.search(pattern, log.read_text(), re.MULTILINE), log)
+    wait_until(lambda: log.exists() and re.search(pattern, log.read_text(encoding="utf-8"), re.MULTILINE), log)
 
 
 @pytest.fixture(scope="module")

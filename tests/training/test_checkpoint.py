@@ -12,10 +12,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from lfm.errors import UserError
+from lfm.errors import NonFiniteError, UserError
+from lfm.parallel.ranks import Ranks
 from lfm.training import checkpoint
+from lfm.training.loop import _check_finite
 from lfm.training.saver import Saver
 from tests.ranks import run_on_ranks
+from tests.training.tiny_run import manifest_fields, tiny_run
 
 
 def whole_state():
@@ -80,7 +83,7 @@ def assert_same(found, wanted):
 
 def save_whole(folder, step=1, state=None):
     with Saver(folder, keep=9, asynchronous=False) as alone:
-        alone.save(step, whole_state() if state is None else state, {}, b"tokenizer")
+        alone.save(step, whole_state() if state is None else state, manifest_fields(step), b"tokenizer")
     return folder / f"step_{step:08d}"
 
 
@@ -88,7 +91,7 @@ def _four_ranks_save(rank, folder, asynchronous):
     with saver(folder, asynchronous=asynchronous, keep=2) as together:
         for step in (1, 2, 3):
             share = share_of(rank, whole_state())
-            held = together.save(step, share, {"config": {"seed": 5}, "said_by": rank}, b"tokenizer")
+            held = together.save(step, share, manifest_fields(step, seed=5 + rank), b"tokenizer")
     return held, together.last_seconds
 
 
@@ -99,7 +102,7 @@ def test_what_four_ranks_save_one_process_reads(asynchronous, tmp_path):
     assert steps(tmp_path) == [2, 3] and not list(tmp_path.glob(".writing-*"))
     found, manifest = read(tmp_path, 3)
     assert_same(found, whole_state())
-    assert (manifest["step"], manifest["config"], manifest["said_by"]) == (3, {"seed": 5}, 0)
+    assert (manifest["step"], manifest["config"]["seed"]) == (3, 5)  # of rank 0
     assert manifest["frozen"].keys() == {"frozen.reservoir", "frozen.mask"}
     assert (tmp_path / "step_00000003/tokenizer.json").read_bytes() == b"tokenizer"
     assert {f"__{rank}_0.distcp" for rank in range(4)} | {".metadata", "tokenizer.json"} <= manifest["files"].keys()
@@ -128,13 +131,13 @@ def test_two_ranks_read_shards_cut_alike_or_crosswise(writers, tmp_path):
 
 def _train_while_saving(rank, folder):
     state = {f"master.of_{rank}": torch.full((2**20,), 1.0), f"exp_avg.of_{rank}": torch.arange(12.0).reshape(3, 4).t()}
-    manifest = {"counters": {"warmup": 1}}
+    first, second = manifest_fields(1), manifest_fields(2)
     with saver(folder, asynchronous=True) as together:
         if rank == 0:  # whose save is under way, waiting for rank 1, in all that follows
-            together.save(1, state, manifest, b"")
+            together.save(1, state, first, b"")
         for tensor in state.values():
             tensor.mul_(2 if rank == 0 else 1)
-        manifest["counters"]["warmup"] = 99
+        first["counters"]["optimizer_step"] = 99
         for _ in range(50):
             total = torch.full((10_000,), rank + 1.0)
             dist.all_reduce(total)
@@ -142,11 +145,11 @@ def _train_while_saving(rank, folder):
         assert not (folder / "step_00000001").exists()
         if rank == 1:
             time.sleep(0.3)
-            together.save(1, state, manifest, b"")
+            together.save(1, state, first, b"")
         for _ in range(50):  # while both write
             dist.all_reduce(torch.ones(10_000))
             state[f"master.of_{rank}"].fill_(5)
-        held = together.save(2, state, manifest, b"")
+        held = together.save(2, state, second, b"")
         assert (folder / "step_00000001/manifest.json").exists()  # the second save waited for the first
         state[f"master.of_{rank}"].fill_(-1)
     assert (folder / "step_00000002/manifest.json").exists()
@@ -166,20 +169,30 @@ def test_a_background_save_keeps_the_values_of_its_moment(tmp_path):
             assert torch.equal(found[f"master.of_{rank}"], torch.full((2**20,), value))
         grown = 1 if step == 1 else 2
         assert torch.equal(found["exp_avg.of_0"], torch.arange(12.0).reshape(3, 4).t() * grown)
-        assert manifest["counters"]["warmup"] == (1 if step == 1 else 99)
+        assert manifest["counters"]["optimizer_step"] == step
 
 
 def _one_rank_cannot_write(rank, folder, asynchronous):
     state = {f"master.of_{rank}": torch.ones(2**20)}
     together = saver(folder, asynchronous=asynchronous)
-    together.save(1, state, {}, b"")
+    together.save(1, state, manifest_fields(1), b"")
     together.wait()
+    no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, no_limit[1]))
     with pytest.raises(UserError) as failed:
-        together.save(2, state, {}, b"")
-        together.save(3, state, {}, b"")  # where the error of a background save comes out
+        together.save(2, state, manifest_fields(2), b"")
+        while not together.has_failed:  # every rank comes to see it without asking the others
+            time.sleep(0.01)
+        together.wait()
     together.wait()  # an error is raised once
+    assert not together.has_failed
+    resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+    dist.barrier()
+    assert os.listdir(folder) == ["step_00000001"]
+    dist.barrier()
+    together.save(3, state, manifest_fields(3), b"")
+    together.wait()
     return str(failed.value)
 
 
@@ -187,10 +200,11 @@ def _one_rank_cannot_write(rank, folder, asynchronous):
 def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_earlier_checkpoints(asynchronous, tmp_path):
     errors = run_on_ranks(_one_rank_cannot_write, 2, tmp_path, asynchronous)
     assert errors[0] == errors[1]
-    assert "step_00000002 needs 0.01 GiB" in errors[0] and errors[0].endswith("earlier checkpoints are intact")
-    assert os.listdir(tmp_path) == ["step_00000001"]
-    path = tmp_path / "step_00000001"
-    checkpoint.verify(path, checkpoint.read_manifest(path))
+    assert "step_00000002 could not be written by rank 1: a file is larger than `ulimit -f` allows" in errors[0]
+    assert errors[0].endswith("set output=DIR; the checkpoint before, step_00000001, is intact")
+    assert steps(tmp_path) == [1, 3]
+    for path in checkpoint.whole_checkpoints(tmp_path):
+        checkpoint.verify(path, checkpoint.read_manifest(path))
 
 
 def _need_more_than_the_disk_has(rank, folder):
@@ -198,7 +212,7 @@ def _need_more_than_the_disk_has(rank, folder):
     # Neither share alone is too large; pages of an expanded tensor do not exist.
     state = {f"master.of_{rank}": torch.ones(1, dtype=torch.uint8).expand(int(free * 0.6))}
     with pytest.raises(UserError) as failed:
-        saver(folder, asynchronous=False).save(1, state, {}, b"")
+        saver(folder, asynchronous=False).save(1, state, manifest_fields(1), b"")
     return str(failed.value)
 
 
@@ -249,7 +263,7 @@ def _one_large_tensor(rank, folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     state = {"master.large": torch.ones(2**20), "master.small": torch.ones(3)}
     for step in range(1, 9):  # whichever of the writer's threads takes the large one
-        with pytest.raises(UserError, match="earlier checkpoints are intact"):
+        with pytest.raises(UserError, match="there is no earlier checkpoint"):
             save_whole(folder, step, state)
 
 
@@ -262,7 +276,7 @@ def _one_rank_is_killed(rank, folder):
     state = {f"master.of_{rank}": torch.ones(2**22)}
     together = saver(folder, asynchronous=True, keep=99)
     for step in range(1, 100):
-        together.save(step, state, {}, b"")
+        together.save(step, state, manifest_fields(step), b"")
         if rank == 0:
             try:
                 together.wait()
@@ -301,3 +315,24 @@ def test_one_rank_of_four_names_the_damaged_file(harm, tmp_path):
         except UserError as error:
             named.append(str(error))
     assert len(named) == 1 and f"checkpoint file {damaged} " in named[0]
+
+
+def _one_rank_has_a_number_that_is_none(rank, folder, harm):
+    share = {
+        "master.whole": torch.full((4,), 3e38),
+        "frozen.mask": torch.ones(2).bool(),
+        "exp_avg.empty": torch.ones(0),
+    }
+    shard = cut(torch.tensor([1.0, harm]), 0, dist.group.WORLD)
+    ranks = Ranks(rank, 2, dist.new_group(backend="gloo"))
+    _check_finite(share, tiny_run(folder, folder), 7, ranks)
+    with pytest.raises(NonFiniteError) as failed:
+        _check_finite(share | {"master.shard": shard}, tiny_run(folder, folder), 7, ranks)
+    return str(failed.value)
+
+
+@pytest.mark.parametrize("harm", [float("nan"), float("-inf")])
+def test_a_number_that_is_none_on_one_rank_is_told_on_all(harm, tmp_path):
+    other, own = run_on_ranks(_one_rank_has_a_number_that_is_none, 2, tmp_path, harm)
+    end = "is not finite after the update; this state is not saved, and there is no earlier one"
+    assert own == f"step 7: master.shard {end}" and other == f"step 7: a tensor of rank 1 {end}"

@@ -7,7 +7,8 @@ import torch
 from lfm.errors import UserError
 from lfm.models.global_names import global_views
 from lfm.models.liquidnet import LiquidNetConfig
-from lfm.training.engine import LocalEngine, NonFiniteError
+from lfm.models.registry import build
+from lfm.training.engine import LocalEngine, NonFiniteError, materialize
 from lfm.training.optimizer import OptimizerConfig
 from tests.comparison import assert_close
 from tests.models import test_laerc
@@ -242,3 +243,9 @@ def test_a_group_that_matches_nothing_is_refused():
     config = OptimizerConfig.model_validate({"groups": [{"match": "*.no_such"}]})
     with pytest.raises(UserError, match=r"match=\*\.no_such is the name of no parameter"):
         LocalEngine(small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float32, micro_batch_size=4)
+
+
+def test_a_model_beyond_the_machine_is_refused_before_it_is_allocated():
+    config = LiquidNetConfig(hidden_size=1 << 17, num_layers=4, vocab_size=1 << 20)
+    with pytest.raises(UserError, match=r"the weights of model.kind=liquidnet take [0-9,.]+ GiB and this cpu has"):
+        materialize(lambda: build(config), device=torch.device("cpu"), dtype=torch.float32)

@@ -1,6 +1,5 @@
 """Every family through the whole of training: real text, real checkpoints, resumed bit for bit, generated from."""
 
-import io
 import sys
 from pathlib import Path
 
@@ -119,12 +118,6 @@ def test_a_saved_state_goes_on_and_only_with_its_own_weights(kind, tmp_path, tex
         again.load(file, checkpoint="b")
     file.write_bytes(b"text")
     with pytest.raises(UserError, match="is not a saved state"):
-        again.load(file, checkpoint="a")
-    buffer = io.BytesIO()
-    tensors = {"hidden": torch.zeros(1, 16), "num_tokens": 3, "checkpoint": "a", "state": {"other": torch.zeros(1)}}
-    torch.save(tensors, buffer)
-    file.write_bytes(buffer.getvalue())
-    with pytest.raises(UserError, match="the state is of another model or batch"):
         again.load(file, checkpoint="a")
 
 

@@ -16,7 +16,14 @@ from lfm.training import checkpoint, metrics
 from lfm.training.loop import train
 from lfm.training.metrics import read_metrics
 from lfm.training.run import owning_folder
-from tests.training.tiny_run import assert_same_checkpoint, checkpoint_tensors, losses, pretrain_command, tiny_run
+from tests.training.tiny_run import (
+    assert_same_checkpoint,
+    checkpoint_tensors,
+    losses,
+    pretrain_command,
+    rewrite_manifest,
+    tiny_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +217,9 @@ def test_wandb_writes_an_offline_run(tmp_path, text_data):
     pytest.importorskip("wandb", reason="needs wandb: pip install 'lfm[wandb]'")
     run = tiny_run(tmp_path, text_data, "logging.wandb=offline", "training.steps=2")
     train(run)
-    assert list((run.folder / "wandb").glob("offline-run-*"))
+    (written,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
+    content = written.read_bytes()  # records of a key and its value as JSON
+    assert b"global_batch_size" in content and b"moe_ffn_hidden_size" in content
 
 
 def test_a_non_finite_loss_names_step_and_batch(tmp_path, text_data, monkeypatch):
@@ -260,7 +269,7 @@ DAMAGE = {
     "metadata": (lambda folder: _flip(folder / "checkpoints/step_00000006/.metadata"), "is corrupt"),
     "manifest": (
         lambda folder: os.truncate(folder / "checkpoints/step_00000006/manifest.json", 50),
-        "no readable manifest",
+        r"manifest\.json is damaged: it is not valid JSON",
     ),
 }
 
@@ -305,6 +314,15 @@ def test_a_copy_beside_the_checkpoints_is_neither_resumed_from_nor_deleted(saved
     assert "step_00000006 at step 6" in capsys.readouterr().out and copy.exists()
 
 
+def test_what_a_killed_process_was_writing_is_gone_after_the_next_start(saved, text_data):
+    rests = [saved / name for name in (".environment.json.71.tmp", "starts/step_00000000/.config.yaml.71.tmp")]
+    kept = saved / ".mine.tmp"
+    for path in (*rests, kept):
+        path.write_text("half")
+    with owning_folder(tiny_run(saved.parent, text_data)):
+        assert not any(path.exists() for path in rests) and kept.exists()
+
+
 def test_two_processes_never_train_in_one_folder(saved, text_data):
     run = tiny_run(saved.parent, text_data)
     with owning_folder(run), pytest.raises(UserError, match="another process trains in"):
@@ -343,10 +361,8 @@ def test_odd_lines_in_metrics_are_left_out(tmp_path):
 
 def test_a_changed_frozen_tensor_is_found_by_its_hash(saved, text_data):
     path = saved / "checkpoints/step_00000006"
-    manifest = json.loads((path / "manifest.json").read_text())
-    name = next(iter(manifest["frozen"]))
-    manifest["frozen"][name] = "0" * 16
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    frozen = checkpoint.read_manifest(path)["frozen"]
+    rewrite_manifest(path, frozen={name: "0" * 16 for name in frozen})
     with pytest.raises(UserError, match="does not match its hash"):
         train(tiny_run(saved.parent, text_data))
 
@@ -369,9 +385,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(announced, small_disk
         import shutil
 
         usage = shutil.disk_usage(small_disk)
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=2**40))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**40))
     run = tiny_run(small_disk, text_data, "checkpoint.every_steps=1", "checkpoint.keep=9", "training.steps=40")
-    with pytest.raises(UserError, match="earlier checkpoints are intact"):
+    with pytest.raises(UserError, match=r"the checkpoint before, step_0000000\d, is intact"):
         train(run)
     folder = run.folder / "checkpoints"
     left = checkpoint.whole_checkpoints(folder)

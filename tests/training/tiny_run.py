@@ -1,14 +1,19 @@
 """A run of seconds: real text, a real tokenizer, every kind of layer; its command line, and what it leaves behind."""
 
+import base64
 import json
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 
+from lfm.training.checkpoint import hash_files
+from lfm.training.loop import Progress
+from lfm.training.manifest import manifest_bytes
 from lfm.training.metrics import read_metrics
 from lfm.training.run import RunConfig
 
@@ -38,6 +43,26 @@ TINY = [
     "logging.every_steps=1",
     "logging.tensorboard=false",
 ]
+
+
+def manifest_fields(step: int, *, seed: int = 0, counters: dict[str, Any] | None = None, model: Any = None) -> Any:
+    """What a manifest holds besides what the saver adds, of a run that is none."""
+    state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    return {
+        "config": {"name": "none", "seed": seed, "model": model or {"kind": "lfm"}},
+        "progress": asdict(Progress(step)) | {"best_validation": None},
+        "counters": counters or {"optimizer_step": step, "reservoir_warmup": {}, "reservoir_calm_steps": {}},
+        "data": {"position": 0, "seed": seed, "data_checksum": "none"},
+        "rng": {"cpu": state},
+    }
+
+
+def rewrite_manifest(checkpoint: Path, **changes: Any) -> None:
+    """As somebody does who knows how it is made: with hashes of the files as they are now, and its checksum."""
+    path = checkpoint / "manifest.json"
+    tree = {**json.loads(path.read_bytes()), **changes}
+    tree["files"] = hash_files(checkpoint, tree["files"], threads=1)
+    path.write_bytes(manifest_bytes({key: value for key, value in tree.items() if key not in ("format", "checksum")}))
 
 
 def tiny_overrides(output: Path, data: Path, *more: str) -> list[str]:

@@ -84,13 +84,13 @@ def _grad_weight_kernel(
 
 @triton.jit
 def _probabilities(logits, token, expert, T, E: tl.constexpr):
-    """Probabilities and logarithms of their normalizers; a logit that is not there has probability 0."""
+    """Logits, probabilities, logarithms of their normalizers; a logit that is not there has probability 0."""
     x = tl.load(logits + token * E + expert, (token < T) & (expert < E), other=-float("inf")).to(tl.float32)
     x = tl.where(token < T, x, 0.0)
     top = tl.max(x, 1)
     e = tl.exp(x - top[:, None])
     total = tl.sum(e, 1)
-    return e / total[:, None], top + tl.log(total)
+    return x, e / total[:, None], top + tl.log(total)
 
 
 @triton.jit
@@ -102,18 +102,20 @@ def _choose_fwd_kernel(
     token = (block * TOKENS + tl.arange(0, TOKENS))[:, None]
     expert = tl.arange(0, WIDTH)[None, :]
     here = token < T
-    p, log_normalizer = _probabilities(logits + b * T * E, token, expert, T, E)
-    # A NaN compares with nothing: lanes would disagree on the winner.  As a number it wins, the first one first.
-    left = tl.where(expert < E, tl.where(p == p, p, 2.0), -1.0)
+    x, p, log_normalizer = _probabilities(logits + b * T * E, token, expert, T, E)
+    # A NaN compares with nothing: lanes would disagree on the winner.
+    x = tl.where(x == x, x, float("inf"))
+    left = expert < E
     chosen = tl.zeros([TOKENS, WIDTH], tl.float32)
     total = tl.zeros([TOKENS, 1], tl.float32)
     row = (b * T + token) * K  # [TOKENS, 1]
     for i in tl.static_range(K):
-        index = tl.argmax(left, 1, tie_break_left=True)[:, None]
+        largest = tl.max(tl.where(left, x, -float("inf")), 1)[:, None]
+        index = tl.min(tl.where(left & (x == largest), expert, WIDTH), 1)[:, None]
         this = expert == index
         total += tl.sum(tl.where(this, p, 0.0), 1)[:, None]
         tl.store(experts + row + i, index.to(tl.int64), here)
-        left = tl.where(this, -1.0, left)
+        left = left & (expert != index)
         chosen += tl.where(this, 1.0, 0.0)
     for i in tl.static_range(K):
         index = tl.load(experts + row + i, here, other=0)
@@ -136,7 +138,7 @@ def _choose_bwd_kernel(
     token = (block * TOKENS + tl.arange(0, TOKENS))[:, None]
     expert = tl.arange(0, WIDTH)[None, :]
     here = token < T
-    p, log_normalizer = _probabilities(logits + b * T * E, token, expert, T, E)
+    _, p, log_normalizer = _probabilities(logits + b * T * E, token, expert, T, E)
     # dL/dlogit of the weights first: w is a softmax over the chosen, whose logits are those of all.
     row = (b * T + token) * K
     mean = tl.zeros([TOKENS, 1], tl.float32)

@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     """Which experts the tokens of `[B, T, E]` logits go to, and what the losses need; at least fp32."""
 
     experts: Tensor
-    """int64 `[B, T, k]`, by falling probability."""
+    """int64 `[B, T, k]`, by falling logit; of equal ones the first expert first.  A NaN counts as the largest."""
     weights: Tensor
     """`[B, T, k]`, their probabilities over their sum."""
     probability: Tensor

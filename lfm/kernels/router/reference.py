@@ -13,7 +13,9 @@ def router_logits_reference(x: Tensor, weight: Tensor) -> Tensor:
 def choose_experts_reference(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Experts, weights, probability, load and z as in `op.Choice`."""
     probabilities = logits.softmax(-1)
-    top, experts = probabilities.topk(top_k, dim=-1)
+    # Logits, of which no exponential can make two equal; stable, because which of equal ones `topk` takes is open.
+    experts = logits.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    top = probabilities.gather(-1, experts)
     load = F.one_hot(experts, logits.shape[-1]).sum((1, 2))
     return (
         experts,
