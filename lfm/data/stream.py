@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from lfm.config import Bytes, Config, CountOrZero, Depth, PathText
@@ -23,6 +23,10 @@ from lfm.files import exists, expanded
 Batch = tuple[torch.Tensor, list[list[int]]]
 Windows = Literal["sequential", "random"]
 Proportion = Annotated[float, Field(ge=0)]
+# Keys of a mapping are text, as JSON writes them.
+Step = Annotated[
+    CountOrZero, BeforeValidator(lambda key: int(key) if isinstance(key, str) and key.isdecimal() else key)
+]
 
 
 class StreamConfig(Config):
@@ -36,7 +40,7 @@ class StreamConfig(Config):
     """As data.remote."""
     windows: Windows = "sequential"
     """As data.windows."""
-    proportion: Proportion | dict[CountOrZero, Proportion]
+    proportion: Proportion | dict[Step, Proportion]
     """Its share of the rows, over the sum of all streams' numbers; or `{step: number, ...}`, each from that optimizer
     step on, and 0 before the first."""
 

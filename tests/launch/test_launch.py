@@ -202,8 +202,8 @@ BAD_PROMPTS = {
     "empty": (["--prompt", ""], "empty"),
     "no_checkpoint": (["--checkpoint", "/no/run", "--prompt", "x"], "neither a checkpoint nor a run folder"),
     "temperature": (["--prompt", "x", "--temperature", "0"], r"temperature=0.0 is below 0.001; .* use greedy"),
-    "top_p": (["--prompt", "x", "--top-p", "2"], "top_p = '2'"),
-    "seed": (["--prompt", "x", "--seed", "-1"], "seed = '-1'"),
+    "top_p": (["--prompt", "x", "--top-p", "2"], "top_p = 2 "),
+    "seed": (["--prompt", "x", "--seed", "-1"], "seed = -1 "),
     "not_utf8": (["--prompt", "\udcff"], "is not valid UTF-8"),
 }
 

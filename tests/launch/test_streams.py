@@ -112,8 +112,8 @@ def test_a_limit_to_the_size_of_files_is_named_and_logs_that_meet_it_are_given_u
     told = [re.match(r"warning: (logging to )?(\S+) is (off|not drawn)", line) for line in warnings]
     assert sorted(one[2] for one in told) == ["metrics.jsonl", "plots/loss.png", "tensorboard"], found.stderr
     assert re.fullmatch(
-        r"error: checkpoint .*step_00000040 could not be written by rank 0: a file may have at most 12,288 bytes here; "
-        r"raise the limit \(ulimit -f unlimited\); earlier checkpoints are intact",
+        r"error: checkpoint .*step_00000040 could not be written by rank 0: a file is larger than `ulimit -f` allows; "
+        r"raise that or set output=DIR; there is no earlier checkpoint",
         error,
     )
     assert not list(tmp_path.rglob(".*.tmp"))
