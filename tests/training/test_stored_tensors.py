@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import time
 
 import pytest
 import torch
@@ -91,6 +92,32 @@ def test_metadata_that_calls_anything_is_refused_and_not_run(plant, saved, tmp_p
     with pytest.raises(UserError, match=r"\.metadata names \S+, code that lfm does not run; use a checkpoint that"):
         read(saved)
     assert not os.path.exists(mark)
+
+
+def _doubled(times):
+    """A tuple of a few hundred bytes that holds the one before twice, and so on: 2^times empty ones to walk over."""
+    return b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(times))
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"}" + _doubled(60) + b"Ns.",  # a key that is hashed for ever
+        b"})" + b"\x85" * 500_000 + b"Ns.",  # one whose hashing overflows the C stack
+        _doubled(60) + b"\x8c\x04Sizectorch\nSize\nh<R.",  # printed for ever, were it shown
+        b"Nr" + (2**31 - 1).to_bytes(4, "little") + b".",  # 16 GiB of places to remember one thing at
+        b"\x96" + (2**40).to_bytes(8, "little") + b"a.",
+        b"\x8b" + (2**31 - 1).to_bytes(4, "little") + b"a.",
+    ],
+    ids=["key", "deep key", "value", "memo", "bytearray", "long"],
+)
+def test_metadata_of_few_bytes_that_grow_beyond_bounds_is_refused_at_once(pickled, saved):
+    (saved / stored_tensors.METADATA_NAME).write_bytes(b"\x80\x05" + pickled)
+    rewrite_manifest(saved)
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"\.metadata does not describe tensors .*; use another checkpoint"):
+        read(saved)
+    assert time.perf_counter() - start < 30
 
 
 def test_an_entry_that_is_no_tensor_is_not_unpickled(saved, tmp_path):
