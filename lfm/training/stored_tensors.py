@@ -5,14 +5,17 @@ when it reads.  A pickle may call any function, and the hashes of a manifest do 
 makes both.  Here its instructions are read one by one, those on a list alone, and names on a list alone become inert
 records; what the records say is checked, and DCP is given metadata made anew from it.
 
-The pieces themselves are torch.load'ed with `weights_only=True` by DCP's reader.  Entries that are no tensors it would
+The pieces themselves are torch.load'ed with `weights_only=True` by DCP's reader, after a look at whether they describe
+one tensor and nothing that grows.  Entries that are no tensors it would
 unpickle without, so there are none in the metadata that it is given.
 """
 
+import io
 import math
 import os
 import pickle
 import pickletools
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -292,3 +295,58 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         return self._found
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> Any:
+        _check_piece(_Piece(file, sinfo.offset, sinfo.length), sinfo.length)
+        return super()._slice_file(file, sinfo)
+
+
+_OF_A_TENSOR = {
+    *("PROTO", "STOP", "GLOBAL", "MARK", "REDUCE", "BINPERSID", "BINPUT", "BINUNICODE", "BININT", "BININT1", "BININT2"),
+    *("LONG1", "NEWFALSE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+}
+"""Instructions of the pickle beside a tensor's numbers; none refers to something before, so that nothing grows."""
+_OF_A_TENSOR_BYTES = 4096
+
+
+class _Piece(io.RawIOBase):
+    """A part of an open file, as a file that can be sought from its end, as DCP's own view cannot."""
+
+    def __init__(self, file: Any, offset: int, length: int) -> None:
+        self._descriptor, self._offset, self._length, self._at = file.fileno(), offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._at))
+        count = os.preadv(self._descriptor, [memoryview(buffer)[:count]], self._offset + self._at)
+        self._at += count
+        return count
+
+
+def _check_piece(piece: _Piece, length: int) -> None:
+    """Raise ValueError for a piece of `length` bytes that torch.load would make more of, or that is no tensor's."""
+    try:
+        with zipfile.ZipFile(piece) as archive:
+            entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
+            if unpacked > length:
+                raise ValueError(f"a piece of {length} bytes unpacks to {unpacked}")
+            (described,) = (entry for entry in entries if entry.filename.endswith("data.pkl"))
+            if described.file_size > _OF_A_TENSOR_BYTES:
+                raise ValueError(f"a piece takes {described.file_size} bytes to describe one tensor")
+            pickled = archive.read(described)
+    except zipfile.BadZipFile:
+        raise ValueError("a piece is no archive of torch.save") from None
+    found = {instruction.name for instruction, _, _ in pickletools.genops(pickled)}
+    if not found <= _OF_A_TENSOR:
+        raise ValueError(f"no tensor has a {min(found - _OF_A_TENSOR)}")

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import time
+import zipfile
 
 import pytest
 import torch
@@ -153,6 +154,43 @@ def test_a_piece_that_calls_anything_is_refused_and_not_run(saved, tmp_path):
     with pytest.raises(UserError, match=r"\.distcp names \S.*, code that lfm does not run"):
         read(saved)
     assert not os.path.exists(mark)
+
+
+def _packed(saved_by_torch, *, compression=zipfile.ZIP_STORED, described=None):
+    """The archive of a torch.save with its entries compressed, and another pickle in it."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(saved_by_torch) as source, zipfile.ZipFile(packed, "w", compression) as target:
+        for entry in source.infolist():
+            replaced = described if entry.filename.endswith("data.pkl") else None
+            target.writestr(entry.filename, replaced or source.read(entry))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"compression": zipfile.ZIP_DEFLATED}, r"a piece of \d+ bytes unpacks to 400\d+"),
+        ({"described": b"\x80\x02}" + _doubled(60) + b"Ns."}, "no tensor has a BINGET"),
+        ({"described": b"\x80\x02})" + b"\x85" * 500_000 + b"Ns."}, "a piece takes 5000.. bytes to describe"),
+    ],
+    ids=["compressed", "key", "deep key"],
+)
+def test_a_piece_that_grows_when_it_is_loaded_is_refused(options, why, saved):
+    data = io.BytesIO()
+    torch.save(torch.zeros(1_000_000).as_strided((3, 4), (0, 0)), data)
+    packed = _packed(data, **options)
+
+    def change(metadata: Metadata):
+        for index, place in metadata.storage_data.items():
+            if index.fqn == "master.a":
+                (saved / place.relative_path).write_bytes(packed)
+                place.offset, place.length = 0, len(packed)
+        return pickle.dumps(metadata)
+
+    replace_metadata(saved, change)
+    manifest = checkpoint.read_manifest(saved)
+    with pytest.raises(UserError, match=rf"__0_\d+\.distcp cannot be read as tensors \({why}"):
+        checkpoint.load_tensors(saved, manifest, {"master.a": torch.zeros(3, 4)})
 
 
 def somewhere_else(metadata):
