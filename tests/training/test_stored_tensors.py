@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from lfm.errors import UserError
+from lfm.errors import NonFiniteError, UserError
 from lfm.training import checkpoint, stored_tensors
 from lfm.training.loop import train
 from lfm.training.saver import Saver
@@ -234,6 +234,14 @@ def test_metadata_that_does_not_describe_the_tensors_is_refused(harm, saved):
     replace_metadata(saved, change)
     with pytest.raises(UserError, match=WRONG[harm]):
         read(saved)
+
+
+def test_a_state_that_is_not_finite_is_no_start_of_anything(tmp_path):
+    state = STATE | {"exp_avg.s": torch.tensor(torch.inf)}
+    with Saver(tmp_path, keep=1, asynchronous=False) as saver:
+        saver.save(1, state, manifest_fields(1), b"{}")
+    with pytest.raises(NonFiniteError, match=r"step_00000001: exp_avg\.s is not finite; use an earlier checkpoint"):
+        read(tmp_path / "step_00000001")
 
 
 def test_what_was_saved_is_read_and_no_flipped_byte_of_metadata_does_harm(saved):
