@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,9 @@ class Conversation:
         if found != hashlib.sha256(saved).hexdigest().encode():
             raise UserError(f"the state {shown(path)} is damaged: its checksum does not match its contents; {other}")
         try:
+            with zipfile.ZipFile(io.BytesIO(saved)) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > len(saved):
+                    raise ValueError  # compressed, as no saved state is: it may fill the memory
             content = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
             saved_by, num_tokens, hidden = content["checkpoint"], content["num_tokens"], content["hidden"]
             tensors = content["state"]

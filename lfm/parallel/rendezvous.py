@@ -78,6 +78,11 @@ def meet(process: Process, *, limit_seconds: float, why_stop: Callable[[], str |
         store, why_not = _open(process)
         if store is None and (cause := why_stop()) is not None:
             raise Stopped(cause)
+        if store is None and _of_torchrun() and waiting.seconds > SILENT_SECONDS:
+            raise _Alone(
+                f"{who} has lost torchrun, which hosts the job's store at {_at(process)} ({why_not}): it ended, or was "
+                "killed, while this rank started; start the job again"
+            )
         if store is None and waiting.seconds > limit_seconds:
             raise _Alone(
                 f"{who} found nobody at {_at(process)} for {waiting.seconds:.0f} s ({why_not}); see what rank 0 says, "
@@ -270,7 +275,12 @@ def _room(store: Store) -> Store:
 
 
 def _hosts(process: Process) -> bool:
-    return process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return process.rank == 0 and not _of_torchrun()
+
+
+def _of_torchrun() -> bool:
+    """Whether torchrun hosts the job's store, as it does before it starts any rank."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _at(process: Process) -> str:

@@ -192,7 +192,8 @@ _HASHED = (torch.float32, torch.bool, torch.int32)
 def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[str, Tensor]) -> None:
     """Fill `targets` (key -> tensor, any dtype and device) in place; of a DTensor, this rank's shard.
 
-    Not collective: every rank may ask for other keys.  Whole frozen tensors are checked against their hashes.
+    Not collective: every rank may ask for other keys.  Whole frozen tensors are checked against their hashes.  Raises
+    NonFiniteError for a NaN or an infinity, whose consequences a resumed run would take for those of its data.
     """
     stored_tensors.load(checkpoint, stored_tensors.read_metadata(checkpoint, manifest["files"]), targets)
     for name, expected in manifest["frozen"].items():
@@ -201,6 +202,9 @@ def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[st
             continue
         if tensor_hash(target) != expected:
             raise UserError(f"frozen tensor {name} of {checkpoint} does not match its hash; {way_out(checkpoint)}")
+    bad = not_finite(targets)
+    if bad is not None:
+        raise NonFiniteError(f"checkpoint {checkpoint}: {bad} is not finite; use an earlier checkpoint")
 
 
 def load_model(
@@ -216,9 +220,6 @@ def load_model(
     frozen = {name.removeprefix("frozen.") for name in manifest["frozen"]}
     keys = {f"{'frozen' if name in frozen else 'master'}.{name}": tensor for name, tensor in views.items()}
     load_tensors(checkpoint, manifest, keys)
-    bad = not_finite(keys)
-    if bad is not None:
-        raise NonFiniteError(f"checkpoint {checkpoint}: {bad} is not finite; use an earlier checkpoint")
     check_layers(checkpoint, manifest, config)
     for layer, warmup in manifest["counters"]["reservoir_warmup"].items():
         model.liquids[int(layer)].warmup = warmup

@@ -36,7 +36,7 @@ class StoredConfig(_Part):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: dict[str, Any]
 
 

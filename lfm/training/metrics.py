@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from lfm.config import Config, Count, CountOrZero
+from lfm.errors import UserError
 from lfm.files import exists, read_file, read_lines, write_durably
 from lfm.models.registry import ModelConfig
 from lfm.talk import say, warn
@@ -90,7 +91,7 @@ class Metrics:
             self._is_drawn = True
         except Exception as error:
             if self._is_drawn:
-                warn(f"warning: plots/loss.png is not drawn: {error!r}")
+                warn(f"warning: plots/loss.png is not drawn: {_cause(error)}")
             self._is_drawn = False
 
     def _open_jsonl(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
@@ -171,8 +172,13 @@ class Metrics:
         return lambda record: run.log(_scalars(record), step=record["step"])
 
 
+def _cause(error: Exception) -> str:
+    """A sentence where there is one, else the kind of error too: what other packages raise may say little."""
+    return str(error) if isinstance(error, UserError) else repr(error)
+
+
 def _complain(name: str, error: Exception) -> None:
-    warn(f"warning: logging to {name} is off from now on: {error!r}")
+    warn(f"warning: logging to {name} is off from now on: {_cause(error)}")
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -133,7 +133,8 @@ def owning_folder(run: RunConfig) -> Iterator[None]:
         unwritable=f"run folder {shown(run.folder)} cannot be written; set output=DIR",
         taken=f"another process trains in {shown(run.folder)}; wait for it, or give name=NAME",
     ):
-        for folder in (run.folder, *(run.folder / part for part in ("plots", "samples")), *run.folder.glob("starts/*")):
+        starts = [path for path in run.folder.glob("starts/*") if path.is_dir()]
+        for folder in (run.folder, run.folder / "plots", run.folder / "samples", *starts):
             remove_temporaries(folder)
         yield
 

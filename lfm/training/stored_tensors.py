@@ -2,10 +2,11 @@
 
 torch.distributed.checkpoint writes `.metadata`, a pickle of which piece of which tensor lies where, and unpickles it
 when it reads.  A pickle may call any function, and the hashes of a manifest do not help: whoever makes a checkpoint
-makes both.  Here the pickle is read by names on a list alone, each of which becomes an inert record; what the records
-say is checked, and DCP is given metadata made anew from it.
+makes both.  Here its instructions are read one by one, those on a list alone, and names on a list alone become inert
+records; what the records say is checked, and DCP is given metadata made anew from it.
 
-The pieces themselves are torch.load'ed with `weights_only=True` by DCP's reader.  Entries that are no tensors it would
+The pieces themselves are torch.load'ed with `weights_only=True` by DCP's reader, after a look at whether they describe
+one tensor and nothing that grows.  Entries that are no tensors it would
 unpickle without, so there are none in the metadata that it is given.
 """
 
@@ -13,10 +14,12 @@ import io
 import math
 import os
 import pickle
+import pickletools
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +37,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from lfm.errors import UserError
 from lfm.files import open_file, read_file, reason, shown
+
+T = TypeVar("T")
 
 METADATA_NAME = ".metadata"
 _DCP = "torch.distributed.checkpoint"
@@ -62,9 +67,8 @@ def read_metadata(checkpoint: Path, files: Mapping[str, Mapping[str, Any]]) -> M
     """
     path = checkpoint / METADATA_NAME
     data = read_file(path)
-    unpickler = _Unpickler(path, data)
     try:
-        return _metadata(unpickler.load(), files)
+        return _metadata(_parsed(path, data), files)
     except UserError:
         raise
     except Exception as error:  # whatever a damaged pickle, or one of something else, leads to
@@ -103,35 +107,91 @@ def load(checkpoint: Path, metadata: Metadata, targets: Mapping[str, Tensor]) ->
 
 
 class _Record:
-    """Stands for an object of the pickle: what it was called with, and its state."""
+    """Stands for an object of the pickle, or for the class of one: what it would be made with, and its state."""
 
-    kind: str
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments, self.state = arguments, {}
-
-    def __new__(cls, *_: Any) -> "_Record":
-        made = super().__new__(cls)
-        made.arguments, made.state = (), {}
-        return made
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+    def __init__(self, kind: str, arguments: Any = None) -> None:
+        self.kind, self.arguments, self.state = kind, arguments, None
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, path: Path, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self._path = path
-        # Made anew for each file, since a pickle can reach and change what it is given.
-        self._records = {key: type(key[1], (_Record,), {"kind": key[1]}) for key in _RECORDS}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_WITH_ARGUMENT = {"BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _DTYPES:
-            return getattr(torch, name)
-        if (module, name) not in self._records:
-            raise _holds_code(self._path, f"{module}.{name}")
-        return self._records[module, name]
+
+def _parsed(path: Path, data: bytes) -> Any:
+    """What the pickle `data` describes, with records in place of objects.
+
+    Those instructions of pickles are carried out here that metadata consists of.  The pickle module's other ones can
+    fill the memory or the C stack from a few bytes, and so can keys whose hashing does not end.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: list[Any] = []
+
+    def above(height: int) -> list[Any]:
+        if not 0 <= height <= len(stack):
+            raise ValueError("it takes more than there is")
+        taken = stack[height:]
+        del stack[height:]
+        return taken
+
+    argument: Any
+    for instruction, argument, _ in pickletools.genops(data):
+        name = instruction.name
+        if name == "MEMOIZE":
+            memo.append(stack[-1])
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in _WITH_ARGUMENT:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in _TUPLES:
+            stack.append(tuple(above(len(stack) - _TUPLES[name])))
+        elif name == "TUPLE":
+            stack.append(tuple(above(marks.pop())))
+        elif name == "EMPTY_LIST":
+            stack.append([])
+        elif name in ("APPEND", "APPENDS"):
+            values = above(marks.pop() if name == "APPENDS" else len(stack) - 1)
+            _of(list, stack[-1]).extend(values)
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name in ("SETITEM", "SETITEMS"):
+            pairs = above(marks.pop() if name == "SETITEMS" else len(stack) - 2)
+            keys = pairs[::2]
+            if not all(isinstance(key, (str, _Record)) for key in keys):
+                raise ValueError("a key is no name")
+            _of(dict, stack[-1]).update(zip(keys, pairs[1::2], strict=True))
+        elif name in ("STACK_GLOBAL", "GLOBAL", "INST"):
+            stack.append(_named(path, *(above(len(stack) - 2) if argument is None else argument.split(" ", 1))))
+        elif name in ("NEWOBJ", "REDUCE"):
+            made_by, arguments = above(len(stack) - 2)
+            stack.append(_Record(_of(_Record, made_by).kind, arguments))
+        elif name == "BUILD":
+            (state,) = above(len(stack) - 1)
+            _of(_Record, stack[-1]).state = state
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise ValueError(f"no metadata has a {name}")
+    (root,) = stack
+    return root
+
+
+def _of(kind: type[T], value: Any) -> T:
+    if not isinstance(value, kind):
+        raise ValueError(f"there is no {kind.__name__.strip('_').lower()} where one must be")
+    return value
+
+
+def _named(path: Path, module: Any, name: Any) -> Any:
+    module, name = _text(module), _text(name)
+    if module == "torch" and name in _DTYPES:
+        return getattr(torch, name)
+    if (module, name) not in _RECORDS:
+        raise _holds_code(path, f"{module}.{name}")
+    return _Record(name)
 
 
 def _holds_code(path: Path, what: str) -> UserError:
@@ -177,7 +237,7 @@ def _place(index: Any, info: Any, files: Mapping[str, Mapping[str, Any]]) -> tup
     key, place = _state(index, "MetadataIndex"), _state(info, "_StorageInfo")
     name, (offset, length) = _text(place["relative_path"]), _integers((place["offset"], place["length"]))
     if name not in files:
-        raise ValueError(f"{name!r} is no file of the manifest")
+        raise ValueError(f"{shown(name)} is no file of the manifest")
     if offset + length > files[name]["bytes"] or place.get("transform_descriptors") is not None:
         raise ValueError(f"a piece is not within {name}")
     return MetadataIndex(_text(key["fqn"]), _size(key["offset"])), _StorageInfo(name, offset, length)
@@ -190,21 +250,19 @@ def _state(record: Any, kind: str, state: type = dict) -> Any:
 
 
 def _size(record: Any) -> torch.Size:
-    if not isinstance(record, _Record) or record.kind != "Size" or len(record.arguments) != 1:
+    if not isinstance(record, _Record) or record.kind != "Size" or not record.arguments:
         raise ValueError("there is no size where one must be")
-    return torch.Size(_integers(record.arguments[0]))
+    return torch.Size(_integers(*record.arguments))
 
 
 def _integers(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
-        raise ValueError(f"{values!r} are no sizes")
+        raise ValueError("there are no sizes where some must be")
     return values
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no name")
-    return value
+    return _of(str, value)
 
 
 class _RegularFiles(FileSystem):
@@ -237,3 +295,58 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         return self._found
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> Any:
+        _check_piece(_Piece(file, sinfo.offset, sinfo.length), sinfo.length)
+        return super()._slice_file(file, sinfo)
+
+
+_OF_A_TENSOR = {
+    *("PROTO", "STOP", "GLOBAL", "MARK", "REDUCE", "BINPERSID", "BINPUT", "BINUNICODE", "BININT", "BININT1", "BININT2"),
+    *("LONG1", "NEWFALSE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+}
+"""Instructions of the pickle beside a tensor's numbers; none refers to something before, so that nothing grows."""
+_OF_A_TENSOR_BYTES = 4096
+
+
+class _Piece(io.RawIOBase):
+    """A part of an open file, as a file that can be sought from its end, as DCP's own view cannot."""
+
+    def __init__(self, file: Any, offset: int, length: int) -> None:
+        self._descriptor, self._offset, self._length, self._at = file.fileno(), offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._at))
+        count = os.preadv(self._descriptor, [memoryview(buffer)[:count]], self._offset + self._at)
+        self._at += count
+        return count
+
+
+def _check_piece(piece: _Piece, length: int) -> None:
+    """Raise ValueError for a piece of `length` bytes that torch.load would make more of, or that is no tensor's."""
+    try:
+        with zipfile.ZipFile(piece) as archive:
+            entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
+            if unpacked > length:
+                raise ValueError(f"a piece of {length} bytes unpacks to {unpacked}")
+            (described,) = (entry for entry in entries if entry.filename.endswith("data.pkl"))
+            if described.file_size > _OF_A_TENSOR_BYTES:
+                raise ValueError(f"a piece takes {described.file_size} bytes to describe one tensor")
+            pickled = archive.read(described)
+    except zipfile.BadZipFile:
+        raise ValueError("a piece is no archive of torch.save") from None
+    found = {instruction.name for instruction, _, _ in pickletools.genops(pickled)}
+    if not found <= _OF_A_TENSOR:
+        raise ValueError(f"no tensor has a {min(found - _OF_A_TENSOR)}")

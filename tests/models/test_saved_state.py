@@ -5,6 +5,7 @@ import io
 import os
 import random
 import re
+import zipfile
 
 import pytest
 import torch
@@ -120,6 +121,18 @@ def test_a_state_that_calls_anything_is_refused_and_not_run(saved, tmp_path):
     write(saved, changed(content_of(saved), "state", Call(str(tmp_path / "mark"))))
     assert_refused(saved, "is not a saved state")
     assert not (tmp_path / "mark").exists()
+
+
+def test_a_state_that_grows_when_it_is_unpacked_is_refused(saved):
+    content, stored, packed = content_of(saved), io.BytesIO(), io.BytesIO()
+    content["hidden"] = torch.zeros(1_000_000)[:16][None]  # of the right shape, with all its storage
+    torch.save(content, stored)
+    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    digest = hashlib.sha256(packed.getvalue()).hexdigest().encode()
+    saved.write_bytes(b"lfm state 2\n" + digest + b"\n" + packed.getvalue())
+    assert_refused(saved, "is not a saved state")
 
 
 def test_what_is_no_file_is_refused_at_once(tmp_path):

@@ -162,6 +162,15 @@ def test_a_missing_rank_0_is_named(tmp_path):
     assert job.output[0].startswith("error: rank 1 of 2 found nobody at 127.0.0.1:") and "refused" in job.output[0]
 
 
+def test_ranks_whose_torchrun_was_killed_before_they_met_end_soon(tmp_path, monkeypatch):
+    """It is nobody's parent any more when they look for it, and would answer at once if it were there."""
+    monkeypatch.setattr(rendezvous, "SILENT_SECONDS", 1.0)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with Ranks(tmp_path, 2, lambda rank: come()) as job:
+        assert job.codes(within=20) == [2, 2]
+    assert len(job.output) == 2 and all("has lost torchrun, which hosts" in line for line in job.output)
+
+
 @pytest.mark.parametrize("killed", [1, 0], ids=["rank 1", "rank 0, which hosts the store"])
 def test_a_rank_killed_while_others_are_missing_is_noticed(killed, tmp_path, monkeypatch):
     monkeypatch.setattr(rendezvous, "SILENT_SECONDS", 2.0)

@@ -73,6 +73,7 @@ WRONG = {
     "frozen": [{"master.a": "0" * 16}, {"frozen.mask": "0"}],
     "files": [{}, {**FILES, "../x": FILES[".metadata"]}, {**FILES, "/etc/passwd": FILES[".metadata"]}],
     "config": [{}, {"name": "x", "model": []}, {"name": 3, "model": {"kind": "lfm"}}, {"name": "x", "model": {}}],
+    "config.name": ["\x1b[2J", "../x", ""],  # which is printed, by chat
     "extra": [1],
 }
 

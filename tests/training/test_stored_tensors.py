@@ -4,12 +4,14 @@ import io
 import os
 import pickle
 import re
+import time
+import zipfile
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from lfm.errors import UserError
+from lfm.errors import NonFiniteError, UserError
 from lfm.training import checkpoint, stored_tensors
 from lfm.training.loop import train
 from lfm.training.saver import Saver
@@ -93,6 +95,32 @@ def test_metadata_that_calls_anything_is_refused_and_not_run(plant, saved, tmp_p
     assert not os.path.exists(mark)
 
 
+def _doubled(times):
+    """A tuple of a few hundred bytes that holds the one before twice, and so on: 2^times empty ones to walk over."""
+    return b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(times))
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"}" + _doubled(60) + b"Ns.",  # a key that is hashed for ever
+        b"})" + b"\x85" * 500_000 + b"Ns.",  # one whose hashing overflows the C stack
+        _doubled(60) + b"\x8c\x04Sizectorch\nSize\nh<R.",  # printed for ever, were it shown
+        b"Nr" + (2**31 - 1).to_bytes(4, "little") + b".",  # 16 GiB of places to remember one thing at
+        b"\x96" + (2**40).to_bytes(8, "little") + b"a.",
+        b"\x8b" + (2**31 - 1).to_bytes(4, "little") + b"a.",
+    ],
+    ids=["key", "deep key", "value", "memo", "bytearray", "long"],
+)
+def test_metadata_of_few_bytes_that_grow_beyond_bounds_is_refused_at_once(pickled, saved):
+    (saved / stored_tensors.METADATA_NAME).write_bytes(b"\x80\x05" + pickled)
+    rewrite_manifest(saved)
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"\.metadata does not describe tensors .*; use another checkpoint"):
+        read(saved)
+    assert time.perf_counter() - start < 30
+
+
 def test_an_entry_that_is_no_tensor_is_not_unpickled(saved, tmp_path):
     """DCP's planner loads such an entry without weights_only, from a file that its metadata may name freely."""
     mark, data = str(tmp_path / "mark"), io.BytesIO()
@@ -126,6 +154,43 @@ def test_a_piece_that_calls_anything_is_refused_and_not_run(saved, tmp_path):
     with pytest.raises(UserError, match=r"\.distcp names \S.*, code that lfm does not run"):
         read(saved)
     assert not os.path.exists(mark)
+
+
+def _packed(saved_by_torch, *, compression=zipfile.ZIP_STORED, described=None):
+    """The archive of a torch.save with its entries compressed, and another pickle in it."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(saved_by_torch) as source, zipfile.ZipFile(packed, "w", compression) as target:
+        for entry in source.infolist():
+            replaced = described if entry.filename.endswith("data.pkl") else None
+            target.writestr(entry.filename, replaced or source.read(entry))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"compression": zipfile.ZIP_DEFLATED}, r"a piece of \d+ bytes unpacks to 400\d+"),
+        ({"described": b"\x80\x02}" + _doubled(60) + b"Ns."}, "no tensor has a BINGET"),
+        ({"described": b"\x80\x02})" + b"\x85" * 500_000 + b"Ns."}, "a piece takes 5000.. bytes to describe"),
+    ],
+    ids=["compressed", "key", "deep key"],
+)
+def test_a_piece_that_grows_when_it_is_loaded_is_refused(options, why, saved):
+    data = io.BytesIO()
+    torch.save(torch.zeros(1_000_000).as_strided((3, 4), (0, 0)), data)
+    packed = _packed(data, **options)
+
+    def change(metadata: Metadata):
+        for index, place in metadata.storage_data.items():
+            if index.fqn == "master.a":
+                (saved / place.relative_path).write_bytes(packed)
+                place.offset, place.length = 0, len(packed)
+        return pickle.dumps(metadata)
+
+    replace_metadata(saved, change)
+    manifest = checkpoint.read_manifest(saved)
+    with pytest.raises(UserError, match=rf"__0_\d+\.distcp cannot be read as tensors \({why}"):
+        checkpoint.load_tensors(saved, manifest, {"master.a": torch.zeros(3, 4)})
 
 
 def somewhere_else(metadata):
@@ -169,6 +234,14 @@ def test_metadata_that_does_not_describe_the_tensors_is_refused(harm, saved):
     replace_metadata(saved, change)
     with pytest.raises(UserError, match=WRONG[harm]):
         read(saved)
+
+
+def test_a_state_that_is_not_finite_is_no_start_of_anything(tmp_path):
+    state = STATE | {"exp_avg.s": torch.tensor(torch.inf)}
+    with Saver(tmp_path, keep=1, asynchronous=False) as saver:
+        saver.save(1, state, manifest_fields(1), b"{}")
+    with pytest.raises(NonFiniteError, match=r"step_00000001: exp_avg\.s is not finite; use an earlier checkpoint"):
+        read(tmp_path / "step_00000001")
 
 
 def test_what_was_saved_is_read_and_no_flipped_byte_of_metadata_does_harm(saved):
