@@ -77,10 +77,11 @@ class Config(BaseModel):
         Raises UserError, in one sentence, for a missing or malformed file, an unknown key (with its full path and the
         nearest legal name), a wrong type and a value out of range.
         """
-        tree = _read(Path(path), seen=())
+        path = expanded(path)
+        tree = _read(path, seen=())
         for override in overrides:
             tree = _merge(tree, _parse_override(override))
-        file = shown(Path(path))
+        file = shown(path)
         return cls.from_tree(tree, source=f"{file} with the command line" if overrides else file)
 
     @classmethod
@@ -249,7 +250,7 @@ def _short(value: Any) -> str:
 
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
-    real = Path(os.path.realpath(expanded(path)))
+    real = Path(os.path.realpath(path))
     if real in seen:
         raise UserError(
             f"config {shown(path)} lists itself under `base:` (through {shown(seen[-1])}); remove one of the two"
@@ -259,9 +260,9 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"config file {shown(path)} cannot be read: it is not UTF-8 ({error.reason})") from None
     if text is None:
-        names = [other.name for other in listed(path.parent) if other.suffix == ".yaml"]
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"did you mean {shown(path.parent / near[0])}?" if near else "configs/ holds the shipped ones"
+        names = [other.stem for other in listed(path.parent) if other.suffix == ".yaml"]
+        near = difflib.get_close_matches(path.stem, names, n=1)
+        hint = f"did you mean {shown(path.parent / near[0])}.yaml?" if near else "configs/ holds the shipped ones"
         raise UserError(f"config file {shown(path)} does not exist; {hint}")
     try:
         own = _yaml(text)
@@ -272,25 +273,38 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"config file {shown(path)} holds a {type(own).__name__} where key: value pairs are needed")
     bases = own.pop("base", [])
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
-        raise UserError(f"`base: {_short(bases)}` in {shown(path)} is not a list of file names")
+        raise UserError(f"`base: {_short(bases)}` in {shown(path)} is not a list of file names, such as [base.yaml]")
     tree: dict[str, Any] = {}
     for base in bases:
-        tree = _merge(tree, _read(path.parent / base, seen=(*seen, real)))
+        tree = _merge(tree, _read(path.parent / expanded(base), seen=(*seen, real)))
     return _merge(tree, own)
 
 
 def _parse_override(override: str) -> dict[str, Any]:
     dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
+    keys = [key.strip() for key in dotted.split(".")]
+    if not equals or not all(keys):
         raise UserError(f"override {_short(override)} is not of the form key.path=value")
     try:
         value = _yaml(text)
+        if _has_comment(text):
+            raise UserError("what follows # is a comment")
     except UserError as error:
         sentence = f"override {_short(override)}: the value {_short(text)} is not valid YAML ({error}); quote it"
         raise UserError(sentence) from None
-    for key in reversed(dotted.split(".")):
+    for key in reversed(keys):
         value = {key: value}
     return typing.cast(dict[str, Any], value)
+
+
+def _has_comment(text: str) -> bool:
+    """Whether a part of a YAML document would be left out as a comment."""
+    end = 0
+    for token in yaml.scan(text, _Loader):
+        if "#" in text[end : token.start_mark.index]:
+            return True
+        end = token.end_mark.index
+    return "#" in text[end:]
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -385,7 +399,10 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
     value = problem["input"]
     value = _short(list(value) if isinstance(value, tuple) else value)
     if problem["type"] == "extra_forbidden":
-        sentence = f"unknown key {path} (value {value}) in {source}; {_nearest(root, path, problem['loc'])}"
+        key = str(problem["loc"][-1])
+        nested = "".join(f"{part}: {{" for part in key.split("."))[:-1] + value + "}" * key.count(".")
+        way_out = f"write {nested}" if "." in key else _nearest(root, path, problem["loc"])
+        sentence = f"unknown key {path} (value {value}) in {source}; {way_out}"
     elif problem["type"] == "union_tag_invalid":
         context = problem.get("ctx", {})
         sentence = f"{path}.kind = {_short(context['tag'])} in {source} is not one of {context['expected_tags']}"
@@ -393,6 +410,10 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         sentence = f"key {path}.kind is missing in {source}; add it (--help describes every key)"
     elif problem["type"] == "missing":
         sentence = f"key {path} is missing in {source}; add it (--help describes every key)"
+    elif problem["type"] == "invalid_key":
+        sentence = f"key {value} in {source} is no text; --help lists every key"
+    elif problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        sentence = f"{path} = {value} in {source} is not legal: it takes key: value pairs; give some, or leave it out"
     elif problem["type"] == "value_error":
         where = f"{path}: " if path else ""
         sentence = f"{where}{problem.get('ctx', {}).get('error')} (in {source})"
@@ -400,6 +421,11 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         reason = (problem["msg"][0].lower() + problem["msg"][1:]).replace("tuple", "list")
         if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float):
             reason += f"; quote the text, as {path}='\"...\"' on a command line"
+        kinds = {"int_type": ["int"], "float_type": ["int", "float"], "bool_type": ["bool"]}.get(problem["type"], [])
+        if any(_SCALARS[kind].fullmatch(str(problem["input"])) for kind in kinds):
+            reason += "; write it without quotes"
+        if problem["type"] in ("tuple_type", "list_type"):
+            reason += ", such as [a, b]"
         sentence = f"{path} = {value} in {source} is not legal: {reason}"
     return sentence + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
