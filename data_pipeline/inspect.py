@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from data_pipeline.report import DROPPED_NAME, REPORT_NAME, TEXT_NAME, check_file, check_report, found_report
 from lfm.config import path_flag
 from lfm.errors import UserError, command
-from lfm.files import exists, open_file, reason, shown
+from lfm.files import exists, open_file, reason, shown, write_out
 
 _SAMPLE_CHARACTERS = 6000
 
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.html is not None:
         page = as_page(report, flags.folder.absolute())
         try:
-            flags.html.write_bytes(page.encode())
+            write_out(flags.html, page.encode())
         except OSError as error:
             raise UserError(
                 f"--html {shown(flags.html)} cannot be written: {reason(error)}; choose another file"

@@ -1,3 +1,4 @@
+import os
 from html.parser import HTMLParser
 
 import pytest
@@ -25,6 +26,11 @@ def test_statistics_are_those_of_the_report_and_the_page_stands_alone(tmp_path, 
             assert tag not in ("script", "link", "img") and not {"src", "href"} & {name for name, _ in attrs}
 
     Links().feed(page)
+
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "data"), "--html", str(tmp_path / "fifo")])
+    assert "fifo cannot be written: No such device or address; choose another file" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_data_set_is_one_sentence(tmp_path, capsys):
