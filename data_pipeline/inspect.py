@@ -65,7 +65,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     of_splits = [(title, [of.get(unit) for of in splits.values()]) for unit, title in _SPLIT_TITLES.items()]
     found = [
         Table("Splits", [row for row in of_splits if None not in row[1]], columns=tuple(splits), bars=False),
-        Table("Bytes of text kept, by source", [(of["name"], [of["bytes_kept"]]) for of in sources]),
+        Table("Bytes of text kept, by source", [(of["name"], [of.get("bytes_kept", 0)]) for of in sources]),
         Table("Tokens, by source", [(of["name"], [of.get("tokens", 0)]) for of in sources]),
         Table(
             "Documents, by number of tokens",
