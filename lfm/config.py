@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import reprlib
+import types
 import typing
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -356,18 +357,31 @@ def _kind(config: type[Config]) -> str | None:
 
 
 def _user_path(root: type[Config], location: Sequence[int | str]) -> str:
-    """The dotted path as in the user's file: pydantic puts the kind between a union's key and its fields."""
-    here, path = [root], []
+    """The dotted path as in the user's file: pydantic puts the kind between a union's key and its fields.
+
+    Of a union of plain types it puts the type there, and [key] behind a key that is itself wrong.
+    """
+    here, path, in_union = [root], [], False
     for part in location:
+        if in_union or part == "[key]":
+            in_union = False
+            continue
         fields = [config.model_fields[part] for config in here if part in config.model_fields]
         chosen = [config for config in here if _kind(config) == part]
         if not fields and chosen and len(here) > 1:
             here = chosen
             continue
         path.append(str(part))
+        in_union = any(_is_plain_union(field.annotation) for field in fields)
         if fields:
             here = [config for field in fields for config in _configs_in(field.annotation)]
     return ".".join(path)
+
+
+def _is_plain_union(annotation: Any) -> bool:
+    of = [argument for argument in typing.get_args(annotation) if argument is not type(None)]
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return is_union and len(of) > 1 and not _configs_in(annotation)
 
 
 def _type_name(annotation: Any) -> str:
@@ -395,6 +409,10 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
     problems = error.errors()
     # An unknown key explains a missing one, and a typo is the commonest mistake: name it first.
     problem = min(problems, key=lambda item: item["type"] != "extra_forbidden")
+    # Of a union each type has its own problem: that which got furthest is of the type that was meant.
+    here = _user_path(root, problem["loc"])
+    same_key = [item for item in problems if f"{_user_path(root, item['loc'])}.".startswith(f"{here}.")]
+    problem = max(same_key, key=lambda item: len(item["loc"]))
     path = _short(_user_path(root, problem["loc"]))[1:-1]
     value = problem["input"]
     value = _short(list(value) if isinstance(value, tuple) else value)
