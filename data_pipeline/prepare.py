@@ -250,6 +250,8 @@ def _build(
     for split, index in splits.items():
         if index.num_documents == 0:
             num_documents = collector.stages["limit"]["documents"]
+            if num_documents == 0:
+                raise UserError(f"the sources hold no text; add some{_left_out(collector.stages)}")
             raise UserError(
                 f"validation_fraction={config.validation_fraction} of {num_documents} documents leaves the {split} "
                 f"split empty; change it or add text{_left_out(collector.stages)}"

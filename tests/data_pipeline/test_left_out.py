@@ -131,7 +131,7 @@ def test_an_empty_split_says_what_was_left_out(tmp_path):
         prepare(config(tmp_path, tmp_path / "data", **tree))
     train_bpe(texts(60), 320).save(tmp_path / "tokenizer.json")
     tree["tokenizer"] = {"file": str(tmp_path / "tokenizer.json")}
-    with pytest.raises(UserError, match=r"split empty; .*left out: documents null 1, lines malformed 1"):
+    with pytest.raises(UserError, match=r"the sources hold no text; .*left out: documents null 1, lines malformed 1"):
         prepare(config(tmp_path, tmp_path / "data", **tree))
 
 
