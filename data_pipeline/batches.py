@@ -94,8 +94,8 @@ class LineBatch:
     def texts(self, counts: Counter[str]) -> Iterator[Text]:
         """The text of each line; lines that are no JSON in UTF-8 or hold no text are left out and counted by reason.
 
-        Raises UserError if the first lines of a file are parts of one JSON document, or none of them has a text though
-        some are JSON: that is a mistake in the config, or another kind of file.
+        Raises UserError if the first lines of a file are parts of one JSON document, or none of them has a text or
+        null: that is a mistake in the config, or another kind of file.
         """
         if self.first == 1:
             self._check_lines()
@@ -108,9 +108,10 @@ class LineBatch:
                 continue
             origin = f"{self.origin}:{number}"
             try:
-                record = json.loads(line)
+                record = _json(line)
             except (ValueError, RecursionError):  # neither JSON nor UTF-8, or nested beyond measure
                 counts["lines_malformed"] += 1
+                problem = problem or f"{origin} is no line of JSON in UTF-8; rewrite the file, or exclude it"
                 continue
             if not isinstance(record, dict):
                 counts["lines_without_keys"] += 1
@@ -226,9 +227,14 @@ def _name_of_type(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
+def _json(line: bytes) -> Any:
+    """What a line says; `json.loads` of bytes would take pieces of UTF-16 and surrogates, too.  Raises ValueError."""
+    return json.loads(line.decode("utf-8-sig"))
+
+
 def _is_object(lines: list[bytes]) -> bool:
     try:
-        return all(isinstance(json.loads(line), dict) for line in lines)
+        return all(isinstance(_json(line), dict) for line in lines)
     except (ValueError, RecursionError):
         return False
 

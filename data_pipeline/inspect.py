@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from data_pipeline.report import DROPPED_NAME, REPORT_NAME, TEXT_NAME, check_file, check_report, found_report
 from lfm.config import path_flag
 from lfm.errors import UserError, command
-from lfm.files import exists, open_file, reason, shown
+from lfm.files import exists, open_file, reason, shown, write_out
 
 _SAMPLE_CHARACTERS = 6000
 
@@ -65,7 +65,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     of_splits = [(title, [of.get(unit) for of in splits.values()]) for unit, title in _SPLIT_TITLES.items()]
     found = [
         Table("Splits", [row for row in of_splits if None not in row[1]], columns=tuple(splits), bars=False),
-        Table("Bytes of text kept, by source", [(of["name"], [of["bytes_kept"]]) for of in sources]),
+        Table("Bytes of text kept, by source", [(of["name"], [of.get("bytes_kept", 0)]) for of in sources]),
         Table("Tokens, by source", [(of["name"], [of.get("tokens", 0)]) for of in sources]),
         Table(
             "Documents, by number of tokens",
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.html is not None:
         page = as_page(report, flags.folder.absolute())
         try:
-            flags.html.write_bytes(page.encode())
+            write_out(flags.html, page.encode())
         except OSError as error:
             raise UserError(
                 f"--html {shown(flags.html)} cannot be written: {reason(error)}; choose another file"

@@ -250,6 +250,8 @@ def _build(
     for split, index in splits.items():
         if index.num_documents == 0:
             num_documents = collector.stages["limit"]["documents"]
+            if num_documents == 0:
+                raise UserError(f"the sources hold no text; add some{_left_out(collector.stages)}")
             raise UserError(
                 f"validation_fraction={config.validation_fraction} of {num_documents} documents leaves the {split} "
                 f"split empty; change it or add text{_left_out(collector.stages)}"
@@ -305,7 +307,8 @@ class _Collector:
         self._dropped: dict[str, list[Dropped]] = {}
         names = ("clean", "dedup", "limit", "encode")
         self.stages: _Counts = {"sources": Counter(found), **{name: Counter() for name in names}}
-        self.by_source: list[Counter[str]] = [Counter() for _ in config.sources]
+        of_source = ("documents", "bytes", "documents_kept", "bytes_kept", "tokens")
+        self.by_source: list[Counter[str]] = [Counter(dict.fromkeys(of_source, 0)) for _ in config.sources]
         self.lost: Counter[str] = Counter()
         """Characters that the tokenizer does not give back."""
         self.lengths = np.zeros(64, np.int64)
@@ -600,11 +603,11 @@ def _check_sums(stages: _Counts, splits: _Splits) -> None:
 def _loss_in_words(collector: _Collector) -> str:
     of = collector.stages["encode"]
     most = ", ".join(f"{character!a}" for character, _ in collector.lost.most_common(5))
+    whole = f", and nothing of {of['documents_lost']:,} more, which are left out" if of["documents_lost"] else ""
     return (
         f"warning: the tokenizer does not give back {of['bytes_lost']:,} bytes of text, {collector.lost.total():,} "
-        f"characters such as {most}, in {of['documents_with_lost_characters']:,} documents, and nothing of "
-        f"{of['documents_lost']:,} more, which are left out; bits per byte count only what it gives back. "
-        "A byte-level tokenizer.file, or train_vocab_size, keeps everything"
+        f"characters such as {most}, in {of['documents_with_lost_characters']:,} documents{whole}; bits per byte count "
+        "only what it gives back. A byte-level tokenizer.file, or train_vocab_size, keeps everything"
     )
 
 

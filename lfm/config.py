@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import reprlib
+import types
 import typing
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -77,10 +78,11 @@ class Config(BaseModel):
         Raises UserError, in one sentence, for a missing or malformed file, an unknown key (with its full path and the
         nearest legal name), a wrong type and a value out of range.
         """
-        tree = _read(Path(path), seen=())
+        path = expanded(path)
+        tree = _read(path, seen=())
         for override in overrides:
             tree = _merge(tree, _parse_override(override))
-        file = shown(Path(path))
+        file = shown(path)
         return cls.from_tree(tree, source=f"{file} with the command line" if overrides else file)
 
     @classmethod
@@ -249,7 +251,7 @@ def _short(value: Any) -> str:
 
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
-    real = Path(os.path.realpath(expanded(path)))
+    real = Path(os.path.realpath(path))
     if real in seen:
         raise UserError(
             f"config {shown(path)} lists itself under `base:` (through {shown(seen[-1])}); remove one of the two"
@@ -259,9 +261,9 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"config file {shown(path)} cannot be read: it is not UTF-8 ({error.reason})") from None
     if text is None:
-        names = [other.name for other in listed(path.parent) if other.suffix == ".yaml"]
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"did you mean {shown(path.parent / near[0])}?" if near else "configs/ holds the shipped ones"
+        names = [other.stem for other in listed(path.parent) if other.suffix == ".yaml"]
+        near = difflib.get_close_matches(path.stem, names, n=1)
+        hint = f"did you mean {shown(path.parent / near[0])}.yaml?" if near else "configs/ holds the shipped ones"
         raise UserError(f"config file {shown(path)} does not exist; {hint}")
     try:
         own = _yaml(text)
@@ -272,25 +274,38 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"config file {shown(path)} holds a {type(own).__name__} where key: value pairs are needed")
     bases = own.pop("base", [])
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
-        raise UserError(f"`base: {_short(bases)}` in {shown(path)} is not a list of file names")
+        raise UserError(f"`base: {_short(bases)}` in {shown(path)} is not a list of file names, such as [base.yaml]")
     tree: dict[str, Any] = {}
     for base in bases:
-        tree = _merge(tree, _read(path.parent / base, seen=(*seen, real)))
+        tree = _merge(tree, _read(path.parent / expanded(base), seen=(*seen, real)))
     return _merge(tree, own)
 
 
 def _parse_override(override: str) -> dict[str, Any]:
     dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
+    keys = [key.strip() for key in dotted.split(".")]
+    if not equals or not all(keys):
         raise UserError(f"override {_short(override)} is not of the form key.path=value")
     try:
         value = _yaml(text)
+        if _has_comment(text):
+            raise UserError("what follows # is a comment")
     except UserError as error:
         sentence = f"override {_short(override)}: the value {_short(text)} is not valid YAML ({error}); quote it"
         raise UserError(sentence) from None
-    for key in reversed(dotted.split(".")):
+    for key in reversed(keys):
         value = {key: value}
     return typing.cast(dict[str, Any], value)
+
+
+def _has_comment(text: str) -> bool:
+    """Whether a part of a YAML document would be left out as a comment."""
+    end = 0
+    for token in yaml.scan(text, _Loader):
+        if "#" in text[end : token.start_mark.index]:
+            return True
+        end = token.end_mark.index
+    return "#" in text[end:]
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -342,18 +357,31 @@ def _kind(config: type[Config]) -> str | None:
 
 
 def _user_path(root: type[Config], location: Sequence[int | str]) -> str:
-    """The dotted path as in the user's file: pydantic puts the kind between a union's key and its fields."""
-    here, path = [root], []
+    """The dotted path as in the user's file: pydantic puts the kind between a union's key and its fields.
+
+    Of a union of plain types it puts the type there, and [key] behind a key that is itself wrong.
+    """
+    here, path, in_union = [root], [], False
     for part in location:
+        if in_union or part == "[key]":
+            in_union = False
+            continue
         fields = [config.model_fields[part] for config in here if part in config.model_fields]
         chosen = [config for config in here if _kind(config) == part]
         if not fields and chosen and len(here) > 1:
             here = chosen
             continue
         path.append(str(part))
+        in_union = any(_is_plain_union(field.annotation) for field in fields)
         if fields:
             here = [config for field in fields for config in _configs_in(field.annotation)]
     return ".".join(path)
+
+
+def _is_plain_union(annotation: Any) -> bool:
+    of = [argument for argument in typing.get_args(annotation) if argument is not type(None)]
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return is_union and len(of) > 1 and not _configs_in(annotation)
 
 
 def _type_name(annotation: Any) -> str:
@@ -381,11 +409,18 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
     problems = error.errors()
     # An unknown key explains a missing one, and a typo is the commonest mistake: name it first.
     problem = min(problems, key=lambda item: item["type"] != "extra_forbidden")
+    # Of a union each type has its own problem: that which got furthest is of the type that was meant.
+    here = _user_path(root, problem["loc"])
+    same_key = [item for item in problems if f"{_user_path(root, item['loc'])}.".startswith(f"{here}.")]
+    problem = max(same_key, key=lambda item: len(item["loc"]))
     path = _short(_user_path(root, problem["loc"]))[1:-1]
     value = problem["input"]
     value = _short(list(value) if isinstance(value, tuple) else value)
     if problem["type"] == "extra_forbidden":
-        sentence = f"unknown key {path} (value {value}) in {source}; {_nearest(root, path, problem['loc'])}"
+        key = str(problem["loc"][-1])
+        nested = "".join(f"{part}: {{" for part in key.split("."))[:-1] + value + "}" * key.count(".")
+        way_out = f"write {nested}" if "." in key else _nearest(root, path, problem["loc"])
+        sentence = f"unknown key {path} (value {value}) in {source}; {way_out}"
     elif problem["type"] == "union_tag_invalid":
         context = problem.get("ctx", {})
         sentence = f"{path}.kind = {_short(context['tag'])} in {source} is not one of {context['expected_tags']}"
@@ -393,6 +428,10 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         sentence = f"key {path}.kind is missing in {source}; add it (--help describes every key)"
     elif problem["type"] == "missing":
         sentence = f"key {path} is missing in {source}; add it (--help describes every key)"
+    elif problem["type"] == "invalid_key":
+        sentence = f"key {value} in {source} is no text; --help lists every key"
+    elif problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        sentence = f"{path} = {value} in {source} is not legal: it takes key: value pairs; give some, or leave it out"
     elif problem["type"] == "value_error":
         where = f"{path}: " if path else ""
         sentence = f"{where}{problem.get('ctx', {}).get('error')} (in {source})"
@@ -400,6 +439,11 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         reason = (problem["msg"][0].lower() + problem["msg"][1:]).replace("tuple", "list")
         if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float):
             reason += f"; quote the text, as {path}='\"...\"' on a command line"
+        kinds = {"int_type": ["int"], "float_type": ["int", "float"], "bool_type": ["bool"]}.get(problem["type"], [])
+        if any(_SCALARS[kind].fullmatch(str(problem["input"])) for kind in kinds):
+            reason += "; write it without quotes"
+        if problem["type"] in ("tuple_type", "list_type"):
+            reason += ", such as [a, b]"
         sentence = f"{path} = {value} in {source} is not legal: {reason}"
     return sentence + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 

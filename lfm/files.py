@@ -120,6 +120,17 @@ def ready_folder(folder: Path) -> None:
         raise UserError(f"folder {shown(folder)} cannot be written ({reason(error)})") from None
 
 
+def write_out(path: Path, data: bytes) -> None:
+    """Write to where the user says, which may be /dev/stdout or a pipe.
+
+    Raises OSError at once for a FIFO that nobody reads, which would wait for a reader for ever.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        os.set_blocking(descriptor, True)  # a reader may be slow
+        file.write(data)
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step: after a crash the file is the old one or the new one, whole.
 

@@ -46,6 +46,26 @@ def test_defaults_base_file_and_overrides_in_that_order(file):
     assert config == Outer(inner=Inner(lr=3e-3, kind="b"), size=5, names=("z",))
 
 
+def test_blanks_around_a_typed_key_do_not_count(file):
+    assert Outer.load(file, [" inner.lr = 2e-3", "names=['a #b', c#d]"]) == Outer.load(
+        file, ["inner.lr=2e-3", 'names=["a #b", "c#d"]']
+    )
+
+
+def test_a_config_and_its_bases_may_lie_in_the_home_folder(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "other.yaml").write_text("base: [~/base.yaml]\nsize: 5\n")
+    assert Outer.load("~/other.yaml") == Outer.load(file)
+
+
+@pytest.mark.parametrize(
+    "path, sentence", [("", "'' is no path"), ("bse", "mean .*/base.yaml"), ("x", "configs/ holds the shipped")]
+)
+def test_a_config_that_is_not_there_is_one_sentence(file, path, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Outer.load(str(file.parent / path) if path else path)
+
+
 def test_a_config_survives_yaml(file, tmp_path):
     config = Outer.load(file, ["maybe.lr=1"])
     (tmp_path / "again.yaml").write_text(config.to_yaml())
@@ -102,6 +122,15 @@ def test_help_says_which_kind_a_key_is_of():
         ("size=[", "the value '[' is not valid YAML"),
         ("size=2024-99-99", "size = '2024-99-99' in {file} with the command line is not legal"),
         ("inner.lr=.inf", "input should be a finite number"),
+        ("names=[x] # one", "what follows # is a comment"),
+        ("inner.kind=#a", "what follows # is a comment"),
+        (".size=1", "override '.size=1' is not of the form key.path=value"),
+        ("inner..lr=1", "override 'inner..lr=1' is not of the form key.path=value"),
+        ("inner=", "inner = None in {file} with the command line is not legal: it takes key: value pairs"),
+        ("inner=1", "inner = 1 in {file} with the command line is not legal: it takes key: value pairs"),
+        ("names=x", "is not legal: input should be a valid list, such as [a, b]"),
+        ("inner.lr='1e-3'", "is not legal: input should be a valid number; write it without quotes"),
+        ("size='5'", "is not legal: input should be a valid integer; write it without quotes"),
     ],
 )
 def test_a_wrong_override_is_one_sentence(file, override, sentence):
@@ -116,7 +145,10 @@ def test_a_wrong_override_is_one_sentence(file, override, sentence):
         ("size: 1\nsize: 2\n", "key 'size' is given twice"),
         ("size: [", "is not valid YAML"),
         ("- 1\n", "holds a list"),
-        ("base: other.yaml\n", "is not a list of file names"),
+        ("base: other.yaml\n", "is not a list of file names, such as"),
+        ("inner.lr: 1\n", "unknown key inner.lr .*; write inner: {lr: 1}$"),
+        ("1: 2\n", "key 1 in .* is no text"),
+        ("inner:\n", "inner = None .* takes key: value pairs"),
         ("base: [run.yaml]\n", "lists itself"),
         ("base: [missing.yaml]\n", "does not exist"),
         ("size: 2024-99-99\n", "size = '2024-99-99' in .* is not legal"),
@@ -216,7 +248,7 @@ def test_values_of_their_own_type_are_taken(tmp_path):
         ("count: &a 1\n<<: {ratio: 2}", "unknown key <<"),
         ("? [1]\n: 2", "unhashable key"),
         ("count: 1\n---\ncount: 2", "another document"),
-        ("true: 1", "is not legal: keys should be strings"),
+        ("true: 1", "key True in .* is no text"),
         ("a\nb: 1", "is not valid YAML"),
         ('"a\\nb": 1', r"unknown key a\\nb "),
         ("count: 'x\0'", "is not valid YAML"),

@@ -2,6 +2,8 @@
 
 import os
 import resource
+import select
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from lfm.files import (
     remove_tree,
     shown,
     write_durably,
+    write_out,
 )
 
 
@@ -110,3 +113,17 @@ def test_a_line_that_cannot_be_read_leaves_the_others_and_a_copy(tmp_path, capsy
         assert (tmp_path / f"history.damaged-{number}").read_bytes() == path.read_bytes()
         assert "line 2 and 1 more cannot be read and is left out" in capsys.readouterr().err
     assert keep_aside(path, b"", "damaged").name == "history.damaged-3"
+
+
+def test_a_pipe_gets_all_that_is_written_out_and_one_without_a_reader_is_refused(fifo):
+    with pytest.raises(OSError, match="No such device or address"):
+        write_out(fifo, b"x")
+    data = os.urandom(1 << 20)  # more than a pipe holds
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    writer = threading.Thread(target=write_out, args=(fifo, data))
+    writer.start()
+    select.select([reader], [], [])
+    os.set_blocking(reader, True)
+    with os.fdopen(reader, "rb") as file:
+        assert file.read() == data
+    writer.join()

@@ -192,8 +192,11 @@ def _train(
     rows = open_training(run.data, **sizes, rows_per_step=run.training.global_batch_size)
     held_out = open_validation(run.data, **sizes)
     tokenizer = open_tokenizer(run.data)
-    prompts = [tokenizer.encode_prompt(prompt) for prompt in run.samples.prompts]
-    check_prompts(prompts, run.model.context_limit)
+    try:
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in run.samples.prompts]
+        check_prompts(prompts, run.model.context_limit)
+    except UserError as error:
+        raise UserError(f"samples.prompts: {error}") from None
     start, weights = _starting_point(run, rows, ranks), _starting_weights(run, ranks)
     if ranks.is_main:
         with refusing(f"make room and put nothing else into {run.folder}, or set output=DIR"):
@@ -463,7 +466,12 @@ def _checkpoint_to_resume(run: RunConfig) -> Path | None:
         raise UserError(f"checkpoint.resume=never, but {run.folder} holds {existing[-1].name}; give another name=NAME")
     if wanted == "never" or (wanted == "auto" and not existing):
         return None
-    return existing[-1] if wanted == "auto" else checkpoint.find(Path(wanted))
+    if wanted == "auto":
+        return existing[-1]
+    try:
+        return checkpoint.find(Path(wanted))
+    except UserError as error:
+        raise UserError(f"checkpoint.resume={wanted}: {error}; or set it to auto or never") from None
 
 
 def _starting_weights(run: RunConfig, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:

@@ -195,6 +195,14 @@ def test_streams_of_different_tokenizers_are_an_error(two_data_sets, tmp_path):
         ({"streams": [{"name": "a", "path": "a", "proportion": 0}]}, "are 0 from step 0 on"),
         ({"streams": [{"name": "a", "path": "a", "proportion": {0: 1, 9: 0}}]}, "are 0 from step 9 on"),
         ({"streams": [{"name": "a", "path": "a", "proportion": {3: 1}}]}, "are 0 from step 0 on"),
+        (
+            {"streams": [{"name": "a", "path": "a", "proportion": "half"}]},
+            "streams.0.proportion = 'half' .* a valid number",
+        ),
+        (
+            {"streams": [{"name": "a", "path": "a", "proportion": {3: "x"}}]},
+            "streams.0.proportion.3 = 'x' .* a valid number",
+        ),
         ({"streams": [{"name": "a", "path": "a", "proportion": -1}]}, "greater than or equal to 0"),
     ],
 )

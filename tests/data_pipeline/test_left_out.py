@@ -15,6 +15,7 @@ from tests.data.corpus import config, texts, write_texts
 from tests.data_pipeline.test_sources import read
 
 NESTED = b"[" * 100_000
+UTF_16 = ("utf-16", "utf-16-le", "utf-16-be")
 
 
 def lines(*records):
@@ -47,6 +48,15 @@ def test_a_line_nested_beyond_measure_is_malformed(tmp_path):
     assert counts["lines_malformed"] == 2
 
 
+def test_a_line_in_another_code_is_malformed(tmp_path):
+    surrogate = b'{"text": "\xed\xa0\x80"}'  # which Python's json would read, and UTF-8 cannot write
+    first = "\ufeff".encode() + lines({"text": "good"})
+    (tmp_path / "a.jsonl").write_bytes(first + lines(surrogate) + '{"text": "b"}'.encode("utf-16-be"))
+    counts = Counter()
+    assert read({"kind": "jsonl", "paths": [str(tmp_path)]}, counts) == ["good"]
+    assert counts["lines_malformed"] == 2
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
@@ -55,6 +65,11 @@ def test_a_line_nested_beyond_measure_is_malformed(tmp_path):
         (lines([{"text": "a"}]), ":1 holds a list in place of an object"),
         (json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode(), "is one JSON document over many lines"),
         (json.dumps({"text": "a"}, indent=4).encode(), "is one JSON document over many lines"),
+        (b"no JSON\nat all\n", ":1 is no line of JSON in UTF-8; rewrite the file, or exclude it; none of its first 2"),
+        *(
+            (lines({"text": "a"}, {"text": "b"}).decode().encode(code), "is no line of JSON in UTF-8")
+            for code in UTF_16
+        ),
         (b'[\n{"text": "a"},\n{"text": "b"}\n]\n', "is one JSON document over many lines"),
     ],
 )
@@ -116,7 +131,7 @@ def test_an_empty_split_says_what_was_left_out(tmp_path):
         prepare(config(tmp_path, tmp_path / "data", **tree))
     train_bpe(texts(60), 320).save(tmp_path / "tokenizer.json")
     tree["tokenizer"] = {"file": str(tmp_path / "tokenizer.json")}
-    with pytest.raises(UserError, match=r"split empty; .*left out: documents null 1, lines malformed 1"):
+    with pytest.raises(UserError, match=r"the sources hold no text; .*left out: documents null 1, lines malformed 1"):
         prepare(config(tmp_path, tmp_path / "data", **tree))
 
 

@@ -104,8 +104,9 @@ BAD_RUNS = {
     "bad_name": (["name=a/b"], "name = 'a/b'"),
     "output_is_a_file": (["output=README.md"], "run folder README.md/lfm_debug cannot be written"),
     "betas": (["optimizer.betas=[0.9,1.5]"], "optimizer.betas.1 = 1.5"),
-    "empty_sample": (['samples.prompts=[""]'], "a prompt is empty"),
+    "empty_sample": (['samples.prompts=[""]'], "samples.prompts: a prompt is empty"),
     "long_sample": ([f"samples.prompts=['{'x ' * 200}']"], "the context is 64"),
+    "resume": (["checkpoint.resume=no"], "checkpoint.resume=no: .* nor a run folder .*; or set it to auto or never"),
     "init_from": (["checkpoint.init_from=/no/run"], "neither a checkpoint nor a run folder"),
     "heartbeat": (
         ["parallel.heartbeat_timeout_seconds=0.5"],
