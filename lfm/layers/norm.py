@@ -18,9 +18,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        return self.of_sum(x, None)[1]
+        return self.add_norm(x, None)[1]
 
-    def of_sum(
+    def add_norm(
         self, x: Float[Tensor, "... D"], y: Float[Tensor, "... D"] | None
     ) -> tuple[Float[Tensor, "... D"], Float[Tensor, "... D"]]:
         """`x + y`, or x where there is no y, and the same normalized."""

@@ -1,6 +1,6 @@
 """LAERC: layers of a frozen random recurrent network, gated against the direct path, and a feed-forward network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -12,17 +12,10 @@ from torch import Tensor, nn
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
-from lfm.layers.documents import Documents, Rows
-from lfm.layers.head import Head, Hidden
-from lfm.models.language_model import (
-    FamilyConfig,
-    LanguageModel,
-    ParameterCounts,
-    Recompute,
-    State,
-    generator_of,
-)
-from lfm.models.losses import Losses, Measured, Objective, reservoir_measured, reservoir_measurements
+from lfm.layers.residual import ResidualStream
+from lfm.models.decoder import Block, Context, Decoder, Memory
+from lfm.models.language_model import FamilyConfig, ParameterCounts, State, generator_of
+from lfm.models.losses import Measured, reservoir_measured
 
 
 class LAERCConfig(FamilyConfig):
@@ -223,7 +216,7 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
-class Block(nn.Module):
+class LAERCBlock(Block):
     """`m = g rho + (1 - g) x`, then `m + a FFN(norm(m))`; there is no other residual connection.
 
     `rho = exp(s) MLP(norm(r))` is read out of the reservoir, which sees norm(x); the gate g sees the raw input, as
@@ -248,81 +241,54 @@ class Block(nn.Module):
         self.ffn_scale = nn.Parameter(torch.empty(()))
 
     def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        *,
-        state: Float[Tensor, "B R"] | None,
-        starts: Bool[Tensor, "B T"] | None,
-        stats: RecurrenceStats | None,
-        exact: bool,
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R"] | None]:
-        final, rho = None, torch.zeros_like(x)
+        self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None
+    ) -> tuple[ResidualStream, Memory, None]:
+        x, final = stream.summed(), None
+        rho = torch.zeros_like(x)
         if self.use_reservoir:
-            states, final = self.reservoir(self.input_norm(x), state=state, starts=starts, stats=stats, exact=exact)
+            documents = context.documents
+            # A document that begins with its row begins from zero anyway.
+            starts = None if documents is None or documents.row_is_one_document else context.starts
+            states, final = self.reservoir(
+                self.input_norm(x), state=memory, starts=starts, stats=stats, exact=context.streaming
+            )
             rho = self.readout_log_scale.exp() * self.readout(self.readout_norm(states))
         gate = self.gate(self.gate_norm(torch.cat((x, rho), -1))).sigmoid()
         m = gate * rho + (1 - gate) * x
-        return m + self.ffn_scale * self.ffn(self.ffn_norm(m)), final
+        return ResidualStream(m, self.ffn_scale * self.ffn(self.ffn_norm(m))), final, None
 
 
-class LAERC(LanguageModel):
+class LAERC(Decoder):
     """Blocks between a tied embedding and a final norm; no positions, no dropout."""
 
     config: LAERCConfig
 
-    def __init__(self, config: LAERCConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.head = Head(config.hidden_size, config.vocab_size, tied_to=self.embedding)
-
     @property
     def liquids(self) -> dict[int, Reservoir]:
-        return {layer: cast(Block, self.layers[layer]).reservoir for layer in self.config.reservoir_layers}
+        here = {int(name): cast(LAERCBlock, block) for name, block in self.layers.items()}
+        return {layer: block.reservoir for layer, block in here.items() if layer in self.config.reservoir_layers}
 
-    def advance(
-        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
-    ) -> tuple[Float[Tensor, "B T D"], LAERCState]:
-        assert state is None or documents is None
-        if state is not None:
-            state.check_like(self.empty_state(len(ids)))
-            assert isinstance(state, LAERCState)
-        return self._hidden(ids, state, documents, {}, exact=True)
+    def make_block(self, layer: int) -> LAERCBlock:
+        return LAERCBlock(self.config)
+
+    def make_norm(self) -> nn.LayerNorm:
+        return nn.LayerNorm(self.config.hidden_size, eps=self.config.layernorm_epsilon)
 
     def empty_state(self, batch: int) -> LAERCState:
-        c, weight = self.config, self.embedding.weight
-        layers = c.num_layers if c.use_reservoir else 0
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return LAERCState(
-            [torch.zeros(batch, c.reservoir_size, dtype=wide, device=weight.device) for _ in range(layers)]
+        return self.blank_state(batch, 0).map(
+            lambda blank: torch.zeros_like(blank, device=self.embedding.weight.device)
         )
 
-    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
-        stats = {layer: RecurrenceStats() for layer in self.config.reservoir_layers}
-        hidden, _ = self._hidden(rows.ids, None, rows.documents, stats, exact=False)
-        sums = objective.sums(Hidden(hidden), self.head, rows)
-        yield Losses(sums, lambda: reservoir_measurements(stats))
+    def blank_state(self, batch: int, length: int) -> LAERCState:
+        c, dtype = self.config, torch.promote_types(self.embedding.weight.dtype, torch.float32)
+        blank = torch.empty(batch, c.reservoir_size, dtype=dtype, device="meta")
+        return LAERCState([blank] * (c.num_layers if c.use_reservoir else 0))
 
-    def _hidden(
-        self,
-        ids: Tensor,
-        state: LAERCState | None,
-        documents: Documents | None,
-        stats: dict[int, RecurrenceStats],
-        *,
-        exact: bool,
-    ) -> tuple[Tensor, LAERCState]:
-        # A document that begins with its row begins from zero anyway.
-        starts = None if documents is None or documents.row_is_one_document else documents.starts
-        x, after = self.embedding(ids), LAERCState([])
-        for layer, block in enumerate(self.layers):
-            before = state.reservoirs[layer] if state is not None and state.reservoirs else None
-            x, final = block(x, state=before, starts=starts, stats=stats.get(layer), exact=exact)
-            if final is not None:
-                after.reservoirs.append(final)
-        return self.final_norm(x), after
+    def memories(self, state: LAERCState) -> dict[int, Memory]:
+        return dict(enumerate(state.reservoirs))
+
+    def state(self, memories: Mapping[int, Memory], positions: Int[Tensor, "B T"] | None) -> LAERCState:
+        return LAERCState(list(memories.values()))
 
     def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
         """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -46,6 +46,16 @@ class FamilyConfig(Config, abc.ABC):
     def reservoir_warmup(self) -> int:
         """Warm-up of those layers at the first step."""
         return 0
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output projection is the embedding."""
+        return True
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding as it is stored."""
+        return cast(Any, self).vocab_size
 
     @property
     def terms(self) -> tuple[Term, ...]:

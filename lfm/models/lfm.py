@@ -1,42 +1,25 @@
 """LFM: decoder of grouped-query attention, liquid reservoirs in every n-th layer and a mixture of experts in each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
 from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
-from lfm.layers.documents import Documents, Rows
-from lfm.layers.head import Head, Hidden
 from lfm.layers.liquid import Liquid, LiquidConfig
 from lfm.layers.moe import MoE, Routing
 from lfm.layers.norm import RMSNorm
-from lfm.layers.parts import PLAIN, Parts
-from lfm.layers.rotary import rotary_tables
-from lfm.models.language_model import (
-    FamilyConfig,
-    LanguageModel,
-    ParameterCounts,
-    Recompute,
-    State,
-    generator_of,
-)
-from lfm.models.losses import (
-    Losses,
-    Measured,
-    Measurements,
-    Objective,
-    Term,
-    reservoir_measured,
-    reservoir_measurements,
-)
+from lfm.layers.parts import Parts
+from lfm.layers.residual import ResidualStream
+from lfm.models.decoder import Block, Context, Decoder, Memory, checkpointed, plain
+from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute, State, generator_of
+from lfm.models.losses import Measured, Term, reservoir_measured
 
 
 class LFMConfig(FamilyConfig):
@@ -97,6 +80,10 @@ class LFMConfig(FamilyConfig):
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+
+    @property
+    def is_tied(self) -> bool:
+        return not self.untie_embeddings_and_output_weights
 
     @property
     def context_limit(self) -> int:
@@ -225,25 +212,9 @@ class LFMState(State):
         )
 
 
-@dataclass
-class Diagnostics:
-    """Auxiliary terms and measurements of one forward pass, by layer."""
+class LFMBlock(Block):
+    """`x += Attention; x += Liquid (every n-th layer); x += MoE`; it carries keys and values, and its reservoirs."""
 
-    routing: dict[int, Routing]
-    recurrence: dict[int, RecurrenceStats]
-
-    def sums(self, num_layers: int) -> dict[str, Float[Tensor, ""]]:
-        """Over rows, of the mean over all layers of the model: the summands of the layers that are here."""
-        balance = torch.stack([routing.balance_loss for routing in self.routing.values()])
-        z = torch.stack([routing.z_loss for routing in self.routing.values()])
-        return {"balance_loss": balance.sum() / num_layers, "z_loss": z.sum() / num_layers}
-
-    def measure(self) -> Measurements:
-        load = {layer: routing.load for layer, routing in self.routing.items()}
-        return {"expert_load": load, **reservoir_measurements(self.recurrence)}
-
-
-class Block(nn.Module):
     def __init__(self, config: LFMConfig, layer: int, parts: Parts) -> None:
         super().__init__()
         c, norm = config, lambda: RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
@@ -272,116 +243,61 @@ class Block(nn.Module):
         )
 
     def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        pending: Float[Tensor, "B T D"] | None,
-        *,
-        rotary: tuple[Tensor, Tensor],
-        documents: Documents | None,
-        cache: KeyValueCache | None,
-        liquid_state: Tensor | None,
-        stats: RecurrenceStats | None,
-        streaming: bool,
-        recompute: Recompute,
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"], KeyValueCache | None, Tensor | None, Routing]:
-        """Takes and returns the residual stream as two summands, x and what the part before put out (None after the
-        embedding): each part adds them in one pass with its norm.
-
-        `streaming` keeps the cache and takes the exact recurrence, as what is read in pieces must."""
+        self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None
+    ) -> tuple[ResidualStream, Memory, Routing]:
         # Selective recompute: the two parts whose activations are large and cheap to make again.
-        part = _checkpointed if recompute == "selective" else _plain
-        x, u = self.attention_norm.of_sum(x, pending)
-        y, cache = self.attention(u, rotary=rotary, documents=documents, cache=cache, keep_cache=streaming)
+        part = checkpointed if context.recompute == "selective" else plain
+        cache, reservoirs = memory if memory is not None else (None, None)
+        stream, u = stream.normed(self.attention_norm)
+        y, cache = self.attention(
+            u, rotary=context.rotary, documents=context.documents, cache=cache, keep_cache=context.streaming
+        )
+        stream = stream.plus(y)
         if self.has_liquid:
-            starts = documents.starts if documents is not None else None
-            x, y, liquid_state = part(self._liquid, x, y, liquid_state, starts, stats, streaming)
-        x, y, routing = part(self._moe, x, y)
-        return x, y, cache, liquid_state, routing
+            stream, reservoirs = part(self._liquid, stream, reservoirs, context, stats)
+        stream, routing = part(self._moe, stream)
+        return stream, (cache, reservoirs), routing
 
     def _liquid(
-        self,
-        x: Tensor,
-        y: Tensor,
-        state: Tensor | None,
-        starts: Tensor | None,
-        stats: RecurrenceStats | None,
-        exact: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        self, stream: ResidualStream, state: Tensor | None, context: Context, stats: RecurrenceStats | None
+    ) -> tuple[ResidualStream, Tensor]:
+        options = {"state": state, "starts": context.starts, "stats": stats, "exact": context.streaming}
         if self.post_norm:
-            x = x + y
-            y, final = self.liquid(x, state=state, starts=starts, stats=stats, exact=exact)
-            return self.liquid_norm.of_sum(x, y)[1], None, final
-        x, u = self.liquid_norm.of_sum(x, y)
-        y, final = self.liquid(u, state=state, starts=starts, stats=stats, exact=exact)
-        return x, y, final
+            x = stream.summed()
+            y, final = self.liquid(x, **options)
+            return ResidualStream(self.liquid_norm.add_norm(x, y)[1]), final
+        stream, u = stream.normed(self.liquid_norm)
+        y, final = self.liquid(u, **options)
+        return stream.plus(y), final
 
-    def _moe(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Routing]:
-        x, u = self.moe_norm.of_sum(x, y)
+    def _moe(self, stream: ResidualStream) -> tuple[ResidualStream, Routing]:
+        stream, u = stream.normed(self.moe_norm)
         output, routing = self.moe(u)
-        return x, output, routing
+        return stream.plus(output), routing
 
 
-def _plain(fn, *args, **kwargs):
-    return fn(*args, **kwargs)
+class LFM(Decoder):
+    """Pre-norm decoder of attention, liquid reservoirs in every n-th layer and experts; positions by rotation."""
 
-
-def _checkpointed(fn, *args, **kwargs):
-    # There is no dropout: nothing random happens inside, so the RNG state need not be kept.
-    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-class LFM(LanguageModel):
-    """Pre-norm decoder: `x += Attention; x += Liquid (every n-th layer); x += MoE`; logits from the final norm.
-
-    `layers` makes it a piece of the model: those layers alone, with the embedding if they begin at the first and the
-    head if they end at the last.  Modules carry global layer numbers, so a piece's names are the whole model's.
-    """
-
-    def __init__(self, config: LFMConfig, *, parts: Parts = PLAIN, layers: Sequence[int] | None = None) -> None:
-        super().__init__()
-        self.config, self.parts = config, parts
-        layers = range(config.num_layers) if layers is None else layers
-        self.is_first, self.is_last = layers[0] == 0, layers[-1] == config.num_layers - 1
-        tied = not config.untie_embeddings_and_output_weights
-        if self.is_first or (self.is_last and tied):
-            self.embedding = parts.vocabulary_embedding(config.padded_vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(layer): Block(config, layer, parts) for layer in layers})
-        if self.is_last:
-            self.final_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-            self.head = Head(
-                config.hidden_size,
-                config.vocab_size,
-                stored_rows=config.padded_vocab_size,
-                tied_to=self.embedding if tied else None,
-                parts=parts,
-            )
+    config: LFMConfig
+    attends = True
 
     @property
     def liquids(self) -> dict[int, Liquid]:
-        """Liquid layers by layer index."""
-        return {
-            int(layer): cast(Liquid, block.liquid)
-            for layer, block in self.layers.items()
-            if int(layer) in self.config.liquid_layers
-        }
+        here = {int(name): cast(Any, block) for name, block in self.layers.items()}
+        return {layer: block.liquid for layer, block in here.items() if layer in self.config.liquid_layers}
 
-    def advance(
-        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
-    ) -> tuple[Float[Tensor, "B T D"], LFMState]:
-        if state is not None:
-            caches = state.caches if isinstance(state, LFMState) else []
-            state.check_like(self._state_of_shape(len(ids), caches[0].key.shape[2] if caches else 0))
-            assert isinstance(state, LFMState)
-        hidden, state, _ = self.hidden(ids, state=state, documents=documents, keep_state=True)
-        assert state is not None
-        return hidden, state
+    def make_block(self, layer: int) -> LFMBlock:
+        return LFMBlock(self.config, layer, self.parts)
+
+    def make_norm(self) -> RMSNorm:
+        return RMSNorm(self.config.hidden_size, eps=self.config.layernorm_epsilon, parts=self.parts)
 
     def empty_state(self, batch: int) -> None:
         """An empty cache has no tensors."""
         return None
 
-    def _state_of_shape(self, batch: int, length: int) -> LFMState:
-        """A state after `length` tokens without its values."""
+    def blank_state(self, batch: int, length: int) -> LFMState:
         c = self.config
 
         def shaped(*shape: int) -> Tensor:
@@ -393,86 +309,16 @@ class LFM(LanguageModel):
         liquid = {layer: shaped(*reservoirs) for layer in c.liquid_layers}
         return LFMState(counts, [cache] * c.num_layers, liquid)
 
-    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
-        x, _, found = self.run_layers(self.embedding(rows.ids), documents=rows.documents, recompute=recompute)
-        yield Losses(self.objective_sums(x, rows, objective) | found.sums(self.config.num_layers), found.measure)
+    def memories(self, state: LFMState) -> dict[int, Memory]:
+        return {layer: (cache, state.liquid.get(layer)) for layer, cache in enumerate(state.caches)}
+
+    def state(self, memories: Mapping[int, Memory], positions: Int[Tensor, "B T"] | None) -> LFMState:
+        assert positions is not None
+        liquid = {layer: reservoirs for layer, (_, reservoirs) in memories.items() if reservoirs is not None}
+        return LFMState(positions[:, -1] + 1, [cache for cache, _ in memories.values()], liquid)
 
     def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
         return initial_tensor(name, shape, self.config, seed)
-
-    def objective_sums(
-        self, x: Float[Tensor, "B T D"], rows: Rows, objective: Objective
-    ) -> dict[str, Float[Tensor, ""]]:
-        """From the last layer's output."""
-        return objective.sums(Hidden(self.final_norm(x), self.parts), self.head, rows)
-
-    def hidden(
-        self,
-        ids: Int[Tensor, "B T"],
-        *,
-        state: LFMState | None = None,
-        documents: Documents | None = None,
-        keep_state: bool = False,
-        recompute: Recompute = "none",
-    ) -> tuple[Float[Tensor, "B T D"], LFMState | None, Diagnostics]:
-        """Final normalised hidden states; `documents=None` without a state means one document a row."""
-        if state is None:
-            documents = documents or Documents.whole_rows(ids.shape[0], ids.shape[1], ids.device)
-        x, state, found = self.run_layers(
-            self.embedding(ids), state=state, documents=documents, keep_state=keep_state, recompute=recompute
-        )
-        return self.final_norm(x), state, found
-
-    def run_layers(
-        self,
-        x: Float[Tensor, "B T D"],
-        *,
-        documents: Documents | None,
-        state: LFMState | None = None,
-        keep_state: bool = False,
-        recompute: Recompute = "none",
-    ) -> tuple[Float[Tensor, "B T D"], LFMState | None, Diagnostics]:
-        """The layers that are here, after the prefix of `state`, or over whole rows of `documents`."""
-        if state is not None:
-            positions = state.position[:, None] + torch.arange(x.shape[1], device=x.device)
-        else:
-            assert documents is not None
-            positions = documents.positions
-        rotary = rotary_tables(
-            positions,
-            head_size=self.config.head_size,
-            base=self.config.rotary_base,
-            dtype=torch.promote_types(x.dtype, torch.float32),
-        )
-        found = Diagnostics({}, {layer: RecurrenceStats() for layer in self.liquids})
-        caches: list[KeyValueCache | None] = []
-        liquid: dict[int, Tensor] = {}
-        run = _checkpointed if recompute == "full" else _plain
-        pending: Tensor | None = None
-        for layer, block in ((int(name), block) for name, block in self.layers.items()):
-            if recompute == "full" and pending is not None:
-                x, pending = x + pending, None  # one tensor to keep for the recomputation, not two
-            x, pending, cache, liquid_state, routing = run(
-                block,
-                x,
-                pending,
-                rotary=rotary,
-                documents=documents,
-                cache=state.caches[layer] if state else None,
-                liquid_state=state.liquid.get(layer) if state else None,
-                stats=found.recurrence.get(layer),
-                streaming=keep_state,
-                recompute=recompute,
-            )
-            caches.append(cache)
-            if liquid_state is not None:
-                liquid[layer] = liquid_state
-            found.routing[layer] = routing
-        new_state = None
-        if keep_state:
-            new_state = LFMState(positions[:, -1] + 1, [cache for cache in caches if cache is not None], liquid)
-        assert pending is not None
-        return x + pending, new_state, found
 
 
 def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int) -> Tensor:

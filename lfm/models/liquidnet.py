@@ -1,31 +1,24 @@
 """LiquidNet: attention-free decoder of diagonal liquid layers and SwiGLU, with a state of one vector a layer."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
+from lfm.kernels.reservoir import RecurrenceStats
 from lfm.layers.diagonal_liquid import LONGEST_HALF_LIFE, DiagonalLiquid, initial_delta_bias
-from lfm.layers.documents import Documents, Rows
-from lfm.layers.head import Head, Hidden
 from lfm.layers.mlp import SwiGLU
 from lfm.layers.norm import RMSNorm
-from lfm.models.language_model import (
-    FamilyConfig,
-    LanguageModel,
-    ParameterCounts,
-    Recompute,
-    State,
-    generator_of,
-)
-from lfm.models.losses import Losses, Objective
+from lfm.layers.parts import Parts
+from lfm.layers.residual import ResidualStream
+from lfm.models.decoder import Block, Context, Decoder, Memory
+from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute, State, generator_of
 
 
 class LiquidNetConfig(FamilyConfig):
@@ -80,64 +73,52 @@ class LiquidNetState(State):
     """By layer, at least fp32."""
 
 
-class Block(nn.Module):
+class LiquidNetBlock(Block):
     """`x += c liquid(norm(x)); x += c mlp(norm(x))` with c = 1 / sqrt(2 num_layers)."""
 
-    def __init__(self, config: LiquidNetConfig) -> None:
+    def __init__(self, config: LiquidNetConfig, parts: Parts) -> None:
         super().__init__()
         self.residual_scale = (2 * config.num_layers) ** -0.5
-        self.liquid_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.liquid_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
         self.liquid = DiagonalLiquid(config.hidden_size, delta_min=config.delta_min)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
         self.mlp = SwiGLU(config.hidden_size, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: Float[Tensor, "B D"] | None, starts: Bool[Tensor, "B T"] | None
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D"]]:
-        y, final = self.liquid(self.liquid_norm(x), state=state, starts=starts)
-        x = x + self.residual_scale * y
-        return x + self.residual_scale * self.mlp(self.mlp_norm(x)), final
+        self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None
+    ) -> tuple[ResidualStream, Memory, None]:
+        stream, z = stream.normed(self.liquid_norm)
+        y, final = self.liquid(z, state=memory, starts=context.starts)
+        stream, z = stream.plus(self.residual_scale * y).normed(self.mlp_norm)
+        return stream.plus(self.residual_scale * self.mlp(z)), final, None
 
 
-class LiquidNet(LanguageModel):
+class LiquidNet(Decoder):
     """Blocks over an embedding that is also the output projection; no positions, no dropout."""
 
     config: LiquidNetConfig
 
-    def __init__(self, config: LiquidNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.head = Head(
-            config.hidden_size,
-            config.vocab_size,
-            stored_rows=config.padded_vocab_size,
-            tied_to=self.embedding,
-        )
+    def make_block(self, layer: int) -> LiquidNetBlock:
+        return LiquidNetBlock(self.config, self.parts)
 
-    def advance(
-        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
-    ) -> tuple[Float[Tensor, "B T D"], LiquidNetState]:
-        assert state is None or documents is None
-        before = None
-        if state is not None:
-            state.check_like(self.empty_state(len(ids)))
-            assert isinstance(state, LiquidNetState)
-            before = state.hidden
-        hidden, finals = self._run(ids, before, documents.starts if documents is not None else None)
-        return hidden, LiquidNetState(finals)
+    def make_norm(self) -> RMSNorm:
+        return RMSNorm(self.config.hidden_size, eps=self.config.layernorm_epsilon, parts=self.parts)
 
     def empty_state(self, batch: int) -> LiquidNetState:
-        weight, c = self.embedding.weight, self.config
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        zeros = [torch.zeros(batch, c.hidden_size, dtype=dtype, device=weight.device) for _ in range(c.num_layers)]
-        return LiquidNetState(zeros)
+        return self.blank_state(batch, 0).map(
+            lambda blank: torch.zeros_like(blank, device=self.embedding.weight.device)
+        )
 
-    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
-        hidden, _ = self._run(rows.ids, None, rows.documents.starts, recompute)
-        yield Losses(objective.sums(Hidden(hidden), self.head, rows))
+    def blank_state(self, batch: int, length: int) -> LiquidNetState:
+        c, dtype = self.config, torch.promote_types(self.embedding.weight.dtype, torch.float32)
+        blank = torch.empty(batch, c.hidden_size, dtype=dtype, device="meta")
+        return LiquidNetState([blank] * c.num_layers)
+
+    def memories(self, state: LiquidNetState) -> dict[int, Memory]:
+        return dict(enumerate(state.hidden))
+
+    def state(self, memories: Mapping[int, Memory], positions: Int[Tensor, "B T"] | None) -> LiquidNetState:
+        return LiquidNetState(list(memories.values()))
 
     def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
         """The whole initial value of the tensor with this global name, at least fp32, from (seed, name) alone.
@@ -156,18 +137,3 @@ class LiquidNet(LanguageModel):
         if name.endswith(("liquid.output.weight", "mlp.down.weight")):
             return torch.zeros(*shape)
         return torch.empty(*shape).normal_(0, self.config.init_method_std, generator=generator_of(seed, name))
-
-    def _run(
-        self, ids: Tensor, states: list[Tensor] | None, starts: Tensor | None, recompute: Recompute = "none"
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Final hidden states, normalised, and the state of each layer after the last position."""
-        x, finals = self.embedding(ids), []
-        for layer, block in enumerate(self.layers):
-            arguments = (x, states[layer] if states is not None else None, starts)
-            if recompute == "full":
-                # There is no dropout: nothing random happens inside, so the RNG state need not be kept.
-                x, final = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, final = block(*arguments)
-            finals.append(final)
-        return self.final_norm(x), finals

@@ -1,31 +1,23 @@
 """Transformer: plain pre-norm decoder of grouped-query attention and SwiGLU, the control of the recurrent families."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
+from lfm.kernels.reservoir import RecurrenceStats
 from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
-from lfm.layers.documents import Documents, Rows
-from lfm.layers.head import Head, Hidden
 from lfm.layers.mlp import SwiGLU
 from lfm.layers.norm import RMSNorm
-from lfm.layers.rotary import rotary_tables
-from lfm.models.language_model import (
-    FamilyConfig,
-    LanguageModel,
-    ParameterCounts,
-    Recompute,
-    State,
-    generator_of,
-)
-from lfm.models.losses import Losses, Objective
+from lfm.layers.parts import Parts
+from lfm.layers.residual import ResidualStream
+from lfm.models.decoder import Block, Context, Decoder, Memory
+from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute, State, generator_of
 
 
 class TransformerConfig(FamilyConfig):
@@ -108,78 +100,62 @@ class TransformerState(State):
         )
 
 
-class Block(nn.Module):
-    """`x += attention(norm(x)); x += mlp(norm(x))`."""
+class TransformerBlock(Block):
+    """`x += attention(norm(x)); x += mlp(norm(x))`; it carries its keys and values."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, parts: Parts) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
         self.attention = Attention(
             config.hidden_size,
             num_attention_heads=config.num_attention_heads,
             num_query_groups=config.num_query_groups,
             backend=config.attention_backend,
+            parts=parts,
         )
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
         self.mlp = SwiGLU(config.hidden_size, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        *,
-        rotary: tuple[Tensor, Tensor],
-        documents: Documents | None,
-        cache: KeyValueCache | None,
-        keep_cache: bool,
-    ) -> tuple[Float[Tensor, "B T D"], KeyValueCache | None]:
+        self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None
+    ) -> tuple[ResidualStream, Memory, None]:
+        stream, u = stream.normed(self.attention_norm)
         y, cache = self.attention(
-            self.attention_norm(x), rotary=rotary, documents=documents, cache=cache, keep_cache=keep_cache
+            u, rotary=context.rotary, documents=context.documents, cache=memory, keep_cache=context.streaming
         )
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        stream, u = stream.plus(y).normed(self.mlp_norm)
+        return stream.plus(self.mlp(u)), cache, None
 
 
-class Transformer(LanguageModel):
+class Transformer(Decoder):
     """Blocks over an embedding that is also the output projection; positions by rotation."""
 
     config: TransformerConfig
+    attends = True
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.head = Head(
-            config.hidden_size,
-            config.vocab_size,
-            stored_rows=config.padded_vocab_size,
-            tied_to=self.embedding,
-        )
+    def make_block(self, layer: int) -> TransformerBlock:
+        return TransformerBlock(self.config, self.parts)
 
-    def advance(
-        self, ids: Int[Tensor, "B T"], state: State | None = None, documents: Documents | None = None
-    ) -> tuple[Float[Tensor, "B T D"], TransformerState]:
-        assert state is None or documents is None
-        if state is None:
-            before = None
-            documents = documents or Documents.whole_rows(ids.shape[0], ids.shape[1], ids.device)
-            positions = documents.positions
-        else:
-            before = state.caches if isinstance(state, TransformerState) else []
-            state.check_like(self._blank_state(len(ids), before[0].key.shape[2] if before else 0, "meta"))
-            assert isinstance(state, TransformerState)
-            positions = state.position[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        hidden, caches = self._run(ids, positions, documents, before, keep_cache=True)
-        return hidden, TransformerState(positions[:, -1] + 1, [cache for cache in caches if cache is not None])
+    def make_norm(self) -> RMSNorm:
+        return RMSNorm(self.config.hidden_size, eps=self.config.layernorm_epsilon, parts=self.parts)
 
     def empty_state(self, batch: int) -> TransformerState:
-        return self._blank_state(batch, 0, self.embedding.weight.device)
+        return self.blank_state(batch, 0).map(
+            lambda blank: torch.zeros_like(blank, device=self.embedding.weight.device)
+        )
 
-    def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
-        documents = rows.documents
-        hidden, _ = self._run(rows.ids, documents.positions, documents, None, keep_cache=False, recompute=recompute)
-        yield Losses(objective.sums(Hidden(hidden), self.head, rows))
+    def blank_state(self, batch: int, length: int) -> TransformerState:
+        c, dtype = self.config, self.embedding.weight.dtype
+        key = torch.empty(batch, c.num_query_groups, length, c.head_size, dtype=dtype, device="meta")
+        counts = torch.empty(batch, dtype=torch.int64, device="meta")
+        return TransformerState(counts, [KeyValueCache(key, key, counts) for _ in range(c.num_layers)])
+
+    def memories(self, state: TransformerState) -> dict[int, Memory]:
+        return dict(enumerate(state.caches))
+
+    def state(self, memories: Mapping[int, Memory], positions: Int[Tensor, "B T"] | None) -> TransformerState:
+        assert positions is not None
+        return TransformerState(positions[:, -1] + 1, list(memories.values()))
 
     def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
         """The whole initial value of the tensor with this global name, fp32, from (seed, name) alone.
@@ -196,48 +172,3 @@ class Transformer(LanguageModel):
         if name.endswith(("attention.o.weight", "mlp.down.weight")):
             std /= (2 * self.config.num_layers) ** 0.5
         return torch.empty(*shape).normal_(0, std, generator=generator_of(seed, name))
-
-    def _blank_state(self, batch: int, length: int, device: torch.device | str) -> TransformerState:
-        """A state after `length` tokens, with zeros for what they left."""
-        c = self.config
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        shape = (batch, c.num_query_groups, length, c.head_size)
-        key, value = (zeros(*shape, dtype=self.embedding.weight.dtype) for _ in range(2))
-        return TransformerState(zeros(batch), [KeyValueCache(key, value, zeros(batch)) for _ in range(c.num_layers)])
-
-    def _run(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        documents: Documents | None,
-        caches: list[KeyValueCache] | None,
-        *,
-        keep_cache: bool,
-        recompute: Recompute = "none",
-    ) -> tuple[Tensor, list[KeyValueCache | None]]:
-        """Final hidden states, normalised, and the cache of each layer with these tokens in it."""
-        x = self.embedding(ids)
-        rotary = rotary_tables(
-            positions,
-            head_size=self.config.head_size,
-            base=self.config.rotary_base,
-            dtype=torch.promote_types(x.dtype, torch.float32),
-        )
-        new_caches = []
-        for layer, block in enumerate(self.layers):
-            options = {
-                "rotary": rotary,
-                "documents": documents,
-                "cache": caches[layer] if caches is not None else None,
-                "keep_cache": keep_cache,
-            }
-            if recompute == "full":
-                # There is no dropout: nothing random happens inside, so the RNG state need not be kept.
-                x, cache = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **options)
-            else:
-                x, cache = block(x, **options)
-            new_caches.append(cache)
-        return self.final_norm(x), new_caches

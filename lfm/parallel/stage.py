@@ -46,17 +46,17 @@ class Stage(nn.Module):
     def forward(self, rows: Rows) -> Tensor:
         """Hidden states `[T, B, D]` for the next stage, or the weighted objective at the end of the model."""
         if self.piece.is_first:
-            x = self.piece.embedding(rows.ids)
+            x = self.piece.embed(rows.ids)
         else:
             assert self.received is not None
             x = self.received.transpose(0, 1)
         recompute = self.recompute if self.factors is not None else "none"
-        x, _, found = self.piece.run_layers(x, documents=rows.documents, recompute=recompute)
+        x, _, found = self.piece.run(x, self.piece.context(rows, x.dtype, recompute=recompute))
         sums = found.sums(self.piece.config.num_layers)
         if self.factors is not None:
             x = _Attach.apply(x, self._weighted(sums))
         if self.piece.is_last:
-            own = self.piece.objective_sums(x, rows, self.objective)
+            own = self.piece.sums(x, rows, self.objective)
             # The schedule divides its loss by the number of micro-batches, in place: the sums are kept apart.
             sums |= {name: value.detach().clone() for name, value in own.items()}
             x = self._weighted(own)

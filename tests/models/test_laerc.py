@@ -100,7 +100,7 @@ def test_long_rows_are_read_exactly_whatever_training_cuts(backend):
 
 def test_the_gate_sees_the_raw_input_and_then_the_readout():
     model, seen = small_model(), {}
-    block = model.layers[0]
+    block = model.layers["0"]
     block.gate_norm.register_forward_pre_hook(lambda _, args: seen.update(pair=args[0]))
     block.readout.register_forward_hook(lambda _, __, out: seen.update(readout=out))
     ids = torch.randint(0, VOCAB, (2, 5))
@@ -224,7 +224,7 @@ def test_a_fresh_model_knows_nothing_and_its_feed_forward_network_does_nothing()
     with torch.no_grad():
         assert abs(cross_entropy(model, ids, documents) / documents.num_labels - 10.825) < 0.05
         before = model(ids[:, :8])[0]
-        model.layers[0].ffn.down.weight.fill_(7.0)
+        model.layers["0"].ffn.down.weight.fill_(7.0)
         assert torch.equal(model(ids[:, :8])[0], before)
 
 

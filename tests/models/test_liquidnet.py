@@ -113,7 +113,7 @@ def test_a_fresh_layer_halves_its_state_after_its_half_life():
     """No input at all: z = 0, so v = 0 and only the decay acts."""
     model = LiquidNet(small_config(hidden_size=13, num_layers=1))
     initialize(model, seed=0)
-    _, final = model.layers[0].liquid(torch.zeros(1, 64, 13), state=torch.ones(1, 13))
+    _, final = model.layers["0"].liquid(torch.zeros(1, 64, 13), state=torch.ones(1, 13))
     want = torch.tensor([2.0 ** (-64 / 2**k) for k in range(13)])
     torch.testing.assert_close(final[0], want, rtol=1e-4, atol=0)
 

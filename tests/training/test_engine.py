@@ -73,7 +73,7 @@ def _bf16_liquidnet() -> LocalEngine:
 
 def test_half_lives_of_a_bf16_model_start_right_to_five_digits():
     engine = _bf16_liquidnet()
-    bias = engine.model.layers[0].liquid.delta_bias
+    bias = engine.model.layers["0"].liquid.delta_bias
     assert bias.dtype == torch.float32 and engine.model.embedding.weight.dtype == torch.bfloat16
     delta = bias.detach().double().exp().log1p() + engine.config.delta_min
     want = torch.logspace(0, 12, 64, base=2, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_half_lives_of_a_bf16_model_start_right_to_five_digits():
 
 def test_an_fp32_parameter_of_a_bf16_model_is_its_own_master():
     engine = _bf16_liquidnet()
-    bias, name = engine.model.layers[0].liquid.delta_bias, "layers.0.liquid.delta_bias"
+    bias, name = engine.model.layers["0"].liquid.delta_bias, "layers.0.liquid.delta_bias"
     assert engine.masters[name] is bias
     # The output projection starts at zero: nothing reaches the bias until it has moved.
     for _ in range(2):
