@@ -7,7 +7,6 @@ import abc
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from lfm.data.consumed import rows_digest
 from lfm.errors import NonFiniteError, UserError
 from lfm.kernels.accumulation import accumulate_
-from lfm.kernels.reservoir import WARMUP_NOTCHES, contraction, next_warmup
 from lfm.layers.documents import Counts, Documents, Rows
 from lfm.layers.liquid import Liquid
 from lfm.models.global_names import global_views
@@ -28,7 +26,9 @@ from lfm.models.losses import Measured, Measurements, Objective, Term, combined,
 from lfm.models.registry import ModelConfig, build
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.training.evaluate import score
+from lfm.training.guards import Guard
 from lfm.training.optimizer import OptimizerConfig, adamw
+from lfm.training.reservoirs import ReservoirGuard
 
 
 @dataclass
@@ -50,9 +50,6 @@ class StepResult:
 Read = Callable[[Mapping[str, Tensor]], None]
 """Fills tensors (plain ones or DTensors), given by checkpoint key, in place."""
 
-CONTRACTION_INTERVAL = 100
-"""Updates from one look at whether trained reservoirs still forget to the next."""
-
 STATE = ("master", "exp_avg", "exp_avg_sq", "frozen")
 """What a checkpoint holds of an engine: keys are these, a dot, and a global name."""
 
@@ -64,12 +61,8 @@ class Engine(abc.ABC):
     """Of the model's family."""
     objective: Objective
     device: torch.device
-    calm_steps: dict[int, int]
-    warmups: dict[int, int]
-    mean_gains: dict[int, float]
-    """Of each liquid layer's tanh in the last step, over all rows of it."""
-    tells = True
-    """Of the processes that hold the same layers, one tells what happens to them."""
+    guards: Sequence[Guard]
+    """In the order in which they act."""
     share_is_fresh = False
     """Whether `share` returns copies, which later steps leave alone and the next `share` writes over."""
 
@@ -142,62 +135,16 @@ class Engine(abc.ABC):
 
     def counters(self) -> dict[str, Any]:
         """Everything else of the engine's state, as JSON values."""
-        return {
-            "optimizer_step": self.optimizer_step,
-            "reservoir_warmup": {str(i): warmup for i, warmup in self.warmups.items()},
-            "reservoir_calm_steps": {str(i): calm for i, calm in self.calm_steps.items()},
-        }
+        found: dict[str, Any] = {"optimizer_step": self.optimizer_step}
+        for guard in self.guards:
+            found |= guard.state()
+        return found
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         """Restore `counters()`."""
         self.optimizer_step = counters["optimizer_step"]
-        self.calm_steps = {int(layer): calm for layer, calm in counters["reservoir_calm_steps"].items()}
-        self.warmups = {int(layer): warmup for layer, warmup in counters["reservoir_warmup"].items()}
-        for layer, liquid in self.liquids.items():
-            liquid.warmup = self.warmups[layer]
-
-    def start_warmups(self) -> None:
-        """Bookkeeping of the reservoirs' warm-ups, alike on all processes whatever layers they hold."""
-        layers = self.config.reservoir_layers
-        self.calm_steps = {layer: 0 for layer in layers}
-        self.warmups = {layer: self.config.reservoir_warmup for layer in layers}
-        self.mean_gains = dict.fromkeys(layers, 1.0)
-
-    def move_warmups(self, residual: Mapping[int, float]) -> None:
-        """Set each layer's warm-up for the next step from this step's largest residual on any process."""
-        for layer, value in residual.items():
-            calm = self.calm_steps[layer] + 1 if value < 1e-3 else 0
-            warmup = next_warmup(self.warmups[layer], value, calm)
-            self.calm_steps[layer] = 0 if warmup != self.warmups[layer] else calm
-            self.warmups[layer] = warmup
-            if layer in self.liquids:
-                self.liquids[layer].warmup = warmup
-
-    def contract_reservoirs(self) -> bool:
-        """Every 100 updates, scale down the masters of trained reservoirs that forget too slowly; whether any was."""
-        must_forget = [
-            layer
-            for layer, liquid in self.liquids.items()
-            if isinstance(liquid, Liquid)  # other families' reservoirs are frozen
-            and liquid.config.must_forget(self.config.seq_length)
-        ]
-        if not must_forget or self.optimizer_step % CONTRACTION_INTERVAL:
-            return False
-        return any([self._contract(layer, self.liquids[layer]) for layer in must_forget])
-
-    def _contract(self, layer: int, liquid: Liquid) -> bool:
-        factors = contraction(self.master_of(liquid.reservoirs), liquid.config.leak_rate, self.mean_gains[layer])
-        if (factors == 1).all():
-            return False
-        if self.tells:
-            warnings.warn(
-                f"update {self.optimizer_step}: reservoirs of layer {layer} came to forget too slowly for a warm-up "
-                f"of {WARMUP_NOTCHES[-1]} steps and were scaled by {[round(factor, 3) for factor in factors.tolist()]}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self.scale_master(liquid.reservoirs, factors)
-        return True
+        for guard in self.guards:
+            guard.load(counters)
 
     @abc.abstractmethod
     def master_of(self, parameter: Tensor) -> Tensor:
@@ -212,10 +159,13 @@ class Engine(abc.ABC):
         """All summands of the loss, the objective's first."""
         return (*self.objective.terms, *self.config.terms)
 
-    def watch_reservoirs(self, measured: Mapping[str, dict[int, Any]]) -> None:
-        """Set each layer's warm-up for the next step from what this one measured over all processes."""
-        self.mean_gains = dict(measured.get("reservoir_gain", {}))
-        self.move_warmups(measured.get("reservoir_residual", {}))
+    def _after_backward(self, measured: Mapping[str, Mapping[int, Any]]) -> None:
+        for guard in self.guards:
+            guard.after_backward(measured)
+
+    def _after_update(self) -> bool:
+        """Whether a guard changed a master."""
+        return any([guard.after_update(self.optimizer_step, self) for guard in self.guards])
 
     def memory_bytes(self) -> int:
         """Peak memory: the device's allocator on a GPU, the process on a CPU."""
@@ -259,7 +209,7 @@ class LocalEngine(Engine):
         self.publish_masters()
         self._accumulate_in_fp32()
         self.optimizer = adamw(optimizer, self.masters.items())
-        self.start_warmups()
+        self.guards = [ReservoirGuard(model, self.liquids)]
 
     @property
     def liquids(self) -> Mapping[int, Liquid]:
@@ -332,7 +282,7 @@ class LocalEngine(Engine):
         bad = first_bad_micro_batch(table, names, self.micro_batch_size, first=0)
         if bad is not None:
             raise NonFiniteError(bad)
-        self.watch_reservoirs(by_layer := measurements(self.config.measured, measured))
+        self._after_backward(by_layer := measurements(self.config.measured, measured))
         return step_result(self.terms, table.sum(0), counts, rows.documents.attended_pairs, by_layer, digest)
 
     @torch.no_grad()
@@ -352,7 +302,7 @@ class LocalEngine(Engine):
             group["lr"] = lr * group["lr_multiple"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.dtype == torch.float32)
-        self.contract_reservoirs()
+        self._after_update()
         self.publish_masters()
         return value
 

@@ -49,6 +49,7 @@ from lfm.training.engine import (
     step_result,
 )
 from lfm.training.optimizer import OptimizerConfig
+from lfm.training.reservoirs import ReservoirGuard
 
 _BATCH_BYTES = 2**30
 """Host memory for tensors on their way from a checkpoint into the partitions."""
@@ -76,7 +77,6 @@ class ParallelEngine(Engine):
         self.config, self.objective, self.groups, self.layout = model, objective, groups, groups.layout
         self.device, self.dtype, self.micro_batch_size = groups.device, dtype, micro_batch_size
         self.phase = phase
-        self.tells = groups.data.rank() == 0 and groups.tensor.rank() == 0
         # Enough micro-batches to fill the pipeline twice.
         fill = 2 * self.layout.pipeline if self.layout.pipeline > 1 else 1
         self.rows_a_round = micro_batch_size * self.layout.data * fill
@@ -110,7 +110,8 @@ class ParallelEngine(Engine):
             [EngineAsModule(self.deepspeed, self.stages[0])] if through_engine else [*self.stages]
         )
         self._sum_tied_embedding_gradients(config)
-        self.start_warmups()
+        speaks = groups.data.rank() == 0 and groups.tensor.rank() == 0
+        self.guards = [ReservoirGuard(model, self.liquids, speaks=speaks)]
         self._host: dict[str, Tensor] = {}
         self.fill(lambda targets: self._initialize(targets, seed), kinds=("master", "frozen"))
 
@@ -304,7 +305,7 @@ class ParallelEngine(Engine):
         mine = self.groups.tensor.rank() == 0
         sums = self._over_all(dist.ReduceOp.SUM, **{name: value * mine for name, value in sums.items()})
         over_all = {m.name: (list(m.layers), (largest if m.over == "max" else sums)[m.name]) for m in measured}
-        self.watch_reservoirs(by_layer := measurements(measured, over_all))
+        self._after_backward(by_layer := measurements(measured, over_all))
         digest = sum(int(p) << bits for p, bits in zip(sums["digest"].tolist(), _PIECES, strict=True)) % 2**64
         return step_result(self.terms, sums["terms"], counts, int(sums["pairs"]), by_layer, digest)
 
@@ -340,7 +341,7 @@ class ParallelEngine(Engine):
         norm = float(self.deepspeed.get_global_grad_norm())
         if optimizer.overflow or not torch.isfinite(torch.tensor(norm)):
             raise NonFiniteError(f"gradient norm is not finite ({norm})")
-        if self.contract_reservoirs():
+        if self._after_update():
             publish_masters(self.deepspeed, self.weights, self.fragments)
         return norm
 

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 
 from lfm.kernels.nvcc import Unavailable
 from lfm.kernels.reservoir import (
-    WARMUP_NOTCHES,
     RecurrenceStats,
     cluster,
     make_reservoir,
-    next_warmup,
     reservoir_recurrence,
 )
 from lfm.kernels.reservoir.chunked import (
@@ -419,18 +417,6 @@ def test_tiny_reservoirs_are_redrawn_until_they_can_be_scaled():
     generator = torch.Generator().manual_seed(0)
     draws = [make_reservoir(3, 0.1, 0.9, generator) for _ in range(200)]
     assert max(weight.norm().item() for weight in draws) < 0.9 * 10 * 3**0.5
-
-
-def test_warmup_follows_the_residual():
-    assert next_warmup(64, 1.5e-3, 10_000) == 64
-    assert next_warmup(64, 3e-3, 0) == 96
-    assert next_warmup(64, 5e-2, 0) == 96
-    assert next_warmup(64, float("nan"), 0) == 96
-    assert next_warmup(64, 9e-4, 499) == 64
-    assert next_warmup(64, 9e-4, 500) == 32
-    assert next_warmup(WARMUP_NOTCHES[0], 0.0, 500) == WARMUP_NOTCHES[0]
-    assert next_warmup(WARMUP_NOTCHES[-1], 1.0, 0) == WARMUP_NOTCHES[-1]
-    assert next_warmup(50, 1.0, 0) == 64
 
 
 @pytest.mark.parametrize(
