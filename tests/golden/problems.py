@@ -186,10 +186,11 @@ def losses_of(text: str) -> list[float]:
 
 
 def environment_key() -> str:
-    """What the bits of a CPU run depend on besides this code: kernels chosen by the processor's flags, and versions."""
-    flags = set(
-        next((line for line in open("/proc/cpuinfo", encoding="utf-8") if line.startswith("flags")), "").split()
-    )
-    wide = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    return "_".join([capability, *wide, "torch" + torch.__version__.partition("+")[0]])
+    """What the bits of a CPU run depend on besides this code: the processor, by which libraries choose kernels and the
+    sizes of blocks, and torch."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        lines = [line.partition(":") for line in file]
+    about = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+    processor = [about.get(name, "any") for name in ("vendor_id", "cpu family", "model")]
+    parts = [*processor, torch.backends.cpu.get_cpu_capability(), "torch" + torch.__version__.partition("+")[0]]
+    return "_".join(parts).lower().replace(" ", "")
