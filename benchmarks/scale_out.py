@@ -155,10 +155,10 @@ def measure(
 
     def one_step() -> None:
         nonlocal pairs
-        ids, lengths = stream.next()
+        batch = stream.next()
         start = engine.synchronize()
         with _in_stage(device) as in_stage:
-            result = engine.forward_backward(ids, lengths)
+            result = engine.forward_backward(batch)
             middle = engine.synchronize()
         engine.step(1e-5)
         seconds.append(engine.synchronize() - start)

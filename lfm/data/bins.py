@@ -25,6 +25,7 @@ import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lfm.data.batch import Batch
 from lfm.data.format import FORMAT_VERSION, TOKENIZER_NAME, Split, SplitIndex, id_dtype
 from lfm.data.order import random_order
 from lfm.data.reader import RowReader
@@ -173,14 +174,14 @@ class BinReader(RowReader):
             checksum=self._identity(size, tokenizer, seq_length),
         )
 
-    def read(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, list[list[int]]]:
+    def read(self, rows: Sequence[int] | np.ndarray) -> Batch:
         seq_length = self.index.seq_length
         ids = torch.empty(len(rows), seq_length, dtype=torch.int64)
         table = ids.numpy()
         for i, row in enumerate(rows):
             assert 0 <= row < len(self), f"row {row} of {len(self)}"
             table[i] = self._read_window(int(row) * self._stride)
-        return ids, [[seq_length] for _ in rows]
+        return Batch(ids, [[seq_length] for _ in rows])
 
     def order(self, seed: int, start: int, count: int) -> np.ndarray:
         return random_order(seed, len(self), start, count) if self._random else super().order(seed, start, count)

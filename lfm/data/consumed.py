@@ -2,21 +2,17 @@
 
     consumed.txt    one line a step: step, digest of its rows, chain; 16 and 32 hexadecimal digits
 
-The digest of a row is a hash of its ids and document lengths, seeded with its place in the step.  A step's is their sum
-modulo 2**64, which any split into micro-batches and ranks gives alike, and no other rows nor another order of them do.
+The digest of a row (`Batch.digest`) is a hash of its ids, document lengths and what else it has, seeded with its place
+in the step.  A step's is their sum modulo 2**64, which any split into micro-batches and ranks gives alike, and no other
+rows nor another order of them do.
 Each chain value is a hash of the one before, the step and its digest: equal heads mean equal histories.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
-import xxhash
 
 from lfm.errors import UserError
 from lfm.files import exists, keep_aside, read_file, read_lines, reason, shown, write_durably
@@ -25,20 +21,6 @@ from lfm.talk import complain
 CONSUMED_NAME = "consumed.txt"
 START = "0" * 32
 """The chain before the first step."""
-
-
-def rows_digest(ids: torch.Tensor, doc_lengths: Sequence[Sequence[int]], *, first: int = 0) -> int:
-    """The digest, 64 bits, of rows `first`, `first` + 1, ... of a step: `ids [R, T]` on the host, and their documents.
-
-    Digests of parts of a step add up to the whole step's modulo 2**64.
-    """
-    assert ids.dtype == torch.int64 and ids.device.type == "cpu"
-    total = 0
-    for place, (row, lengths) in enumerate(zip(ids.numpy(), doc_lengths, strict=True), start=first):
-        digest = xxhash.xxh3_64(np.ascontiguousarray(row).data, seed=place)
-        digest.update(np.asarray(lengths, np.int64).data)
-        total += digest.intdigest()
-    return total % 2**64
 
 
 def chained(chain: str, step: int, digest: int) -> str:

@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from lfm.data.batch import Batch
 from lfm.data.reader import RowReader
 
 LONGEST_CYCLE = 10_000
@@ -85,17 +86,18 @@ class MixedReader(RowReader):
             }
         )
 
-    def read(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, list[list[int]]]:
+    def read(self, rows: Sequence[int] | np.ndarray) -> Batch:
         chosen = np.asarray(rows, np.int64)
         ids = torch.empty(len(chosen), self.index.seq_length, dtype=torch.int64)
         lengths: list[list[int]] = [[]] * len(chosen)
         owner = np.searchsorted(self._first_rows, chosen, side="right") - 1
         for number in np.unique(owner):
             where = np.flatnonzero(owner == number)
-            ids[torch.from_numpy(where)], found = self._readers[number].read(chosen[where] - self._first_rows[number])
-            for place, row_lengths in zip(where, found, strict=True):
-                lengths[place] = row_lengths
-        return ids, lengths
+            part = self._readers[number].read(chosen[where] - self._first_rows[number])
+            ids[torch.from_numpy(where)] = part.ids
+            for place, row_lengths in zip(where, part.lengths, strict=True):
+                lengths[place] = list(row_lengths)
+        return Batch(ids, lengths)
 
     def order(self, seed: int, start: int, count: int) -> np.ndarray:
         rows = np.empty(count, np.int64)

@@ -25,6 +25,7 @@ import torch
 import xxhash
 
 from lfm.data import streaming_shim
+from lfm.data.batch import Batch
 from lfm.data.cache import Cache, fetch, remove_abandoned, temporary_name
 from lfm.data.format import HASH, INDEX_NAME, SplitIndex, read_index, split_row
 from lfm.data.order import epoch_permutation, row_order
@@ -47,11 +48,8 @@ class RowReader(ABC):
         return self.index.num_rows
 
     @abstractmethod
-    def read(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, list[list[int]]]:
-        """Ids, int64 `[len(rows), T]`, and the lengths of the documents in each row (each sums to T).
-
-        Raises UserError naming the file if it is missing, damaged or cannot be fetched in time.
-        """
+    def read(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """Raises UserError naming the file if it is missing, damaged or cannot be fetched in time."""
 
     def order(self, seed: int, start: int, count: int) -> np.ndarray:
         """Rows at the global sample positions `start .. start + count - 1`, int64 `[count]`: no state but `seed`."""
@@ -155,10 +153,10 @@ class ShardReader(RowReader):
                 f"up to {largest} bytes each; set it to {2 * largest} or more"
             )
 
-    def read(self, rows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, list[list[int]]]:
+    def read(self, rows: Sequence[int] | np.ndarray) -> Batch:
         ids = torch.empty(len(rows), self.index.seq_length, dtype=torch.int64)
         table = ids.numpy()
-        return ids, [self._read_row(int(row), table[i]) for i, row in enumerate(rows)]
+        return Batch(ids, [self._read_row(int(row), table[i]) for i, row in enumerate(rows)])
 
     def _read_row(self, row: int, ids: np.ndarray) -> list[int]:
         """Put the ids of `row` into `ids`; returns its document lengths."""

@@ -6,11 +6,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from lfm.config import Bytes, Config, CountOrZero, Depth, PathText
+from lfm.data.batch import Batch
 from lfm.data.bins import BIN_NAMES, BinReader
 from lfm.data.cache import fetch
 from lfm.data.format import INDEX_NAME, SPLITS, TOKENIZER_NAME, Split
@@ -20,7 +20,6 @@ from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 from lfm.files import exists, expanded
 
-Batch = tuple[torch.Tensor, list[list[int]]]
 Windows = Literal["sequential", "random"]
 Proportion = Annotated[float, Field(ge=0)]
 # Keys of a mapping are text, as JSON writes them.
@@ -270,7 +269,7 @@ class BatchStream:
         self._threads = ThreadPoolExecutor(prefetch_threads, "read rows") if prefetch_threads > 0 else None
 
     def next(self) -> Batch:
-        """Ids, int64 `[R, T]`, and the document lengths of each row, for the next optimizer step.
+        """The rows of the next optimizer step.
 
         Raises UserError for damaged data, at the step that needs it whatever the number of threads, and again at each
         further call: a step is never skipped.

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lfm.data.batch import Batch
 from lfm.models.language_model import Recompute
 from lfm.models.lfm import LFMConfig
 from lfm.models.losses import Objective
@@ -54,7 +55,7 @@ class Problem:
     unlabelled_rows: int = 0
     """The last rows of every batch are documents of one token: no position of them has a label."""
 
-    def batch(self, step: int) -> tuple[Tensor, list[list[int]]]:
+    def batch(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1000 + step)
         T = self.model.seq_length
         ids = torch.randint(0, self.model.vocab_size, (self.rows, T), generator=generator)
@@ -65,7 +66,7 @@ class Problem:
             cuts = T - 1 if row >= self.rows - self.unlabelled_rows else cuts
             ends = sorted({T, *(torch.randperm(T - 1, generator=generator)[:cuts] + 1).tolist()})
             lengths.append([end - start for start, end in zip([0, *ends], ends, strict=False)])
-        return ids, lengths
+        return Batch(ids, lengths)
 
 
 @dataclass
@@ -105,12 +106,10 @@ def reference(problem: Problem, device: torch.device) -> Numbers:
 
 
 def _run(engine: Engine, problem: Problem) -> tuple[float, list[dict[str, float]]]:
-    nats, labels = engine.evaluate(*problem.batch(-1))
+    nats, labels = engine.evaluate(problem.batch(-1))
     steps = []
     for step in range(problem.steps):
-        ids, lengths = problem.batch(step)
-        own = engine.rows_of_step(problem.rows)
-        result = engine.forward_backward(ids[own], lengths[own])
+        result = engine.forward_backward(problem.batch(step)[engine.rows_of_step(problem.rows)])
         norm = engine.step(problem.optimizer.lr)
         limit = problem.optimizer.clip_grad
         steps.append(
@@ -159,9 +158,7 @@ def run_layout(
         first = False
         deviations = _gradient_deviations(engine, flat_gradients, expected.gradients)
         for step in range(1, problem.steps):
-            ids, lengths = problem.batch(step)
-            own = engine.rows_of_step(problem.rows)
-            result = engine.forward_backward(ids[own], lengths[own])
+            result = engine.forward_backward(problem.batch(step)[engine.rows_of_step(problem.rows)])
             steps.append({"loss": result.loss, "norm": engine.step(problem.optimizer.lr)})
     found = {"held_out": held_out, "steps": steps, "gradients": deviations}
     dist.barrier()

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lfm.data.consumed import rows_digest
+from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError, UserError
 from lfm.kernels.accumulation import accumulate_
-from lfm.layers.documents import Counts, Documents, Rows
+from lfm.layers.documents import Counts
 from lfm.layers.liquid import Liquid
 from lfm.models.global_names import global_views
 from lfm.models.language_model import LanguageModel, Recompute, initialize
@@ -44,7 +44,7 @@ class StepResult:
     measured: dict[str, dict[int, Any]]
     """By name and layer: a number, or a list of numbers where a layer has several."""
     digest: int
-    """`rows_digest` of all rows of the step, of the tensors that the model was given."""
+    """`Batch.digest` of all rows of the step, of the tensors that the model was given."""
 
 
 Read = Callable[[Mapping[str, Tensor]], None]
@@ -74,8 +74,8 @@ class Engine(abc.ABC):
         """Which rows of each optimizer step this process wants."""
 
     @abc.abstractmethod
-    def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
-        """Gradients of one optimizer step, from this process's rows of it, `[R, T]` on the host.
+    def forward_backward(self, batch: Batch) -> StepResult:
+        """Gradients of one optimizer step, from this process's rows of it.
 
         Each term is summed and divided by the labels, rows or documents of the whole step: neither micro-batches nor
         processes matter.  Raises NonFiniteError naming the rows of the first bad micro-batch.
@@ -89,8 +89,8 @@ class Engine(abc.ABC):
         """
 
     @abc.abstractmethod
-    def evaluate(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
-        """(sum of cross entropy in nats, number of labels) of rows `ids [R, T]`, dropless; all give all rows."""
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        """(sum of cross entropy in nats, number of labels) of rows, dropless; all give all rows."""
 
     @abc.abstractmethod
     def share(self) -> Mapping[str, Tensor]:
@@ -263,14 +263,14 @@ class LocalEngine(Engine):
 
             parameter.register_post_accumulate_grad_hook(accumulate)
 
-    def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
+    def forward_backward(self, batch: Batch) -> StepResult:
         self.model.train()
-        rows = Rows(ids.to(self.device, non_blocking=True), Documents.from_lengths(lengths, self.device))
-        counts, digest = rows.documents.counts, rows_digest(ids, lengths)
+        rows, digest = batch.to(self.device), batch.digest()
+        counts = rows.documents.counts
         names = [term.name for term in self.terms]
         sums: list[Tensor] = []
         found: list[Measurements] = []
-        for start in range(0, len(ids), self.micro_batch_size):
+        for start in range(0, len(batch), self.micro_batch_size):
             part = rows.slice(start, start + self.micro_batch_size)
             summed = torch.zeros(len(names), dtype=torch.float64, device=self.device)
             for losses in self.model.loss_parts(part, self.objective, recompute=self.recompute):
@@ -316,8 +316,8 @@ class LocalEngine(Engine):
     def dtype(self) -> torch.dtype:
         return self.model.embedding.weight.dtype
 
-    def evaluate(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
-        return score(self.model, ids, lengths)
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        return score(self.model, batch)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint stores as tensors, by layout-free key; views, so that loading fills them in place."""

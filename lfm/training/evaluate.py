@@ -8,26 +8,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from lfm.data.batch import Batch
 from lfm.data.reader import RowReader
-from lfm.layers.documents import Documents, Rows
 from lfm.models.language_model import LanguageModel
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel.ranks import Ranks
 
 
 @torch.no_grad()
-def score(model: LanguageModel, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """(sum of cross entropy in nats, number of labels) of packed rows `ids [R, T]`; the model is left in eval mode."""
+def score(model: LanguageModel, batch: Batch) -> tuple[float, int]:
+    """(sum of cross entropy in nats, number of labels) of packed rows; the model is left in eval mode."""
     model.eval()
-    device = model.embedding.weight.device
-    rows = Rows(ids.to(device), Documents.from_lengths(lengths, device))
+    rows = batch.to(model.embedding.weight.device)
     return float(model.losses(rows, NEXT_TOKEN).sums["cross_entropy"]), rows.documents.num_labels
 
 
-Score = Callable[[Tensor, Sequence[Sequence[int]]], tuple[float, int]]
-"""An engine's `evaluate`: rows and document lengths to (sum of nats, number of labels)."""
+Score = Callable[[Batch], tuple[float, int]]
+"""An engine's `evaluate`: rows to (sum of nats, number of labels)."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,10 @@ def evaluate(
     histogram = np.zeros(rows.index.vocab_size, dtype=np.int64)
     for first in range(0, count, batch_rows):
         chosen = range(first, min(first + batch_rows, count))
-        ids, lengths = ranks.together(lambda chosen=chosen: rows.read(chosen))
-        batch_nats, batch_labels = score(ids, lengths)
+        batch = ranks.together(lambda chosen=chosen: rows.read(chosen))
+        batch_nats, batch_labels = score(batch)
         nats, labels = nats + batch_nats, labels + batch_labels
-        for row, row_ids, row_lengths in zip(chosen, ids.numpy(), lengths, strict=True):
+        for row, row_ids, row_lengths in zip(chosen, batch.ids.numpy(), batch.lengths, strict=True):
             text = row_ids[: len(row_ids) - rows.num_padding(row, row_lengths)]
             tokens += len(text)
             np.add.at(histogram, text, 1)

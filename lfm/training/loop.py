@@ -298,20 +298,20 @@ def _train(
             if wish == 1:
                 settle()
             with _saving_on_damage(save_before_the_end):
-                ids, lengths = ranks.together(stream.next)
+                batch = ranks.together(stream.next)
             lr = run.optimizer.lr * lr_factor(run.schedule, progress.step, run.training.steps)
             try:
                 watch.phase(f"step {progress.step + 1}: forward and backward")
                 engine.start_step(progress.step, run.training.steps)
-                result = engine.forward_backward(ids, lengths)
+                result = engine.forward_backward(batch)
                 grad_norm = engine.step(lr)
             except NonFiniteError as error:
-                batch = rows.order(run.seed, position, global_batch_size).tolist()
+                numbers = rows.order(run.seed, position, global_batch_size).tolist()
                 raise NonFiniteError(
-                    f"step {progress.step + 1}: {error}; no update was made; the batch is data rows {batch}"
+                    f"step {progress.step + 1}: {error}; no update was made; the batch is data rows {numbers}"
                 ) from None
             position = stream.position
-            tokens = global_batch_size * ids.shape[1]
+            tokens = global_batch_size * batch.ids.shape[1]
             progress.step += 1
             progress.tokens += tokens
             progress.chain = chained(progress.chain, progress.step, result.digest)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from lfm.data.consumed import rows_digest
+from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.layers.documents import Counts, Documents, Rows
 from lfm.layers.liquid import Liquid
@@ -244,8 +244,8 @@ class ParallelEngine(Engine):
         rows = global_batch_size // self.layout.data
         return slice(self.groups.data.rank() * rows, (self.groups.data.rank() + 1) * rows)
 
-    def forward_backward(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> StepResult:
-        micro_batches, documents = self._micro_batches(ids, lengths)
+    def forward_backward(self, batch: Batch) -> StepResult:
+        micro_batches, documents = self._micro_batches(batch)
         counts = self._over_data(documents.counts)
         # DeepSpeed divides by the data-parallel size, the schedule the objective by the micro-batches.
         shares = [(term, self.layout.data * len(micro_batches)) for term in self.objective.terms]
@@ -254,13 +254,13 @@ class ParallelEngine(Engine):
             stage.piece.train()
             stage.objective = self.objective
             stage.factors = {term.name: share * term.weight / counts.of(term.per) for term, share in shares}
-        digest = rows_digest(ids, lengths, first=self.rows_of_step(counts.rows).start)
+        digest = batch.digest(first=self.rows_of_step(counts.rows).start)
         self._run(micro_batches, forward_only=False)
         return self._result(documents, counts, digest)
 
-    def _micro_batches(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[list[Rows], Documents]:
-        rows = Rows(ids.to(self.device, non_blocking=True), Documents.from_lengths(lengths, self.device))
-        starts = range(0, len(ids), self.micro_batch_size)
+    def _micro_batches(self, batch: Batch) -> tuple[list[Rows], Documents]:
+        rows = batch.to(self.device)
+        starts = range(0, len(batch), self.micro_batch_size)
         return [rows.slice(start, start + self.micro_batch_size) for start in starts], rows.documents
 
     def _run(self, micro_batches: Sequence[Rows], *, forward_only: bool) -> None:
@@ -377,15 +377,12 @@ class ParallelEngine(Engine):
         config.finalize_model_grads_func = add_up
 
     @torch.no_grad()
-    def evaluate(self, ids: Tensor, lengths: Sequence[Sequence[int]]) -> tuple[float, int]:
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
         """Rows are dealt to the data-parallel processes; rows without labels fill the last round."""
-        T, layout = ids.shape[1], self.layout
+        layout = self.layout
         a_round = self.micro_batch_size * layout.data * (layout.pipeline if layout.virtual_pipeline > 1 else 1)
-        missing = -len(ids) % a_round
-        ids = torch.cat([ids, ids[:1].expand(missing, T)])
-        lengths = [*lengths, *[[1] * T] * missing]
-        own = self.rows_of_step(len(ids))
-        micro_batches, documents = self._micro_batches(ids[own], lengths[own])
+        batch = batch.filled(-len(batch) % a_round)
+        micro_batches, documents = self._micro_batches(batch[self.rows_of_step(len(batch))])
         for stage in self.stages:
             stage.piece.eval()
             stage.objective, stage.factors = NEXT_TOKEN, None

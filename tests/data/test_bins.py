@@ -63,7 +63,8 @@ def test_sequential_rows_are_the_whole_windows_of_the_file(split, name, written)
     stored = np.fromfile(written / name, "<u2")
     reader = open_bins(written, split)
     assert len(reader) == len(stored) // T > 5 and len(stored) % T > 0
-    ids, lengths = reader.read(range(len(reader)))
+    batch = reader.read(range(len(reader)))
+    ids, lengths = batch.ids, batch.lengths
     assert ids.dtype == torch.int64
     assert ids.flatten().tolist() == stored[: len(reader) * T].tolist()
     assert lengths == [[T]] * len(reader)
@@ -74,14 +75,15 @@ def test_sequential_rows_are_the_whole_windows_of_the_file(split, name, written)
 def test_steps_of_sequential_windows_take_each_row_once_an_epoch(found):
     reader = open_bins(found)
     stream = BatchStream(reader, seed=0, rows_per_step=3)
-    starts = torch.cat([stream.next()[0] for _ in range(len(reader) // 3)])[:, 0].tolist()
+    starts = torch.cat([stream.next().ids for _ in range(len(reader) // 3)])[:, 0].tolist()
     assert sorted(starts) == list(range(0, 9 * T, T)) and starts != sorted(starts)
 
 
 def test_random_windows_start_anywhere_that_leaves_room_for_a_row_and_one_more_id(found):
     reader = open_bins(found, windows="random")
     stream = BatchStream(reader, seed=0, rows_per_step=5000)
-    ids, lengths = stream.next()
+    batch = stream.next()
+    ids, lengths = batch.ids, batch.lengths
     starts = ids[:, :1]
     assert torch.equal(ids, starts + torch.arange(T)) and lengths == [[T]] * 5000
     counts = torch.bincount(starts.flatten())
@@ -91,7 +93,7 @@ def test_random_windows_start_anywhere_that_leaves_room_for_a_row_and_one_more_i
 
 def test_validation_is_sequential_whatever_the_windows(found):
     reader = open_bins(found, "validation", windows="random")
-    assert reader.read(range(len(reader)))[0][:, 0].tolist() == [0, T, 2 * T]
+    assert reader.read(range(len(reader))).ids[:, 0].tolist() == [0, T, 2 * T]
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -105,7 +107,7 @@ def test_validation_is_sequential_whatever_the_windows(found):
 def test_resuming_anywhere_gives_the_same_rest(found, steps, rows, rows_later, threads, windows):
     reader = open_bins(found, windows=windows)
     whole = BatchStream(reader, seed=5, rows_per_step=1)
-    want = [whole.next()[0] for _ in range(steps * rows + 2 * rows_later)][steps * rows :]
+    want = [whole.next().ids for _ in range(steps * rows + 2 * rows_later)][steps * rows :]
     first = BatchStream(reader, seed=5, rows_per_step=rows, prefetch_threads=threads)
     for _ in range(steps):
         first.next()
@@ -115,7 +117,7 @@ def test_resuming_anywhere_gives_the_same_rest(found, steps, rows, rows_later, t
     resumed = BatchStream(
         again, seed=5, rows_per_step=rows_later, start_row=resume_row(state, again, seed=5), prefetch_threads=threads
     )
-    assert torch.equal(torch.cat([resumed.next()[0] for _ in range(2)]), torch.cat(want))
+    assert torch.equal(torch.cat([resumed.next().ids for _ in range(2)]), torch.cat(want))
     resumed.close()
 
 
@@ -144,7 +146,7 @@ def test_ids_of_a_large_vocabulary_are_read_as_uint32(foreign):
     ids.tofile(foreign / "train.bin")
     reader = open_bins(foreign, vocab_size=65_856)
     assert reader.index.dtype == "uint32"
-    assert reader.read(range(len(reader)))[0].flatten().tolist() == ids[: len(reader) * T].tolist()
+    assert reader.read(range(len(reader))).ids.flatten().tolist() == ids[: len(reader) * T].tolist()
 
 
 def test_vocabulary_that_does_not_fit_the_model_is_an_error(found):
@@ -187,7 +189,7 @@ def test_fewer_ids_than_a_row_and_one_more_are_an_error(windows, needed, foreign
         open_bins(foreign, windows=windows)
     np.zeros(needed, "<u2").tofile(foreign / "train.bin")
     reader = open_bins(foreign, windows=windows)
-    assert len(reader) == 1 and reader.read([0])[0].shape == (1, T)
+    assert len(reader) == 1 and reader.read([0]).ids.shape == (1, T)
 
 
 @pytest.mark.parametrize("windows", ["sequential", "random"])
@@ -235,9 +237,9 @@ def test_damage_is_found_in_each_block_that_a_row_touches(tmp_path, found):
     with BinsWriter(tmp_path, tokenizer, separator="none", tail=0.4, block_bytes=100) as writer:
         writer.add("train", np.arange(300, dtype=np.uint32), num_documents=1, text_bytes=1, text=b"x")
     writer.finish()
-    rows = open_bins(tmp_path).read(range(5))[0]  # 64 bytes each
+    rows = open_bins(tmp_path).read(range(5)).ids  # 64 bytes each
     assert rows.flatten().tolist() == list(range(160))
-    assert open_bins(tmp_path, "validation").read([0])[0].flatten().tolist() == list(range(180, 212))
+    assert open_bins(tmp_path, "validation").read([0]).ids.flatten().tolist() == list(range(180, 212))
     flip(tmp_path / "train.bin", 110)
     reader = open_bins(tmp_path)
     for row in range(5):
@@ -245,7 +247,7 @@ def test_damage_is_found_in_each_block_that_a_row_touches(tmp_path, found):
             with pytest.raises(UserError, match=r"train\.bin is damaged: its xxh64 from byte 100 on"):
                 reader.read([row])
         else:
-            assert torch.equal(reader.read([row])[0][0], rows[row])
+            assert torch.equal(reader.read([row]).ids[0], rows[row])
 
 
 @pytest.mark.parametrize("origin", ["bins", "foreign"])

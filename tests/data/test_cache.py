@@ -117,7 +117,7 @@ def epoch_on_a_rank(rank, config, turns, environment):
     os.environ.update(environment)  # ranks are forked from a server that an earlier test may have started
     reader = open_training(config, seq_length=SEQ_LENGTH, vocab_size=VOCAB_SIZE, rows_per_step=4)
     stream = BatchStream(reader, seed=rank if turns else 0, rows_per_step=4, prefetch_threads=2)
-    batches = [stream.next()[0] for _ in range(len(reader) // 4)]
+    batches = [stream.next().ids for _ in range(len(reader) // 4)]
     stream.close()
     return torch.cat(batches).tolist()
 
@@ -128,7 +128,7 @@ def test_ranks_of_a_node_read_from_s3_and_fetch_each_shard_once(s3, few_shards, 
     alone = open_training(
         DataConfig(path=str(few_shards)), seq_length=SEQ_LENGTH, vocab_size=VOCAB_SIZE, rows_per_step=4
     )
-    assert first == second == alone.read(alone.order(0, 0, len(first)))[0].tolist()
+    assert first == second == alone.read(alone.order(0, 0, len(first))).ids.tolist()
     shards = [name for name in s3.fetched if name.startswith("shard")]
     assert len(shards) == len(set(shards)) == len(read_index(few_shards / "train")[1]) > 1
 
@@ -147,7 +147,7 @@ def test_a_cache_keeps_its_limit_and_the_rows_stay_right(kind, request, raw_data
     reader = ShardReader(tmp_path / "cache", remote=str(data), cache_limit_bytes=limit)
     want = ShardReader(raw_data_set / "train")
     for row in reader.order(0, 0, len(reader)):
-        assert torch.equal(reader.read([row])[0], want.read([row])[0])
+        assert torch.equal(reader.read([row]).ids, want.read([row]).ids)
         assert size_of_shards(tmp_path / "cache") <= limit
     with pytest.raises(UserError, match=f"cache_limit_bytes={largest} does not hold two shards"):
         ShardReader(tmp_path / "cache", remote=str(data), cache_limit_bytes=largest)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfm.data.consumed import CONSUMED_NAME, START, Consumed, ConsumedRecord, chained, read_record, rows_digest
+from lfm.data.batch import Batch
+from lfm.data.consumed import CONSUMED_NAME, START, Consumed, ConsumedRecord, chained, read_record
 from lfm.errors import UserError
 
 
@@ -26,31 +27,54 @@ def write(folder, digests, *, start=0, chain=START):
 
 @given(st.lists(st.integers(0, 6), max_size=4))
 def test_a_step_has_one_digest_however_it_is_cut(cuts):
-    ids, lengths = a_step()
     bounds = [0, *sorted(cuts), 6]
-    parts = [rows_digest(ids[a:b], lengths[a:b], first=a) for a, b in pairwise(bounds)]
-    assert sum(parts) % 2**64 == rows_digest(ids, lengths)
+    for step in (Batch(*a_step()), a_step_with_columns()):
+        parts = [step[a:b].digest(first=a) for a, b in pairwise(bounds)]
+        assert sum(parts) % 2**64 == step.digest()
 
 
 def test_any_other_step_has_another_digest():
     ids, lengths = a_step()
-    digest = rows_digest(ids, lengths)
+    digest = Batch(ids, lengths).digest()
     changed = ids.clone()
     changed[3, 4] += 1
     others = [
-        rows_digest(changed, lengths),
-        rows_digest(ids[[1, 0, 2, 3, 4, 5]], lengths),
-        rows_digest(ids[:5], lengths[:5]),
-        rows_digest(ids, [*lengths[:5], [2, 3]]),
-        rows_digest(ids, [*lengths[:5], [5]]),
-        rows_digest(ids, lengths, first=1),
+        Batch(changed, lengths).digest(),
+        Batch(ids[[1, 0, 2, 3, 4, 5]], lengths).digest(),
+        Batch(ids[:5], lengths[:5]).digest(),
+        Batch(ids, [*lengths[:5], [2, 3]]).digest(),
+        Batch(ids, [*lengths[:5], [5]]).digest(),
+        Batch(ids, lengths).digest(first=1),
     ]
     assert len({digest, *others}) == 7
-    assert rows_digest(torch.stack([ids, ids], 2)[:, :, 0], lengths) == digest  # a view that is not contiguous
+    assert Batch(torch.stack([ids, ids], 2)[:, :, 0], lengths).digest() == digest  # a view that is not contiguous
+
+
+def a_step_with_columns() -> Batch:
+    ids, lengths = a_step()
+    mask = torch.arange(ids.numel()).view(ids.shape) % 3 > 0
+    return Batch(ids, lengths, mask, {"class": torch.arange(len(ids)), "weight": torch.ones(len(ids), 2)})
+
+
+def test_mask_and_further_columns_are_in_the_digest():
+    step = a_step_with_columns()
+    plain = Batch(step.ids, step.lengths)
+    assert Batch(step.ids, step.lengths, torch.ones_like(step.label_mask)).digest() == plain.digest()
+    other_mask = step.label_mask.clone()
+    other_mask[2, 1] ^= True
+    others = [
+        plain,
+        Batch(step.ids, step.lengths, step.label_mask),
+        Batch(step.ids, step.lengths, other_mask, step.extras),
+        Batch(step.ids, step.lengths, step.label_mask, {**step.extras, "class": torch.zeros(6, dtype=torch.int64)}),
+        Batch(step.ids, step.lengths, step.label_mask, {"class": step.extras["class"]}),
+        Batch(step.ids, step.lengths, step.label_mask, {"kind": step.extras["class"], "weight": step.extras["weight"]}),
+    ]
+    assert len({step.digest(), *(other.digest() for other in others)}) == 7
 
 
 def test_digests_and_chains_are_the_same_on_every_machine_and_version():
-    assert f"{rows_digest(*a_step()):016x}" == "aad77660983930ea"
+    assert f"{Batch(*a_step()).digest():016x}" == "aad77660983930ea"
     assert chained(START, 1, 7) == "199f00d917d34d083ebe5ead854352fc"
 
 

@@ -89,7 +89,7 @@ def rows(data):
     reader = open_training(where, seq_length=SEQ_LENGTH, vocab_size=2 * VOCAB_SIZE, rows_per_step=1)
     held_out = open_validation(where, seq_length=SEQ_LENGTH, vocab_size=2 * VOCAB_SIZE)[""]
     tokenizer = open_tokenizer(where)
-    ids = [each.read(range(len(each)))[0] for each in (reader, held_out)]
+    ids = [each.read(range(len(each))).ids for each in (reader, held_out)]
     return torch.cat(ids).tolist(), tokenizer.sha256
 
 
@@ -200,7 +200,7 @@ def test_damage_to_a_cache_is_named_or_mended(name, damage, whole, tmp_path):
 
     def read():
         reader = open_training(where, seq_length=SEQ_LENGTH, vocab_size=VOCAB_SIZE, rows_per_step=1)
-        return reader.read(range(len(reader)))[0].tolist()
+        return reader.read(range(len(reader))).ids.tolist()
 
     good = read()
     damage(tmp_path / "cache/train" / name)

@@ -52,7 +52,7 @@ def mixed(lengths, *segments):
 
 def rows_at(reader, seed, start, count):
     """(stream, row) at each position."""
-    return [tuple(row) for row in reader.read(reader.order(seed, start, count))[0].tolist()]
+    return [tuple(row) for row in reader.read(reader.order(seed, start, count)).ids.tolist()]
 
 
 @st.composite
@@ -134,11 +134,11 @@ def test_streams_of_shards_are_mixed_as_configured(two_data_sets):
     steps = [stream.next() for _ in range(8)]
     stream.close()
     want = parts[0].read(row_order(3, len(parts[0]), 0, 20))
-    assert torch.equal(torch.cat([ids for ids, _ in steps[:5]]), want[0])
-    assert [lengths for _, batch in steps[:5] for lengths in batch] == want[1]
-    later = torch.cat([ids for ids, _ in steps[5:]])
-    assert torch.equal(later[0::2], parts[0].read(row_order(3, len(parts[0]), 20, 6))[0])
-    assert torch.equal(later[1::2], parts[1].read(row_order(stream_seed(3, 1), len(parts[1]), 0, 6))[0])
+    assert torch.equal(torch.cat([step.ids for step in steps[:5]]), want.ids)
+    assert [lengths for step in steps[:5] for lengths in step.lengths] == want.lengths
+    later = torch.cat([step.ids for step in steps[5:]])
+    assert torch.equal(later[0::2], parts[0].read(row_order(3, len(parts[0]), 20, 6)).ids)
+    assert torch.equal(later[1::2], parts[1].read(row_order(stream_seed(3, 1), len(parts[1]), 0, 6)).ids)
 
 
 def test_the_future_of_a_mix_may_change_and_its_past_may_not(two_data_sets):

@@ -30,8 +30,8 @@ def read_epoch(folder, *, threads=0, remote=None):
         ids, lengths = [], []
         for _ in range(len(reader) // 4):
             batch = stream.next()
-            ids.append(batch[0])
-            lengths += batch[1]
+            ids.append(batch.ids)
+            lengths += batch.lengths
         return torch.cat(ids), lengths
     finally:
         stream.close()
@@ -110,8 +110,8 @@ def test_many_threads_may_read_from_a_fresh_cache(zstd_data_set, tmp_path):
     rows = list(range(len(reader)))
     with ThreadPoolExecutor(8) as threads:
         batches = list(threads.map(lambda shift: reader.read(rows[shift:] + rows[:shift]), range(8)))
-    for shift, (ids, _) in enumerate(batches):
-        assert torch.equal(torch.roll(ids, shift, dims=0), batches[0][0])
+    for shift, batch in enumerate(batches):
+        assert torch.equal(torch.roll(batch.ids, shift, dims=0), batches[0].ids)
 
 
 def test_cache_of_another_version_of_the_data_set_is_an_error(raw_data_set, zstd_data_set, tmp_path):
@@ -180,7 +180,8 @@ def test_rows_are_those_of_mds_own_reader(vocab_size, lengths, tmp_path):
         split="train", eod_id=0, tokenizer_sha256="", num_tokens=8, num_padding=0, num_documents=1, text_bytes=7
     )
     reader = ShardReader(tmp_path / "train")
-    ids, found = reader.read(range(20))
+    batch = reader.read(range(20))
+    ids, found = batch.ids, batch.lengths
     want = []
     for shard in json.loads((tmp_path / "train" / INDEX_NAME).read_bytes())["shards"]:
         mds = streaming_shim._load("streaming.base.format").reader_from_json(str(tmp_path / "train"), None, shard)
@@ -191,17 +192,17 @@ def test_rows_are_those_of_mds_own_reader(vocab_size, lengths, tmp_path):
 
 def test_a_shard_written_to_in_place_while_in_use_is_hashed_again(data_set):
     reader = ShardReader(data_set / "train")
-    want = reader.read(range(len(reader)))
+    want = reader.read(range(len(reader))).ids
     path = data_set / "train" / "shard.00001.mds"
     content = path.read_bytes()
     os.utime(path)
-    assert torch.equal(reader.read(range(len(reader)))[0], want[0])
+    assert torch.equal(reader.read(range(len(reader))).ids, want)
     with open(path, "r+b") as file:
         file.write(bytes([content[0] ^ 1]))
     with pytest.raises(UserError, match=r"shard\.00001\.mds changed while in use and is damaged: its xxh64"):
         reader.read(range(len(reader)))
     path.write_bytes(content)
-    assert torch.equal(reader.read(range(len(reader)))[0], want[0])
+    assert torch.equal(reader.read(range(len(reader))).ids, want)
 
 
 def test_one_process_reads_20_million_tokens_a_second(tmp_path):
@@ -216,7 +217,7 @@ def test_one_process_reads_20_million_tokens_a_second(tmp_path):
     rates = []
     for _ in range(64):  # the fastest of many: what a busy machine took away is not the reader's
         start = time.perf_counter()
-        ids, _ = stream.next()
+        ids = stream.next().ids
         rates.append(ids.numel() / (time.perf_counter() - start))
     assert max(rates) > 20e6
 

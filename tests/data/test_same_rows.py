@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lfm.data.consumed import rows_digest
 from lfm.data.mix import MixedReader, Segment
 from lfm.data.reader import ShardReader
 from lfm.data.stream import BatchStream, resume_row
@@ -55,9 +54,9 @@ def consumed(reader, steps, *, rank, world, threads, micro_batch, stops):
             prefetch_threads=threads,
         )
         for _ in range(first, last):
-            ids, lengths = stream.next()
+            batch = stream.next()
             pieces = range(0, share, micro_batch)
-            found.append([(rank * share + i, ids[i : i + micro_batch], lengths[i : i + micro_batch]) for i in pieces])
+            found.append([(rank * share + i, batch[i : i + micro_batch]) for i in pieces])
         state = stream.state()
         stream.close()
     return found
@@ -67,7 +66,7 @@ def reference(data, kind):
     """The digest of each step, and all of its rows, read one by one."""
     reader = readers(data, kind)
     rows = [reader.read(reader.order(SEED, step * ROWS_PER_STEP, ROWS_PER_STEP)) for step in range(steps_of(reader))]
-    return rows, [rows_digest(*step) for step in rows]
+    return rows, [step.digest() for step in rows]
 
 
 PRODUCT = list(itertools.product((1, 2, 4), (0, 1, 2), (1, 2), ("one", "mixed")))
@@ -115,7 +114,7 @@ def digests_on_a_rank(rank, data, kind, folder, *, nodes, threads, micro_batch, 
         micro_batch=micro_batch,
         stops=stops_in(reader) if stopping else [],
     )
-    own = [sum(rows_digest(ids, lengths, first=place) for place, ids, lengths in step) for step in steps]
+    own = [sum(batch.digest(first=place) for place, batch in step) for step in steps]
     # As 32-bit halves, whose sum over ranks cannot overflow.
     halves = torch.tensor([[digest % 2**64 >> 32, digest % 2**32] for digest in own])
     dist.all_reduce(halves)

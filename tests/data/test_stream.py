@@ -20,7 +20,7 @@ SIZES = {"seq_length": SEQ_LENGTH, "vocab_size": VOCAB_SIZE}
 
 def take(stream, steps):
     batches = [stream.next() for _ in range(steps)]
-    return torch.cat([ids for ids, _ in batches]), [lengths for batch in batches for lengths in batch[1]]
+    return torch.cat([batch.ids for batch in batches]), [lengths for batch in batches for lengths in batch.lengths]
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 5])
@@ -31,7 +31,7 @@ def test_steps_follow_row_order_across_epochs(threads, raw_data_set):
     ids, lengths = take(stream, steps)
     stream.close()
     want = reader.read(row_order(3, len(reader), 0, 3 * steps))
-    assert torch.equal(ids, want[0]) and lengths == want[1]
+    assert torch.equal(ids, want.ids) and lengths == want.lengths
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -53,7 +53,7 @@ def test_resuming_anywhere_gives_the_same_rest(raw_data_set, steps, rows, rows_l
     )
     ids, _ = take(resumed, 3)
     resumed.close()
-    assert torch.equal(ids, reader.read(row_order(1, len(reader), steps * rows, 3 * rows_later))[0])
+    assert torch.equal(ids, reader.read(row_order(1, len(reader), steps * rows, 3 * rows_later)).ids)
 
 
 def test_ranks_that_take_a_part_each_have_the_whole_step_together(raw_data_set):
@@ -112,7 +112,7 @@ def test_a_fresh_process_reads_a_remote_data_set(zstd_data_set, tmp_path):
     program = (
         "from lfm.data.reader import ShardReader\n"
         f"reader = ShardReader({str(tmp_path / 'cache')!r}, remote='file://{zstd_data_set / 'train'}')\n"
-        "print(reader.read([0])[0].shape)"
+        "print(reader.read([0]).ids.shape)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == (f"torch.Size([1, {SEQ_LENGTH}])\n", "")
@@ -123,7 +123,7 @@ def test_open_split_reads_a_good_data_set_locally_and_through_a_cache(raw_data_s
     config = DataConfig(path=str(tmp_path / "cache"), remote=f"{raw_data_set}/")
     cached = open_split(config, "train", **SIZES)
     assert len(local) == len(cached) > 0
-    assert torch.equal(local.read([0, 5])[0], cached.read([0, 5])[0])
+    assert torch.equal(local.read([0, 5]).ids, cached.read([0, 5]).ids)
 
 
 def test_missing_data_set_is_an_error_that_says_how_to_make_it(raw_data_set, tmp_path):

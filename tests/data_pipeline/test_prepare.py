@@ -20,7 +20,7 @@ def stored_texts(data_set: Path, split: str) -> list[str]:
     """The documents of a split, read back from its rows."""
     tokenizer = Tokenizer.from_file(data_set / "tokenizer.json")
     reader = ShardReader(data_set / split)
-    ids = reader.read(range(len(reader)))[0].flatten().tolist()
+    ids = reader.read(range(len(reader))).ids.flatten().tolist()
     ids = ids[: len(ids) - reader.index.num_padding]
     documents, start = [], 0
     for end, token in enumerate(ids):

@@ -197,7 +197,8 @@ def test_one_document_rows_hold_the_beginnings_of_the_documents_and_counts_add_u
         originals = [[*tokenizer.encode(text), tokenizer.eod_id] for text in stored_texts(tmp_path / "greedy", split)]
         whole_lengths += [len(ids) for ids in originals]
         reader = ShardReader(tmp_path / "data" / split)
-        ids, lengths = reader.read(range(len(reader)))
+        batch = reader.read(range(len(reader)))
+        ids, lengths = batch.ids, batch.lengths
         labels = Documents.from_lengths(lengths, "cpu").labels(ids)
         padding = 0
         for row, original in enumerate(originals):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
 
+from lfm.data.batch import Batch
 from lfm.models.generation import SamplingConfig, generate
 from lfm.parallel.local_ranks import run_ranks
 from lfm.parallel.process import Process
@@ -48,13 +48,13 @@ class Golden:
     def run(self) -> RunConfig:
         return RunConfig.load(ROOT / f"configs/{self.preset}.yaml", [*SMALL, *self.overrides])
 
-    def batch(self, step: int) -> tuple[Tensor, list[list[int]]]:
+    def batch(self, step: int) -> Batch:
         """Rows `[ROWS, T]` of packed documents; step -1 is held out."""
         model, draws = self.run.model, np.random.Generator(np.random.Philox(key=step + 1))
         T = model.seq_length
         ids = draws.integers(0, model.vocab_size, (ROWS, T))
         ends = [sorted({T, *draws.integers(1, T, row).tolist()}) for row in range(ROWS)]
-        return torch.from_numpy(ids), [[b - a for a, b in zip([0, *row], row, strict=False)] for row in ends]
+        return Batch(torch.from_numpy(ids), [[b - a for a, b in zip([0, *row], row, strict=False)] for row in ends])
 
 
 BF16 = ("training.dtype=bfloat16",)
@@ -154,13 +154,11 @@ def _steps(engine: Engine, golden: Golden) -> dict[str, Any]:
     lines, run, keys = [], golden.run, []
     for step in range(STEPS):
         engine.start_step(step, STEPS)
-        ids, lengths = golden.batch(step)
-        own = engine.rows_of_step(ROWS)
-        result = engine.forward_backward(ids[own], lengths[own])
+        result = engine.forward_backward(golden.batch(step)[engine.rows_of_step(ROWS)])
         norm = engine.step(run.optimizer.lr)
         keys = sorted(training_record(result))
         lines.append(f"step {step + 1} loss {result.loss.hex()} norm {norm.hex()} digest {result.digest:016x}")
-    nats, labels = engine.evaluate(*golden.batch(-1))
+    nats, labels = engine.evaluate(golden.batch(-1))
     after = [f"held_out {(nats / labels).hex()}"]
     if isinstance(engine, LocalEngine):
         engine.model.eval()

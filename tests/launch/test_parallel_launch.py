@@ -249,7 +249,7 @@ def _token_that_the_second_rank_meets_first(data: Path, start: int) -> tuple[int
     reader = ShardReader(data / "train")
     seen: set[int] = set()
     for step in range(start + 1, 1000):
-        ids = reader.read(row_order(SEED, len(reader), 8 * (step - 1), 8))[0]
+        ids = reader.read(row_order(SEED, len(reader), 8 * (step - 1), 8)).ids
         first, second = (set(rows.flatten().tolist()) for rows in ids.chunk(2))
         new = second - first - seen
         if new and step > start + 2:

@@ -4,6 +4,7 @@ import itertools
 import pytest
 import torch
 
+from lfm.data.batch import Batch
 from lfm.layers.documents import Documents, Rows
 from lfm.models.generation import prefill
 from lfm.models.global_names import global_index, global_views
@@ -112,8 +113,8 @@ def test_read_out_of_training_long_rows_are_isolated_causal_and_alike_in_any_spl
 def test_scores_of_long_rows_are_the_sums_of_their_documents_alone():
     model = small_model(**LONG)
     ids = torch.randint(0, 40, (1, 160))
-    together, labels = score(model, ids, [[70, 90]])
-    parts = [score(model, part, [[part.shape[1]]]) for part in ids.split([70, 90], 1)]
+    together, labels = score(model, Batch(ids, [[70, 90]]))
+    parts = [score(model, Batch(part, [[part.shape[1]]])) for part in ids.split([70, 90], 1)]
     assert labels == 158 == sum(part[1] for part in parts)
     assert together == pytest.approx(sum(part[0] for part in parts), rel=1e-13)
     model.train()  # where chunks are used, and off by no more than the guard allows

@@ -399,8 +399,7 @@ def test_dropout_acts_in_training_alone():
 
 def test_a_few_steps_learn_a_text_in_both_phases(text_data):
     rows = open_split(DataConfig(path=str(text_data)), "train", seq_length=64, vocab_size=512)
-    ids, lengths = rows.read(range(4))
-    documents = Documents.from_lengths(lengths, "cpu")
+    taken = rows.read(range(4)).to("cpu")
     config = LiquidNNConfig(hidden_size=32, num_fast=1, num_deep=1, deep_steps=2, seq_length=64, vocab_size=512)
     model = MiniLiquidGPT(config)
     initialize(model, 0)
@@ -410,8 +409,8 @@ def test_a_few_steps_learn_a_text_in_both_phases(text_data):
         model.start_step(step, 8)
         optimizer.zero_grad()
         total = 0.0
-        for part in model.loss_parts(Rows(ids, documents), NEXT_TOKEN):
-            loss = part.sums["cross_entropy"] / documents.num_labels
+        for part in model.loss_parts(taken, NEXT_TOKEN):
+            loss = part.sums["cross_entropy"] / taken.documents.num_labels
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -55,16 +55,15 @@ def train(engine: Engine, problem: Problem, evaluations: int = 0) -> dict[str, A
     steps = []
     for step in range(problem.steps):
         for _ in range(evaluations):
-            engine.evaluate(*problem.batch(-1))
-        ids, lengths = problem.batch(step)
-        own = engine.rows_of_step(problem.rows)
-        result = engine.forward_backward(ids[own], lengths[own])
+            engine.evaluate(problem.batch(-1))
+        batch = problem.batch(step)[engine.rows_of_step(problem.rows)]
+        result = engine.forward_backward(batch)
         norm = engine.step(problem.optimizer.lr * (step + 1))
         steps.append((result, norm))
     return {
         "steps": steps,
         "state": state(engine),
-        "held_out": engine.evaluate(*problem.batch(-1)),
+        "held_out": engine.evaluate(problem.batch(-1)),
         "counters": engine.counters(),
     }
 

@@ -48,9 +48,7 @@ def one_step(engine: Engine, folder, step: int, ranks: tuple[int, int], group=No
         checkpoint.verify(path, manifest, rank=ranks[0], world_size=ranks[1])
         engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets))
         engine.load_counters(manifest["counters"])
-    ids, lengths = PROBLEM.batch(step)
-    own = engine.rows_of_step(PROBLEM.rows)
-    result = engine.forward_backward(ids[own], lengths[own])
+    result = engine.forward_backward(PROBLEM.batch(step)[engine.rows_of_step(PROBLEM.rows)])
     norm = engine.step(PROBLEM.optimizer.lr)
     with Saver(folder / "checkpoints", keep=100, asynchronous=True, group=group) as saver:
         manifest = manifest_fields(step + 1, counters=engine.counters(), model=SMALL.model_dump(mode="json"))
@@ -115,7 +113,7 @@ def the_same_steps_in_one_process(process, folder, steps: int) -> list[tuple[flo
             manifest = checkpoint.read_manifest(path)
             engine.fill(lambda targets, path=path, manifest=manifest: checkpoint.load_tensors(path, manifest, targets))
             engine.load_counters(manifest["counters"])
-        result = engine.forward_backward(*PROBLEM.batch(step))
+        result = engine.forward_backward(PROBLEM.batch(step))
         norm = engine.step(PROBLEM.optimizer.lr)
         after = folder / "checkpoints" / f"step_{step + 1:08d}"
         stored = {key: torch.empty_like(tensor) for key, tensor in engine.tensors().items()}
@@ -142,16 +140,15 @@ def test_a_run_that_changes_its_layout_at_every_step_is_the_same_run(chain, tmp_
         assert loss == pytest.approx(expected_loss, rel=1e-6), name
         assert norm == pytest.approx(expected_norm, rel=1e-5), name
         assert deviation < 1e-3, f"{name}: {worst}"
-    ids, lengths = PROBLEM.batch(0)
     model, _, _ = checkpoint.load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
-    nats, labels = score(model, ids, lengths)
+    nats, labels = score(model, PROBLEM.batch(0))
     assert nats / labels < found[0][0]  # what launch/generate.py loads has learned the first batch
 
 
 def uninterrupted(process, steps: int, dtype: torch.dtype) -> list[tuple[float, float]]:
     engine, found = local_engine(PROBLEM.seed, dtype), []
     for step in range(steps):
-        result = engine.forward_backward(*PROBLEM.batch(step))
+        result = engine.forward_backward(PROBLEM.batch(step))
         found.append((result.loss, engine.step(PROBLEM.optimizer.lr)))
     return found
 

@@ -198,13 +198,12 @@ def test_one_expert_may_take_all_tokens_and_the_others_none(name):
 def _fail(process: Process, layout: Layout, problem: Problem) -> dict[str, Any]:
     """What the engine says to a gradient, then to a weight, that is NaN on rank 1 alone."""
     engine = parallel_engine(problem, join(process, layout))
-    ids, lengths = problem.batch(0)
-    own = engine.rows_of_step(problem.rows)
-    engine.evaluate(ids, lengths)
+    batch, own = problem.batch(0), engine.rows_of_step(problem.rows)
+    engine.evaluate(batch)
     before, said = state(engine), []
     qkv = next(weight.parameter for weight in engine.weights if weight.name.endswith("qkv.weight"))
     hook = qkv.register_hook(lambda gradient: gradient * torch.nan) if process.rank == 1 else None
-    engine.forward_backward(ids[own], lengths[own])
+    engine.forward_backward(batch[own])
     try:
         engine.step(0.1)
     except NonFiniteError as error:
@@ -214,7 +213,7 @@ def _fail(process: Process, layout: Layout, problem: Problem) -> dict[str, Any]:
         with torch.no_grad():
             getattr(qkv, "ds_tensor", qkv).data.fill_(torch.nan)
     try:
-        engine.forward_backward(ids[own], lengths[own])
+        engine.forward_backward(batch[own])
     except NonFiniteError as error:
         said.append(str(error))
     after = state(engine)
@@ -246,8 +245,7 @@ def _evaluate(process: Process, layout: Layout | None, problem: Problem) -> list
     engine = local_engine(problem) if layout is None else parallel_engine(problem, join(process, layout))
     found = []
     for rows in (1, 3, 6):
-        ids, lengths = dataclasses.replace(problem, rows=rows, unlabelled_rows=rows // 3).batch(7)
-        found.append(engine.evaluate(ids, lengths))
+        found.append(engine.evaluate(dataclasses.replace(problem, rows=rows, unlabelled_rows=rows // 3).batch(7)))
     return found
 
 
@@ -327,7 +325,7 @@ def _refill(process: Process, layout: Layout, problem: Problem) -> bool:
     other_seed = dataclasses.replace(problem, seed=problem.seed + 1)
     engine, other = parallel_engine(problem, groups), parallel_engine(other_seed, groups)
     train(engine, problem)
-    engine.evaluate(*problem.batch(-1))
+    engine.evaluate(problem.batch(-1))
 
     def read(targets: dict[str, torch.Tensor]) -> None:
         moments = {key: target for key, target in targets.items() if key.startswith("exp_avg")}

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
 pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
-from lfm.layers.documents import Documents, Rows
 from lfm.layers.liquid import LiquidConfig
 from lfm.layers.moe import MoE
 from lfm.models.lfm import LFMConfig
@@ -184,8 +183,7 @@ def _margin_at_start(problem: Problem) -> float:
     with torch.no_grad():
         for step in (-1, 0):
             engine.model.train(step == 0)
-            ids, lengths = problem.batch(step)
-            engine.model.losses(Rows(ids, Documents.from_lengths(lengths, CPU)), NEXT_TOKEN)
+            engine.model.losses(problem.batch(step).to(CPU), NEXT_TOKEN)
     return margins.smallest
 
 

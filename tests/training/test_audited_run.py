@@ -79,8 +79,8 @@ def test_two_rows_that_changed_places_are_found_at_their_step(on_one_process, te
     index = reader.index
     writer = RowWriter(data / "train", seq_length=64, vocab_size=512, shard_bytes=1 << 20, compression=None)
     for row in range(len(reader)):
-        ids, lengths = reader.read([{a: b, b: a}.get(row, row)])
-        writer.write(ids[0].numpy(), lengths[0])
+        batch = reader.read([{a: b, b: a}.get(row, row)])
+        writer.write(batch.ids[0].numpy(), batch.lengths[0])
     writer.finish(
         split="train",
         eod_id=index.eod_id,
@@ -90,7 +90,7 @@ def test_two_rows_that_changed_places_are_found_at_their_step(on_one_process, te
         num_documents=1,
         text_bytes=1,
     )
-    assert not torch.equal(reader.read([a])[0], reader.read([b])[0])
+    assert not torch.equal(reader.read([a]).ids, reader.read([b]).ids)
     run = tiny_run(tmp_path, data, *OPTIONS)
     train(run)
     code, said = said_by_audit(monkeypatch, capsys, on_one_process, run.folder)

@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 
+from lfm.data.batch import Batch
 from lfm.errors import UserError
 from lfm.models.global_names import global_views
 from lfm.models.liquidnet import LiquidNetConfig
@@ -42,7 +43,7 @@ def _grads(engine):
 def test_micro_batches_change_neither_losses_nor_gradients(micro_batch_size):
     # The rows have 19, 18, 0 and 18 labels: averaging micro-batch means would be wrong.
     whole, split = _engine(), _engine(micro_batch_size)
-    a, b = whole.forward_backward(_rows(), LENGTHS), split.forward_backward(_rows(), LENGTHS)
+    a, b = whole.forward_backward(Batch(_rows(), LENGTHS)), split.forward_backward(Batch(_rows(), LENGTHS))
     assert a.counts == b.counts and a.counts.labels == 55
     assert a.loss == pytest.approx(b.loss, rel=1e-12) and a.terms == pytest.approx(b.terms, rel=1e-12)
     assert a.terms.keys() == {"cross_entropy", "balance_loss", "z_loss"}
@@ -54,7 +55,7 @@ def test_micro_batches_change_neither_losses_nor_gradients(micro_batch_size):
 def test_bf16_weights_follow_fp32_masters_with_fp32_accumulation():
     engine = _engine(micro_batch_size=1, dtype=torch.bfloat16)
     start = {n: m.clone() for n, m in engine.masters.items()}
-    engine.forward_backward(_rows(), LENGTHS)
+    engine.forward_backward(Batch(_rows(), LENGTHS))
     assert all(m.dtype == m.grad.dtype == torch.float32 for m in engine.masters.values())
     assert all(p.grad is None for p in engine.model.parameters()), "a micro-batch's gradient was kept"
     engine.step(1e-6)  # far below bf16's resolution: only masters can move
@@ -87,7 +88,7 @@ def test_an_fp32_parameter_of_a_bf16_model_is_its_own_master():
     # The output projection starts at zero: nothing reaches the bias until it has moved.
     for _ in range(2):
         before = bias.detach().clone()
-        engine.forward_backward(_rows(), LENGTHS)
+        engine.forward_backward(Batch(_rows(), LENGTHS))
         assert bias.grad.dtype == torch.float32 and bias.grad.isfinite().all()
         engine.step(1e-2)
     assert (bias != before).all() and (bias.grad == 0).all()
@@ -98,7 +99,7 @@ def test_frozen_reservoirs_are_bit_identical_after_training():
     before = {n: t.clone() for n, t in engine.tensors().items() if n.startswith("frozen.")}
     assert len(before) == 4
     for _ in range(3):
-        engine.forward_backward(_rows(), LENGTHS)
+        engine.forward_backward(Batch(_rows(), LENGTHS))
         engine.step(1e-2)
     after = engine.tensors()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -109,7 +110,7 @@ def test_trained_reservoirs_move_and_keep_their_zeros():
     engine = _engine(liquid={"train_reservoir": True})
     before = engine.masters["layers.0.liquid.reservoirs"].detach().clone()
     for _ in range(3):
-        engine.forward_backward(_rows(), LENGTHS)
+        engine.forward_backward(Batch(_rows(), LENGTHS))
         engine.step(1e-2)
     after = engine.masters["layers.0.liquid.reservoirs"]
     assert torch.equal(after == 0, before == 0) and (after[before != 0] != before[before != 0]).all()
@@ -118,7 +119,7 @@ def test_trained_reservoirs_move_and_keep_their_zeros():
 def _after_update(number, **liquid):
     """Masters of a layer's reservoirs and what was warned of, after the update of that number, of next to no size."""
     engine = _engine(liquid={"train_reservoir": True, "spectral_radius": 3.0, **liquid})
-    engine.forward_backward(_rows(), LENGTHS)
+    engine.forward_backward(Batch(_rows(), LENGTHS))
     engine.optimizer_step = number - 1
     before = engine.masters["layers.0.liquid.reservoirs"].detach().clone()
     with warnings.catch_warnings(record=True) as warned:
@@ -152,14 +153,14 @@ def test_frozen_reservoirs_of_another_family_train_in_chunks():
     )
     assert engine.liquids
     before = engine.masters["embedding.weight"].detach().clone()
-    engine.forward_backward(_rows() % config.vocab_size, LENGTHS)
+    engine.forward_backward(Batch(_rows() % config.vocab_size, LENGTHS))
     engine.step(1e-2)
     assert (engine.masters["embedding.weight"] != before).any()
 
 
 def test_the_update_is_clipped_adamw():
     engine = _engine()
-    engine.forward_backward(_rows(), LENGTHS)
+    engine.forward_backward(Batch(_rows(), LENGTHS))
     masters = {n: m.detach().clone() for n, m in engine.masters.items()}
     grads = {n: m.grad.clone() for n, m in engine.masters.items()}
     norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
@@ -178,16 +179,16 @@ def test_a_non_finite_loss_names_its_rows_and_stops_before_the_update():
         engine.model.embedding.weight[39] = torch.nan
         start["embedding.weight"][39] = torch.nan
     rows = _rows() % 39
-    engine.forward_backward(rows, LENGTHS)
+    engine.forward_backward(Batch(rows, LENGTHS))
     rows[3, 4] = 39
     with pytest.raises(NonFiniteError, match=r"rows 2 to 3 of the batch"):
-        engine.forward_backward(rows, LENGTHS)
+        engine.forward_backward(Batch(rows, LENGTHS))
     assert all(torch.equal(m.nan_to_num(), start[n].nan_to_num()) for n, m in engine.masters.items())
 
 
 def test_a_non_finite_gradient_stops_before_the_update():
     engine = _engine()
-    engine.forward_backward(_rows(), LENGTHS)
+    engine.forward_backward(Batch(_rows(), LENGTHS))
     start = {n: m.detach().clone() for n, m in engine.masters.items()}
     engine.masters["final_norm.weight"].grad[0] = torch.inf
     with pytest.raises(NonFiniteError, match=r"final_norm\.weight"):
@@ -197,17 +198,17 @@ def test_a_non_finite_gradient_stops_before_the_update():
 
 def test_evaluation_does_not_drop_tokens():
     engine = _engine(moe_capacity_factor=0.5)
-    assert sum(map(sum, engine.forward_backward(_rows(), LENGTHS).measured["expert_load"].values())) < 3 * 2 * 80
-    nats, labels = engine.evaluate(_rows(), LENGTHS)
+    assert sum(map(sum, engine.forward_backward(Batch(_rows(), LENGTHS)).measured["expert_load"].values())) < 3 * 2 * 80
+    nats, labels = engine.evaluate(Batch(_rows(), LENGTHS))
     dropless = _engine()
-    assert (nats, labels) == pytest.approx(dropless.evaluate(_rows(), LENGTHS), rel=1e-12)
+    assert (nats, labels) == pytest.approx(dropless.evaluate(Batch(_rows(), LENGTHS)), rel=1e-12)
 
 
 def test_warmup_rises_when_the_residual_does():
     liquid = {"backend": "chunked", "chunk_length": 4, "warmup": 32, "leak_rate": 0.02, "tolerance": 0.5}
     engine = _engine(liquid=liquid)
     rows = torch.randint(0, 40, (2, 64))
-    result = engine.forward_backward(rows, [[64], [64]])
+    result = engine.forward_backward(Batch(rows, [[64], [64]]))
     assert result.measured["reservoir_residual"][0] > 2e-3
     assert engine.counters()["reservoir_warmup"]["0"] == 64
 
@@ -224,7 +225,7 @@ def test_a_group_has_its_own_rate_and_decay():
         small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float64, micro_batch_size=4
     )
     before = {name: master.clone() for name, master in engine.masters.items()}
-    engine.forward_backward(_rows(), LENGTHS)
+    engine.forward_backward(Batch(_rows(), LENGTHS))
     signs = {name: master.grad.sign() for name, master in engine.masters.items()}
     engine.step(1e-3)
     moved = {name: master - before[name] for name, master in engine.masters.items()}

@@ -17,7 +17,7 @@ from tests.training.tiny_run import tiny_run
 def test_padding_is_left_out_exactly_where_it_was_read(batch_rows, left_out, text_data, tmp_path):
     run = tiny_run(tmp_path, text_data)
     rows = open_split(run.data, "validation", seq_length=64, vocab_size=512)
-    found = evaluate(lambda ids, lengths: (0.0, 0), rows, max_rows=len(rows) - left_out, batch_rows=batch_rows)
+    found = evaluate(lambda batch: (0.0, 0), rows, max_rows=len(rows) - left_out, batch_rows=batch_rows)
     assert found.tokens == (rows.index.num_tokens if left_out == 0 else 64 * (len(rows) - 1))
     assert found.token_counts.sum() == found.tokens
 
@@ -37,7 +37,7 @@ def test_a_uniform_model_costs_log2_of_the_vocabulary_for_every_token(text_data,
 def test_unigram_entropy_lies_below_uniform_and_compressors_below_eight_bits(text_data, tmp_path):
     rows = open_split(tiny_run(tmp_path, text_data).data, "validation", seq_length=64, vocab_size=512)
     text = (text_data / "validation.txt").read_bytes()
-    found = evaluate(lambda ids, lengths: (0.0, 0), rows)
+    found = evaluate(lambda batch: (0.0, 0), rows)
     assert 0 < found.unigram_bits_per_byte(len(text)) < 9 * rows.index.num_tokens / len(text)
     assert all(0 < bits < 8 for bits in compressor_bits_per_byte(text).values())
 
@@ -51,9 +51,9 @@ def one_document_data(tmp_path_factory):
 def test_padding_of_every_row_is_left_out_where_each_holds_one_document(left_out, one_document_data):
     rows = ShardReader(one_document_data / "validation")
     count = len(rows) - left_out
-    documents = [lengths[0] for lengths in rows.read(range(count))[1]]
+    documents = [lengths[0] for lengths in rows.read(range(count)).lengths]
     assert min(documents) < rows.index.seq_length == max(documents)
-    found = evaluate(lambda ids, lengths: (0.0, 0), rows, max_rows=count, batch_rows=3)
+    found = evaluate(lambda batch: (0.0, 0), rows, max_rows=count, batch_rows=3)
     assert found.tokens == found.token_counts.sum() == sum(documents)
     if left_out == 0:
         assert found.tokens == rows.index.num_tokens
@@ -82,5 +82,5 @@ def test_an_end_of_document_before_the_padding_is_no_padding(tmp_path):
     writer.write(*last)
     facts = {"eod_id": 0, "tokenizer_sha256": "", "num_documents": 1, "text_bytes": 4}
     writer.finish(split="validation", num_tokens=5, num_padding=packer.num_padding, **facts)
-    found = evaluate(lambda ids, lengths: (0.0, 0), ShardReader(tmp_path / "validation"))
+    found = evaluate(lambda batch: (0.0, 0), ShardReader(tmp_path / "validation"))
     assert found.tokens == 5 and found.token_counts.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
