@@ -174,7 +174,9 @@ def test_the_fused_head_equals_float64():
 
 
 @pytest.mark.gpu
-def test_the_fused_head_with_weights_and_by_token_equals_float64():
+def test_the_fused_head_with_weights_and_by_token_equals_float64(monkeypatch):
+    # cuBLAS may add up the parts of so small a product in bf16, which is off by 6e-3 without weights too.
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     hidden, weight = torch.randn(3000, 256).bfloat16().cuda(), (torch.randn(70_001, 256) / 8).bfloat16().cuda()
     labels = torch.randint(0, len(weight), (len(hidden),)).cuda()
     labels[::7] = IGNORED_LABEL
