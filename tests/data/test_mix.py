@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lfm.data.batch import Batch
 from lfm.data.format import SplitIndex
 from lfm.data.mix import MixedReader, Segment, cycle_parts, stream_seed
 from lfm.data.order import row_order
@@ -42,7 +43,7 @@ class Numbered(RowReader):
         self.folder = None
 
     def read(self, rows):
-        return torch.tensor([[self.number, row] for row in rows]).view(-1, 2), [[2] for _ in rows]
+        return Batch(torch.tensor([[self.number, row] for row in rows]).view(-1, 2), [[2] for _ in rows])
 
 
 def mixed(lengths, *segments):

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import shutil
 import tempfile
 
 import pytest
@@ -91,11 +92,11 @@ def test_every_step_has_the_same_rows(world, threads, kind, raw_data_set):
             )
             for rank in range(world)
         ]
-        for step, (ids, lengths) in enumerate(wanted):
+        for step, batch in enumerate(wanted):
             pieces = sorted((piece for rank in ranks for piece in rank[step]), key=lambda piece: piece[0])
-            assert [place for place, _, _ in pieces] == list(range(0, ROWS_PER_STEP, micro_batch))
-            assert torch.equal(torch.cat([part for _, part, _ in pieces]), ids), f"step {step}"
-            assert [row for _, _, part in pieces for row in part] == lengths
+            assert [place for place, _ in pieces] == list(range(0, ROWS_PER_STEP, micro_batch))
+            assert torch.equal(torch.cat([part.ids for _, part in pieces]), batch.ids), f"step {step}"
+            assert [row for _, part in pieces for row in part.lengths] == batch.lengths
 
 
 def digests_on_a_rank(rank, data, kind, folder, *, nodes, threads, micro_batch, stopping):
@@ -123,6 +124,7 @@ def digests_on_a_rank(rank, data, kind, folder, *, nodes, threads, micro_batch, 
 
 
 def check_on_real_ranks(data, folder, world, threads, nodes, kind, micro_batch, stopping):
+    data = shutil.copytree(data, folder / "data")  # reading unpacks shards, which other tests expect packed
     _, wanted = reference(data, kind)
     options = {"nodes": nodes, "threads": threads, "micro_batch": micro_batch, "stopping": stopping}
     for found, left_over in run_on_ranks(_call, world, data, kind, folder, options):

@@ -25,8 +25,8 @@ def test_padding_is_left_out_exactly_where_it_was_read(batch_rows, left_out, tex
 def test_a_uniform_model_costs_log2_of_the_vocabulary_for_every_token(text_data, tmp_path):
     rows = open_split(tiny_run(tmp_path, text_data).data, "validation", seq_length=64, vocab_size=512)
 
-    def uniform(ids, lengths):
-        labels = sum(length - 1 for row in lengths for length in row)
+    def uniform(batch):
+        labels = sum(length - 1 for row in batch.lengths for length in row)
         return labels * math.log(512), labels
 
     text_bytes = (text_data / "validation.txt").stat().st_size
@@ -62,8 +62,8 @@ def test_padding_of_every_row_is_left_out_where_each_holds_one_document(left_out
 def test_a_uniform_model_costs_log2_of_the_vocabulary_for_every_token_that_was_kept(one_document_data):
     rows = ShardReader(one_document_data / "validation")
 
-    def uniform(ids, lengths):
-        labels = sum(length - 1 for row in lengths for length in row)
+    def uniform(batch):
+        labels = sum(length - 1 for row in batch.lengths for length in row)
         return labels * math.log(256), labels
 
     text_bytes = (one_document_data / "validation.txt").stat().st_size
