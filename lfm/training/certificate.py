@@ -54,6 +54,8 @@ class Problem:
     objective: Objective = NEXT_TOKEN
     unlabelled_rows: int = 0
     """The last rows of every batch are documents of one token: no position of them has a label."""
+    is_masked: bool = False
+    """Whether one id in three, drawn at random, may be no label."""
 
     def batch(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1000 + step)
@@ -66,7 +68,8 @@ class Problem:
             cuts = T - 1 if row >= self.rows - self.unlabelled_rows else cuts
             ends = sorted({T, *(torch.randperm(T - 1, generator=generator)[:cuts] + 1).tolist()})
             lengths.append([end - start for start, end in zip([0, *ends], ends, strict=False)])
-        return Batch(ids, lengths)
+        mask = torch.rand(ids.shape, generator=generator) > 1 / 3 if self.is_masked else None
+        return Batch(ids, lengths, mask)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""An objective with terms over labels, rows and documents trains alike under every layout.
+"""An objective with terms over labels, rows and documents, and a mask of labels, train alike under every layout.
 
 The terms are made up.  One reads the head, whose vocabulary tensor ranks cut; one reads whole hidden states, as a
 read-out that every rank makes alike; one is no plain sum of token losses.
@@ -38,7 +38,7 @@ class ThreeUnits:
 
 
 QUICK = ("tp2_pp2", "dp2_z2")
-MADE_UP: Problem = replace(problem(), objective=ThreeUnits(), steps=1)
+MADE_UP: Problem = replace(problem(), objective=ThreeUnits(), steps=1, is_masked=True)
 
 
 @pytest.fixture(scope="module")

@@ -196,6 +196,22 @@ def test_a_non_finite_gradient_stops_before_the_update():
     assert all(torch.equal(m, start[n]) for n, m in engine.masters.items())
 
 
+def test_ids_that_may_be_no_label_are_given_and_not_asked_for():
+    engine, mask = _engine(), torch.rand(_rows().shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    batch = Batch(_rows(), LENGTHS, mask)
+    result = engine.forward_backward(batch)
+    engine.model.eval()
+    with torch.no_grad():
+        logits, _ = engine.model(batch.ids, doc_lengths=LENGTHS)
+    labels = batch.to("cpu").documents.labels(batch.ids)
+    asked = Batch(_rows(), LENGTHS).to("cpu").documents.labels(batch.ids)[:, :-1][mask[:, 1:]]
+    assert result.counts.labels == (labels >= 0).sum() == (asked >= 0).sum() < 55
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    assert result.terms["cross_entropy"] == pytest.approx(float(want), rel=1e-12)
+    nats, count = engine.evaluate(batch)
+    assert nats / count == pytest.approx(float(want), rel=1e-12)
+
+
 def test_evaluation_does_not_drop_tokens():
     engine = _engine(moe_capacity_factor=0.5)
     assert sum(map(sum, engine.forward_backward(Batch(_rows(), LENGTHS)).measured["expert_load"].values())) < 3 * 2 * 80
