@@ -6,8 +6,8 @@ makes both.  Here its instructions are read one by one, those on a list alone, a
 records; what the records say is checked, and DCP is given metadata made anew from it.
 
 The pieces themselves are torch.load'ed with `weights_only=True` by DCP's reader, after a look at whether they describe
-one tensor and nothing that grows.  Entries that are no tensors it would
-unpickle without, so there are none in the metadata that it is given.
+one tensor and nothing that grows.  Entries that are no tensors it would unpickle without, so there are none in the
+metadata that it is given.
 """
 
 import io
