@@ -60,7 +60,7 @@ def openai(name: str) -> Callable[[Path, Path], Encode]:
     def reference(file: Path, package: Path) -> Encode:
         public = importlib.import_module("tiktoken_ext.openai_public")
         # The package fetches its files; here the same file, of the hash that it expects, lies on the disk.
-        public.load_tiktoken_bpe = lambda url, expected_hash: load_tiktoken_bpe(str(file), expected_hash)  # type: ignore
+        public.load_tiktoken_bpe = lambda url, expected_hash: load_tiktoken_bpe(str(file), expected_hash)  # type: ignore[assignment]
         return tiktoken.Encoding(**getattr(public, name)()).encode_ordinary
 
     return reference

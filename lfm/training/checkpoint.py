@@ -232,7 +232,7 @@ def open_model(path: Path | str, *, device: Literal["auto", "cpu", "cuda"]) -> t
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for and no GPU is visible; use --device cpu")
     where, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    model, _, checkpoint = load_model(Path(path), device=where, dtype=dtype)
+    model, _, checkpoint = load_model(path, device=where, dtype=dtype)
     return model, Tokenizer.from_file(checkpoint / TOKENIZER_NAME), checkpoint
 
 
