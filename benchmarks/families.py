@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from lfm.training.metrics import read_metrics
+from lfm.training.metrics_file import read_metrics
 from lfm.training.run import RunConfig, environment
 
 LAERC_LIBRARY = [

@@ -19,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import torch
 
-from lfm.models.generation import prefill
-from lfm.models.language_model import initialize
+from lfm.inference.sampling import prefill
+from lfm.models.initialization import initialize, materialize
 from lfm.models.registry import build
-from lfm.training.engine import materialize
 from lfm.training.run import RunConfig, environment
 
 PREFIXES = (1024, 4096, 16_384, 65_536)

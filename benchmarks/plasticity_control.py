@@ -13,8 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lfm.training.checkpoint import open_model
-from lfm.training.plasticity import compare, probes
+from lfm.evaluation.plasticity import compare, probes
+from lfm.inference.load import open_model
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from lfm.training.metrics import peak_flops, read_metrics
+from lfm.training.metrics import peak_flops
+from lfm.training.metrics_file import read_metrics
 from lfm.training.run import RunConfig
 
 

@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 import torch
 
 from lfm.data.stream import BatchStream, open_split
+from lfm.job.fork import run_ranks
+from lfm.job.process import Process, prepare_environment
+from lfm.layout.config import ParallelConfig
+from lfm.layout.layout import Layout, check_layout
 from lfm.models.language_model import Recompute
-from lfm.parallel.layout import Layout, ParallelConfig, check_layout
-from lfm.parallel.local_ranks import run_ranks
-from lfm.parallel.process import Process, prepare_environment
 from lfm.training.certificate import LAYOUTS as CERTIFIED
 from lfm.training.certificate import Problem, certify, in_one_process
 from lfm.training.metrics import peak_flops
@@ -132,7 +133,7 @@ def measure(
     }
     leave = None
     if layout is None:
-        from lfm.training.engine import LocalEngine
+        from lfm.training.local_engine import LocalEngine
 
         engine: Any = LocalEngine(run.model, run.optimizer, device=device, **how)
     else:

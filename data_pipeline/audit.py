@@ -10,7 +10,8 @@ import sys
 
 from lfm.config import path_flag
 from lfm.data.consumed import Consumed, read_record
-from lfm.errors import UserError, command
+from lfm.errors import UserError
+from lfm.exits import command
 from lfm.files import shown
 
 

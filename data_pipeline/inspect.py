@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from data_pipeline.report import DROPPED_NAME, REPORT_NAME, TEXT_NAME, check_file, check_report, found_report
 from lfm.config import path_flag
-from lfm.errors import UserError, command
+from lfm.errors import UserError
+from lfm.exits import command
 from lfm.files import exists, open_file, reason, shown, write_out
 
 _SAMPLE_CHARACTERS = 6000

@@ -28,7 +28,8 @@ from data_pipeline.report import REPORT_NAME
 from data_pipeline.split import row_key, split_of_group
 from data_pipeline.unpack import DAMAGE
 from lfm.config import Config, Count, PathText, parse_command_line
-from lfm.errors import UserError, command
+from lfm.errors import UserError
+from lfm.exits import command
 from lfm.files import (
     behind_links,
     exists,

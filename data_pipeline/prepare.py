@@ -46,7 +46,8 @@ from lfm.data.bins import BinFile
 from lfm.data.format import FORMAT_VERSION, SPLITS, TOKENIZER_NAME, Packing, Split, SplitIndex
 from lfm.data.published import TiktokenPattern
 from lfm.data.tokenizer import BEGIN_OF_TEXT_NAMES, Tokenizer, read_tokenizer, train_bpe
-from lfm.errors import UserError, command
+from lfm.errors import UserError
+from lfm.exits import command
 from lfm.files import (
     behind_links,
     exists,

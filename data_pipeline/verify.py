@@ -20,7 +20,8 @@ from lfm.data.bins import BIN_NAMES, BINS_NAME, BinsRecord, hash_blocks, read_re
 from lfm.data.cache import fetch
 from lfm.data.format import HASH, INDEX_NAME, SPLITS, TOKENIZER_NAME, read_index
 from lfm.data.reader import hash_file
-from lfm.errors import UserError, command
+from lfm.errors import UserError
+from lfm.exits import command
 from lfm.files import exists, expanded, file_size, read_file, reason, shown
 
 FETCH_TIMEOUT_SECONDS = 600.0

@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from lfm.config import path_flag
-from lfm.errors import UserError, command
+from lfm.errors import UserError
+from lfm.exits import command
 from lfm.files import ready_folder, write_durably
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,8 +13,9 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from lfm.config import parse_command_line
-from lfm.errors import UserError, command
-from lfm.parallel.process import prepare_environment, require_packages
+from lfm.errors import UserError
+from lfm.exits import command
+from lfm.job.process import prepare_environment, require_packages
 
 # CUDA must not start in this process, or it could not fork; with this, asking for a GPU does not start it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -36,7 +37,7 @@ def main() -> None:
         raise UserError(f"--steps {flags.steps} is not from 1 to 1000: the first is what the bounds are for")
     require_packages()
     prepare_environment(run.device.type)
-    from lfm.parallel.layout import check_layout
+    from lfm.layout.layout import check_layout
     from lfm.training.certificate import BOUNDS, LAYOUTS, Fault, Problem, certify, in_one_process, write_json
 
     names = list(LAYOUTS) if flags.layouts == "all" else flags.layouts.split(",")

@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from lfm.config import add_flags, from_flags, path_flag
 from lfm.data.tokenizer import Tokenizer
-from lfm.errors import UserError, command
+from lfm.errors import UserError
+from lfm.exits import command
 from lfm.files import exists, read_file, ready_folder, reason, shown
-from lfm.models.generation import Conversation, SamplingConfig
+from lfm.inference.conversation import Conversation
+from lfm.inference.sampling import SamplingConfig
 from lfm.models.liquidnn import MiniLiquidGPT, trace_norms, turn_plasticity_off
 
 HELP = "/reset forgets everything read; /state lists the state; /hebb the plastic traces; /quit ends, as does Ctrl-C"
@@ -41,7 +43,8 @@ def main() -> None:
     add_flags(parser, SamplingConfig)
     flags = parser.parse_args()
     sampling = from_flags(SamplingConfig, flags)
-    from lfm.training.checkpoint import open_model, read_manifest
+    from lfm.checkpoint.manifest import read_manifest
+    from lfm.inference.load import open_model
 
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
     manifest = read_manifest(checkpoint, warn=False)  # open_model has warned

@@ -17,11 +17,11 @@ import torch
 from data_pipeline.prepare import PrepareConfig, prepare
 from lfm.data.stream import open_split
 from lfm.data.tokenizer import Tokenizer
-from lfm.errors import command
+from lfm.evaluation.held_out import compressor_bits_per_byte, evaluate, score
+from lfm.exits import command
 from lfm.files import expanded, read_file
-from lfm.models.generation import SamplingConfig, generate
-from lfm.training.checkpoint import load_model
-from lfm.training.evaluate import compressor_bits_per_byte, evaluate, score
+from lfm.inference.load import load_model
+from lfm.inference.sampling import SamplingConfig, generate
 from lfm.training.loop import train
 from lfm.training.run import RunConfig
 

@@ -7,8 +7,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from lfm.config import add_flags, from_flags, path_flag
-from lfm.errors import command
-from lfm.models.generation import SamplingConfig, generate
+from lfm.exits import command
+from lfm.inference.sampling import SamplingConfig, generate
 from lfm.models.liquidnn import turn_plasticity_off
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     add_flags(parser, SamplingConfig)
     flags = parser.parse_args()
     sampling = from_flags(SamplingConfig, flags)
-    from lfm.training.checkpoint import open_model
+    from lfm.inference.load import open_model
 
     model, tokenizer, _ = open_model(flags.checkpoint, device=flags.device)
     if flags.no_plasticity:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from pydantic import Field
 
 from lfm.config import Config, add_flags, from_flags, path_flag
-from lfm.errors import command
+from lfm.exits import command
 from lfm.files import ready_folder, write_durably
 
 
@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     flags = parser.parse_args()
     config = from_flags(ProbeConfig, flags)
-    from lfm.training.checkpoint import open_model
-    from lfm.training.plasticity import compare, plot, probes, record
+    from lfm.evaluation.plasticity import compare, plot, probes, record
+    from lfm.inference.load import open_model
 
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
     out = flags.out or checkpoint.parent.parent

@@ -10,10 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from lfm.config import parse_command_line
-from lfm.errors import UserError, command
-from lfm.parallel.layout import check_layout
-from lfm.parallel.process import Process
-from lfm.parallel.rendezvous import one_voice
+from lfm.errors import UserError
+from lfm.exits import command
+from lfm.job.process import Process
+from lfm.job.rendezvous import one_voice
+from lfm.layout.layout import check_layout
 from lfm.training.run import RunConfig
 
 

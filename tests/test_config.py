@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 
 from lfm.config import Config, Count, Tokens, _parse_override, _yaml, add_flags, from_flags
 from lfm.errors import UserError
-from lfm.models.generation import SamplingConfig
+from lfm.inference.sampling import SamplingConfig
 from lfm.training.run import RunConfig
 from tests.training.tiny_run import PYTHON, ROOT
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lfm.errors import command
+from lfm.exits import command
 
 
 def loop(folder: Path) -> None:

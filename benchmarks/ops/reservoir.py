@@ -12,14 +12,13 @@ from torch import Tensor
 from benchmarks.ops.case import COPY_BYTES_PER_SECOND, Case, floor, graphed, norm_ratio
 from lfm.kernels.reservoir import RecurrenceStats, cluster, cluster_fp32, make_reservoir
 from lfm.kernels.reservoir.chunked import (
-    ChunkPlan,
-    Outcome,
     backward_sweep,
     forward_sweep,
     graphed_backward_sweep,
     graphed_forward_sweep,
     weight_gradient,
 )
+from lfm.kernels.reservoir.grid import ChunkPlan, Outcome
 from lfm.layers.liquid import Liquid, LiquidConfig
 
 T, R, N, D = 8192, 3, 512, 3072

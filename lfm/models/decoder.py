@@ -14,12 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from lfm.kernels.reservoir import RecurrenceStats
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
-from lfm.layers.moe import Routing
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.residual import ResidualStream
 from lfm.layers.rotary import rotary_tables
-from lfm.models.language_model import LanguageModel, Recompute, State
+from lfm.layers.router import Routing
+from lfm.models.language_model import LanguageModel, Recompute
 from lfm.models.losses import Losses, Measurements, Objective, reservoir_measurements
+from lfm.models.state import State
 
 Memory = Any
 """What one layer carries from the tokens before, in its family's own form; None: nothing."""

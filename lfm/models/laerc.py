@@ -14,8 +14,10 @@ from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
 from lfm.layers.residual import ResidualStream
 from lfm.models.decoder import Block, Context, Decoder, Memory
-from lfm.models.language_model import FamilyConfig, ParameterCounts, State, generator_of
+from lfm.models.initialization import generator_of
+from lfm.models.language_model import FamilyConfig, ParameterCounts
 from lfm.models.losses import Measured, reservoir_measured
+from lfm.models.state import State
 
 
 class LAERCConfig(FamilyConfig):

@@ -13,13 +13,16 @@ from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
 from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
 from lfm.layers.liquid import Liquid, LiquidConfig
-from lfm.layers.moe import MoE, Routing
+from lfm.layers.moe import MoE
 from lfm.layers.norm import RMSNorm
 from lfm.layers.parts import Parts
 from lfm.layers.residual import ResidualStream
+from lfm.layers.router import Routing
 from lfm.models.decoder import Block, Context, Decoder, Memory, checkpointed, plain
-from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute, State, generator_of
+from lfm.models.initialization import generator_of
+from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute
 from lfm.models.losses import Measured, Term, reservoir_measured
+from lfm.models.state import State
 
 
 class LFMConfig(FamilyConfig):

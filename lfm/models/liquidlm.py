@@ -15,15 +15,10 @@ from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
 from lfm.layers.lstm import StackedLSTM, lstm_parameters
-from lfm.models.language_model import (
-    FamilyConfig,
-    LanguageModel,
-    ParameterCounts,
-    Recompute,
-    State,
-    generator_of,
-)
+from lfm.models.initialization import generator_of
+from lfm.models.language_model import FamilyConfig, LanguageModel, ParameterCounts, Recompute
 from lfm.models.losses import Losses, Objective
+from lfm.models.state import State
 
 
 class LiquidLMConfig(FamilyConfig):

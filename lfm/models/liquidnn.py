@@ -18,15 +18,10 @@ from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
 from lfm.layers.liquid_cell import Integrator, LiquidCell, Traces
 from lfm.layers.plastic_synapse import TraceMode
-from lfm.models.language_model import (
-    FamilyConfig,
-    LanguageModel,
-    ParameterCounts,
-    Recompute,
-    State,
-    generator_of,
-)
+from lfm.models.initialization import generator_of
+from lfm.models.language_model import FamilyConfig, LanguageModel, ParameterCounts, Recompute
 from lfm.models.losses import Losses, Objective
+from lfm.models.state import State
 
 
 class LiquidNNConfig(FamilyConfig):

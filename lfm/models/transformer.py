@@ -17,7 +17,9 @@ from lfm.layers.norm import RMSNorm
 from lfm.layers.parts import Parts
 from lfm.layers.residual import ResidualStream
 from lfm.models.decoder import Block, Context, Decoder, Memory
-from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute, State, generator_of
+from lfm.models.initialization import generator_of
+from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute
+from lfm.models.state import State
 
 
 class TransformerConfig(FamilyConfig):

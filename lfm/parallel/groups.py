@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
-from lfm.parallel.layout import Layout
-from lfm.parallel.process import Process
-from lfm.parallel.rendezvous import meet
+from lfm.job.process import Process
+from lfm.job.rendezvous import meet
+from lfm.layout.layout import Layout
 
 with warnings.catch_warnings():
     # It warns about transformer-engine and apex, which are not used here.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lfm.kernels.permutation import combine, dispatch, sorted_places
 from lfm.layers.moe import count
 from lfm.layers.parts import Parts, Transport
+from lfm.layout.layout import Layout
 from lfm.models.lfm import LFMConfig
 from lfm.parallel.groups import Groups
-from lfm.parallel.layout import Layout
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lfm.layers.documents import Rows
+from lfm.layout.layout import Layout
 from lfm.models.language_model import Recompute
 from lfm.models.lfm import LFM
 from lfm.models.losses import Losses, Objective
 from lfm.objectives.next_token import NEXT_TOKEN
-from lfm.parallel.layout import Layout
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -18,17 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lfm.data.batch import Batch
+from lfm.job.fork import run_ranks
+from lfm.job.process import Process
+from lfm.layout.config import ParallelConfig
+from lfm.layout.layout import Layout
 from lfm.models.language_model import Recompute
 from lfm.models.lfm import LFMConfig
 from lfm.models.losses import Objective
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel import groups as process_groups
-from lfm.parallel.layout import Layout, ParallelConfig
-from lfm.parallel.local_ranks import run_ranks
 from lfm.parallel.megatron import MegatronParts, tensor_parallel_dim
-from lfm.parallel.process import Process
 from lfm.parallel.zero import Weight, inner_optimizer
-from lfm.training.engine import Engine, LocalEngine
+from lfm.training.engine import Engine
+from lfm.training.local_engine import LocalEngine
 from lfm.training.optimizer import OptimizerConfig
 from lfm.training.parallel_engine import ParallelEngine
 

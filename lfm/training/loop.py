@@ -15,27 +15,31 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from lfm.checkpoint import folder as checkpoint
+from lfm.checkpoint.manifest import read_manifest
+from lfm.checkpoint.matching import check_architecture, check_layers
+from lfm.checkpoint.saver import Saver
+from lfm.checkpoint.tensors import load_tensors, not_finite
 from lfm.data.consumed import START, Consumed, ConsumedRecord, chained
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_tokenizer, open_training, open_validation, resume_row
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import NonFiniteError, UserError
+from lfm.evaluation.held_out import HeldOut, evaluate, together
 from lfm.files import reason, refusing, write_durably
-from lfm.models.generation import check_prompts, generate
-from lfm.parallel import health
-from lfm.parallel.launchers import Launchers
-from lfm.parallel.layout import Layout
-from lfm.parallel.process import Process, prepare_environment, require_packages
-from lfm.parallel.ranks import Ranks
-from lfm.parallel.rendezvous import Stopped, meet
-from lfm.parallel.watch import Watch, watched
+from lfm.inference.sampling import check_prompts, generate
+from lfm.job import health
+from lfm.job.launchers import Launchers
+from lfm.job.process import Process, prepare_environment, require_packages
+from lfm.job.ranks import Ranks
+from lfm.job.rendezvous import Stopped, meet
+from lfm.job.watch import Watch, watched
+from lfm.layout.layout import Layout
 from lfm.talk import complain, say, talking
-from lfm.training import checkpoint
-from lfm.training.engine import Engine, LocalEngine
-from lfm.training.evaluate import HeldOut, evaluate, together
+from lfm.training.engine import Engine
+from lfm.training.local_engine import LocalEngine
 from lfm.training.metrics import Metrics, Speed, show, training_record
 from lfm.training.run import RunConfig, owning_folder, write_run_files
-from lfm.training.saver import Saver
 from lfm.training.schedule import lr_factor
 
 STOPPED = "stopped"
@@ -404,7 +408,7 @@ def _saving_on_damage(save: Callable[[], None]) -> Iterator[None]:
 
 def _check_finite(share: Mapping[str, torch.Tensor], run: RunConfig, step: int, ranks: Ranks) -> None:
     """Raises NonFiniteError, on all processes, when any has a number in its `share` of the state that is not finite."""
-    bad = checkpoint.not_finite(share)
+    bad = not_finite(share)
     rank = ranks.largest(0 if bad is None else ranks.rank + 1) - 1
     if rank >= 0:
         what = bad if bad is not None else f"a tensor of rank {rank}"
@@ -484,9 +488,9 @@ def _starting_weights(run: RunConfig, ranks: Ranks) -> tuple[Path, dict[str, Any
 
 def _verified(path: Path, run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """The manifest; each process has verified its part of the files."""
-    manifest = checkpoint.read_manifest(path, warn=ranks.is_main)
-    checkpoint.check_architecture(path, manifest, run.model)
-    checkpoint.check_layers(path, manifest, run.model)
+    manifest = read_manifest(path, warn=ranks.is_main)
+    check_architecture(path, manifest, run.model)
+    check_layers(path, manifest, run.model)
     ranks.together(lambda: checkpoint.verify(path, manifest, rank=ranks.rank, world_size=ranks.world_size))
     return manifest
 
@@ -501,7 +505,7 @@ def _restore(
     """Fill the engine from `start`, else with the weights alone of `weights`, else leave it fresh."""
     if start is not None:
         path, manifest = start
-        engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets))
+        engine.fill(lambda targets: load_tensors(path, manifest, targets))
         try:
             engine.load_counters(manifest["counters"])
         except KeyError as error:
@@ -516,7 +520,7 @@ def _restore(
         return Progress(**(saved | {"best_validation": math.inf if best is None else best}))
     if weights is not None:
         path, manifest = weights
-        engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets), kinds=("master", "frozen"))
+        engine.fill(lambda targets: load_tensors(path, manifest, targets), kinds=("master", "frozen"))
         if ranks.is_main:
             say(f"starting from the weights of {path}")
     return Progress()

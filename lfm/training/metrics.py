@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +14,11 @@ from tqdm import tqdm
 
 from lfm.config import Config, Count, CountOrZero
 from lfm.errors import UserError
-from lfm.files import exists, read_file, read_lines, write_durably
+from lfm.files import exists, read_lines, write_durably
 from lfm.models.registry import ModelConfig
 from lfm.talk import say, warn
 from lfm.training.engine import Engine, StepResult
+from lfm.training.metrics_file import parse_record
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12}
 """Dense bf16 FLOP/s by the vendor's data sheet; MFU is a share of it."""
@@ -96,7 +96,7 @@ class Metrics:
 
     def _open_jsonl(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
         if exists(self.file):  # what was logged after the checkpoint that this run goes on from happens again
-            kept = [line for line, record in read_lines(self.file, _record) if record["step"] <= resumed_step]
+            kept = [line for line, record in read_lines(self.file, parse_record) if record["step"] <= resumed_step]
             write_durably(self.file, "".join(kept).encode())
 
         def write(record: dict[str, Any]) -> None:
@@ -199,28 +199,6 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
         if key != "step":
             visit(key, value)
     return found
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a line that is none, such as a last one that a crash cut short, is left out.
-
-    Raises UserError when the file cannot be read.
-    """
-    records = []
-    for line in read_file(file).decode(errors="replace").split("\n"):
-        with suppress(ValueError):
-            records.append(_record(line))
-    return records
-
-
-def _record(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except RecursionError as error:
-        raise ValueError("too deep") from error
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-        raise ValueError("no record of a step")
-    return record
 
 
 def training_record(result: StepResult) -> dict[str, Any]:

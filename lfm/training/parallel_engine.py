@@ -1,6 +1,6 @@
 """The parallel engine: megatron-core's schedule fills gradients of the plain model's pieces, DeepSpeed ZeRO updates.
 
-Same losses, gradients and updates as the local engine, under any layout that `lfm.parallel.layout` calls legal.
+Same losses, gradients and updates as the local engine, under any layout that `lfm.layout.layout` calls legal.
 """
 
 import os
@@ -19,6 +19,7 @@ from lfm.errors import NonFiniteError
 from lfm.layers.documents import Counts, Documents, Rows
 from lfm.layers.liquid import Liquid
 from lfm.models.global_names import Index, global_index
+from lfm.models.initialization import materialize
 from lfm.models.language_model import Recompute
 from lfm.models.lfm import LFM, LFMConfig, initial_tensor
 from lfm.models.losses import Measured, Objective, Term, combined
@@ -43,7 +44,6 @@ from lfm.training.engine import (
     Read,
     StepResult,
     first_bad_micro_batch,
-    materialize,
     measurements,
     read_back,
     step_result,

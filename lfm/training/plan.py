@@ -1,8 +1,8 @@
 """What a run will take, before anything is allocated: exact counts, FLOPs, and an estimate of memory."""
 
 from lfm.layers.loss import CHUNK_ELEMENTS
+from lfm.layout.layout import Layout
 from lfm.models.lfm import LFMConfig
-from lfm.parallel.layout import Layout
 from lfm.training.run import RunConfig
 
 _GIB = 2**30

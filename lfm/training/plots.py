@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
 from lfm.files import write_durably
-from lfm.training.metrics import read_metrics
+from lfm.training.metrics_file import read_metrics
 
 _TRAIN, _VALIDATION, _LR = "#3567a6", "#d1495b", "#9aa5b1"
 

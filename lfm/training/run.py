@@ -14,15 +14,15 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from lfm.checkpoint.config import CheckpointConfig
 from lfm.config import Config, Count, CountOrZero, PathText, Rows
 from lfm.data.stream import DataConfig
 from lfm.files import expanded, held_alone, remove_temporaries, shown, write_durably
-from lfm.models.generation import SamplingConfig
+from lfm.inference.sampling import SamplingConfig
+from lfm.layout.config import ParallelConfig
 from lfm.models.registry import ModelConfig
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.objectives.registry import ObjectiveConfig
-from lfm.parallel.layout import ParallelConfig
-from lfm.training.checkpoint import CheckpointConfig
 from lfm.training.metrics import LoggingConfig
 from lfm.training.optimizer import OptimizerConfig
 from lfm.training.schedule import ScheduleConfig

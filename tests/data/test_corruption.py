@@ -16,7 +16,7 @@ from lfm.data.format import INDEX_NAME
 from lfm.data.stream import BatchStream, DataConfig, open_training
 from lfm.data.tokenizer import train_bpe
 from lfm.errors import UserError
-from lfm.parallel.ranks import Ranks
+from lfm.job.ranks import Ranks
 from tests.data.corpus import SEQ_LENGTH, VOCAB_SIZE, texts
 from tests.data.damage import cut, fill_with_zeros, flip, remove
 from tests.ranks import run_on_ranks

@@ -11,7 +11,7 @@ import yaml
 from data_pipeline.labelled import LabelledConfig
 from data_pipeline.prepare import PrepareConfig
 from lfm.config import Config
-from lfm.models.generation import SamplingConfig
+from lfm.inference.sampling import SamplingConfig
 from lfm.training.run import RunConfig
 from tests.training.tiny_run import ROOT, TINY
 

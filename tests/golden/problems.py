@@ -14,11 +14,12 @@ import torch
 import xxhash
 
 from lfm.data.batch import Batch
-from lfm.models.generation import SamplingConfig, generate
-from lfm.parallel.local_ranks import run_ranks
-from lfm.parallel.process import Process
+from lfm.inference.sampling import SamplingConfig, generate
+from lfm.job.fork import run_ranks
+from lfm.job.process import Process
 from lfm.training.certificate import LAYOUTS
-from lfm.training.engine import Engine, LocalEngine
+from lfm.training.engine import Engine
+from lfm.training.local_engine import LocalEngine
 from lfm.training.metrics import training_record
 from lfm.training.run import RunConfig
 from tests.parallel.engine_numbers import join, whole_state
@@ -97,7 +98,7 @@ def compute(name: str) -> str:
 
 def dry_runs() -> str:
     """What `--dry-run` says of every preset, which no machine changes."""
-    from lfm.parallel.layout import check_layout
+    from lfm.layout.layout import check_layout
     from lfm.training.plan import plan
 
     texts = []
@@ -130,7 +131,7 @@ def _local_engine(run: RunConfig) -> LocalEngine:
 
 
 def _on_a_rank(process: Process, name: str) -> dict[str, Any]:
-    from lfm.parallel.layout import check_layout
+    from lfm.layout.layout import check_layout
     from lfm.training.parallel_engine import ParallelEngine
 
     golden = GOLDENS[name]

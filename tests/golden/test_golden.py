@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lfm.parallel.process import prepare_environment
+from lfm.job.process import prepare_environment
 
 if not torch.cuda.is_available():
     prepare_environment("cpu")  # before megatron-core or DeepSpeed are imported

@@ -18,7 +18,6 @@ from lfm.kernels.reservoir import (
     reservoir_recurrence,
 )
 from lfm.kernels.reservoir.chunked import (
-    ChunkPlan,
     backward_sweep,
     forward_sweep,
     gain_statistics,
@@ -26,6 +25,7 @@ from lfm.kernels.reservoir.chunked import (
     graphed_forward_sweep,
     weight_gradient,
 )
+from lfm.kernels.reservoir.grid import ChunkPlan
 from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
 from lfm.kernels.reservoir.self_test import require_agreement
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lfm.kernels.reservoir import RecurrenceStats, cluster_fp32, make_reservoir, reservoir_recurrence
-from lfm.kernels.reservoir.chunked import ChunkPlan, backward_sweep, forward_sweep
+from lfm.kernels.reservoir.chunked import backward_sweep, forward_sweep
+from lfm.kernels.reservoir.grid import ChunkPlan
 from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
 
 needs_kernel = pytest.mark.skipif(

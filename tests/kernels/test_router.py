@@ -3,7 +3,7 @@ import torch
 
 from lfm.kernels.router import Choice, choose_experts, router_logits
 from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
-from lfm.layers.moe import route
+from lfm.layers.router import route
 from tests.comparison import assert_close
 
 # The CPU interprets the kernels.  Its interpreter cuts fp32 off to bf16 where a GPU rounds, hence fp16 there.

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lfm.errors import command
+from lfm.exits import command
 from tests.data.corpus import write_texts
 from tests.launch.test_launch import trained  # noqa: F401  (a fixture)
 from tests.training.tiny_run import PYTHON, ROOT

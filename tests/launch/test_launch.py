@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from data_pipeline.prepare import prepare
-from lfm.models.generation import SamplingConfig, generate
-from lfm.training.checkpoint import find, open_model
+from lfm.checkpoint.folder import find
+from lfm.inference.load import open_model
+from lfm.inference.sampling import SamplingConfig, generate
 from lfm.training.loop import train
 from tests import shared_memory
 from tests.data.corpus import config, write_texts

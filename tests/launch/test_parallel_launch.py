@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.prepare import PrepareConfig, prepare
+from lfm.checkpoint import folder as checkpoint
+from lfm.checkpoint.saver import Saver
 from lfm.data.order import row_order
 from lfm.data.reader import ShardReader
-from lfm.training import checkpoint
 from lfm.training.loop import train
 from lfm.training.run import RunConfig, owning_folder
-from lfm.training.saver import Saver
 from tests import shared_memory
 from tests.launch.job import Job, bare, deepspeed, free_port, slurm, torchrun, until
 from tests.training.tiny_run import (

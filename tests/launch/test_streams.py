@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lfm.training import checkpoint
+from lfm.checkpoint import folder as checkpoint
+from lfm.checkpoint.manifest import read_manifest
 from lfm.training.loop import train
 from tests.training.tiny_run import PYTHON, ROOT, pretrain_command, tiny_run
 
@@ -41,7 +42,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 def assert_saved_at_its_last_step(folder: Path) -> None:
     run = folder / "lfm_debug"
     (saved,) = checkpoint.whole_checkpoints(run / "checkpoints")
-    checkpoint.verify(saved, checkpoint.read_manifest(saved))
+    checkpoint.verify(saved, read_manifest(saved))
     assert (run / "stopped").read_text().split()[0] == str(int(saved.name.removeprefix("step_")))
 
 

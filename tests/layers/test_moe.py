@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.layers.moe import MoE, route
+from lfm.layers.moe import MoE
+from lfm.layers.router import route
 from tests.comparison import assert_close
 
 

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lfm.errors import UserError
+from lfm.inference.sampling import SamplingConfig, generate
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.plastic_synapse import FACTORS
 from lfm.models import registry
-from lfm.models.generation import SamplingConfig, generate
 from lfm.models.global_names import global_index, global_views
-from lfm.models.language_model import LanguageModel, initialize
+from lfm.models.initialization import initialize
+from lfm.models.language_model import LanguageModel
 from lfm.models.registry import FAMILIES as FAMILY_CLASSES
 from lfm.objectives.next_token import NEXT_TOKEN
 from tests.comparison import assert_close, relative_error

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lfm.layers.documents import Documents, Rows
 from lfm.models.global_names import global_index
+from lfm.models.initialization import initialize
 from lfm.models.laerc import LAERC, LAERCConfig, LAERCState
-from lfm.models.language_model import initialize
 from lfm.objectives.next_token import NEXT_TOKEN
 from tests.comparison import assert_close, relative_error
 from tests.losses import cross_entropy

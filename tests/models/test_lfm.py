@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from lfm.data.batch import Batch
+from lfm.evaluation.held_out import score
+from lfm.inference.sampling import prefill
 from lfm.layers.documents import Documents, Rows
-from lfm.models.generation import prefill
 from lfm.models.global_names import global_index, global_views
-from lfm.models.language_model import initialize
+from lfm.models.initialization import initialize
 from lfm.models.lfm import LFM, LFMConfig, initial_tensor
 from lfm.models.losses import weighted
 from lfm.objectives.next_token import NEXT_TOKEN
-from lfm.training.evaluate import score
 from tests.comparison import assert_close
 from tests.losses import cross_entropy
 from tests.models.reference_lfm import document_forward, step_loss
@@ -127,7 +127,7 @@ def test_generation_does_not_depend_on_how_a_long_prompt_is_read(monkeypatch):
     model = small_model(**LONG)
     prompt = torch.randint(0, 40, (160,)).tolist()
     whole, _ = prefill(model, prompt)
-    monkeypatch.setattr("lfm.models.generation.PREFILL_TOKENS", 41)
+    monkeypatch.setattr("lfm.inference.sampling.PREFILL_TOKENS", 41)
     pieces, _ = prefill(model, prompt)
     assert torch.allclose(pieces, whole, rtol=0, atol=1e-12)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from lfm.layers.documents import Documents
 from lfm.models.global_names import global_views
-from lfm.models.language_model import initialize
+from lfm.models.initialization import initialize
 from lfm.models.liquidlm import LiquidLM, LiquidLMConfig, LiquidLMState, draw_reservoir
 from tests.comparison import assert_close, relative_error
 from tests.losses import cross_entropy

@@ -5,7 +5,7 @@ import torch
 
 from lfm.layers.documents import Documents
 from lfm.models.global_names import global_views
-from lfm.models.language_model import initialize
+from lfm.models.initialization import initialize
 from lfm.models.liquidnet import LiquidNet, LiquidNetConfig
 from tests.comparison import assert_close, relative_error
 from tests.losses import cross_entropy

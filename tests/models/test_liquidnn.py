@@ -8,7 +8,7 @@ import torch
 from lfm.data.stream import DataConfig, open_split
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.plastic_synapse import FACTORS
-from lfm.models.language_model import initialize
+from lfm.models.initialization import initialize
 from lfm.models.liquidnn import (
     LiquidNNConfig,
     MiniLiquidGPT,

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from lfm.layers.documents import Documents
-from lfm.models.language_model import initialize
+from lfm.models.initialization import initialize
 from lfm.models.lstm import LSTM, LSTMConfig
 from tests.comparison import assert_close, relative_error
 from tests.losses import cross_entropy

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lfm.errors import NonFiniteError, UserError
-from lfm.models.generation import Conversation, SamplingConfig, choose, generate
-from lfm.models.language_model import initialize
+from lfm.inference.conversation import Conversation
+from lfm.inference.sampling import SamplingConfig, choose, generate
+from lfm.models.initialization import initialize
 from lfm.models.liquidlm import LiquidLM, LiquidLMConfig
 
 CONFIG = LiquidLMConfig(hidden_size=16, num_layers=1, reservoir_size=32, vocab_size=50, seq_length=32)

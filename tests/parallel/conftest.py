@@ -2,7 +2,7 @@ import os
 
 import torch
 
-from lfm.parallel.process import prepare_environment
+from lfm.job.process import prepare_environment
 
 # Before any test module imports megatron-core or DeepSpeed.
 if torch.cuda.is_available():

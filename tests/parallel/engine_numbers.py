@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from lfm.layout.layout import Layout
 from lfm.models.lfm import initial_tensor
 from lfm.parallel import groups as process_groups
-from lfm.parallel.layout import Layout
 from lfm.training.certificate import Problem
-from lfm.training.engine import Engine, LocalEngine
+from lfm.training.engine import Engine
+from lfm.training.local_engine import LocalEngine
 from lfm.training.parallel_engine import ParallelEngine
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
 pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
 from lfm.errors import UserError
+from lfm.job.process import require_packages
+from lfm.layout.layout import check_layout
 from lfm.models.lfm import LFMConfig
-from lfm.parallel.layout import check_layout
-from lfm.parallel.process import require_packages
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, compare, in_one_process
 from lfm.training.optimizer import OptimizerConfig
 

@@ -7,15 +7,20 @@ pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
 import torch
 
+from lfm.checkpoint import folder as checkpoint
+from lfm.checkpoint.manifest import read_manifest
+from lfm.checkpoint.saver import Saver
+from lfm.checkpoint.tensors import load_tensors
+from lfm.evaluation.held_out import score
+from lfm.inference.load import load_model
+from lfm.job.fork import run_ranks
+from lfm.layout.config import ParallelConfig
+from lfm.layout.layout import check_layout
 from lfm.models.lfm import LFMConfig
-from lfm.parallel.layout import ParallelConfig, check_layout
-from lfm.parallel.local_ranks import run_ranks
-from lfm.training import checkpoint
 from lfm.training.certificate import LAYOUTS, Problem
-from lfm.training.engine import Engine, LocalEngine
-from lfm.training.evaluate import score
+from lfm.training.engine import Engine
+from lfm.training.local_engine import LocalEngine
 from lfm.training.optimizer import OptimizerConfig
-from lfm.training.saver import Saver
 from tests.training.tiny_run import manifest_fields
 
 SMALL = LFMConfig(
@@ -44,9 +49,9 @@ def one_step(engine: Engine, folder, step: int, ranks: tuple[int, int], group=No
     """Load step `step`, if there is one, make the next, save it; (loss, gradient norm)."""
     if step:
         path = checkpoint.find(folder)
-        manifest = checkpoint.read_manifest(path)
+        manifest = read_manifest(path)
         checkpoint.verify(path, manifest, rank=ranks[0], world_size=ranks[1])
-        engine.fill(lambda targets: checkpoint.load_tensors(path, manifest, targets))
+        engine.fill(lambda targets: load_tensors(path, manifest, targets))
         engine.load_counters(manifest["counters"])
     result = engine.forward_backward(PROBLEM.batch(step)[engine.rows_of_step(PROBLEM.rows)])
     norm = engine.step(PROBLEM.optimizer.lr)
@@ -110,14 +115,14 @@ def the_same_steps_in_one_process(process, folder, steps: int) -> list[tuple[flo
         engine = local_engine(PROBLEM.seed, torch.float32)
         if step:
             path = folder / "checkpoints" / f"step_{step:08d}"
-            manifest = checkpoint.read_manifest(path)
-            engine.fill(lambda targets, path=path, manifest=manifest: checkpoint.load_tensors(path, manifest, targets))
+            manifest = read_manifest(path)
+            engine.fill(lambda targets, path=path, manifest=manifest: load_tensors(path, manifest, targets))
             engine.load_counters(manifest["counters"])
         result = engine.forward_backward(PROBLEM.batch(step))
         norm = engine.step(PROBLEM.optimizer.lr)
         after = folder / "checkpoints" / f"step_{step + 1:08d}"
         stored = {key: torch.empty_like(tensor) for key, tensor in engine.tensors().items()}
-        checkpoint.load_tensors(after, checkpoint.read_manifest(after), stored)
+        load_tensors(after, read_manifest(after), stored)
         deviations = {
             key: float((stored[key] - tensor).norm() / tensor.norm().clamp(min=1e-12))
             for key, tensor in engine.tensors().items()
@@ -140,7 +145,7 @@ def test_a_run_that_changes_its_layout_at_every_step_is_the_same_run(chain, tmp_
         assert loss == pytest.approx(expected_loss, rel=1e-6), name
         assert norm == pytest.approx(expected_norm, rel=1e-5), name
         assert deviation < 1e-3, f"{name}: {worst}"
-    model, _, _ = checkpoint.load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    model, _, _ = load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
     nats, labels = score(model, PROBLEM.batch(0))
     assert nats / labels < found[0][0]  # what launch/generate.py loads has learned the first batch
 

@@ -15,8 +15,8 @@ pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
 from lfm.layers.documents import Rows
 from lfm.layers.head import Head, Hidden
+from lfm.layout.layout import check_layout
 from lfm.models.losses import Term
-from lfm.parallel.layout import check_layout
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, in_one_process
 from tests.parallel.test_certificate import SMALL, problem
 

@@ -13,11 +13,12 @@ pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
 pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
 from lfm.errors import NonFiniteError
+from lfm.job.fork import run_ranks
+from lfm.job.process import Process
 from lfm.layers.liquid import LiquidConfig
+from lfm.layout.config import ParallelConfig
+from lfm.layout.layout import Layout, check_layout
 from lfm.models.lfm import LFMConfig
-from lfm.parallel.layout import Layout, ParallelConfig, check_layout
-from lfm.parallel.local_ranks import run_ranks
-from lfm.parallel.process import Process
 from lfm.training.certificate import Problem
 from lfm.training.optimizer import OptimizerConfig
 from tests.parallel.engine_numbers import (

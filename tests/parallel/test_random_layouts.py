@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
 pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
+from lfm.job.fork import run_ranks
+from lfm.job.process import Process
 from lfm.layers.liquid import LiquidConfig
 from lfm.layers.moe import MoE
+from lfm.layout.config import ParallelConfig
+from lfm.layout.layout import Layout, check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.objectives.next_token import NEXT_TOKEN
-from lfm.parallel.layout import Layout, ParallelConfig, check_layout
-from lfm.parallel.local_ranks import run_ranks
-from lfm.parallel.process import Process
 from lfm.training.certificate import Problem, certify, in_one_process
-from lfm.training.engine import LocalEngine
+from lfm.training.local_engine import LocalEngine
 from lfm.training.optimizer import OptimizerConfig
 from tests.parallel.engine_numbers import CPU, deviations, join, local_engine, parallel_engine, train
 

@@ -9,13 +9,14 @@ pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
 pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
 from data_pipeline import audit
+from lfm.checkpoint import folder as checkpoint
+from lfm.checkpoint.manifest import read_manifest
 from lfm.data.consumed import read_record
 from lfm.data.format import RowWriter
 from lfm.data.order import row_order
 from lfm.data.reader import ShardReader
-from lfm.parallel.layout import check_layout
-from lfm.parallel.local_ranks import run_ranks
-from lfm.training import checkpoint
+from lfm.job.fork import run_ranks
+from lfm.layout.layout import check_layout
 from lfm.training.loop import train
 from tests.training.tiny_run import tiny_run
 
@@ -64,7 +65,7 @@ def test_other_layouts_interrupted_and_resumed_were_fed_the_same(
     code, said = said_by_audit(monkeypatch, capsys, folder, on_one_process)
     chain = read_record(folder)[-1].chain
     assert (code, said.splitlines()[-1]) == (0, f"same: steps 1 to 4, chain {chain}")
-    manifest = checkpoint.read_manifest(checkpoint.find(folder))
+    manifest = read_manifest(checkpoint.find(folder))
     assert manifest["progress"]["chain"] == chain
 
 

@@ -12,9 +12,11 @@ import signal
 import pytest
 import yaml
 
+from lfm.checkpoint import folder as checkpoint
+from lfm.checkpoint.manifest import read_manifest
 from lfm.data.consumed import read_record
 from lfm.errors import UserError
-from lfm.training import checkpoint
+from lfm.inference.load import open_model
 from lfm.training.loop import train
 from tests.data.damage import cut, empty, flip, forbid, put_fifo, put_folder, put_loop, without_privileges
 from tests.training.tiny_run import rewrite_manifest, tiny_run
@@ -72,7 +74,7 @@ def test_a_damaged_file_of_a_checkpoint_is_named(name, damage, run, runs):
         path.write_bytes(path.read_bytes() + b" ")  # both runs have the same
     else:
         damage(path)
-    for use in (lambda: train(run), lambda: checkpoint.open_model(run.folder, device="cpu")):
+    for use in (lambda: train(run), lambda: open_model(run.folder, device="cpu")):
         with without_privileges(), pytest.raises(UserError) as found:
             use()
         # Another run's manifest fits none of the files.
@@ -143,7 +145,7 @@ def test_a_checkpoint_of_format_1_goes_on_with_one_warning(run, capsys):
     del tree["checksum"]
     path.write_text(json.dumps({**tree, "format": 1}))
     train(run)
-    checkpoint.open_model(run.folder, device="cpu")
+    open_model(run.folder, device="cpu")
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2 and all(
         "manifest.json is of format 1, which has no checksum" in each for each in warnings
@@ -163,7 +165,7 @@ UNKNOWN = {
 def test_counters_of_what_the_model_has_not_are_one_sentence(case, run):
     changes, words = UNKNOWN[case]
     path = run.folder / STEP
-    rewrite_manifest(path, counters=checkpoint.read_manifest(path)["counters"] | changes)
+    rewrite_manifest(path, counters=read_manifest(path)["counters"] | changes)
     with pytest.raises(UserError, match=words):
         train(run)
 

@@ -11,12 +11,14 @@ import threading
 import pytest
 import torch
 
+from lfm.checkpoint import folder as checkpoint
+from lfm.checkpoint.manifest import read_manifest
 from lfm.data.consumed import read_record
 from lfm.errors import NonFiniteError, UserError
-from lfm.training import checkpoint
-from lfm.training.engine import LocalEngine
+from lfm.inference.load import open_model
+from lfm.training.local_engine import LocalEngine
 from lfm.training.loop import train
-from lfm.training.metrics import read_metrics
+from lfm.training.metrics_file import read_metrics
 from tests.data.damage import forbid, without_privileges
 from tests.training.tiny_run import checkpoint_tensors, tiny_run
 
@@ -102,7 +104,7 @@ def test_a_failed_save_is_told_within_a_step_and_made_again(background, disk, be
     assert told[1].count("step_00000004") == 1 and "the checkpoint before, step_00000002, is intact" in told[1]
     assert "the next save tries again" in told[1]
     path = run.folder / "checkpoints/step_00000007"
-    checkpoint.verify(path, checkpoint.read_manifest(path))
+    checkpoint.verify(path, read_manifest(path))
     assert [entry.step for entry in read_record(run.folder)] == list(range(1, 8))
 
 
@@ -186,7 +188,7 @@ def test_an_absurd_validation_loss_is_told_and_the_checkpoint_before_it_kept(bef
 
 
 def test_a_checkpoint_with_weights_that_are_not_finite_generates_nothing(tmp_path, text_data):
-    from lfm.training.saver import Saver
+    from lfm.checkpoint.saver import Saver
 
     run = tiny_run(tmp_path, text_data, "training.steps=1")
     train(run)
@@ -199,7 +201,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_generates_nothing(tmp_pat
     with Saver(path.parent, keep=9, asynchronous=False) as saver:
         saver.save(1, tensors, kept, tokenizer)
     with pytest.raises(NonFiniteError, match=r"master\.embedding\.weight is not finite; use an earlier checkpoint"):
-        checkpoint.open_model(run.folder, device="cpu")
+        open_model(run.folder, device="cpu")
 
 
 # What cannot be looked at is not absent; what cannot be read is not thrown away.

@@ -7,9 +7,11 @@ import torch
 from lfm.data.batch import Batch
 from lfm.errors import UserError
 from lfm.models.global_names import global_views
+from lfm.models.initialization import materialize
 from lfm.models.liquidnet import LiquidNetConfig
 from lfm.models.registry import build
-from lfm.training.engine import LocalEngine, NonFiniteError, materialize
+from lfm.training.engine import NonFiniteError
+from lfm.training.local_engine import LocalEngine
 from lfm.training.optimizer import OptimizerConfig
 from tests.comparison import assert_close
 from tests.models import test_laerc

@@ -8,11 +8,12 @@ import torch
 
 from lfm.data.stream import open_split
 from lfm.errors import NonFiniteError, UserError
-from lfm.models.generation import Conversation, SamplingConfig, generate
-from lfm.training import checkpoint
-from lfm.training.evaluate import evaluate
+from lfm.evaluation.held_out import evaluate
+from lfm.inference.conversation import Conversation
+from lfm.inference.load import open_model
+from lfm.inference.sampling import SamplingConfig, generate
 from lfm.training.loop import train
-from lfm.training.metrics import read_metrics
+from lfm.training.metrics_file import read_metrics
 from lfm.training.run import RunConfig
 from tests.training.tiny_run import ROOT, assert_same_checkpoint
 
@@ -73,7 +74,7 @@ def test_records_hold_what_the_family_has(trained):
 
 def test_generation_does_not_depend_on_the_other_prompts(trained):
     _, run = trained
-    model, tokenizer, _ = checkpoint.open_model(run.folder, device="cpu")
+    model, tokenizer, _ = open_model(run.folder, device="cpu")
     prompts = [tokenizer.encode(text) for text in ("def f(self", "import json\nclass ", "x")]
     sampling = SamplingConfig(max_new_tokens=8, greedy=True)
     together = list(zip(*generate(model, prompts, sampling, end_of_document=None), strict=True))
@@ -83,7 +84,7 @@ def test_generation_does_not_depend_on_the_other_prompts(trained):
 
 def test_a_conversation_reads_nothing_twice_and_forgets_nothing(trained):
     kind, run = trained
-    model, tokenizer, _ = checkpoint.open_model(run.folder, device="cpu")
+    model, tokenizer, _ = open_model(run.folder, device="cpu")
     talk = Conversation(model, SamplingConfig(max_new_tokens=4, greedy=True), end_of_document=None)
     with pytest.raises(UserError, match="nothing to reply to"):
         next(talk.reply())
@@ -105,7 +106,7 @@ def test_a_conversation_reads_nothing_twice_and_forgets_nothing(trained):
 def test_a_saved_state_goes_on_and_only_with_its_own_weights(kind, tmp_path, text_data):
     run = run_of(kind, tmp_path, text_data, "training.steps=1", "validation.max_rows=1")
     train(run)
-    model, tokenizer, _ = checkpoint.open_model(run.folder, device="cpu")
+    model, tokenizer, _ = open_model(run.folder, device="cpu")
     sampling, file = SamplingConfig(max_new_tokens=4, greedy=True), tmp_path / "state"
     talk = Conversation(model, sampling, end_of_document=None)
     talk.read(tokenizer.encode("import os\nclass "))
@@ -124,7 +125,7 @@ def test_a_saved_state_goes_on_and_only_with_its_own_weights(kind, tmp_path, tex
 def test_a_growing_state_is_not_kept_in_files(tmp_path, text_data):
     run = run_of("transformer", tmp_path, text_data, "training.steps=1", "validation.max_rows=1")
     train(run)
-    model, tokenizer, _ = checkpoint.open_model(run.folder, device="cpu")
+    model, tokenizer, _ = open_model(run.folder, device="cpu")
     talk = Conversation(model, SamplingConfig(max_new_tokens=4), end_of_document=None)
     with pytest.raises(UserError, match="grows with its text"):
         talk.load(tmp_path / "state", checkpoint="a")
@@ -146,7 +147,7 @@ def test_a_checkpoint_of_another_family_is_refused(tmp_path, text_data):
 
 
 def test_parallel_keys_are_refused_for_a_family_of_one_process(tmp_path, text_data):
-    from lfm.parallel.layout import check_layout
+    from lfm.layout.layout import check_layout
 
     run = run_of("laerc", tmp_path, text_data)
     asked = run.parallel.model_copy(update={"zero_stage": 1})
@@ -185,11 +186,11 @@ def test_each_debug_preset_learns_more_than_single_tokens(name, tmp_path):
         train(run)
     finally:
         torch.set_num_threads(threads)
-    model, _, _ = checkpoint.open_model(run.folder, device="cpu")
+    model, _, _ = open_model(run.folder, device="cpu")
     rows = open_split(run.data, "validation", seq_length=256, vocab_size=8192)
     from functools import partial
 
-    from lfm.training.evaluate import score
+    from lfm.evaluation.held_out import score
 
     found = evaluate(partial(score, model), rows)
     counts = torch.tensor(found.token_counts[found.token_counts > 0], dtype=torch.float64)

@@ -11,10 +11,13 @@ import pytest
 import torch
 import yaml
 
+from lfm.checkpoint import folder as checkpoint
+from lfm.checkpoint.manifest import read_manifest
 from lfm.errors import UserError
-from lfm.training import checkpoint, metrics
+from lfm.inference.load import load_model
+from lfm.training import metrics
 from lfm.training.loop import train
-from lfm.training.metrics import read_metrics
+from lfm.training.metrics_file import read_metrics
 from lfm.training.run import owning_folder
 from tests.training.tiny_run import (
     assert_same_checkpoint,
@@ -110,7 +113,7 @@ def test_kill_in_the_middle_of_a_save_loses_nothing_and_changes_nothing(uninterr
             break
         killed += 1
         for whole in checkpoint.whole_checkpoints(folder):
-            checkpoint.verify(whole, checkpoint.read_manifest(whole))
+            checkpoint.verify(whole, read_manifest(whole))
     assert killed == 2
     resumed = tmp_path / "lfm_debug"
     assert not list(folder.glob(".writing-*"))
@@ -193,9 +196,7 @@ def test_the_best_checkpoint_stays_whatever_comes_after(tmp_path, text_data):
         f"step_{best:08d}",
         "step_00000009",
     ]
-    _, manifest, _ = checkpoint.load_model(
-        run.folder / "checkpoints/best", device=torch.device("cpu"), dtype=torch.float32
-    )
+    _, manifest, _ = load_model(run.folder / "checkpoints/best", device=torch.device("cpu"), dtype=torch.float32)
     assert manifest["progress"]["best_validation"] == validated[best]
 
 
@@ -224,7 +225,7 @@ def test_wandb_writes_an_offline_run(tmp_path, text_data):
 
 def test_a_non_finite_loss_names_step_and_batch(tmp_path, text_data, monkeypatch):
     from lfm.errors import NonFiniteError
-    from lfm.training.engine import LocalEngine
+    from lfm.training.local_engine import LocalEngine
 
     forward_backward = LocalEngine.forward_backward
 
@@ -361,7 +362,7 @@ def test_odd_lines_in_metrics_are_left_out(tmp_path):
 
 def test_a_changed_frozen_tensor_is_found_by_its_hash(saved, text_data):
     path = saved / "checkpoints/step_00000006"
-    frozen = checkpoint.read_manifest(path)["frozen"]
+    frozen = read_manifest(path)["frozen"]
     rewrite_manifest(path, frozen={name: "0" * 16 for name in frozen})
     with pytest.raises(UserError, match="does not match its hash"):
         train(tiny_run(saved.parent, text_data))
@@ -393,4 +394,4 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(announced, small_disk
     left = checkpoint.whole_checkpoints(folder)
     assert left and not list(folder.glob(".writing-*"))
     for path in left:
-        checkpoint.verify(path, checkpoint.read_manifest(path))
+        checkpoint.verify(path, read_manifest(path))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lfm.parallel.layout import Layout, check_layout
+from lfm.layout.layout import Layout, check_layout
 from lfm.training.plan import memory_estimate, plan, stage_memory, worst_routing_bytes
 from lfm.training.run import RunConfig
 from tests.training.tiny_run import ROOT

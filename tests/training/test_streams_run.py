@@ -8,7 +8,7 @@ from data_pipeline.prepare import PrepareConfig, prepare
 from lfm.data.consumed import read_record
 from lfm.errors import UserError
 from lfm.training.loop import train
-from lfm.training.metrics import read_metrics
+from lfm.training.metrics_file import read_metrics
 from tests.training.tiny_run import assert_same_checkpoint, losses, tiny_run
 
 

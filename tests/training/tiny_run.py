@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lfm.training.checkpoint import hash_files
+from lfm.checkpoint.folder import hash_files
+from lfm.checkpoint.manifest import manifest_bytes
 from lfm.training.loop import Progress
-from lfm.training.manifest import manifest_bytes
-from lfm.training.metrics import read_metrics
+from lfm.training.metrics_file import read_metrics
 from lfm.training.run import RunConfig
 
 ROOT = Path(__file__).parent.parent.parent

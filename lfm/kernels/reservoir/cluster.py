@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lfm.kernels.nvcc import HOPPER_FLAGS, compile_library, runs
-from lfm.kernels.reservoir.chunked import SATURATED_BELOW, ChunkGrid, ChunkPlan, Outcome
+from lfm.kernels.reservoir.grid import SATURATED_BELOW, ChunkGrid, ChunkPlan, Outcome
 from lfm.kernels.reservoir.self_test import require_agreement
 
 SOURCE = Path(__file__).with_name("cluster.cu")

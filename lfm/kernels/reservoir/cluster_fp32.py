@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lfm.kernels.nvcc import HOPPER_FLAGS, compile_library, runs
-from lfm.kernels.reservoir.chunked import ChunkGrid, ChunkPlan, Outcome, relative_mismatch
+from lfm.kernels.reservoir.chunked import relative_mismatch
+from lfm.kernels.reservoir.grid import ChunkGrid, ChunkPlan, Outcome
 from lfm.kernels.reservoir.self_test import require_agreement
 
 SOURCE = Path(__file__).with_name("cluster_fp32.cu")

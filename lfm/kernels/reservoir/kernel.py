@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lfm.kernels.reservoir.chunked import ROW_COUNTS, row_count
+from lfm.kernels.reservoir.grid import ROW_COUNTS, row_count
 
 COUNTS = ("num_rows", "num_chunks", "reset_b", "reset_c")
 """Arguments whose values make no difference to the code: one compilation serves all batches."""

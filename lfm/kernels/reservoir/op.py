@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from lfm.kernels.reservoir import cluster, cluster_fp32
 from lfm.kernels.reservoir.chunked import (
-    ChunkPlan,
     backward_sweep,
     forward_sweep,
     gain_statistics,
@@ -17,6 +16,7 @@ from lfm.kernels.reservoir.chunked import (
     graphed_forward_sweep,
     weight_gradient,
 )
+from lfm.kernels.reservoir.grid import ChunkPlan
 
 _MOST_GRAPHED_STEPS = 1024
 """Dependent steps of one to seven kernels each; a graph of more takes long to make."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lfm.kernels.nvcc import Unavailable
-from lfm.kernels.reservoir.chunked import ChunkPlan, Outcome
+from lfm.kernels.reservoir.grid import ChunkPlan, Outcome
 from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
 
 ForwardSweep = Callable[..., tuple[Tensor, Tensor, Outcome]]

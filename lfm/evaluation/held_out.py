@@ -1,0 +1,94 @@
+"""Held-out loss of a model as a compressor: bits per byte, next to general compressors on the same text."""
+
+import gzip
+import lzma
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lfm.data.batch import Batch
+from lfm.data.reader import RowReader
+from lfm.job.ranks import Ranks
+from lfm.models.language_model import LanguageModel
+from lfm.objectives.next_token import NEXT_TOKEN
+
+
+@torch.no_grad()
+def score(model: LanguageModel, batch: Batch) -> tuple[float, int]:
+    """(sum of cross entropy in nats, number of labels) of packed rows; the model is left in eval mode."""
+    model.eval()
+    rows = batch.to(model.embedding.weight.device)
+    return float(model.losses(rows, NEXT_TOKEN).sums["cross_entropy"]), rows.documents.num_labels
+
+
+Score = Callable[[Batch], tuple[float, int]]
+"""An engine's `evaluate`: rows to (sum of nats, number of labels)."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sums over rows of a validation split."""
+
+    nats: float
+    labels: int
+    tokens: int
+    """Text and end-of-document tokens, padding left out."""
+    token_counts: np.ndarray
+    """How often each id occurs, padding left out."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy, nats per label."""
+        return self.nats / max(1, self.labels)
+
+    def bits_per_byte(self, text_bytes: int, vocab_size: int) -> float:
+        """Total code length over the UTF-8 bytes of the text.
+
+        A token without a label (the first of each document piece) is charged log2(vocab_size) bits, as if sent raw:
+        every byte of the text is paid for.
+        """
+        unlabelled = self.tokens - self.labels
+        return (self.nats / math.log(2) + unlabelled * math.log2(vocab_size)) / text_bytes
+
+    def unigram_bits_per_byte(self, text_bytes: int) -> float:
+        """Entropy of the held-out tokens' own frequencies: no model of single tokens can do better."""
+        counts = self.token_counts[self.token_counts > 0]
+        return float(-(counts * np.log2(counts / counts.sum())).sum() / text_bytes)
+
+
+def together(parts: Sequence[HeldOut]) -> HeldOut:
+    """The sums over all parts: each label counts once, wherever it is."""
+    return HeldOut(
+        nats=sum(part.nats for part in parts),
+        labels=sum(part.labels for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        token_counts=np.sum([part.token_counts for part in parts], axis=0),
+    )
+
+
+def evaluate(
+    score: Score, rows: RowReader, *, max_rows: int | None = None, batch_rows: int = 8, ranks: Ranks | None = None
+) -> HeldOut:
+    """Score the first `max_rows` rows of a split (all by default), in order."""
+    count, ranks = min(max_rows or len(rows), len(rows)), ranks or Ranks()
+    nats, labels, tokens = 0.0, 0, 0
+    histogram = np.zeros(rows.index.vocab_size, dtype=np.int64)
+    for first in range(0, count, batch_rows):
+        chosen = range(first, min(first + batch_rows, count))
+        batch = ranks.together(lambda chosen=chosen: rows.read(chosen))
+        batch_nats, batch_labels = score(batch)
+        nats, labels = nats + batch_nats, labels + batch_labels
+        for row, row_ids, row_lengths in zip(chosen, batch.ids.numpy(), batch.lengths, strict=True):
+            text = row_ids[: len(row_ids) - rows.num_padding(row, row_lengths)]
+            tokens += len(text)
+            np.add.at(histogram, text, 1)
+    return HeldOut(nats, labels, tokens, histogram)
+
+
+def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
+    """What `gzip -9` and `xz -9e` need for the same bytes."""
+    sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
+    return {name: 8 * size / len(text) for name, size in sizes.items()}

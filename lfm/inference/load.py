@@ -1,0 +1,46 @@
+"""A checkpoint's model, for use."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lfm.checkpoint.folder import find, verify
+from lfm.checkpoint.manifest import TOKENIZER_NAME, read_manifest
+from lfm.checkpoint.matching import check_layers
+from lfm.checkpoint.tensors import load_tensors
+from lfm.data.tokenizer import Tokenizer
+from lfm.errors import UserError
+from lfm.models.global_names import global_views
+from lfm.models.initialization import materialize
+from lfm.models.language_model import LanguageModel
+from lfm.models.registry import build, parse
+
+
+def load_model(
+    path: Path | str, *, device: torch.device, dtype: torch.dtype
+) -> tuple[LanguageModel, dict[str, Any], Path]:
+    """A verified checkpoint's model in evaluation mode, its manifest, and the checkpoint's path."""
+    checkpoint = find(Path(path))
+    manifest = read_manifest(checkpoint)
+    verify(checkpoint, manifest)
+    config = parse(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))
+    model = materialize(lambda: build(config), device=device, dtype=dtype)
+    views = global_views(model, lambda _, tensor: tensor)
+    frozen = {name.removeprefix("frozen.") for name in manifest["frozen"]}
+    keys = {f"{'frozen' if name in frozen else 'master'}.{name}": tensor for name, tensor in views.items()}
+    load_tensors(checkpoint, manifest, keys)
+    check_layers(checkpoint, manifest, config)
+    for layer, warmup in manifest["counters"]["reservoir_warmup"].items():
+        model.liquids[int(layer)].warmup = warmup
+    return model.eval(), manifest, checkpoint
+
+
+def open_model(path: Path | str, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
+    """A verified checkpoint's model, in bf16 on a GPU and fp32 on a CPU, its tokenizer, and the checkpoint's path."""
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for and no GPU is visible; use --device cpu")
+    where, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    model, _, checkpoint = load_model(path, device=where, dtype=dtype)
+    return model, Tokenizer.from_file(checkpoint / TOKENIZER_NAME), checkpoint

@@ -1,0 +1,145 @@
+"""How a run is spread over processes.  Pure arithmetic: nothing here touches a device."""
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lfm.errors import UserError
+from lfm.layout.balance import balance, balanced_sizes, stage_loads
+from lfm.layout.config import ParallelConfig
+from lfm.layout.nearest import refusal
+from lfm.layout.rules import Request, first_broken
+
+if TYPE_CHECKING:  # the model's module needs torch, its arithmetic does not
+    from lfm.models.registry import ModelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A legal spread of one model over `world` processes; sizes are numbers of ranks."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    expert: int
+    expert_tensor: int
+    """Ranks that cut one expert by width."""
+    data: int
+    expert_data: int
+    """Ranks that hold the same experts."""
+    sequence_parallel: bool
+    zero_stage: int
+    offload_optimizer: bool
+    num_micro_batches: int
+    """Of one optimizer step on one data rank."""
+    chunk_layers: tuple[tuple[int, ...], ...]
+    """Layer numbers of every chunk, in model order; chunk `v * pipeline + r` is chunk `v` of pipeline rank `r`."""
+    balance: float
+    """Mean FLOPs of a pipeline stage over those of the most loaded one."""
+
+    def stage_chunks(self, pipeline_rank: int) -> tuple[tuple[int, ...], ...]:
+        """Layer numbers of each chunk of one pipeline rank."""
+        return self.chunk_layers[pipeline_rank :: self.pipeline]
+
+    @property
+    def name(self) -> str:
+        """Short form, such as `TP2+SP x PP2 x DP2 Z1`."""
+        tensor = [f"TP{self.tensor}" + ("+SP" if self.sequence_parallel else "")] if self.tensor > 1 else []
+        chunks = f"/VP{self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
+        pipeline = [f"PP{self.pipeline}{chunks}"] if self.pipeline > 1 else []
+        data = [f"DP{self.data}"] if self.data > 1 or self.world == 1 else []
+        expert = f" EP{self.expert}" if self.expert > 1 else ""
+        offload = "+offload" if self.offload_optimizer else ""
+        return " x ".join([*tensor, *pipeline, *data]) + f"{expert} Z{self.zero_stage}{offload}"
+
+    def describe(self) -> str:
+        """The layout in one line, with its pipeline stages and their balance if there are several."""
+        micro_batches = f"{self.num_micro_batches} micro-batch" + ("es" if self.num_micro_batches > 1 else "")
+        if self.zero_stage == 0:
+            return f"world 1, local engine, {micro_batches}"
+        parts = [f"world {self.world} = tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"]
+        if self.sequence_parallel:
+            parts.append("sequence parallel")
+        if self.expert > 1:
+            parts.append(f"expert {self.expert} (expert-data {self.expert_data})")
+        parts.append(
+            f"ZeRO-{self.zero_stage}" + (" with optimizer state in host memory" if self.offload_optimizer else "")
+        )
+        parts.append(micro_batches)
+        text = ", ".join(parts)
+        if self.pipeline > 1:
+            stages = ["+".join(str(len(chunk)) for chunk in self.stage_chunks(r)) for r in range(self.pipeline)]
+            text += f"; stages {' | '.join(stages)} + head, balance {self.balance:.2f}"
+        return text
+
+
+def check_layout(
+    model: "ModelConfig",
+    parallel: ParallelConfig,
+    world_size: int,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+) -> Layout:
+    """The layout of `model` over `world_size` processes.
+
+    Raises UserError where it is not legal, naming the keys in conflict and the nearest legal layout of as many
+    processes, or the nearest number of processes that has one.
+    """
+    if model.kind != "lfm":
+        return _one_process(model, parallel, world_size, global_batch_size // micro_batch_size)
+    r = Request(model, parallel, world_size, global_batch_size, micro_batch_size)
+    rule = first_broken(r)
+    if rule is not None:
+        raise UserError(refusal(rule, r))
+    p = parallel
+    costs = [model.layer_flops(layer) for layer in range(model.num_layers)]
+    sizes = p.stage_layers or balanced_sizes(costs, model.head_flops, p.pipeline, p.virtual_pipeline)
+    ends = list(itertools.accumulate(sizes))
+    return Layout(
+        world=world_size,
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        virtual_pipeline=p.virtual_pipeline,
+        expert=p.expert,
+        expert_tensor=p.tensor if p.expert == 1 else 1,
+        data=r.data,
+        expert_data=r.data if p.expert == 1 else world_size // (p.pipeline * p.expert),
+        sequence_parallel=p.sequence_parallel,
+        zero_stage=p.zero_stage,
+        offload_optimizer=p.offload_optimizer,
+        num_micro_batches=r.num_micro_batches,
+        chunk_layers=tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)),
+        balance=balance(stage_loads(costs, model.head_flops, sizes, p.pipeline)),
+    )
+
+
+def _one_process(model: "ModelConfig", parallel: ParallelConfig, world_size: int, num_micro_batches: int) -> Layout:
+    """The layout of the families that have no other."""
+    asked = {key: value for key, value in dict(parallel).items() if value != getattr(ParallelConfig(), key)}
+    asked = {key: value for key, value in asked.items() if not key.endswith("_seconds")}
+    if world_size > 1 or asked:
+        what = " and ".join(
+            [f"{world_size} processes"] * (world_size > 1) + [f"parallel.{key}={asked[key]}" for key in asked]
+        )
+        raise UserError(
+            f"model.kind={model.kind} trains in one process with the local engine, not with {what}; start it with "
+            "plain python and no parallel keys (lfm is the family that spreads)"
+        )
+    return Layout(
+        world=1,
+        tensor=1,
+        pipeline=1,
+        virtual_pipeline=1,
+        expert=1,
+        expert_tensor=1,
+        data=1,
+        expert_data=1,
+        sequence_parallel=False,
+        zero_stage=0,
+        offload_optimizer=False,
+        num_micro_batches=num_micro_batches,
+        chunk_layers=(tuple(range(model.num_layers)),),
+        balance=1.0,
+    )

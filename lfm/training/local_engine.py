@@ -1,0 +1,212 @@
+"""The engine of one process, which the parallel one is compared with: plain model, fp32 masters, fp32 accumulation."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfm.data.batch import Batch
+from lfm.errors import NonFiniteError
+from lfm.evaluation.held_out import score
+from lfm.kernels.accumulation import accumulate_
+from lfm.layers.liquid import Liquid
+from lfm.models.global_names import global_views
+from lfm.models.initialization import initialize, materialize
+from lfm.models.language_model import Recompute
+from lfm.models.losses import Measurements, Objective, combined, weighted
+from lfm.models.registry import ModelConfig, build
+from lfm.objectives.next_token import NEXT_TOKEN
+from lfm.training.engine import (
+    STATE,
+    Engine,
+    Read,
+    StepResult,
+    first_bad_micro_batch,
+    measurements,
+    read_back,
+    step_result,
+)
+from lfm.training.optimizer import OptimizerConfig, adamw
+from lfm.training.reservoirs import ReservoirGuard
+
+
+class LocalEngine(Engine):
+    """Working weights in `dtype`; when that is bf16, fp32 masters, fp32 gradients and fp32 moments beside them."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        micro_batch_size: int,
+        recompute: Recompute = "none",
+        objective: Objective = NEXT_TOKEN,
+    ) -> None:
+        self.config, self.optimizer_config, self.objective = model, optimizer, objective
+        self.device, self.micro_batch_size, self.rows_a_round = device, micro_batch_size, micro_batch_size
+        self.recompute: Recompute = recompute
+        self.model = materialize(lambda: build(model), device=device, dtype=dtype)
+        self.masters: dict[str, Tensor] = {
+            name: p if p.dtype != torch.bfloat16 else torch.empty_like(p, dtype=torch.float32, requires_grad=False)
+            for name, p in self.model.named_parameters()
+        }
+        initialize(self.model, seed, self._views(self.masters))
+        self.publish_masters()
+        self._accumulate_in_fp32()
+        self.optimizer = adamw(optimizer, self.masters.items())
+        self.guards = [ReservoirGuard(model, self.liquids)]
+
+    @property
+    def liquids(self) -> Mapping[int, Liquid]:
+        return self.model.liquids
+
+    @property
+    def evaluation_modes(self) -> Sequence[str]:
+        return self.model.evaluation_modes
+
+    @property
+    def evaluation_mode(self) -> str:
+        return self.model.evaluation_mode
+
+    def evaluating(self, mode: str) -> AbstractContextManager[None]:
+        return self.model.evaluating(mode)
+
+    def start_step(self, step: int, total_steps: int) -> None:
+        self.model.start_step(step, total_steps)
+
+    def rows_of_step(self, global_batch_size: int) -> slice:
+        return slice(0, global_batch_size)
+
+    def _views(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Global views of `tensors` (by run-time parameter name), frozen buffers included."""
+        return global_views(
+            self.model, lambda name, tensor: tensors.get(name, None if isinstance(tensor, nn.Parameter) else tensor)
+        )
+
+    def publish_masters(self) -> None:
+        """Copy the masters into the working weights (nothing to do where they are the same tensors)."""
+        named = dict(self.model.named_parameters())
+        copies = [name for name, parameter in named.items() if self.masters[name] is not parameter]
+        if copies:
+            with torch.no_grad():
+                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                    [named[name] for name in copies], [self.masters[name] for name in copies]
+                )
+
+    def _accumulate_in_fp32(self) -> None:
+        """Add each micro-batch's gradient to its master's fp32 one as soon as it is made, and free it."""
+        for name, parameter in self.model.named_parameters():
+            master = self.masters[name]
+            if master is parameter:
+                continue
+            master.grad = torch.zeros_like(master)
+
+            def accumulate(parameter: Tensor, total: Tensor = master.grad) -> None:
+                assert parameter.grad is not None
+                accumulate_(total, parameter.grad)
+                parameter.grad = None
+
+            parameter.register_post_accumulate_grad_hook(accumulate)
+
+    def forward_backward(self, batch: Batch) -> StepResult:
+        self.model.train()
+        rows, digest = batch.to(self.device), batch.digest()
+        counts = rows.documents.counts
+        names = [term.name for term in self.terms]
+        sums: list[Tensor] = []
+        found: list[Measurements] = []
+        for start in range(0, len(batch), self.micro_batch_size):
+            part = rows.slice(start, start + self.micro_batch_size)
+            summed = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+            for losses in self.model.loss_parts(part, self.objective, recompute=self.recompute):
+                weighted(self.terms, losses.sums, counts).backward()
+                summed += torch.stack([losses.sums[name].detach() for name in names])
+                found.append(losses.measure())
+            sums.append(summed)
+        table, measured = read_back(torch.stack(sums), combined(self.config.measured, found))
+        bad = first_bad_micro_batch(table, names, self.micro_batch_size, first=0)
+        if bad is not None:
+            raise NonFiniteError(bad)
+        self._after_backward(by_layer := measurements(self.config.measured, measured))
+        return step_result(self.terms, table.sum(0), counts, rows.documents.attended_pairs, by_layer, digest)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        grads = [master.grad for master in self.masters.values() if master.grad is not None]
+        # In fp64: over a million elements the fp32 sum of a CPU is off in the fifth digit.
+        norms = torch._foreach_norm(grads, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
+        value = float(torch.stack(norms).norm())
+        if not math.isfinite(value):
+            bad = [name for name, m in self.masters.items() if m.grad is not None and not m.grad.isfinite().all()]
+            raise NonFiniteError(f"gradient norm is {value}; first non-finite gradient: {bad[0] if bad else 'none'}")
+        # With DeepSpeed's epsilon, which tells only where the norm itself is tiny.
+        scale = self.optimizer_config.clip_grad / (value + 1e-6)
+        if 0 < scale < 1:
+            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_multiple"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.dtype == torch.float32)
+        self._after_update()
+        self.publish_masters()
+        return value
+
+    def master_of(self, parameter: Tensor) -> Tensor:
+        return next(self.masters[name] for name, p in self.model.named_parameters() if p is parameter)
+
+    def scale_master(self, parameter: Tensor, factors: Tensor) -> None:
+        self.master_of(parameter).mul_(factors.view(-1, *[1] * (parameter.dim() - 1)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embedding.weight.dtype
+
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        return score(self.model, batch)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint stores as tensors, by layout-free key; views, so that loading fills them in place."""
+        frozen = {n: t for n, t in self._views({}).items()}
+        found = {f"frozen.{name}": tensor for name, tensor in frozen.items()}
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = {name: self.optimizer.state[master][key] for name, master in self.masters.items()}
+            found |= {f"{key}.{n}": t for n, t in self._views(moments).items() if n not in frozen}
+        return {**found, **{f"master.{n}": t for n, t in self._views(self.masters).items() if n not in frozen}}
+
+    def share(self) -> Mapping[str, Tensor]:
+        return self.tensors()
+
+    def fill(self, read: Read, kinds: Iterable[str] = STATE) -> None:
+        chosen = tuple(f"{kind}." for kind in kinds)
+        read({key: tensor for key, tensor in self.tensors().items() if key.startswith(chosen)})
+        self.publish_masters()
+
+    def counters(self) -> dict[str, Any]:
+        # Parameters that had no gradient for a while, such as plastic ones in a phase without plasticity.
+        steps = self._parameter_steps()
+        latest = max(steps.values())
+        late = {name: step for name, step in steps.items() if step != latest}
+        return super().counters() | ({"late_parameters": late} if late else {})
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        super().load_counters(counters)
+        for name, step in counters.get("late_parameters", {}).items():
+            self.optimizer.state[self.masters[name]]["step"].fill_(step)
+
+    def _parameter_steps(self) -> dict[str, int]:
+        return {name: int(self.optimizer.state[master]["step"]) for name, master in self.masters.items()}
+
+    @property
+    def optimizer_step(self) -> int:
+        return max(self._parameter_steps().values())
+
+    @optimizer_step.setter
+    def optimizer_step(self, value: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(value)
