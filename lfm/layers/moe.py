@@ -38,16 +38,16 @@ class MoE(nn.Module):
         super().__init__()
         self.top_k, self.capacity_factor, self.balance_over, self.parts = top_k, capacity_factor, balance_over, parts
         self.router = nn.Linear(hidden_size, num_experts, bias=False)
-        self.transport = parts.expert_transport(num_experts)
-        width = ffn_hidden_size // self.transport.width_parts
-        self.gate_up = nn.Parameter(torch.empty(self.transport.count, 2 * width, hidden_size))
-        self.down = nn.Parameter(torch.empty(self.transport.count, hidden_size, width))
+        self.dispatcher = parts.token_dispatcher(num_experts)
+        width = ffn_hidden_size // self.dispatcher.width_parts
+        self.gate_up = nn.Parameter(torch.empty(self.dispatcher.count, 2 * width, hidden_size))
+        self.down = nn.Parameter(torch.empty(self.dispatcher.count, hidden_size, width))
 
     def fused_parameters(self) -> dict[str, tuple[str, tuple[int | slice, ...]]]:
         """Global name -> (run-time parameter, index of its part)."""
         F_, names = self.down.shape[2], {}
-        for i in range(self.transport.count):
-            e = self.transport.first + i
+        for i in range(self.dispatcher.count):
+            e = self.dispatcher.first + i
             names[f"experts.{e}.gate.weight"] = ("gate_up", (i, slice(0, F_)))
             names[f"experts.{e}.up.weight"] = ("gate_up", (i, slice(F_, 2 * F_)))
             names[f"experts.{e}.down.weight"] = ("down", (i,))
@@ -60,17 +60,17 @@ class MoE(nn.Module):
         # Dropping is a training device: evaluation and streaming are dropless, or they would depend on the split.
         capacity_factor = self.capacity_factor if self.training else None
         routing = route(logits, top_k=self.top_k, capacity_factor=capacity_factor, balance_over=self.balance_over)
-        x, experts, weights = self.transport.prepare(x, routing.experts, routing.weights)
-        flat, E = experts.flatten(), self.transport.num_experts
+        x, experts, weights = self.dispatcher.prepare(x, routing.experts, routing.weights)
+        flat, E = experts.flatten(), self.dispatcher.num_experts
         if capacity_factor is not None:
             # Dropped assignments sort last, behind every expert, and are computed by none.
             flat = torch.where(flat < 0, E, flat)
         load = routing.load if len(experts) == len(routing.experts) else count(flat, E)
         place = sorted_places(flat, E + 1).view_as(experts)
         inputs = dispatch(x.flatten(0, 1), place)
-        outputs = self.transport.run(inputs, load, self._experts)
+        outputs = self.dispatcher.run(inputs, load, self._experts)
         y = combine(outputs, place, weights)
-        return self.transport.finish(y.view_as(x)), routing
+        return self.dispatcher.finish(y.view_as(x)), routing
 
     def _experts(self, inputs: Float[Tensor, "m D"], load: Int[Tensor, " E"]) -> Float[Tensor, "m D"]:
         """Expert e computes its `load[e]` rows; rows past the last expert (dropped) come out as 0."""

@@ -1,4 +1,4 @@
-"""What a layer takes from outside, so that a parallel build can swap it: linears, shared weights, expert transport."""
+"""What a layer takes from outside, so that a parallel build can swap it: linears, shared weights, token dispatcher."""
 
 from collections.abc import Callable
 
@@ -53,11 +53,11 @@ class Parts:
         """`[..., n]`, equal on all processes, -> this process's `[..., n / tensor_size]`."""
         return x
 
-    def expert_transport(self, num_experts: int) -> "Transport":
-        return Transport(num_experts)
+    def token_dispatcher(self, num_experts: int) -> "TokenDispatcher":
+        return TokenDispatcher(num_experts)
 
 
-class Transport(nn.Module):
+class TokenDispatcher(nn.Module):
     """How tokens reach the experts; plain: experts `0..num_experts` are all here, and tokens stay."""
 
     width_parts: int = 1

@@ -5,17 +5,15 @@ of its calls (free for one row, a copy for more).
 """
 
 import warnings
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lfm.kernels.permutation import combine, dispatch, sorted_places
-from lfm.layers.moe import count
-from lfm.layers.parts import Parts, Transport
+from lfm.layers.parts import Parts, TokenDispatcher
 from lfm.layout.layout import Layout
 from lfm.models.lfm import LFMConfig
+from lfm.parallel.dispatch import AllToAll, CutByWidth, sequence_first
 from lfm.parallel.groups import Groups
 
 with warnings.catch_warnings():
@@ -129,7 +127,7 @@ class MegatronParts(Parts):
         if self.tensor_group is None:
             return x
         whole = mappings.gather_from_sequence_parallel_region(
-            _sequence_first(x), tensor_parallel_output_grad=partial_gradients, group=self.tensor_group
+            sequence_first(x), tensor_parallel_output_grad=partial_gradients, group=self.tensor_group
         )
         return whole.transpose(0, 1)
 
@@ -143,77 +141,22 @@ class MegatronParts(Parts):
             return x
         return mappings.scatter_to_tensor_model_parallel_region(x, group=self.tensor_group)
 
-    def expert_transport(self, num_experts: int) -> Transport:
+    def token_dispatcher(self, num_experts: int) -> TokenDispatcher:
         if self.groups.layout.expert > 1:
             return AllToAll(num_experts, self.groups)
         if self.tensor_group is not None:
             return CutByWidth(num_experts, self)
-        return Transport(num_experts)
-
-
-class CutByWidth(Transport):
-    """Each tensor-parallel process has a slice of every expert's width and computes it for the whole rows."""
-
-    def __init__(self, num_experts: int, parts: MegatronParts) -> None:
-        super().__init__(num_experts)
-        self.parts, self.width_parts = parts, parts.tensor_size
-
-    def prepare(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Outputs are summands, so each process sees a summand of the routing weights' gradient.
-        return self.parts.whole_sequence(x, partial_gradients=True), experts, self.parts.shared(weights)
-
-    def finish(self, y: Tensor) -> Tensor:
-        own = mappings.reduce_scatter_to_sequence_parallel_region(_sequence_first(y), group=self.parts.tensor_group)
-        return own.transpose(0, 1)
-
-
-class AllToAll(Transport):
-    """Experts are divided over the expert group; rows travel to their expert and back, routing weights stay at home.
-
-    Rows arrive grouped by source and, within it, by expert.  Rows are exchanged rather than weighted expert outputs,
-    so that a token's sum is formed in the plain model's order.
-    """
-
-    def __init__(self, num_experts: int, groups: Groups) -> None:
-        super().__init__(num_experts)
-        self.group = groups.expert
-        self.tensor_size, self.tensor_rank = groups.layout.tensor, groups.tensor.rank()
-        self.count = num_experts // groups.layout.expert
-        self.first = self.group.rank() * self.count
-
-    def prepare(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x, self._own_tokens(x, experts), self._own_tokens(x, weights)
-
-    def _own_tokens(self, x: Tensor, routing: Tensor) -> Tensor:
-        B, T, _ = x.shape
-        rows = routing.view(B, self.tensor_size, T, -1)
-        return rows[:, self.tensor_rank].reshape(B * T, -1)
-
-    def run(self, inputs: Tensor, load: Tensor, compute: Any) -> Tensor:
-        sent = load.view(-1, self.count)  # [destination, its experts]
-        arriving = torch.empty_like(sent)  # [source, my experts]
-        dist.all_to_all_single(arriving, sent.contiguous(), group=self.group)
-        # The one wait of a layer for the device: the exchange needs its sizes on the host.
-        to_each, from_each = torch.stack([sent.sum(1), arriving.sum(1)]).tolist()
-        kept, num_arriving = sum(to_each), sum(from_each)
-        rows = mappings.all_to_all(self.group, inputs[:kept], from_each, to_each)
-        experts = torch.arange(self.count, device=load.device).repeat(len(from_each))
-        experts = experts.repeat_interleave(arriving.flatten(), output_size=num_arriving)
-        place = sorted_places(experts, self.count)[:, None]
-        rows = compute(dispatch(rows, place), count(experts, self.count))
-        rows = mappings.all_to_all(self.group, combine(rows, place), to_each, from_each)
-        dropped = len(inputs) - kept
-        return torch.cat([rows, rows.new_zeros(dropped, rows.shape[1])]) if dropped else rows
+        return TokenDispatcher(num_experts)
 
 
 class _Column(ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(_sequence_first(x))[0].transpose(0, 1)
+        return super().forward(sequence_first(x))[0].transpose(0, 1)
 
 
 class _Row(RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        y, bias = super().forward(_sequence_first(x))
+        y, bias = super().forward(sequence_first(x))
         y = y.transpose(0, 1)
         # Every process adds the bias to its own tokens alone.
         return y if bias is None else y + mappings.copy_to_tensor_model_parallel_region(bias, group=self.tp_group)
@@ -222,10 +165,6 @@ class _Row(RowParallelLinear):
 class _Embedding(VocabParallelEmbedding):
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(ids).transpose(0, 1)
-
-
-def _sequence_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).contiguous()
 
 
 def _no_init(weight: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ class Engine(abc.ABC):
     device: torch.device
     guards: Sequence[Guard]
     """In the order in which they act."""
-    share_is_fresh = False
-    """Whether `share` returns copies, which later steps leave alone and the next `share` writes over."""
+    state_tensors_are_fresh = False
+    """Whether `state_tensors` returns copies, which later steps leave alone and its next call writes over."""
 
     rows_a_round: int
     """Rows that one round of `evaluate` takes without filling up."""
@@ -79,11 +79,11 @@ class Engine(abc.ABC):
         """(sum of cross entropy in nats, number of labels) of rows, dropless; all give all rows."""
 
     @abc.abstractmethod
-    def share(self) -> Mapping[str, Tensor]:
+    def state_tensors(self) -> Mapping[str, Tensor]:
         """This process's part of a checkpoint, by key; a DTensor where it has a slice of the whole."""
 
     @abc.abstractmethod
-    def fill(self, read: Read, kinds: Iterable[str] = STATE) -> None:
+    def load_state_tensors(self, read: Read, kinds: Iterable[str] = STATE) -> None:
         """Take the named kinds of state from a checkpoint of any engine and layout."""
 
     @property
@@ -119,15 +119,15 @@ class Engine(abc.ABC):
         """Called before optimizer step `step` (0-based) of a run of `total_steps`: phases of training switch here."""
         assert 0 <= step < total_steps
 
-    def counters(self) -> dict[str, Any]:
+    def state_values(self) -> dict[str, Any]:
         """Everything else of the engine's state, as JSON values."""
         found: dict[str, Any] = {"optimizer_step": self.optimizer_step}
         for guard in self.guards:
             found |= guard.state()
         return found
 
-    def load_counters(self, counters: dict[str, Any]) -> None:
-        """Restore `counters()`."""
+    def load_state_values(self, counters: dict[str, Any]) -> None:
+        """Restore `state_values()`."""
         self.optimizer_step = counters["optimizer_step"]
         for guard in self.guards:
             guard.load(counters)

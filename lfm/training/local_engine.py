@@ -179,23 +179,23 @@ class LocalEngine(Engine):
             found |= {f"{key}.{n}": t for n, t in self._views(moments).items() if n not in frozen}
         return {**found, **{f"master.{n}": t for n, t in self._views(self.masters).items() if n not in frozen}}
 
-    def share(self) -> Mapping[str, Tensor]:
+    def state_tensors(self) -> Mapping[str, Tensor]:
         return self.tensors()
 
-    def fill(self, read: Read, kinds: Iterable[str] = STATE) -> None:
+    def load_state_tensors(self, read: Read, kinds: Iterable[str] = STATE) -> None:
         chosen = tuple(f"{kind}." for kind in kinds)
         read({key: tensor for key, tensor in self.tensors().items() if key.startswith(chosen)})
         self.publish_masters()
 
-    def counters(self) -> dict[str, Any]:
+    def state_values(self) -> dict[str, Any]:
         # Parameters that had no gradient for a while, such as plastic ones in a phase without plasticity.
         steps = self._parameter_steps()
         latest = max(steps.values())
         late = {name: step for name, step in steps.items() if step != latest}
-        return super().counters() | ({"late_parameters": late} if late else {})
+        return super().state_values() | ({"late_parameters": late} if late else {})
 
-    def load_counters(self, counters: dict[str, Any]) -> None:
-        super().load_counters(counters)
+    def load_state_values(self, counters: dict[str, Any]) -> None:
+        super().load_state_values(counters)
         for name, step in counters.get("late_parameters", {}).items():
             self.optimizer.state[self.masters[name]]["step"].fill_(step)
 

@@ -248,17 +248,17 @@ def _train(
         manifest = {
             "config": run.model_dump(mode="json"),
             "progress": asdict(progress) | {"best_validation": _finite(progress.best_validation)},
-            "counters": engine.counters(),
+            "counters": engine.state_values(),
             "data": stream.state(position),
             "rng": checkpoint.rng_state(device),
         }
         start = time.perf_counter()
         if consumed is not None:
             consumed.sync()
-        share = engine.share()  # after `settle`: the engine may give the same host memory again
+        share = engine.state_tensors()  # after `settle`: the engine may give the same host memory again
         _check_finite(share, run, progress.step, ranks)
         saved_step, lost = progress.step, False
-        options = {"owned": engine.share_is_fresh, "best": best_step == progress.step}
+        options = {"owned": engine.state_tensors_are_fresh, "best": best_step == progress.step}
         try:
             saver.save(progress.step, share, manifest, tokenizer.definition, **options)
         except UserError as error:
@@ -407,7 +407,7 @@ def _saving_on_damage(save: Callable[[], None]) -> Iterator[None]:
 
 
 def _check_finite(share: Mapping[str, torch.Tensor], run: RunConfig, step: int, ranks: Ranks) -> None:
-    """Raises NonFiniteError, on all processes, when any has a number in its `share` of the state that is not finite."""
+    """Raises NonFiniteError, on all processes, when a number that any gives is not finite."""
     bad = not_finite(share)
     rank = ranks.largest(0 if bad is None else ranks.rank + 1) - 1
     if rank >= 0:
@@ -505,9 +505,9 @@ def _restore(
     """Fill the engine from `start`, else with the weights alone of `weights`, else leave it fresh."""
     if start is not None:
         path, manifest = start
-        engine.fill(lambda targets: load_tensors(path, manifest, targets))
+        engine.load_state_tensors(lambda targets: load_tensors(path, manifest, targets))
         try:
-            engine.load_counters(manifest["counters"])
+            engine.load_state_values(manifest["counters"])
         except KeyError as error:
             raise UserError(
                 f"checkpoint {path} has counters of {error}, which its model has not; use another"
@@ -520,7 +520,7 @@ def _restore(
         return Progress(**(saved | {"best_validation": math.inf if best is None else best}))
     if weights is not None:
         path, manifest = weights
-        engine.fill(lambda targets: load_tensors(path, manifest, targets), kinds=("master", "frozen"))
+        engine.load_state_tensors(lambda targets: load_tensors(path, manifest, targets), kinds=("master", "frozen"))
         if ranks.is_main:
             say(f"starting from the weights of {path}")
     return Progress()

@@ -59,7 +59,7 @@ _PIECES = (0, 16, 32, 48)
 class ParallelEngine(Engine):
     """One process of a run over `groups`.  `phase` is told what the process is about to do."""
 
-    share_is_fresh = True
+    state_tensors_are_fresh = True
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class ParallelEngine(Engine):
         speaks = groups.data.rank() == 0 and groups.tensor.rank() == 0
         self.guards = [ReservoirGuard(model, self.liquids, speaks=speaks)]
         self._host: dict[str, Tensor] = {}
-        self.fill(lambda targets: self._initialize(targets, seed), kinds=("master", "frozen"))
+        self.load_state_tensors(lambda targets: self._initialize(targets, seed), kinds=("master", "frozen"))
 
     # What each process holds, by global name.
 
@@ -165,7 +165,7 @@ class ParallelEngine(Engine):
             list(pool.map(draw, targets))
 
     @torch.no_grad()
-    def fill(self, read: Read, kinds: Iterable[str] = STATE) -> None:
+    def load_state_tensors(self, read: Read, kinds: Iterable[str] = STATE) -> None:
         kinds, parts = tuple(kinds), self.global_parts
         state = inner_optimizer(self.deepspeed).state
         batch: list[tuple[Fragment, str, Tensor]] = []
@@ -195,7 +195,7 @@ class ParallelEngine(Engine):
         publish_masters(self.deepspeed, self.weights, self.fragments)
 
     @torch.no_grad()
-    def share(self) -> Mapping[str, Tensor]:
+    def state_tensors(self) -> Mapping[str, Tensor]:
         """In host memory that the next call uses again: fresh memory takes several times as long to fill.
 
         The processes of a data-parallel group each give some of their common weights.

@@ -65,14 +65,14 @@ def train(engine: Engine, problem: Problem, evaluations: int = 0) -> dict[str, A
         "steps": steps,
         "state": state(engine),
         "held_out": engine.evaluate(problem.batch(-1)),
-        "counters": engine.counters(),
+        "counters": engine.state_values(),
     }
 
 
 def state(engine: Engine) -> dict[str, Slice]:
     """This process's part of a checkpoint."""
     found = {}
-    for key, tensor in engine.share().items():
+    for key, tensor in engine.state_tensors().items():
         if isinstance(tensor, DTensor):
             shard = tensor.placements[0]
             assert isinstance(shard, Shard)

@@ -51,13 +51,13 @@ def one_step(engine: Engine, folder, step: int, ranks: tuple[int, int], group=No
         path = checkpoint.find(folder)
         manifest = read_manifest(path)
         checkpoint.verify(path, manifest, rank=ranks[0], world_size=ranks[1])
-        engine.fill(lambda targets: load_tensors(path, manifest, targets))
-        engine.load_counters(manifest["counters"])
+        engine.load_state_tensors(lambda targets: load_tensors(path, manifest, targets))
+        engine.load_state_values(manifest["counters"])
     result = engine.forward_backward(PROBLEM.batch(step)[engine.rows_of_step(PROBLEM.rows)])
     norm = engine.step(PROBLEM.optimizer.lr)
     with Saver(folder / "checkpoints", keep=100, asynchronous=True, group=group) as saver:
-        manifest = manifest_fields(step + 1, counters=engine.counters(), model=SMALL.model_dump(mode="json"))
-        saver.save(step + 1, engine.share(), manifest, b"{}", owned=engine.share_is_fresh)
+        manifest = manifest_fields(step + 1, counters=engine.state_values(), model=SMALL.model_dump(mode="json"))
+        saver.save(step + 1, engine.state_tensors(), manifest, b"{}", owned=engine.state_tensors_are_fresh)
     return result.loss, norm
 
 
@@ -116,8 +116,10 @@ def the_same_steps_in_one_process(process, folder, steps: int) -> list[tuple[flo
         if step:
             path = folder / "checkpoints" / f"step_{step:08d}"
             manifest = read_manifest(path)
-            engine.fill(lambda targets, path=path, manifest=manifest: load_tensors(path, manifest, targets))
-            engine.load_counters(manifest["counters"])
+            engine.load_state_tensors(
+                lambda targets, path=path, manifest=manifest: load_tensors(path, manifest, targets)
+            )
+            engine.load_state_values(manifest["counters"])
         result = engine.forward_backward(PROBLEM.batch(step))
         norm = engine.step(PROBLEM.optimizer.lr)
         after = folder / "checkpoints" / f"step_{step + 1:08d}"

@@ -90,14 +90,14 @@ def _expected(problem: Problem, edit: Any = None) -> dict[str, Any]:
 def _local(process: Process, problem: Problem, edit: Any = None) -> dict[str, Any]:
     engine = local_engine(problem)
     if edit is not None:
-        engine.fill(read_initial(problem, problem.seed, edit), kinds=("master",))
+        engine.load_state_tensors(read_initial(problem, problem.seed, edit), kinds=("master",))
     return train(engine, problem)
 
 
 def _parallel(process: Process, layout: Layout, problem: Problem, edit: Any = None) -> dict[str, Any]:
     engine = parallel_engine(problem, join(process, layout))
     if edit is not None:
-        engine.fill(read_initial(problem, problem.seed, edit), kinds=("master",))
+        engine.load_state_tensors(read_initial(problem, problem.seed, edit), kinds=("master",))
     return train(engine, problem)
 
 
@@ -334,8 +334,8 @@ def _refill(process: Process, layout: Layout, problem: Problem) -> bool:
         for target in moments.values():
             getattr(target, "to_local", lambda target=target: target)().zero_()
 
-    engine.fill(read)
-    engine.load_counters(other.counters())
+    engine.load_state_tensors(read)
+    engine.load_state_values(other.state_values())
     got, want = train(engine, other_seed), train(other, other_seed)
     same = all((got["state"][key][3] == part[3]).all() for key, part in want["state"].items())
     return (

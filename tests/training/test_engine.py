@@ -228,7 +228,7 @@ def test_warmup_rises_when_the_residual_does():
     rows = torch.randint(0, 40, (2, 64))
     result = engine.forward_backward(Batch(rows, [[64], [64]]))
     assert result.measured["reservoir_residual"][0] > 2e-3
-    assert engine.counters()["reservoir_warmup"]["0"] == 64
+    assert engine.state_values()["reservoir_warmup"]["0"] == 64
 
 
 def test_a_group_has_its_own_rate_and_decay():

@@ -230,7 +230,7 @@ def test_a_non_finite_loss_names_step_and_batch(tmp_path, text_data, monkeypatch
     forward_backward = LocalEngine.forward_backward
 
     def poisoned(self, batch):
-        if self.counters()["optimizer_step"] == 2:
+        if self.state_values()["optimizer_step"] == 2:
             with torch.no_grad():
                 self.model.final_norm.weight[0] = math.nan
         return forward_backward(self, batch)

@@ -1,0 +1,76 @@
+"""How tokens reach experts that other processes hold: each expert cut by width, or whole experts spread."""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lfm.kernels.permutation import combine, dispatch, sorted_places
+from lfm.layers.moe import count
+from lfm.layers.parts import Parts, TokenDispatcher
+from lfm.parallel.groups import Groups
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core.tensor_parallel import mappings
+
+
+class CutByWidth(TokenDispatcher):
+    """Each tensor-parallel process has a slice of every expert's width and computes it for the whole rows."""
+
+    def __init__(self, num_experts: int, parts: Parts) -> None:
+        super().__init__(num_experts)
+        self.parts, self.width_parts = parts, parts.tensor_size
+
+    def prepare(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Outputs are summands, so each process sees a summand of the routing weights' gradient.
+        return self.parts.whole_sequence(x, partial_gradients=True), experts, self.parts.shared(weights)
+
+    def finish(self, y: Tensor) -> Tensor:
+        own = mappings.reduce_scatter_to_sequence_parallel_region(sequence_first(y), group=self.parts.tensor_group)
+        return own.transpose(0, 1)
+
+
+class AllToAll(TokenDispatcher):
+    """Experts are divided over the expert group; rows travel to their expert and back, routing weights stay at home.
+
+    Rows arrive grouped by source and, within it, by expert.  Rows are exchanged rather than weighted expert outputs,
+    so that a token's sum is formed in the plain model's order.
+    """
+
+    def __init__(self, num_experts: int, groups: Groups) -> None:
+        super().__init__(num_experts)
+        self.group = groups.expert
+        self.tensor_size, self.tensor_rank = groups.layout.tensor, groups.tensor.rank()
+        self.count = num_experts // groups.layout.expert
+        self.first = self.group.rank() * self.count
+
+    def prepare(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, self._own_tokens(x, experts), self._own_tokens(x, weights)
+
+    def _own_tokens(self, x: Tensor, routing: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        rows = routing.view(B, self.tensor_size, T, -1)
+        return rows[:, self.tensor_rank].reshape(B * T, -1)
+
+    def run(self, inputs: Tensor, load: Tensor, compute: Any) -> Tensor:
+        sent = load.view(-1, self.count)  # [destination, its experts]
+        arriving = torch.empty_like(sent)  # [source, my experts]
+        dist.all_to_all_single(arriving, sent.contiguous(), group=self.group)
+        # The one wait of a layer for the device: the exchange needs its sizes on the host.
+        to_each, from_each = torch.stack([sent.sum(1), arriving.sum(1)]).tolist()
+        kept, num_arriving = sum(to_each), sum(from_each)
+        rows = mappings.all_to_all(self.group, inputs[:kept], from_each, to_each)
+        experts = torch.arange(self.count, device=load.device).repeat(len(from_each))
+        experts = experts.repeat_interleave(arriving.flatten(), output_size=num_arriving)
+        place = sorted_places(experts, self.count)[:, None]
+        rows = compute(dispatch(rows, place), count(experts, self.count))
+        rows = mappings.all_to_all(self.group, combine(rows, place), to_each, from_each)
+        dropped = len(inputs) - kept
+        return torch.cat([rows, rows.new_zeros(dropped, rows.shape[1])]) if dropped else rows
+
+
+def sequence_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous()
