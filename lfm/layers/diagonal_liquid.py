@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lfm.kernels.diagonal_scan import diagonal_scan
+from lfm.layers.stored import Stored
 
 LONGEST_HALF_LIFE = 4096.0
 """Of a channel at initialisation, in tokens; the shortest is 1."""
@@ -31,13 +32,13 @@ class DiagonalLiquid(nn.Module):
         self.delta_bias = nn.Parameter(torch.empty(hidden_size))
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def fused_parameters(self) -> dict[str, tuple[str, tuple[slice, ...]]]:
-        """Global name -> (run-time parameter, index of its part)."""
+    def stored(self) -> dict[str, Stored]:
         D = self.output.in_features
         parts = {f"{n}.weight": (slice(i * D, (i + 1) * D),) for i, n in enumerate(("value", "delta", "gate"))}
         return {
-            **{name: ("projections.weight", index) for name, index in parts.items()},
-            "delta.bias": ("delta_bias", ()),
+            **{name: Stored("projections.weight", index, cut=0) for name, index in parts.items()},
+            "delta.bias": Stored("delta_bias", cut=0),
+            "output.weight": Stored("output.weight", cut=1),
         }
 
     def forward(

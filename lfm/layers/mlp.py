@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lfm.kernels.swiglu import swiglu
+from lfm.layers.stored import Stored
 
 
 class SwiGLU(nn.Module):
@@ -17,12 +18,12 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(hidden_size, 2 * ffn_hidden_size, bias=False)
         self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
 
-    def fused_parameters(self) -> dict[str, tuple[str, tuple[slice, ...]]]:
-        """Global name -> (run-time parameter, index of its part)."""
+    def stored(self) -> dict[str, Stored]:
         F_ = self.down.in_features
         return {
-            "gate.weight": ("gate_up.weight", (slice(0, F_),)),
-            "up.weight": ("gate_up.weight", (slice(F_, 2 * F_),)),
+            "gate.weight": Stored("gate_up.weight", (slice(0, F_),), cut=0),
+            "up.weight": Stored("gate_up.weight", (slice(F_, 2 * F_),), cut=0),
+            "down.weight": Stored("down.weight", cut=1),
         }
 
     def forward(self, u: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

@@ -169,19 +169,3 @@ class _Embedding(VocabParallelEmbedding):
 
 def _no_init(weight: Tensor) -> Tensor:
     return weight
-
-
-_CUT = {
-    0: (
-        *("attention.q.weight", "attention.k.weight", "attention.v.weight", "gate.weight", "up.weight"),
-        *("liquid.input.weight", "liquid.input.bias", "embedding.weight", "head.weight"),
-    ),
-    1: ("attention.o.weight", "liquid.output.weight", "down.weight"),
-}
-
-
-def tensor_parallel_dim(global_name: str, layout: Layout) -> int | None:
-    """The dimension along which tensor parallelism cuts this tensor; None: every process has it whole."""
-    if layout.tensor == 1 or (".experts." in global_name and layout.expert_tensor == 1):
-        return None
-    return next((dim for dim, names in _CUT.items() if global_name.endswith(names)), None)

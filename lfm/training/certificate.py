@@ -27,7 +27,7 @@ from lfm.models.lfm import LFMConfig
 from lfm.models.losses import Objective
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel import groups as process_groups
-from lfm.parallel.megatron import MegatronParts, tensor_parallel_dim
+from lfm.parallel.megatron import MegatronParts
 from lfm.parallel.zero import Weight, inner_optimizer
 from lfm.training.engine import Engine
 from lfm.training.local_engine import LocalEngine
@@ -180,14 +180,12 @@ def _gradient_deviations(
         applied = engine._gathered(weight, lambda flat: flat_gradients[id(flat)]).cpu()
         if engine._data_group(weight).rank() != 0:
             continue
-        for name, index in engine.global_parts[weight.name]:
-            part = applied[index] if index else applied
-            whole = torch.from_numpy(expected[name])
-            dim = tensor_parallel_dim(name, engine.layout)
-            if dim is not None:
-                whole = whole.chunk(engine.layout.tensor, dim)[engine.groups.tensor.rank()]
-            difference = (part.double() - whole.double()).square().sum()
-            deviations[name] = (float(difference), float(part.double().square().sum()), dim is not None)
+        for part in engine.global_parts[weight.name]:
+            here, whole = part.of(applied), torch.from_numpy(expected[part.name])
+            if part.cut is not None:
+                whole = whole.chunk(engine.layout.tensor, part.cut)[engine.groups.tensor.rank()]
+            difference = (here.double() - whole.double()).square().sum()
+            deviations[part.name] = (float(difference), float(here.double().square().sum()), part.cut is not None)
     return deviations
 
 
@@ -214,7 +212,7 @@ class _planted:
                 hooks = [
                     weight.parameter.register_hook(lambda gradient: 2 * gradient)
                     for weight in engine.weights
-                    if ".experts." in engine.global_parts[weight.name][0][0]
+                    if engine.global_parts[weight.name][0].expert
                 ]
                 summed(engine, *arguments, **options)
                 for hook in hooks:
