@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lfm.kernels.swiglu import swiglu
+from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.stored import Stored
 
 
@@ -13,13 +14,14 @@ class SwiGLU(nn.Module):
     Run-time storage is fused: `gate_up [2F, D]`, gate first.
     """
 
-    def __init__(self, hidden_size: int, *, ffn_hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, *, ffn_hidden_size: int, parts: Parts = PLAIN) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_hidden_size, bias=False)
-        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+        self.width = ffn_hidden_size // parts.tensor_size
+        self.gate_up = parts.column_linear(hidden_size, 2 * ffn_hidden_size)
+        self.down = parts.row_linear(ffn_hidden_size, hidden_size)
 
     def stored(self) -> dict[str, Stored]:
-        F_ = self.down.in_features
+        F_ = self.width
         return {
             "gate.weight": Stored("gate_up.weight", (slice(0, F_),), cut=0),
             "up.weight": Stored("gate_up.weight", (slice(F_, 2 * F_),), cut=0),

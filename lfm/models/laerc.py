@@ -22,6 +22,7 @@ from lfm.models.state import State
 
 class LAERCConfig(FamilyConfig):
     changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "chunk_length", "warmup", "tolerance"})
+    lays_out: ClassVar[frozenset[str]] = frozenset({"data", "pipeline"})
     kind: Literal["laerc"] = "laerc"
     """Model family."""
     hidden_size: Width = 512

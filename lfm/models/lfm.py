@@ -33,6 +33,7 @@ class LFMConfig(FamilyConfig):
             *("moe_z_loss_coeff", "liquid.backend", "liquid.chunk_length", "liquid.warmup", "liquid.tolerance"),
         }
     )
+    lays_out: ClassVar[frozenset[str]] = frozenset({"data", "tensor", "pipeline", "expert"})
     kind: Literal["lfm"] = "lfm"
     """Model family."""
     hidden_size: Width
@@ -75,6 +76,17 @@ class LFMConfig(FamilyConfig):
                 f"moe_router_topk={self.moe_router_topk} is more than num_moe_experts={self.num_moe_experts}"
             )
         return self
+
+    def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
+        sizes = {key: getattr(self, key) for key in ("num_attention_heads", "num_query_groups", "seq_length")}
+        sizes["padded_vocab_size"] = self.padded_vocab_size
+        if self.liquid is not None:
+            width = self.liquid.num_reservoirs * self.liquid.reservoir_size
+            sizes["liquid.num_reservoirs x liquid.reservoir_size"] = width
+        return sizes if experts_are_whole else sizes | {"moe_ffn_hidden_size": self.moe_ffn_hidden_size}
+
+    def expert_divides(self) -> dict[str, int]:
+        return {"num_moe_experts": self.num_moe_experts}
 
     @property
     def head_size(self) -> int:
@@ -164,11 +176,6 @@ class LFMConfig(FamilyConfig):
         width = self.liquid.num_reservoirs * self.liquid.reservoir_size
         recurrence = 2 * width * self.liquid.reservoir_size
         return 3 * (forward + 4 * width * D + recurrence) - (0 if self.liquid.train_reservoir else recurrence)
-
-    @property
-    def head_flops(self) -> float:
-        """The part of `flops_per_token` that the output projection takes."""
-        return 6.0 * self.vocab_size * self.hidden_size
 
     def flops_per_token(self, attended: float | None = None) -> float:
         """Useful FLOPs of forward and backward per token, 2 per multiply-add.

@@ -25,6 +25,8 @@ from lfm.models.state import State
 
 class LiquidNetConfig(FamilyConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "full")
+    lays_out: ClassVar[frozenset[str]] = frozenset({"data", "tensor", "pipeline"})
+    has_wide_parameters: ClassVar[bool] = True
     kind: Literal["liquidnet"] = "liquidnet"
     """Model family."""
     hidden_size: Width = 384
@@ -49,6 +51,10 @@ class LiquidNetConfig(FamilyConfig):
                 f"slowest channel starts; it must be below {limit:.3g}"
             )
         return self
+
+    def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
+        keys = ("hidden_size", "seq_length", "padded_vocab_size", "ffn_hidden_size")
+        return {key: getattr(self, key) for key in keys}
 
     @property
     def padded_vocab_size(self) -> int:
@@ -82,9 +88,9 @@ class LiquidNetBlock(Block):
         super().__init__()
         self.residual_scale = (2 * config.num_layers) ** -0.5
         self.liquid_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-        self.liquid = DiagonalLiquid(config.hidden_size, delta_min=config.delta_min)
+        self.liquid = DiagonalLiquid(config.hidden_size, delta_min=config.delta_min, parts=parts)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-        self.mlp = SwiGLU(config.hidden_size, ffn_hidden_size=config.ffn_hidden_size)
+        self.mlp = SwiGLU(config.hidden_size, ffn_hidden_size=config.ffn_hidden_size, parts=parts)
 
     def forward(
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None

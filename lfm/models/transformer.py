@@ -24,6 +24,7 @@ from lfm.models.state import State
 
 class TransformerConfig(FamilyConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "full")
+    lays_out: ClassVar[frozenset[str]] = frozenset({"data", "tensor", "pipeline"})
     kind: Literal["transformer"] = "transformer"
     """Model family."""
     hidden_size: Width = 384
@@ -48,6 +49,10 @@ class TransformerConfig(FamilyConfig):
     def _check(self) -> "TransformerConfig":
         check_heads(self.hidden_size, self.num_attention_heads, self.num_query_groups)
         return self
+
+    def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
+        keys = ("num_attention_heads", "num_query_groups", "seq_length", "padded_vocab_size", "ffn_hidden_size")
+        return {key: getattr(self, key) for key in keys}
 
     @property
     def head_size(self) -> int:
@@ -116,7 +121,7 @@ class TransformerBlock(Block):
             parts=parts,
         )
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-        self.mlp = SwiGLU(config.hidden_size, ffn_hidden_size=config.ffn_hidden_size)
+        self.mlp = SwiGLU(config.hidden_size, ffn_hidden_size=config.ffn_hidden_size, parts=parts)
 
     def forward(
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None
