@@ -4,8 +4,9 @@ Same losses, gradients and updates as the local engine, under any layout that `l
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,15 +21,16 @@ from lfm.errors import NonFiniteError
 from lfm.layers.documents import Counts, Documents, Rows
 from lfm.layers.liquid import Liquid
 from lfm.layers.stored import Index, Stored
+from lfm.models.decoder import Decoder
 from lfm.models.global_names import stored
 from lfm.models.initialization import materialize
-from lfm.models.language_model import Recompute
-from lfm.models.lfm import LFM, LFMConfig, initial_tensor
+from lfm.models.language_model import LanguageModel, Recompute
 from lfm.models.losses import Measured, Objective, Term, combined
+from lfm.models.registry import ModelConfig, build
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel.groups import Groups
 from lfm.parallel.megatron import MegatronParts, transformer_config
-from lfm.parallel.stage import Stage, run_schedule
+from lfm.parallel.stage import make_stage, run_schedule
 from lfm.parallel.zero import (
     MOMENTS,
     EngineAsModule,
@@ -80,7 +82,7 @@ class ParallelEngine(Engine):
 
     def __init__(
         self,
-        model: LFMConfig,
+        model: ModelConfig,
         optimizer: OptimizerConfig,
         groups: Groups,
         *,
@@ -100,12 +102,12 @@ class ParallelEngine(Engine):
         config = transformer_config(model, self.layout, dtype)
         parts = MegatronParts(groups, config)
         self.pieces = [
-            materialize(lambda: LFM(model, parts=parts, layers=layers), device=self.device, dtype=dtype)  # noqa: B023
+            materialize(lambda: build(model, parts, layers), device=self.device, dtype=dtype)  # noqa: B023
             for layers in self.layout.stage_chunks(groups.pipeline.rank())
         ]
         interleaved = len(self.pieces) > 1
         self.stages = [
-            Stage(piece, config, virtual_stage=i if interleaved else None, recompute=recompute)
+            make_stage(piece, config, virtual_stage=i if interleaved else None, recompute=recompute)
             for i, piece in enumerate(self.pieces)
         ]
         # By run-time name of a parameter or buffer; now, while shapes are whole.
@@ -137,8 +139,8 @@ class ParallelEngine(Engine):
 
     # What each process holds, by global name.
 
-    def _weights(self, piece: LFM) -> list[Weight]:
-        tied_copy = not piece.is_first and not self.config.untie_embeddings_and_output_weights
+    def _weights(self, piece: LanguageModel) -> list[Weight]:
+        tied_copy = isinstance(piece, Decoder) and not piece.is_first and self.config.is_tied
         return [
             Weight(
                 name=name,
@@ -174,7 +176,7 @@ class ParallelEngine(Engine):
 
         def draw(key: str) -> None:
             target = targets[key]
-            whole = initial_tensor(key.partition(".")[2], target.shape, self.config, seed)
+            whole = self.pieces[0].initial_tensor(key.partition(".")[2], target.shape, seed)
             if isinstance(target, DTensor):
                 dim = cast(Shard, target.placements[0]).dim
                 part = whole.chunk(self.layout.tensor, dim)[self.groups.tensor.rank()]
@@ -268,13 +270,8 @@ class ParallelEngine(Engine):
     def forward_backward(self, batch: Batch) -> StepResult:
         micro_batches, documents = self._micro_batches(batch)
         counts = self._over_data(documents.counts)
-        # DeepSpeed divides by the data-parallel size, the schedule the objective by the micro-batches.
-        shares = [(term, self.layout.data * len(micro_batches)) for term in self.objective.terms]
-        shares += [(term, self.layout.data) for term in self.config.terms]
         for stage in self.stages:
-            stage.piece.train()
-            stage.objective = self.objective
-            stage.factors = {term.name: share * term.weight / counts.of(term.per) for term, share in shares}
+            stage.begin(self.objective, counts, data=self.layout.data, micro_batches=len(micro_batches))
         digest = batch.digest(first=self.rows_of_step(counts.rows).start)
         self._run(micro_batches, forward_only=False)
         return self._result(documents, counts, digest)
@@ -285,8 +282,6 @@ class ParallelEngine(Engine):
         return [rows.slice(start, start + self.micro_batch_size) for start in starts], rows.documents
 
     def _run(self, micro_batches: Sequence[Rows], *, forward_only: bool) -> None:
-        for stage in self.stages:
-            stage.losses.clear()
         run_schedule(
             self.scheduled,
             self.layout,
@@ -385,7 +380,7 @@ class ParallelEngine(Engine):
     def _sum_tied_embedding_gradients(self, config: Any) -> None:
         """After each schedule: the first stage's lookup and the last stage's head share one gradient."""
         copies = [w.parameter for w in self.weights if w.name == "embedding.weight"]
-        if self.groups.embedding is None or self.config.untie_embeddings_and_output_weights or not copies:
+        if self.groups.embedding is None or not self.config.is_tied or not copies:
             return
         buffers, group = gradient_buffers(self.deepspeed), self.groups.embedding
 
@@ -405,8 +400,7 @@ class ParallelEngine(Engine):
         batch = batch.filled(-len(batch) % a_round)
         micro_batches, documents = self._micro_batches(batch[self.rows_of_step(len(batch))])
         for stage in self.stages:
-            stage.piece.eval()
-            stage.objective, stage.factors = NEXT_TOKEN, None
+            stage.begin(NEXT_TOKEN, None)
         self._run(micro_batches, forward_only=True)
         nats = self._loss_table(NEXT_TOKEN.terms).sum().double() * (self.groups.tensor.rank() == 0)
         found = torch.stack([nats, torch.tensor(float(documents.num_labels), device=self.device).double()])
@@ -418,6 +412,25 @@ class ParallelEngine(Engine):
     @property
     def liquids(self) -> Mapping[int, Liquid]:
         return {layer: liquid for piece in self.pieces for layer, liquid in piece.liquids.items()}
+
+    @property
+    def evaluation_modes(self) -> Sequence[str]:
+        return self.pieces[0].evaluation_modes
+
+    @property
+    def evaluation_mode(self) -> str:
+        return self.pieces[0].evaluation_mode
+
+    @contextmanager
+    def evaluating(self, mode: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for piece in self.pieces:
+                stack.enter_context(piece.evaluating(mode))
+            yield
+
+    def start_step(self, step: int, total_steps: int) -> None:
+        for piece in self.pieces:
+            piece.start_step(step, total_steps)
 
     @property
     def optimizer_step(self) -> int:
