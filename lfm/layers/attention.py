@@ -19,6 +19,7 @@ from lfm.kernels.rotary import rotated_heads
 from lfm.layers.documents import Documents
 from lfm.layers.flash_attention import FLASH_ATTN_4, PACKAGES, FlashPackage, flash_attention, require_package
 from lfm.layers.parts import PLAIN, Parts
+from lfm.layers.stored import Stored
 
 Backend = Literal["auto", "reference", "sdpa", "flex", "flash"]
 
@@ -97,12 +98,12 @@ class Attention(nn.Module):
         self.qkv = parts.column_linear(hidden_size, sum(widths))
         self.out = parts.row_linear(hidden_size, hidden_size)
 
-    def fused_parameters(self) -> dict[str, tuple[str, tuple[slice, ...]]]:
-        """Global name -> (run-time parameter, index of its part)."""
+    def stored(self) -> dict[str, Stored]:
         starts = [sum(self.widths[:i]) for i in range(4)]
+        parts = {n: (slice(starts[i], starts[i + 1]),) for i, n in enumerate("qkv")}
         return {
-            **{f"{n}.weight": ("qkv.weight", (slice(starts[i], starts[i + 1]),)) for i, n in enumerate("qkv")},
-            "o.weight": ("out.weight", ()),
+            **{f"{n}.weight": Stored("qkv.weight", index, cut=0) for n, index in parts.items()},
+            "o.weight": Stored("out.weight", cut=1),
         }
 
     def forward(

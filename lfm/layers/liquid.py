@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lfm.config import Config, Depth, Tokens, Width
 from lfm.kernels.reservoir import WARMUP_NOTCHES, RecurrenceStats, reservoir_recurrence
 from lfm.layers.parts import PLAIN, Parts
+from lfm.layers.stored import Stored
 
 
 class ReservoirConfig(Config):
@@ -81,11 +82,16 @@ class Liquid(nn.Module):
         else:
             self.register_buffer("reservoirs", torch.empty(R, N, N))
 
-    def fused_parameters(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Global name -> (run-time tensor, index of its part)."""
+    def stored(self) -> dict[str, Stored]:
         tensors = {"weight": "reservoirs", **({"connections": "connections"} if self.config.train_reservoir else {})}
         R = range(self.config.num_reservoirs)
-        return {f"reservoirs.{j}.{suffix}": (name, (j,)) for suffix, name in tensors.items() for j in R}
+        return {
+            "input.weight": Stored("input.weight", cut=0),
+            "input.bias": Stored("input.bias", cut=0),
+            "output.weight": Stored("output.weight", cut=1),
+            "output.bias": Stored("output.bias"),
+            **{f"reservoirs.{j}.{suffix}": Stored(name, (j,)) for suffix, name in tensors.items() for j in R},
+        }
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from lfm.kernels.router import router_logits
 from lfm.kernels.swiglu import swiglu
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.router import LossBalance, Routing, route
+from lfm.layers.stored import Stored
 
 
 def count(values: Int[Tensor, " m"], num: int) -> Int[Tensor, " num"]:
@@ -59,15 +60,16 @@ class MoE(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(self.dispatcher.count, 2 * width, hidden_size))
         self.down = nn.Parameter(torch.empty(self.dispatcher.count, hidden_size, width))
 
-    def fused_parameters(self) -> dict[str, tuple[str, tuple[int | slice, ...]]]:
-        """Global name -> (run-time parameter, index of its part)."""
-        F_, names = self.down.shape[2], {}
+    def stored(self) -> dict[str, Stored]:
+        F_, found = self.down.shape[2], {"router.weight": Stored("router.weight")}
+        # Tensor parallelism cuts experts by width only where each process has a part of all of them.
+        rows, columns = (0, 1) if self.dispatcher.count == self.dispatcher.num_experts else (None, None)
         for i in range(self.dispatcher.count):
             e = self.dispatcher.first + i
-            names[f"experts.{e}.gate.weight"] = ("gate_up", (i, slice(0, F_)))
-            names[f"experts.{e}.up.weight"] = ("gate_up", (i, slice(F_, 2 * F_)))
-            names[f"experts.{e}.down.weight"] = ("down", (i,))
-        return names
+            found[f"experts.{e}.gate.weight"] = Stored("gate_up", (i, slice(0, F_)), rows, expert=True)
+            found[f"experts.{e}.up.weight"] = Stored("gate_up", (i, slice(F_, 2 * F_)), rows, expert=True)
+            found[f"experts.{e}.down.weight"] = Stored("down", (i,), columns, expert=True)
+        return found
 
     def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Routing]:
         logits, x = router_logits(x, self.parts.shared(self.router.weight))

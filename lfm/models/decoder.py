@@ -18,6 +18,7 @@ from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.residual import ResidualStream
 from lfm.layers.rotary import rotary_tables
 from lfm.layers.router import Routing
+from lfm.layers.stored import Stored
 from lfm.models.language_model import LanguageModel, Recompute
 from lfm.models.losses import Losses, Measurements, Objective, reservoir_measurements
 from lfm.models.state import State
@@ -105,6 +106,10 @@ class Decoder(LanguageModel):
                 tied_to=self.embedding if config.is_tied else None,
                 parts=parts,
             )
+
+    def stored(self) -> dict[str, Stored]:
+        """Of the tensors that no layer of ours holds; see `lfm.models.global_names`."""
+        return {"embedding.weight": Stored("embedding.weight", cut=0)} if hasattr(self, "embedding") else {}
 
     @abstractmethod
     def make_block(self, layer: int) -> Block: ...

@@ -68,6 +68,34 @@ class LFMConfig(FamilyConfig):
         return self
 
     @property
+    def lays_out(self) -> frozenset[str]:
+        return frozenset({"data", "tensor", "pipeline"} | ({"expert"} if self.moe is not None else set()))
+
+    @property
+    def has_wide_parameters(self) -> bool:
+        return isinstance(self.liquid, DiagonalConfig)
+
+    def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
+        sizes = {}
+        if self.attention is not None:
+            sizes["attention.num_attention_heads"] = self.attention.num_attention_heads
+            sizes["attention.num_query_groups"] = self.attention.num_query_groups
+        sizes |= {"seq_length": self.seq_length, "padded_vocab_size": self.padded_vocab_size}
+        if self.reservoir is not None:
+            width = self.reservoir.num_reservoirs * self.reservoir.reservoir_size
+            sizes["liquid.num_reservoirs x liquid.reservoir_size"] = width
+        elif self.liquid is not None:
+            sizes["hidden_size"] = self.hidden_size
+        if isinstance(self.ffn, SwiGLUConfig):
+            sizes["ffn.ffn_hidden_size"] = self.ffn.ffn_hidden_size
+        elif not experts_are_whole:
+            sizes["ffn.moe_ffn_hidden_size"] = self.ffn.moe_ffn_hidden_size
+        return sizes
+
+    def expert_divides(self) -> dict[str, int]:
+        return {"ffn.num_moe_experts": self.moe.num_moe_experts} if self.moe is not None else {}
+
+    @property
     def reservoir(self) -> ReservoirConfig | None:
         """Of the liquid layers, if they are reservoirs."""
         return self.liquid if isinstance(self.liquid, ReservoirConfig) else None
@@ -194,11 +222,6 @@ class LFMConfig(FamilyConfig):
         recurrence = 2 * width * self.reservoir.reservoir_size
         return 3 * (forward + 4 * width * D + recurrence) - (0 if self.reservoir.train_reservoir else recurrence)
 
-    @property
-    def head_flops(self) -> float:
-        """The part of `flops_per_token` that the output projection takes."""
-        return 6.0 * self.vocab_size * self.hidden_size
-
     def flops_per_token(self, attended: float | None = None) -> float:
         """Useful FLOPs of forward and backward per token, 2 per multiply-add.
 
@@ -262,7 +285,7 @@ class LFMBlock(Block):
         if self.has_liquid:
             self.liquid_norm = norm()
             if isinstance(c.liquid, DiagonalConfig):
-                self.liquid = DiagonalLiquid(c.hidden_size, delta_min=c.liquid.delta_min)
+                self.liquid = DiagonalLiquid(c.hidden_size, delta_min=c.liquid.delta_min, parts=parts)
             elif c.liquid is not None:
                 self.liquid = Liquid(c.hidden_size, c.liquid, parts)
                 self.post_norm = c.liquid.norm == "post"
@@ -272,7 +295,7 @@ class LFMBlock(Block):
             self.moe = MoE(c.hidden_size, c.ffn, parts)
         else:
             self.mlp_norm = norm()
-            self.mlp = SwiGLU(c.hidden_size, c.ffn)
+            self.mlp = SwiGLU(c.hidden_size, c.ffn, parts)
 
     def forward(
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None

@@ -45,6 +45,18 @@ class LiquidNetConfig(FamilyConfig):
         return self
 
     @property
+    def lays_out(self) -> frozenset[str]:
+        return frozenset({"data", "tensor", "pipeline"})
+
+    @property
+    def has_wide_parameters(self) -> bool:
+        return True
+
+    def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
+        sizes = {key: getattr(self, key) for key in ("hidden_size", "seq_length", "padded_vocab_size")}
+        return sizes | {"ffn.ffn_hidden_size": self.ffn.ffn_hidden_size}
+
+    @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
 
@@ -76,9 +88,9 @@ class LiquidNetBlock(Block):
         super().__init__()
         self.residual_scale = (2 * config.num_layers) ** -0.5
         self.liquid_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-        self.liquid = DiagonalLiquid(config.hidden_size, delta_min=config.delta_min)
+        self.liquid = DiagonalLiquid(config.hidden_size, delta_min=config.delta_min, parts=parts)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-        self.mlp = SwiGLU(config.hidden_size, config.ffn)
+        self.mlp = SwiGLU(config.hidden_size, config.ffn, parts)
 
     def forward(
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None

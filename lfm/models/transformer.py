@@ -45,6 +45,19 @@ class TransformerConfig(FamilyConfig):
         return self
 
     @property
+    def lays_out(self) -> frozenset[str]:
+        return frozenset({"data", "tensor", "pipeline"})
+
+    def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
+        return {
+            "attention.num_attention_heads": self.attention.num_attention_heads,
+            "attention.num_query_groups": self.attention.num_query_groups,
+            "seq_length": self.seq_length,
+            "padded_vocab_size": self.padded_vocab_size,
+            "ffn.ffn_hidden_size": self.ffn.ffn_hidden_size,
+        }
+
+    @property
     def head_size(self) -> int:
         return self.hidden_size // self.attention.num_attention_heads
 
@@ -105,7 +118,7 @@ class TransformerBlock(Block):
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
         self.attention = Attention(config.hidden_size, config.attention, parts)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-        self.mlp = SwiGLU(config.hidden_size, config.ffn)
+        self.mlp = SwiGLU(config.hidden_size, config.ffn, parts)
 
     def forward(
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lfm.layers.parts import Parts, TokenDispatcher
 from lfm.layout.layout import Layout
-from lfm.models.lfm import LFMConfig
+from lfm.models.registry import ModelConfig
 from lfm.parallel.dispatch import AllToAll, CutByWidth, sequence_first
 from lfm.parallel.groups import Groups
 
@@ -22,29 +22,18 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def transformer_config(model: LFMConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's config, whole: its layers and schedules read nothing else of ours."""
-    attention, moe, experts = model.attention, model.moe, {}
-    if moe is not None:
-        experts = {
-            "num_moe_experts": moe.num_moe_experts,
-            "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
-            "moe_router_topk": moe.moe_router_topk,
-            # Routers are ours; its own would need this for one expert a token.
-            "moe_router_pre_softmax": moe.moe_router_topk == 1,
-            "moe_token_dispatcher_type": "alltoall",
-        }
+def transformer_config(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's config, for what its linears and schedules read of it; attention and experts are ours."""
+    experts = model.expert_divides().values()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
-            # Layers, routers and dispatchers are ours; what a model has not is given a value that passes its checks.
-            num_attention_heads=attention.num_attention_heads if attention is not None else layout.tensor,
-            num_query_groups=attention.num_query_groups if attention is not None else layout.tensor,
-            ffn_hidden_size=model.hidden_size,
-            **experts,
-            layernorm_epsilon=model.layernorm_epsilon,
+            # It wants heads of every model, and as many as it can share out.
+            num_attention_heads=layout.tensor,
+            num_moe_experts=next(iter(experts), None),
+            moe_token_dispatcher_type="alltoall",
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
@@ -175,19 +164,3 @@ class _Embedding(VocabParallelEmbedding):
 
 def _no_init(weight: Tensor) -> Tensor:
     return weight
-
-
-_CUT = {
-    0: (
-        *("attention.q.weight", "attention.k.weight", "attention.v.weight", "gate.weight", "up.weight"),
-        *("liquid.input.weight", "liquid.input.bias", "embedding.weight", "head.weight"),
-    ),
-    1: ("attention.o.weight", "liquid.output.weight", "down.weight"),
-}
-
-
-def tensor_parallel_dim(global_name: str, layout: Layout) -> int | None:
-    """The dimension along which tensor parallelism cuts this tensor; None: every process has it whole."""
-    if layout.tensor == 1 or (".experts." in global_name and layout.expert_tensor == 1):
-        return None
-    return next((dim for dim, names in _CUT.items() if global_name.endswith(names)), None)
