@@ -40,6 +40,13 @@ class StoredConfig(_Part):
     model: dict[str, Any]
 
 
+class StoredSkip(_Part):
+    """Rows of the data order that were passed over after a step."""
+
+    step: Count
+    rows: Annotated[int, Field(ge=1, lt=2**63)]
+
+
 class StoredProgress(_Part):
     step: Count
     tokens: Count
@@ -47,6 +54,7 @@ class StoredProgress(_Part):
     """None: there was no validation."""
     validations_without_gain: Count
     chain: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    skips: list[StoredSkip] = []
 
 
 class StoredCounters(_Part):

@@ -64,6 +64,7 @@ WRONG = {
     "progress.best_validation": [float("nan"), float("inf"), "1"],
     "progress.validations_without_gain": [-1],
     "progress.chain": ["0" * 31, "G" * 32, 0],
+    "progress.skips": [None, [4], [{"step": 2}], [{"step": -1, "rows": 4}], [{"step": 2, "rows": 0}]],
     "progress": [None, [], {}],
     "counters.optimizer_step": [-1, None],
     "counters.reservoir_warmup": [{"1": -1}, {"x": 1}, {"-1": 1}, {"2": 32}, [], {"1": 2**40}],

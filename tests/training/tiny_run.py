@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 
 from lfm.checkpoint.folder import hash_files
 from lfm.checkpoint.manifest import manifest_bytes
-from lfm.training.loop import Progress
 from lfm.training.metrics_file import read_metrics
 from lfm.training.run import RunConfig
+from lfm.training.state import Progress
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = sys.executable
