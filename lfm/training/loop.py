@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from lfm.checkpoint import folder as checkpoint
-from lfm.checkpoint.saver import Saver
 from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.evaluation.held_out import HeldOut, evaluate, together
@@ -60,13 +59,9 @@ def train(run: RunConfig, process: Process | None = None, layout: Layout | None 
 
 
 def _train(run: RunConfig, start: Started) -> Progress:
-    state = open_state(run, start)
-    ranks, folder = start.ranks, run.folder / "checkpoints"
-    saver = Saver(folder, keep=run.checkpoint.keep, asynchronous=run.checkpoint.asynchronous, group=start.saver_group)
-    with state.metrics or nullcontext(), _progress_bar(run, state) as bar, saver:
-        saves = Saves(state, saver, start.watch, bar)
-        stopped = train_steps(run, start, state, saves)
-        stopped = stopped or ranks.largest(start.why_stop() is not None) > 0
+    state, ranks = open_state(run, start), start.ranks
+    with state.metrics or nullcontext(), progress_bar(state) as bar, Saves(state, start, bar) as saves:
+        stopped = train_steps(run, start, state, saves) or ranks.largest(start.why_stop() is not None) > 0
         if stopped and ranks.is_main:
             say(f"{start.why_stop() or _SIGNAL_ELSEWHERE}: saving step {state.progress.step}")
         saves.finish(wanted=run.checkpoint.save_at_end or stopped)
@@ -287,10 +282,11 @@ def _sample(run: RunConfig, state: TrainState) -> None:
         complain(f"{path} is not written ({reason(error)})")
 
 
-def _progress_bar(run: RunConfig, state: TrainState) -> tqdm:
+def progress_bar(state: TrainState) -> tqdm:
+    """Of the steps of a run, on rank 0."""
     # disable=None: no bar where stderr is not a terminal; `show` then prints a line each time instead.
-    disable, done = None if state.ranks.is_main else True, state.progress.step
-    return tqdm(total=run.training.steps, initial=done, unit="step", disable=disable, dynamic_ncols=True)
+    disable, steps = None if state.ranks.is_main else True, state.run.training.steps
+    return tqdm(total=steps, initial=state.progress.step, unit="step", disable=disable, dynamic_ncols=True)
 
 
 def _tell_the_end(run: RunConfig, state: TrainState, cause: str | None) -> None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,9 +12,8 @@ from lfm.checkpoint import folder as checkpoint
 from lfm.checkpoint.saver import Saver
 from lfm.errors import UserError
 from lfm.files import refusing
-from lfm.job.watch import Watch
 from lfm.talk import complain
-from lfm.training.start import SAVING_SECONDS
+from lfm.training.start import SAVING_SECONDS, Started
 from lfm.training.state import TrainState
 
 
@@ -24,13 +24,28 @@ class Saves:
     called on every process, in the same order.
     """
 
-    def __init__(self, state: TrainState, saver: Saver, watch: Watch, bar: tqdm) -> None:
-        self.state, self.saver, self.watch, self.bar = state, saver, watch, bar
+    def __init__(self, state: TrainState, start: Started, bar: tqdm) -> None:
+        """`bar` says when a save is begun.  As a context, waits for the save under way, however it ends."""
+        self.state, self.watch, self.bar = state, start.watch, bar
+        settings = state.run.checkpoint
+        self.saver = Saver(
+            state.run.folder / "checkpoints",
+            keep=settings.keep,
+            asynchronous=settings.asynchronous,
+            group=start.saver_group,
+        )
         self.lost = False
         """Whether the last save failed: the run then ends with one."""
         self.stalls: list[float] = []
         """Seconds that each save since the last record held training."""
         self._best_step = -1
+
+    def __enter__(self) -> "Saves":
+        self.saver.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.saver.__exit__(*error)
 
     @property
     def has_failed(self) -> bool:
