@@ -4,7 +4,6 @@ Format 2 is format 1 and `checksum`, which is made as that of a data set's index
 change a manifest can make its checksum anew, so it does not say who wrote a checkpoint.
 """
 
-import base64
 import json
 import os
 import re
@@ -79,19 +78,6 @@ class StoredPlace(_Part):
     data_checksum: str
 
 
-class StoredGenerators(_Part):
-    """torch's, as base64."""
-
-    cpu: str
-    cuda: str | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for state in filter(None, (self.cpu, self.cuda)):
-            base64.b64decode(state, validate=True)
-        return self
-
-
 class StoredFile(_Part):
     bytes: Count
     xxh3_64: Hash
@@ -104,7 +90,8 @@ class Manifest(_Part):
     progress: StoredProgress
     counters: StoredCounters
     data: StoredPlace
-    rng: StoredGenerators
+    rng: Any = None
+    """What an earlier version kept of torch's generators, which nothing goes on from."""
     frozen: dict[Annotated[str, StringConstraints(pattern=r"^frozen\.")], Hash]
     """Hash of the values of each frozen tensor."""
     files: dict[str, StoredFile]

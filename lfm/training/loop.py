@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from lfm.checkpoint import folder as checkpoint
@@ -86,7 +85,6 @@ def open_state(run: RunConfig, start: Started) -> TrainState:
         say(run.model.count_parameters().report())
 
     watch.phase("building the model", allow_seconds=SAVING_SECONDS)
-    torch.manual_seed(run.seed)
     return make_state(run, ranks, data, start.make_engine(), found, weights)
 
 
@@ -261,7 +259,7 @@ def _patience_is_over(run: RunConfig, progress: Progress) -> bool:
 
 
 def _sample(run: RunConfig, state: TrainState) -> None:
-    """Continue the configured prompts; the training RNG is not touched.
+    """Continue the configured prompts.
 
     A model in pieces does not generate: launch/generate.py does, from a checkpoint.
     """

@@ -126,7 +126,6 @@ class TrainState:
             "progress": self.progress.stored(),
             "counters": self.engine.state_values(),
             "data": self.stream.state(self.position),
-            "rng": checkpoint.rng_state(self.engine.device),
         }
         if self.consumed is not None:
             self.consumed.sync()
@@ -144,7 +143,6 @@ class TrainState:
             raise UserError(
                 f"checkpoint {path} has counters of {error}, which its model has not; use another"
             ) from None
-        checkpoint.set_rng_state(path, manifest["rng"], self.engine.device)
         self.progress = Progress.of(manifest["progress"])
         self.position = resume_row(manifest["data"], self.data.rows, seed=self.run.seed)
         self.stream.seek(self.position)

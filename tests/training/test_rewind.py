@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from data_pipeline.audit import first_difference
 from lfm.checkpoint.manifest import read_manifest
@@ -10,6 +11,7 @@ from lfm.data.consumed import read_record
 from lfm.data.stream import open_training
 from lfm.errors import UserError
 from lfm.job.process import Process
+from lfm.training.draws import seed_of_draws
 from lfm.training.loop import open_state, progress_bar, train, train_steps
 from lfm.training.metrics_file import read_metrics
 from lfm.training.saves import Saves
@@ -134,7 +136,7 @@ def on_two_ranks(process, output, data):
         back_to(1)(saves)
 
     train_with({3: note_and_go_back}, run, process, layout)
-    return found
+    return found[0], torch.initial_seed() == seed_of_draws(run.seed, 3, first_row=2 * process.rank)
 
 
 def test_two_ranks_go_back_together(tmp_path, text_data):
@@ -142,7 +144,8 @@ def test_two_ranks_go_back_together(tmp_path, text_data):
     pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
     from lfm.job.fork import run_ranks
 
-    (before, *_), _ = run_ranks(on_two_ranks, 2, tmp_path, text_data)
+    (before, *drawn), (_, *drawn_too) = run_ranks(on_two_ranks, 2, tmp_path, text_data)
+    assert all((*drawn, *drawn_too)), "random draws were not of the last step and each rank's own rows"
     folder = tmp_path / "lfm_debug"
     after = losses(folder)
     assert [step for step, _ in before] == [1, 2, 3] and [step for step, _ in after] == [1, 2, 3, 4]
