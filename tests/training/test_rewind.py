@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path, text_data):
 def on_two_ranks(process, output, data):
     from lfm.layout.layout import check_layout
 
-    options = ("model.num_query_groups=2", "parallel.zero_stage=1", "training.steps=4", "checkpoint.keep=9")
+    options = ("model.attention.num_query_groups=2", "parallel.zero_stage=1", "training.steps=4", "checkpoint.keep=9")
     run = tiny_run(output, data, *options, "checkpoint.every_steps=1")
     layout = check_layout(run.model, run.parallel, 2, global_batch_size=4, micro_batch_size=2)
     found = []
