@@ -82,7 +82,7 @@ class Exchange:
         self.heartbeat_timeout = heartbeat_timeout_seconds
         self._host, self._pid = socket.gethostname(), os.getpid()
         self.clock = Clock()
-        self.phase = Phase("starting", 0, self.clock(), hang_timeout_seconds)
+        self.phase = Phase("starting", 0, self.clock(), max(hang_timeout_seconds, START_SECONDS))
         self.raised: Raised | None = None
         self.left = False
         self.early: dict[str, Any] | None = None

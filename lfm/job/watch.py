@@ -36,7 +36,7 @@ def watched(
     leaves: all processes exit with the code of the first cause (that of `explained`, or 1), and one rank prints the
     summary and writes it to `report`, if its folder exists.  A rank is taken for dead after `heartbeat_timeout_seconds`
     without a sign of life (a minute before its first); the job is taken to hang when no rank has begun a phase for
-    `hang_timeout_seconds`.  Rank 0, which may host the store, leaves when all have left.
+    `hang_timeout_seconds` (a minute before its first).  Rank 0, which may host the store, leaves when all have left.
     """
     watch = Watch(
         rank=rank,
