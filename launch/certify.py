@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
@@ -38,14 +37,16 @@ def main() -> None:
     require_packages()
     prepare_environment(run.device.type)
     from lfm.layout.layout import check_layout
-    from lfm.training.certificate import BOUNDS, LAYOUTS, Fault, Problem, certify, in_one_process, write_json
+    from lfm.training.certificate import BOUNDS, LAYOUTS, Problem, certify, in_one_process, write_json
+    from lfm.training.certificate_faults import FAULTS
+    from lfm.training.parallel_engine import ParallelEngine
 
     names = list(LAYOUTS) if flags.layouts == "all" else flags.layouts.split(",")
     for name in names:
         if name not in LAYOUTS:
             raise UserError(f"--layouts {name} is not one of {', '.join(LAYOUTS)}")
-    if flags.plant is not None and flags.plant not in get_args(Fault):
-        raise UserError(f"--plant {flags.plant} is not one of {', '.join(get_args(Fault))}")
+    if flags.plant is not None and flags.plant not in FAULTS:
+        raise UserError(f"--plant {flags.plant} is not one of {', '.join(FAULTS)}")
     if flags.steps < 1:
         raise UserError(f"--steps {flags.steps} must be at least 1")
     if run.dtype.itemsize < 4:
@@ -54,6 +55,7 @@ def main() -> None:
     if run.model.kind != "lfm":
         raise UserError(f"model.kind={run.model.kind} has no parallel layouts to certify; use a config of kind lfm")
     print(f"bounds: {', '.join(f'{key} {bound:.0e}' for key, bound in BOUNDS.items())}", flush=True)
+    engine_type = ParallelEngine if flags.plant is None else FAULTS[flags.plant]
     expected, findings, start = None, [], time.monotonic()
     for name in names:
         world, parallel, recompute = LAYOUTS[name]
@@ -70,7 +72,7 @@ def main() -> None:
         # Recomputation has the same result, so that one reference serves all.
         expected = expected or in_one_process(problem, run.device.type)
         began = time.monotonic()
-        finding = certify(layout, problem, expected, device_type=run.device.type, fault=flags.plant)
+        finding = certify(layout, problem, expected, device_type=run.device.type, engine_type=engine_type)
         findings.append(finding)
         shown = "  ".join(f"{key} {value:.1e}" for key, value in finding.deviations.items())
         drift = " ".join(f"{value:.0e}" for value in finding.drift)

@@ -20,7 +20,9 @@ from lfm.job.process import require_packages
 from lfm.layout.layout import check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, compare, in_one_process
+from lfm.training.certificate_faults import FAULTS
 from lfm.training.optimizer import OptimizerConfig
+from lfm.training.parallel_engine import ParallelEngine
 
 ROOT = Path(__file__).parents[2]
 SMALL = LFMConfig(
@@ -50,7 +52,8 @@ def expected() -> Numbers:
 def finding(name: str, expected: Numbers, fault=None):
     world, parallel, recompute = LAYOUTS[name]
     layout = check_layout(SMALL, parallel, world, global_batch_size=8, micro_batch_size=1)
-    return certify(layout, problem(recompute), expected, device_type="cpu", fault=fault)
+    engine_type = FAULTS[fault] if fault else ParallelEngine
+    return certify(layout, problem(recompute), expected, device_type="cpu", engine_type=engine_type)
 
 
 @pytest.mark.parametrize(
