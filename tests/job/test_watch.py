@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from lfm.errors import NonFiniteError, UserError
 from lfm.job.watch import watched
+from tests.launch.job import free_port
 
 pytestmark = pytest.mark.alone
 
@@ -41,12 +42,6 @@ def torchruns(tmp_path_factory):
     for process, _ in started.values():
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_rank(rank: int, world_size: int, port: int, folder: Path, body, late_port: int | None = None) -> None:
