@@ -1,9 +1,18 @@
 """The gated feed-forward layer of the dense families."""
 
+from typing import Literal
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lfm.config import Config, Width
 from lfm.kernels.swiglu import swiglu
+
+
+class SwiGLUConfig(Config):
+    kind: Literal["swiglu"] = "swiglu"
+    """One feed-forward network for every token."""
+    ffn_hidden_size: Width
 
 
 class SwiGLU(nn.Module):
@@ -12,10 +21,10 @@ class SwiGLU(nn.Module):
     Run-time storage is fused: `gate_up [2F, D]`, gate first.
     """
 
-    def __init__(self, hidden_size: int, *, ffn_hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, config: SwiGLUConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_hidden_size, bias=False)
-        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+        self.gate_up = nn.Linear(hidden_size, 2 * config.ffn_hidden_size, bias=False)
+        self.down = nn.Linear(config.ffn_hidden_size, hidden_size, bias=False)
 
     def fused_parameters(self) -> dict[str, tuple[str, tuple[slice, ...]]]:
         """Global name -> (run-time parameter, index of its part)."""

@@ -27,13 +27,13 @@ def _legal_worlds(r: Request) -> set[int]:
     """Every number of processes that has a legal layout.  Where one has, its plainest form, tried here, is legal."""
     worlds: set[int] = set()
     sizes = itertools.product(
-        _divisors(r.m.num_attention_heads), range(1, r.m.num_layers + 1), _divisors(r.global_batch_size)
+        _divisors(r.heads or r.m.hidden_size), range(1, r.m.num_layers + 1), _divisors(r.global_batch_size)
     )
     for tensor, pipeline, data in sizes:
         world = tensor * pipeline * data
         plain = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": 1, "zero_stage": min(1, world - 1)}
         plain |= {"stage_layers": None, "offload_optimizer": False, "micro_batch_size": 1}
-        experts = _divisors(r.m.num_moe_experts) if world not in worlds else ()
+        experts = _divisors(r.experts) if world not in worlds else ()
         if any(first_broken(_changed(replace(r, world=world), plain | {"expert": n})) is None for n in experts):
             worlds.add(world)
     return worlds
@@ -47,12 +47,12 @@ def _nearest(r: Request) -> Request:
     p, sizes = r.p, _divisors(r.world)
     # (distance, value): sizes differ by their ratio; what changes memory and speed less counts less.
     choices: dict[str, list[tuple[float, Any]]] = {
-        "tensor": [(_ratio(p.tensor, n), n) for n in sizes if r.m.num_attention_heads % n == 0],
+        "tensor": [(_ratio(p.tensor, n), n) for n in sizes if r.heads % n == 0],
         "pipeline": [(_ratio(p.pipeline, n), n) for n in sizes if n <= r.m.num_layers],
         "virtual_pipeline": [
             (_ratio(p.virtual_pipeline, n) / 4, n) for n in range(1, max(p.virtual_pipeline, len(r.stage_layers)) + 1)
         ],
-        "expert": [(_ratio(p.expert, n), n) for n in sizes if r.m.num_moe_experts % n == 0],
+        "expert": [(_ratio(p.expert, n), n) for n in sizes if r.experts % n == 0],
         "zero_stage": [(abs(n - p.zero_stage) / 4, n) for n in range(4)],
         "stage_layers": [(0.5, None)],
         "offload_optimizer": [(0.5, False), (0.5, True)],

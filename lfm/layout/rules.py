@@ -29,6 +29,15 @@ class Request:
         return list(self.p.stage_layers or ())
 
     @property
+    def heads(self) -> int:
+        """0: there is no attention."""
+        return self.m.attention.num_attention_heads if self.m.attention is not None else 0
+
+    @property
+    def experts(self) -> int:
+        return self.m.moe.num_moe_experts if self.m.moe is not None else 1
+
+    @property
     def chunks(self) -> int:
         return self.p.pipeline * self.p.virtual_pipeline
 
@@ -65,21 +74,24 @@ def _tensor_divides(name: str, size: Callable[[Request], int]) -> Rule:
 
 # In this order: what the model alone decides, the number of processes, what the engines can do, the batch.
 RULES = (
-    _tensor_divides("num_attention_heads={r.m.num_attention_heads}", lambda r: r.m.num_attention_heads),
-    _tensor_divides("num_query_groups={r.m.num_query_groups}", lambda r: r.m.num_query_groups),
+    _tensor_divides("attention.num_attention_heads={r.heads}", lambda r: r.heads),
+    _tensor_divides(
+        "attention.num_query_groups={r.m.attention.num_query_groups}",
+        lambda r: r.m.attention.num_query_groups if r.m.attention else 0,
+    ),
     _tensor_divides("seq_length={r.m.seq_length}", lambda r: r.m.seq_length),
     _tensor_divides("padded_vocab_size={r.m.padded_vocab_size}", lambda r: r.m.padded_vocab_size),
     _tensor_divides(
         "liquid.num_reservoirs={r.m.liquid.num_reservoirs} x liquid.reservoir_size={r.m.liquid.reservoir_size}",
-        lambda r: r.m.liquid.num_reservoirs * r.m.liquid.reservoir_size if r.m.liquid else 0,
+        lambda r: r.m.reservoir.num_reservoirs * r.m.reservoir.reservoir_size if r.m.reservoir else 0,
     ),
     _tensor_divides(
-        "moe_ffn_hidden_size={r.m.moe_ffn_hidden_size}",
-        lambda r: r.m.moe_ffn_hidden_size if r.p.expert == 1 else 0,
+        "ffn.moe_ffn_hidden_size={r.m.ffn.moe_ffn_hidden_size}",
+        lambda r: r.m.moe.moe_ffn_hidden_size if r.m.moe and r.p.expert == 1 else 0,
     ),
     Rule(
-        lambda r: r.m.num_moe_experts % r.p.expert,
-        "parallel.expert={r.p.expert} does not divide num_moe_experts={r.m.num_moe_experts}",
+        lambda r: r.experts % r.p.expert,
+        "parallel.expert={r.p.expert} does not divide ffn.num_moe_experts={r.experts}",
     ),
     Rule(
         lambda r: r.chunks > r.m.num_layers,

@@ -24,20 +24,26 @@ with warnings.catch_warnings():
 
 def transformer_config(model: LFMConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's config, whole: its layers and schedules read nothing else of ours."""
+    attention, moe, experts = model.attention, model.moe, {}
+    if moe is not None:
+        experts = {
+            "num_moe_experts": moe.num_moe_experts,
+            "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
+            "moe_router_topk": moe.moe_router_topk,
+            # Routers are ours; its own would need this for one expert a token.
+            "moe_router_pre_softmax": moe.moe_router_topk == 1,
+            "moe_token_dispatcher_type": "alltoall",
+        }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups,
-            ffn_hidden_size=model.moe_ffn_hidden_size,
-            moe_ffn_hidden_size=model.moe_ffn_hidden_size,
-            num_moe_experts=model.num_moe_experts,
-            moe_router_topk=model.moe_router_topk,
-            # Routers are ours; its own would need this for one expert a token.
-            moe_router_pre_softmax=model.moe_router_topk == 1,
-            moe_token_dispatcher_type="alltoall",
+            # Layers, routers and dispatchers are ours; what a model has not is given a value that passes its checks.
+            num_attention_heads=attention.num_attention_heads if attention is not None else layout.tensor,
+            num_query_groups=attention.num_query_groups if attention is not None else layout.tensor,
+            ffn_hidden_size=model.hidden_size,
+            **experts,
             layernorm_epsilon=model.layernorm_epsilon,
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lfm.errors import UserError
-from lfm.layout import layout as layout_module
+from lfm.layout import table
 from lfm.layout.balance import balance, balanced_sizes, stage_loads
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout, check_layout
@@ -19,6 +19,7 @@ from lfm.layout.rules import RULES, Request, first_broken
 from lfm.layout.table import compatibility_table
 from lfm.models.lfm import LFMConfig
 from lfm.training.run import RunConfig
+from tests.nested import nested
 from tests.training.tiny_run import ROOT
 
 FLAGSHIP = RunConfig.load(ROOT / "configs/lfm_3b.yaml").model
@@ -37,7 +38,7 @@ def model_of(**changes) -> LFMConfig:
         moe_ffn_hidden_size=24,
         liquid={"num_reservoirs": 3, "reservoir_size": 8, "interval": 2},
     )
-    return LFMConfig.model_validate({**sizes, **changes})
+    return LFMConfig.model_validate(nested(**{**sizes, **changes}))
 
 
 def check(model, world, *, rows=24, micro=1, **keys) -> Layout:
@@ -66,14 +67,14 @@ REFUSED = {
         {},
         8,
         TP2 | dict(tensor=8),
-        "parallel.tensor=8 does not divide num_attention_heads=12",
+        "parallel.tensor=8 does not divide attention.num_attention_heads=12",
         "parallel.tensor=4",
     ),
     "query_groups": (
         dict(num_query_groups=2),
         4,
         TP2 | dict(tensor=4),
-        "parallel.tensor=4 does not divide num_query_groups=2",
+        "parallel.tensor=4 does not divide attention.num_query_groups=2",
         "parallel.tensor=2",
     ),
     "sequence": (
@@ -101,14 +102,14 @@ REFUSED = {
         dict(moe_ffn_hidden_size=6),
         4,
         TP2 | dict(tensor=4),
-        "parallel.tensor=4 does not divide moe_ffn_hidden_size=6",
+        "parallel.tensor=4 does not divide ffn.moe_ffn_hidden_size=6",
         "parallel.tensor=2",
     ),
     "experts": (
         {},
         4,
         dict(expert=4, zero_stage=1),
-        "parallel.expert=4 does not divide num_moe_experts=6",
+        "parallel.expert=4 does not divide ffn.num_moe_experts=6",
         "parallel.expert=2",
     ),
     "expert_ranks": (
@@ -228,7 +229,7 @@ REFUSED = {
         {},
         4,
         dict(tensor=5, pipeline=2),
-        "parallel.tensor=5 does not divide num_attention_heads=12",
+        "parallel.tensor=5 does not divide attention.num_attention_heads=12",
         "parallel.tensor=2 parallel.sequence_parallel=true parallel.zero_stage=1",
     ),
 }
@@ -453,7 +454,7 @@ def test_the_documented_table_is_what_the_rules_say(tmp_path, monkeypatch):
     emptied = tmp_path / "page.md"
     emptied.write_text(page.replace(compatibility_table(), ""))
     monkeypatch.setattr(sys, "argv", ["layout", str(emptied)])
-    layout_module.main()
+    table.main()
     assert emptied.read_text() == page
 
 
