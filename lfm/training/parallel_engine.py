@@ -79,6 +79,7 @@ class ParallelEngine(Engine):
     """One process of a run over `groups`.  `phase` is told what the process is about to do."""
 
     state_tensors_are_fresh = True
+    make_parts = MegatronParts
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class ParallelEngine(Engine):
         fill = 2 * self.layout.pipeline if self.layout.pipeline > 1 else 1
         self.rows_a_round = micro_batch_size * self.layout.data * fill
         config = transformer_config(model, self.layout, dtype)
-        parts = MegatronParts(groups, config)
+        parts = self.make_parts(groups, config)
         self.pieces = [
             materialize(lambda: build(model, parts, layers), device=self.device, dtype=dtype)  # noqa: B023
             for layers in self.layout.stage_chunks(groups.pipeline.rank())
