@@ -1,11 +1,15 @@
-"""One split of a data set: documents' ids go in, shards and counts come out."""
+"""Documents' ids go in, the shards of a split and their counts come out."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.pack import BestFitPacker, GreedyPacker, OneDocumentPacker
-from lfm.data.format import Packing, RowWriter, Split, SplitIndex
+from data_pipeline.collect import Counts, Taken
+from data_pipeline.pack import BestFitPacker, GreedyPacker, OneDocumentPacker, SplitCounter
+from data_pipeline.prepare_config import PrepareConfig
+from lfm.data.format import SPLITS, Packing, RowWriter, Split, SplitIndex
 from lfm.data.tokenizer import Tokenizer
 from lfm.files import sync
 
@@ -77,3 +81,36 @@ class SplitWriter:
             text_bytes=self._text_bytes,
             packing=self._packing,
         )
+
+
+def write_shards(
+    config: PrepareConfig, tokenizer: Tokenizer, taken: Iterable[Taken], stages: Counts, folder: Path
+) -> dict[Split, SplitIndex]:
+    """The shards of both splits; what packing did is counted in `stages`."""
+    assert config.seq_length is not None
+    writers: dict[Split, SplitWriter] = {
+        split: SplitWriter(
+            folder,
+            split,
+            tokenizer,
+            seq_length=config.seq_length,
+            packing=config.packing,
+            shard_bytes=config.shard_bytes,
+            compression=config.compression,
+            keep_text=split == "validation",
+        )
+        for split in SPLITS
+    }
+    if_greedy = {split: SplitCounter(config.seq_length) for split in SPLITS}
+    pack = stages["pack"] = Counter(documents_cut=0, tokens_cut=0, bytes_cut=0)
+    for batch in taken:
+        for split, writer in writers.items():
+            ids, lengths, text_bytes = batch.of_split(split)
+            writer.add(ids, lengths, text_bytes=text_bytes, text=batch.validation_text)
+            if_greedy[split].add(lengths)
+            pack["documents_longer_than_a_row"] += int(np.count_nonzero(lengths > config.seq_length))
+    indices: dict[Split, SplitIndex] = {split: writer.finish() for split, writer in writers.items()}
+    pack["tokens_cut"] += sum(writer.num_cropped for writer in writers.values())
+    pack["documents_split_if_greedy"] = sum(counter.num_split for counter in if_greedy.values())
+    pack["padding"] = sum(index.num_padding for index in indices.values())
+    return indices

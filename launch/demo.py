@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import torch
 
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.prepare_config import PrepareConfig
 from lfm.data.stream import open_split
 from lfm.data.tokenizer import Tokenizer
 from lfm.evaluation.held_out import compressor_bits_per_byte, evaluate, score
