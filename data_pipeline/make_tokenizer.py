@@ -40,7 +40,7 @@ def _read_or_trained(
     if wanted.file is not None:
         return read_tokenizer(expanded(wanted.file), wanted.tiktoken_pattern), 0
     assert wanted.train_vocab_size is not None
-    batches = read_batches(config.sources, found)
+    batches = read_batches(config.sources, found, config.labels)
     sampled = prepared(config, found, batches, None, what="tokenizer")
     texts = _sample(Collector(config, counts), sampled, wanted.train_bytes)
     return train_bpe(texts, wanted.train_vocab_size), sum(len(text.encode()) for text in texts)

@@ -41,7 +41,8 @@ from data_pipeline.worker import Encoding
 from data_pipeline.write_bins import write_bins
 from data_pipeline.write_shards import write_shards
 from lfm.config import parse_command_line
-from lfm.data.format import FORMAT_VERSION, TOKENIZER_NAME
+from lfm.data.bins import BinFile
+from lfm.data.format import FORMAT_VERSION, TOKENIZER_NAME, SplitIndex
 from lfm.errors import UserError
 from lfm.exits import command
 from lfm.files import (
@@ -117,7 +118,7 @@ def _build(
     tokenizer, tokenizer_text_bytes = make_tokenizer(config, found, counts)
     tokenizer.save(folder / TOKENIZER_NAME)
     collector = Collector(config, counts)
-    batches = read_batches(config.sources, found)
+    batches = read_batches(config.sources, found, config.labels)
     first = next(batches, None)
     fast = fast_encoder(config, tokenizer, first)
     if first is not None:
@@ -128,6 +129,7 @@ def _build(
         bos_id=tokenizer.bos_id,
         eod_id=tokenizer.eod_id if config.separator == "eod" else None,
         longest=config.seq_length if config.packing == "one_document" else None,
+        marks_labels=config.labels == "completion",
     )
     write = write_bins if config.format == "bins" else write_shards
     taken = collector.taken(prepared(config, found, batches, encoding))
@@ -142,6 +144,11 @@ def _build(
             raise UserError(
                 f"validation_fraction={config.validation_fraction} of {num_documents} documents leaves the {split} "
                 f"split empty; change it or add text{left_out(collector.stages)}"
+            )
+        if isinstance(index, SplitIndex) and index.num_labels == 0:
+            raise UserError(
+                f"no id of the {split} split is a label: packing={config.packing} cuts every completion off at "
+                f"seq_length={config.seq_length}, or all are empty; raise seq_length, or take longer completions"
             )
     collector.count_files_not_reached()
     check_sums(collector.stages, splits)
@@ -159,8 +166,13 @@ def _build(
             for source, of_source in zip(config.sources, collector.by_source, strict=True)
         ],
         "document_lengths": {str(1 << i): int(n) for i, n in enumerate(collector.lengths) if n > 0},
-        "splits": {split: index.model_dump(exclude={"xxh64"}) for split, index in splits.items()},
+        "splits": {split: _facts(index) for split, index in splits.items()},
     }
+
+
+def _facts(index: SplitIndex | BinFile) -> dict[str, Any]:
+    is_masked = isinstance(index, SplitIndex) and index.num_labels is not None
+    return index.model_dump(exclude={"xxh64"} if is_masked else {"xxh64", "num_labels"})
 
 
 def _fingerprint(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from data_pipeline.sources import SourceConfig, StdinConfig
+from data_pipeline.sources import JsonlConfig, Labels, SourceConfig, StdinConfig
 from lfm.config import Bytes, Config, Count, DepthOrZero, PathText, Tokens, Vocabulary
 from lfm.data.format import Packing
 from lfm.data.published import TiktokenPattern
@@ -48,6 +48,9 @@ class PrepareConfig(Config):
     bos: bool = False
     """Begin each document with the tokenizer's beginning-of-text id, which counts as a token.  The data set's
     tokenizer.json says which, so that prompts begin with it too."""
+    labels: Labels = "all"
+    """What is trained on: all of each document, or, of lines of JSON with `prompt` and `completion` or with `messages`,
+    the completions and the messages of the role assistant, each with the end-of-document id behind it."""
     separator: Literal["eod", "none"] = "eod"
     """What follows each document: its end-of-document id, or, in bins only, nothing."""
     validation: Literal["hash", "tail"] = "hash"
@@ -97,6 +100,31 @@ class PrepareConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _labels_of_lines(self) -> "PrepareConfig":
+        if self.labels == "all":
+            return self
+        if self.format == "bins":
+            raise ValueError(f"labels={self.labels}: .bin files hold ids alone; set format=mds, or labels=all")
+        for i, source in enumerate(self.sources):
+            if not isinstance(source, JsonlConfig | StdinConfig):
+                raise ValueError(
+                    f"labels={self.labels} and sources[{i}].kind={source.kind}: prompts and completions are read from "
+                    "lines of JSON; set kind=jsonl or kind=stdin, or labels=all"
+                )
+            if isinstance(source, StdinConfig) and source.separator is not None:
+                raise ValueError(
+                    f"labels={self.labels} and sources[{i}].separator={source.separator!r}: prompts and completions "
+                    "are read from lines of JSON; set separator=null, or labels=all"
+                )
+            if source.clean.rewrites:
+                raise ValueError(
+                    f"labels={self.labels} and sources[{i}].clean: nfc, min_line_words, min_line_letters and "
+                    "drop_boilerplate would change a text whose parts are known by their places; remove them and keep "
+                    "rules that drop whole documents, or set labels=all"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _standard_input_once(self) -> "PrepareConfig":
         if any(isinstance(source, StdinConfig) for source in self.sources) and self.tokenizer.file is None:
             raise ValueError(
@@ -107,5 +135,5 @@ class PrepareConfig(Config):
 
 
 def lasting(config: PrepareConfig) -> dict[str, Any]:
-    """The part of the config that decides the content."""
-    return config.model_dump(mode="json", exclude=_LASTING_NOT)
+    """The part of the config that decides the content; `labels` where it makes rows of another format."""
+    return config.model_dump(mode="json", exclude=_LASTING_NOT | ({"labels"} if config.labels == "all" else set()))

@@ -78,12 +78,19 @@ def in_words(report: dict[str, Any]) -> str:
                 f"{counts['text_bytes']:,} bytes of text",
                 f"{parts[0]} ({each:.2f} bytes each)",
             ]
+        if "num_labels" in counts:
+            parts.append(labels_in_words(counts["num_labels"], counts["num_tokens"]))
         if "num_rows" in counts:
             parts.append(
                 f"{counts['num_rows']:,} rows of {counts['seq_length']} with {counts['num_padding']:,} pad ids"
             )
         lines.append(f"{split:>10}: " + ", ".join(parts))
     return "\n".join(lines)
+
+
+def labels_in_words(num_labels: int, num_tokens: int) -> str:
+    """How many ids of a split are labels, where a mask says which."""
+    return f"{num_labels:,} labels ({num_labels / max(1, num_tokens):.1%} of the tokens)"
 
 
 def loss_in_words(of: Counter[str], lost: Counter[str]) -> str:

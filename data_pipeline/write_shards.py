@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.collect import Counts, Taken
-from data_pipeline.pack import BestFitPacker, GreedyPacker, OneDocumentPacker, SplitCounter
+from data_pipeline.pack import LABEL_BIT, BestFitPacker, GreedyPacker, OneDocumentPacker, Row, SplitCounter
 from data_pipeline.prepare_config import PrepareConfig
 from lfm.data.format import SPLITS, Packing, RowWriter, Split, SplitIndex
 from lfm.data.tokenizer import Tokenizer
@@ -34,7 +34,9 @@ class SplitWriter:
         shard_bytes: int,
         compression: str | None,
         keep_text: bool,
+        label_mask: bool = False,
     ) -> None:
+        """`label_mask`: rows have one, and labels come with `pack.LABEL_BIT`."""
         self._split: Split = split
         self._tokenizer = tokenizer
         self._packing: Packing = packing
@@ -45,19 +47,27 @@ class SplitWriter:
             vocab_size=tokenizer.vocab_size,
             shard_bytes=shard_bytes,
             compression=compression,
+            label_mask=label_mask,
         )
+        self._label_mask = label_mask
         self._text = open(folder / f"{split}.txt", "wb") if keep_text else None
         self._num_tokens = self._num_documents = self._text_bytes = 0
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, *, text_bytes: int, text: bytes) -> None:
         """Append documents: ids end to end, as many a document as `lengths` says; `text` is what they stand for."""
-        for row, piece_lengths in self._packer.add(ids, lengths):
-            self._rows.write(row, piece_lengths)
+        self._write(self._packer.add(ids, lengths))
         if self._text is not None:
             self._text.write(text)
         self._num_tokens += len(ids)
         self._num_documents += len(lengths)
         self._text_bytes += text_bytes
+
+    def _write(self, rows: Iterable[Row]) -> None:
+        for ids, lengths in rows:
+            if self._label_mask:
+                self._rows.write(ids & ~LABEL_BIT, lengths, label_mask=(ids & LABEL_BIT) > 0)
+            else:
+                self._rows.write(ids, lengths)
 
     @property
     def num_cropped(self) -> int:
@@ -66,8 +76,7 @@ class SplitWriter:
 
     def finish(self) -> SplitIndex:
         """Write what is left, and the index; all of it is on the disk afterwards."""
-        for row, piece_lengths in self._packer.finish():
-            self._rows.write(row, piece_lengths)
+        self._write(self._packer.finish())
         if self._text is not None:
             self._text.close()
             sync(Path(self._text.name))
@@ -98,6 +107,7 @@ def write_shards(
             shard_bytes=config.shard_bytes,
             compression=config.compression,
             keep_text=split == "validation",
+            label_mask=config.labels == "completion",
         )
         for split in SPLITS
     }
