@@ -165,7 +165,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(kind, tmp_path
 @pytest.mark.parametrize("name", ["laerc", "liquidlm", "liquidnn", "liquidnet", "transformer", "lstm"])
 def test_each_debug_preset_learns_more_than_single_tokens(name, tmp_path):
     """Minutes each: the shipped preset as it is, on real text, to below the unigram entropy of the held-out tokens."""
-    from data_pipeline.prepare import PrepareConfig, prepare
+    from data_pipeline.prepare import prepare
+    from data_pipeline.prepare_config import PrepareConfig
 
     data = tmp_path / "data"
     prepare(PrepareConfig.load(ROOT / "configs/data/stdlib_8k.yaml", [f"output={data}"]))
