@@ -6,7 +6,7 @@ import logging
 import os
 import types
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,8 +25,6 @@ with warnings.catch_warnings():
     from deepspeed.utils import groups as deepspeed_groups
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def leave_shared_memory_alone() -> None:
@@ -77,7 +75,6 @@ class Weight:
 
     name: str
     parameter: nn.Parameter
-    decays: bool
     is_expert: bool
     """Divided over the expert group: reduced over `expert_data` instead of `data`."""
     is_cut: bool
@@ -91,12 +88,16 @@ def make_engine(
     weights: Iterable[Weight],
     groups: Groups,
     *,
-    optimizer: Mapping[str, Any],
-    weight_decay: float,
+    build: Callable[[], torch.optim.Optimizer],
+    new_state: Callable[[Tensor], dict[str, Any]],
     clip_grad: float,
     micro_batch_size: int,
 ) -> Any:
-    """The DeepSpeed engine over `module`; `optimizer` holds torch AdamW's own arguments.  Collective."""
+    """The DeepSpeed engine over `module`.  Collective.
+
+    `build` makes the optimizer over the weights, in groups that are alike on every process, because ZeRO meets once
+    for each, and of experts alone or without any.  `new_state` makes its state beside a flat tensor of one group.
+    """
     layout, weights = groups.layout, list(weights)
     if groups.device.type == "cpu":
         leave_shared_memory_alone()
@@ -108,42 +109,27 @@ def make_engine(
             p.allreduce, p.group_name = False, _expert_group_name(groups)
     if any(weight.is_expert for weight in weights):
         module.add_module("expert_marker", _ExpertMarker(groups))
-    options = dict(optimizer)
-    if layout.offload_optimizer:
-        options["fused"] = False
-    parameter_groups = _parameter_groups(weights, groups, weight_decay)
+    experts = {id(weight.parameter) for weight in weights if weight.is_expert}
+
+    def build_marked(_: Any) -> torch.optim.Optimizer:
+        optimizer = build()
+        for group in optimizer.param_groups:
+            if id(group["params"][0]) in experts:
+                group |= {"moe": True, "name": _expert_group_name(groups)}
+        return optimizer
+
     engine: Any
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every step of the way
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=torch.optim.AdamW(parameter_groups, **options),
+            optimizer=build_marked,
             mpu=_ModelParallelUnit(groups),
             config=_config(groups, weights, clip_grad, micro_batch_size),
             dist_init_required=False,
         )
     for flat in _flat_partitions(engine):
-        engine.optimizer.optimizer.state[flat] = {
-            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-            **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
-        }
+        inner_optimizer(engine).state[flat] = new_state(flat)
     return engine
-
-
-def _parameter_groups(weights: list[Weight], groups: Groups, weight_decay: float) -> list[dict[str, Any]]:
-    """Decaying and other dense weights, and experts: alike on every process, because ZeRO meets once for each."""
-    found = []
-    for name, chosen, decay, extra in (
-        ("matrices", lambda w: w.decays and not w.is_expert, weight_decay, {}),
-        ("vectors", lambda w: not w.decays and not w.is_expert, 0.0, {}),
-        (_expert_group_name(groups), lambda w: w.is_expert, weight_decay, {"moe": True}),
-    ):
-        parameters = [w.parameter for w in weights if chosen(w)]
-        if parameters:
-            found.append({"params": parameters, "name": name, "weight_decay": decay, **extra})
-    names = [None] * dist.get_world_size()
-    dist.all_gather_object(names, [group["name"] for group in found])
-    assert all(other == names[0] for other in names), f"parameter groups differ between processes: {names}"
-    return found
 
 
 def _config(groups: Groups, weights: list[Weight], clip_grad: float, micro_batch_size: int) -> dict[str, Any]:
@@ -246,7 +232,7 @@ def gradient_buffers(engine: Any) -> dict[int, Tensor]:
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """torch's AdamW over the fp32 partitions."""
+    """What `build` made, over the fp32 partitions."""
     return engine.optimizer.optimizer
 
 

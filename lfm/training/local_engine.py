@@ -20,7 +20,6 @@ from lfm.models.losses import Measurements, Objective, combined, weighted
 from lfm.models.registry import ModelConfig, build
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.training.engine import (
-    STATE,
     Engine,
     Read,
     StepResult,
@@ -29,17 +28,18 @@ from lfm.training.engine import (
     read_back,
     step_result,
 )
-from lfm.training.optimizer import OptimizerConfig, adamw
+from lfm.training.optimizer.groups import check_groups, found_groups, parameter_groups
+from lfm.training.optimizer.kind import OptimizerKind
 from lfm.training.reservoirs import ReservoirGuard
 
 
 class LocalEngine(Engine):
-    """Working weights in `dtype`; when that is bf16, fp32 masters, fp32 gradients and fp32 moments beside them."""
+    """Working weights in `dtype`; when that is bf16, masters, gradients and optimizer state in fp32 beside them."""
 
     def __init__(
         self,
         model: ModelConfig,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerKind,
         *,
         seed: int,
         device: torch.device,
@@ -59,7 +59,10 @@ class LocalEngine(Engine):
         initialize(self.model, seed, self._views(self.masters))
         self.publish_masters()
         self._accumulate_in_fp32()
-        self.optimizer = adamw(optimizer, self.masters.items())
+        groups = parameter_groups(optimizer, self.masters.items())
+        check_groups(optimizer, [found_groups(optimizer, groups, [*self.masters])])
+        self.optimizer = optimizer.build(groups)
+        self.optimizer.state.update({master: optimizer.new_state(master) for master in self.masters.values()})
         self.guards = [ReservoirGuard(model, self.liquids)]
 
     @property
@@ -174,16 +177,16 @@ class LocalEngine(Engine):
         """Everything a checkpoint stores as tensors, by layout-free key; views, so that loading fills them in place."""
         frozen = {n: t for n, t in self._views({}).items()}
         found = {f"frozen.{name}": tensor for name, tensor in frozen.items()}
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments = {name: self.optimizer.state[master][key] for name, master in self.masters.items()}
-            found |= {f"{key}.{n}": t for n, t in self._views(moments).items() if n not in frozen}
+        for key in self.optimizer_config.state_keys:
+            kept = {name: self.optimizer.state[master][key] for name, master in self.masters.items()}
+            found |= {f"{key}.{n}": t for n, t in self._views(kept).items() if n not in frozen}
         return {**found, **{f"master.{n}": t for n, t in self._views(self.masters).items() if n not in frozen}}
 
     def state_tensors(self) -> Mapping[str, Tensor]:
         return self.tensors()
 
-    def load_state_tensors(self, read: Read, kinds: Iterable[str] = STATE) -> None:
-        chosen = tuple(f"{kind}." for kind in kinds)
+    def load_state_tensors(self, read: Read, kinds: Iterable[str] | None = None) -> None:
+        chosen = tuple(f"{kind}." for kind in kinds or self.state_kinds)
         read({key: tensor for key, tensor in self.tensors().items() if key.startswith(chosen)})
         self.publish_masters()
 

@@ -5,14 +5,13 @@ import pytest
 import torch
 
 from lfm.data.batch import Batch
-from lfm.errors import UserError
+from lfm.errors import NonFiniteError, UserError
 from lfm.models.global_names import global_views
 from lfm.models.initialization import materialize
 from lfm.models.liquidnet import LiquidNetConfig
 from lfm.models.registry import build
-from lfm.training.engine import NonFiniteError
 from lfm.training.local_engine import LocalEngine
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.adamw import AdamWConfig
 from tests.comparison import assert_close
 from tests.models import test_laerc
 from tests.models.test_lfm import small_config
@@ -23,7 +22,7 @@ LENGTHS = [[20], [3, 17], [1] * 20, [9, 11]]
 def _engine(micro_batch_size=4, dtype=torch.float64, recompute="none", **changes) -> LocalEngine:
     return LocalEngine(
         small_config(**changes),
-        OptimizerConfig(lr=1e-2),
+        AdamWConfig(lr=1e-2),
         seed=7,
         device=torch.device("cpu"),
         dtype=dtype,
@@ -71,7 +70,7 @@ def test_bf16_weights_follow_fp32_masters_with_fp32_accumulation():
 def _bf16_liquidnet() -> LocalEngine:
     config = LiquidNetConfig(hidden_size=64, num_layers=1, ffn_hidden_size=16, seq_length=20, vocab_size=40)
     options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "micro_batch_size": 2}
-    return LocalEngine(config, OptimizerConfig(lr=1e-2), seed=7, **options)
+    return LocalEngine(config, AdamWConfig(lr=1e-2), seed=7, **options)
 
 
 def test_half_lives_of_a_bf16_model_start_right_to_five_digits():
@@ -151,7 +150,7 @@ def test_other_trained_reservoirs_are_left_alone(number, liquid):
 def test_frozen_reservoirs_of_another_family_train_in_chunks():
     config = test_laerc.small_model(torch.float32, backend="chunked", chunk_length=8, warmup=32).config
     engine = LocalEngine(
-        config, OptimizerConfig(lr=1e-2), seed=7, device=torch.device("cpu"), dtype=torch.float32, micro_batch_size=4
+        config, AdamWConfig(lr=1e-2), seed=7, device=torch.device("cpu"), dtype=torch.float32, micro_batch_size=4
     )
     assert engine.liquids
     before = engine.masters["embedding.weight"].detach().clone()
@@ -238,7 +237,7 @@ def test_a_group_has_its_own_rate_and_decay():
         {"match": "layers.0.*norm.weight", "lr_multiple": 2.0, "weight_decay": 0.5},
         {"match": "*", "lr_multiple": 0.0},
     ]
-    config = OptimizerConfig.model_validate({"lr": 1e-2, "eps": 1e-20, "groups": groups, "clip_grad": 0})
+    config = AdamWConfig.model_validate({"lr": 1e-2, "eps": 1e-20, "groups": groups, "clip_grad": 0})
     engine = LocalEngine(
         small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float64, micro_batch_size=4
     )
@@ -259,7 +258,7 @@ def test_a_group_has_its_own_rate_and_decay():
 
 
 def test_a_group_that_matches_nothing_is_refused():
-    config = OptimizerConfig.model_validate({"groups": [{"match": "*.no_such"}]})
+    config = AdamWConfig.model_validate({"groups": [{"match": "*.no_such"}]})
     with pytest.raises(UserError, match=r"match=\*\.no_such is the name of no parameter"):
         LocalEngine(small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float32, micro_batch_size=4)
 
