@@ -81,6 +81,8 @@ class Weight:
     """Tensor-parallel processes hold different parts."""
     is_copy: bool
     """The last stage's copy of a tied embedding; the first stage's is the one that counts."""
+    is_wide: bool
+    """In fp32 where the others are in bf16; not at ZeRO-3, which knows one dtype."""
 
 
 def make_engine(
@@ -96,7 +98,8 @@ def make_engine(
     """The DeepSpeed engine over `module`.  Collective.
 
     `build` makes the optimizer over the weights, in groups that are alike on every process, because ZeRO meets once
-    for each, and of experts alone or without any.  `new_state` makes its state beside a flat tensor of one group.
+    for each; a group's weights are alike in `is_expert` and `is_wide`.  `new_state` makes its state beside a flat
+    tensor of one group.
     """
     layout, weights = groups.layout, list(weights)
     if groups.device.type == "cpu":
@@ -111,7 +114,13 @@ def make_engine(
         module.add_module("expert_marker", _ExpertMarker(groups))
     experts = {id(weight.parameter) for weight in weights if weight.is_expert}
 
+    wide = [(weight.parameter, weight.parameter.data) for weight in weights if weight.is_wide]
+    assert not wide or layout.zero_stage < 3, "ZeRO-3 flattens weights of one dtype alone"
+
     def build_marked(_: Any) -> torch.optim.Optimizer:
+        # DeepSpeed has cast every parameter to bf16 by now, and flattens them by group next.
+        for parameter, tensor in wide:
+            parameter.data = tensor
         optimizer = build()
         for group in optimizer.param_groups:
             if id(group["params"][0]) in experts:
@@ -127,6 +136,9 @@ def make_engine(
             config=_config(groups, weights, clip_grad, micro_batch_size),
             dist_init_required=False,
         )
+    if wide:
+        # At ZeRO-2 the bucket of gradients on their way is of the first group's dtype.
+        engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
     for flat in _flat_partitions(engine):
         inner_optimizer(engine).state[flat] = new_state(flat)
     return engine
@@ -134,7 +146,7 @@ def make_engine(
 
 def _config(groups: Groups, weights: list[Weight], clip_grad: float, micro_batch_size: int) -> dict[str, Any]:
     layout = groups.layout
-    half = weights[0].parameter.dtype == torch.bfloat16
+    half = any(weight.parameter.dtype == torch.bfloat16 for weight in weights)
     # Buckets are allocated at their full size, so a small model gets small ones.  DeepSpeed wants an even number.
     sizes = [w.parameter.numel() for w in weights]
     bucket = min(200_000_000, -(-(max(sizes) + sum(sizes) // 8) // 2) * 2)

@@ -128,14 +128,16 @@ class ParallelEngine(Engine):
                 is_expert=self.layout.expert > 1 and ".experts." in index[name][0][0],
                 is_cut=tensor_parallel_dim(index[name][0][0], self.layout) is not None,
                 is_copy=tied_copy and name == "embedding.weight",
+                is_wide=parameter.dtype != self.dtype,
             )
             for name, parameter in piece.named_parameters()
         ]
 
     def _parameter_groups(self) -> list[Group]:
         """Alike on every process.  Collective; raises UserError on all of them."""
-        config, experts = self.optimizer_config, {weight.name for weight in self.weights if weight.is_expert}
-        groups = parameter_groups(config, ((w.name, w.parameter) for w in self.weights), experts=experts)
+        config, named = self.optimizer_config, ((w.name, w.parameter) for w in self.weights)
+        experts, wide = ({w.name for w in self.weights if of(w)} for of in (lambda w: w.is_expert, lambda w: w.is_wide))
+        groups = parameter_groups(config, named, experts=experts, wide=wide)
         here = found_groups(config, groups, [w.name for w in self.weights], stage=self.groups.pipeline.rank())
         found: list[Any] = [None] * self.layout.world
         dist.all_gather_object(found, here)
