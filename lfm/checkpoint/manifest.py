@@ -38,6 +38,7 @@ class StoredConfig(_Part):
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: dict[str, Any]
+    optimizer: dict[str, Any] = {}
 
 
 class StoredProgress(_Part):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lfm.checkpoint import folder as checkpoint
 from lfm.checkpoint.manifest import read_manifest
-from lfm.checkpoint.matching import check_architecture, check_layers
+from lfm.checkpoint.matching import check_architecture, check_layers, check_optimizer
 from lfm.checkpoint.saver import Saver
 from lfm.checkpoint.tensors import load_tensors, not_finite
 from lfm.data.consumed import START, Consumed, ConsumedRecord, chained
@@ -452,6 +452,7 @@ def _starting_point(run: RunConfig, rows: RowReader, ranks: Ranks) -> tuple[Path
     if path is None:
         return None
     manifest = _verified(path, run, ranks)
+    check_optimizer(path, manifest, run.optimizer.kind)
     resume_row(manifest["data"], rows, seed=run.seed)
     step = manifest["progress"]["step"]
     if ranks.is_main:

@@ -21,6 +21,7 @@ from lfm.layout.layout import Layout, check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.certificate import Problem
 from lfm.training.optimizer.adamw import AdamWConfig
+from lfm.training.optimizer.lion import LionConfig
 from tests.parallel.engine_numbers import (
     deviations,
     join,
@@ -218,6 +219,16 @@ def test_groups_of_parameters_have_their_rates_and_decays_under_every_layout(nam
     start, expected = {"state": state(local_engine(problem))}, _expected(problem)
     ranks = run_ranks(_parallel, 2, _layout(problem, name), problem, timeout_seconds=60)
     assert not {key: value for key, value in deviations(ranks, expected, start).items() if not value <= 1e-4}
+
+
+@pytest.mark.parametrize("name", ["dp2_z3", *(pytest.param(n, marks=slow) for n in ("dp2", "dp2_z2_offload", "tp2"))])
+def test_another_kind_of_optimizer_is_the_local_engines(name):
+    problem = _problem(steps=2, optimizer=LionConfig(lr=1e-3, betas=(0.5, 0.9), weight_decay=1.0, clip_grad=0.3))
+    start, expected = {"state": state(local_engine(problem))}, _expected(problem)
+    ranks = run_ranks(_parallel, 2, _layout(problem, name), problem, timeout_seconds=60)
+    found = deviations(ranks, expected, start)
+    assert any(key.startswith("exp_avg.") for key in found) and not any("exp_avg_sq" in key for key in found)
+    assert not {key: value for key, value in found.items() if not value <= 1e-4}
 
 
 def _refused(process: Process, layout: Layout, problem: Problem) -> str:

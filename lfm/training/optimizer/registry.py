@@ -1,5 +1,18 @@
-"""Optimizers by `optimizer.kind`: a union, discriminated by it, once there are several."""
+"""Optimizers by `optimizer.kind`; AdamW where none is named."""
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from lfm.training.optimizer.adamw import AdamWConfig
+from lfm.training.optimizer.lion import LionConfig
 
-OptimizerConfig = AdamWConfig
+
+def _named(tree: Any) -> Any:
+    return {"kind": "adamw", **tree} if isinstance(tree, dict) else tree
+
+
+OptimizerConfig = Annotated[
+    Annotated[AdamWConfig | LionConfig, Field(discriminator="kind")],
+    BeforeValidator(_named),
+]
