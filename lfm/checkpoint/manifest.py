@@ -55,7 +55,7 @@ class StoredCounters(_Part):
     reservoir_warmup: dict[Layer, Annotated[int, Field(ge=0, le=2**20)]]
     reservoir_calm_steps: dict[Layer, Count]
     late_parameters: dict[str, Count] = {}
-    """Updates of those parameters that had fewer than `optimizer_step`, by name."""
+    """Read no more: in older checkpoints updates of those parameters that had fewer than `optimizer_step`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

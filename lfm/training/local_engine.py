@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +153,10 @@ class LocalEngine(Engine):
             torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiple"]
+        # No gradient is a zero gradient, as it is where gradients have buffers that stay.
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.dtype == torch.float32)
         self._after_update()
@@ -190,24 +193,9 @@ class LocalEngine(Engine):
         read({key: tensor for key, tensor in self.tensors().items() if key.startswith(chosen)})
         self.publish_masters()
 
-    def state_values(self) -> dict[str, Any]:
-        # Parameters that had no gradient for a while, such as plastic ones in a phase without plasticity.
-        steps = self._parameter_steps()
-        latest = max(steps.values())
-        late = {name: step for name, step in steps.items() if step != latest}
-        return super().state_values() | ({"late_parameters": late} if late else {})
-
-    def load_state_values(self, counters: dict[str, Any]) -> None:
-        super().load_state_values(counters)
-        for name, step in counters.get("late_parameters", {}).items():
-            self.optimizer.state[self.masters[name]]["step"].fill_(step)
-
-    def _parameter_steps(self) -> dict[str, int]:
-        return {name: int(self.optimizer.state[master]["step"]) for name, master in self.masters.items()}
-
     @property
     def optimizer_step(self) -> int:
-        return max(self._parameter_steps().values())
+        return int(next(iter(self.optimizer.state.values()))["step"])
 
     @optimizer_step.setter
     def optimizer_step(self, value: int) -> None:

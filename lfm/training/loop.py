@@ -507,12 +507,7 @@ def _restore(
     if start is not None:
         path, manifest = start
         engine.load_state_tensors(lambda targets: load_tensors(path, manifest, targets))
-        try:
-            engine.load_state_values(manifest["counters"])
-        except KeyError as error:
-            raise UserError(
-                f"checkpoint {path} has counters of {error}, which its model has not; use another"
-            ) from None
+        engine.load_state_values(manifest["counters"])
         checkpoint.set_rng_state(path, manifest["rng"], engine.device)
         saved = manifest["progress"]
         best = saved["best_validation"]

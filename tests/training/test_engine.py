@@ -230,6 +230,24 @@ def test_warmup_rises_when_the_residual_does():
     assert engine.state_values()["reservoir_warmup"]["0"] == 64
 
 
+def test_no_gradient_is_a_zero_gradient():
+    found = []
+    for missing in (None, 0.0):
+        engine = _engine(dtype=torch.float32)
+        for step in range(2):
+            engine.forward_backward(Batch(_rows(), LENGTHS))
+            master = engine.masters["layers.0.attention.out.weight"]
+            if step == 1:
+                master.grad = None if missing is None else torch.full_like(master, missing)
+            before = master.detach().clone()
+            engine.step(1e-2)
+        assert (master != before).any(), "neither decay nor momentum moved it"
+        assert {int(state["step"]) for state in engine.optimizer.state.values()} == {2}
+        assert all(m.grad is None for m in engine.masters.values()), "gradients take no memory between steps"
+        found.append(engine.tensors())
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
+
+
 def test_a_group_has_its_own_rate_and_decay():
     """With the moments at zero AdamW's first step is lr x sign(gradient), after decay by lr x weight_decay."""
     groups = [
