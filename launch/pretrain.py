@@ -40,6 +40,7 @@ def main() -> None:
         world_size,
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
+        half=run.dtype.itemsize == 2,
     )
     if flags.folder:
         print(run.folder)

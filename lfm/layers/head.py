@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lfm.layers.loss import VocabularyShard, linear_cross_entropy, linear_token_losses
 from lfm.layers.parts import PLAIN, Parts
+from lfm.layers.stored import Stored
 
 
 class Head(nn.Module):
@@ -36,6 +37,10 @@ class Head(nn.Module):
         if tied_to is None:
             self.weight = parts.output_projection(hidden_size, self.stored_rows).weight
         self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None
+
+    def stored(self) -> dict[str, Stored]:
+        # A bias is undeclared: it is of all ids, and no family that has one shares its vocabulary.
+        return {} if self._tied_to else {"weight": Stored("weight", cut=0)}
 
     @property
     def projection(self) -> Float[Tensor, "V D"]:

@@ -1,9 +1,20 @@
 """The gated feed-forward layer of the dense families."""
 
+from typing import Literal
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lfm.config import Config, Width
 from lfm.kernels.swiglu import swiglu
+from lfm.layers.parts import PLAIN, Parts
+from lfm.layers.stored import Stored
+
+
+class SwiGLUConfig(Config):
+    kind: Literal["swiglu"] = "swiglu"
+    """One feed-forward network for every token."""
+    ffn_hidden_size: Width
 
 
 class SwiGLU(nn.Module):
@@ -12,17 +23,18 @@ class SwiGLU(nn.Module):
     Run-time storage is fused: `gate_up [2F, D]`, gate first.
     """
 
-    def __init__(self, hidden_size: int, *, ffn_hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, config: SwiGLUConfig, parts: Parts = PLAIN) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_hidden_size, bias=False)
-        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+        self.width = config.ffn_hidden_size // parts.tensor_size
+        self.gate_up = parts.column_linear(hidden_size, 2 * config.ffn_hidden_size)
+        self.down = parts.row_linear(config.ffn_hidden_size, hidden_size)
 
-    def fused_parameters(self) -> dict[str, tuple[str, tuple[slice, ...]]]:
-        """Global name -> (run-time parameter, index of its part)."""
-        F_ = self.down.in_features
+    def stored(self) -> dict[str, Stored]:
+        F_ = self.width
         return {
-            "gate.weight": ("gate_up.weight", (slice(0, F_),)),
-            "up.weight": ("gate_up.weight", (slice(F_, 2 * F_),)),
+            "gate.weight": Stored("gate_up.weight", (slice(0, F_),), cut=0),
+            "up.weight": Stored("gate_up.weight", (slice(F_, 2 * F_),), cut=0),
+            "down.weight": Stored("down.weight", cut=1),
         }
 
     def forward(self, u: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

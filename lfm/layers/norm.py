@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from lfm.kernels.rms_norm import add_rms_norm
 from lfm.layers.parts import PLAIN, Parts
+from lfm.layers.stored import Stored
 
 
 class RMSNorm(nn.Module):
@@ -16,6 +17,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.parts = eps, parts
         self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def stored(self) -> dict[str, Stored]:
+        return {"weight": Stored("weight")}
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         return self.add_norm(x, None)[1]

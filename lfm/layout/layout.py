@@ -81,15 +81,14 @@ def check_layout(
     *,
     global_batch_size: int,
     micro_batch_size: int,
+    half: bool = False,
 ) -> Layout:
-    """The layout of `model` over `world_size` processes.
+    """The layout of `model` over `world_size` processes; `half`: with weights in bf16.
 
     Raises UserError where it is not legal, naming the keys in conflict and the nearest legal layout of as many
     processes, or the nearest number of processes that has one.
     """
-    if model.kind != "lfm":
-        return _one_process(model, parallel, world_size, global_batch_size // micro_batch_size)
-    r = Request(model, parallel, world_size, global_batch_size, micro_batch_size)
+    r = Request(model, parallel, world_size, global_batch_size, micro_batch_size, half)
     rule = first_broken(r)
     if rule is not None:
         raise UserError(refusal(rule, r))
@@ -112,34 +111,4 @@ def check_layout(
         num_micro_batches=r.num_micro_batches,
         chunk_layers=tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)),
         balance=balance(stage_loads(costs, model.head_flops, sizes, p.pipeline)),
-    )
-
-
-def _one_process(model: "ModelConfig", parallel: ParallelConfig, world_size: int, num_micro_batches: int) -> Layout:
-    """The layout of the families that have no other."""
-    asked = {key: value for key, value in dict(parallel).items() if value != getattr(ParallelConfig(), key)}
-    asked = {key: value for key, value in asked.items() if not key.endswith("_seconds")}
-    if world_size > 1 or asked:
-        what = " and ".join(
-            [f"{world_size} processes"] * (world_size > 1) + [f"parallel.{key}={asked[key]}" for key in asked]
-        )
-        raise UserError(
-            f"model.kind={model.kind} trains in one process with the local engine, not with {what}; start it with "
-            "plain python and no parallel keys (lfm is the family that spreads)"
-        )
-    return Layout(
-        world=1,
-        tensor=1,
-        pipeline=1,
-        virtual_pipeline=1,
-        expert=1,
-        expert_tensor=1,
-        data=1,
-        expert_data=1,
-        sequence_parallel=False,
-        zero_stage=0,
-        offload_optimizer=False,
-        num_micro_batches=num_micro_batches,
-        chunk_layers=(tuple(range(model.num_layers)),),
-        balance=1.0,
     )

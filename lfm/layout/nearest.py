@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from lfm.layout.rules import Request, Rule, first_broken
+from lfm.layout.rules import Request, Rule, divisors, first_broken
 
 
 def refusal(rule: Rule, r: Request) -> str:
@@ -26,14 +26,12 @@ def refusal(rule: Rule, r: Request) -> str:
 def _legal_worlds(r: Request) -> set[int]:
     """Every number of processes that has a legal layout.  Where one has, its plainest form, tried here, is legal."""
     worlds: set[int] = set()
-    sizes = itertools.product(
-        _divisors(r.m.num_attention_heads), range(1, r.m.num_layers + 1), _divisors(r.global_batch_size)
-    )
-    for tensor, pipeline, data in sizes:
+    expert_sizes = r.expert_sizes
+    for tensor, pipeline, data in itertools.product(r.tensor_sizes, r.pipeline_sizes, divisors(r.global_batch_size)):
         world = tensor * pipeline * data
         plain = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": 1, "zero_stage": min(1, world - 1)}
         plain |= {"stage_layers": None, "offload_optimizer": False, "micro_batch_size": 1}
-        experts = _divisors(r.m.num_moe_experts) if world not in worlds else ()
+        experts = expert_sizes if world not in worlds else ()
         if any(first_broken(_changed(replace(r, world=world), plain | {"expert": n})) is None for n in experts):
             worlds.add(world)
     return worlds
@@ -44,20 +42,20 @@ def _nearest(r: Request) -> Request:
 
     `sequence_parallel` follows `tensor` and is not counted.  `r` must have a legal layout.
     """
-    p, sizes = r.p, _divisors(r.world)
+    p, sizes, tensor_sizes, expert_sizes = r.p, divisors(r.world), r.tensor_sizes, r.expert_sizes
     # (distance, value): sizes differ by their ratio; what changes memory and speed less counts less.
     choices: dict[str, list[tuple[float, Any]]] = {
-        "tensor": [(_ratio(p.tensor, n), n) for n in sizes if r.m.num_attention_heads % n == 0],
-        "pipeline": [(_ratio(p.pipeline, n), n) for n in sizes if n <= r.m.num_layers],
+        "tensor": [(_ratio(p.tensor, n), n) for n in sizes if n in tensor_sizes],
+        "pipeline": [(_ratio(p.pipeline, n), n) for n in sizes if n in r.pipeline_sizes],
         "virtual_pipeline": [
             (_ratio(p.virtual_pipeline, n) / 4, n) for n in range(1, max(p.virtual_pipeline, len(r.stage_layers)) + 1)
         ],
-        "expert": [(_ratio(p.expert, n), n) for n in sizes if r.m.num_moe_experts % n == 0],
+        "expert": [(_ratio(p.expert, n), n) for n in sizes if n in expert_sizes],
         "zero_stage": [(abs(n - p.zero_stage) / 4, n) for n in range(4)],
         "stage_layers": [(0.5, None)],
         "offload_optimizer": [(0.5, False), (0.5, True)],
         "micro_batch_size": [
-            (_ratio(r.micro_batch_size, n) / 4, n) for n in _divisors(r.global_batch_size) if n < r.micro_batch_size
+            (_ratio(r.micro_batch_size, n) / 4, n) for n in divisors(r.global_batch_size) if n < r.micro_batch_size
         ],
     }
     now = {**dict(p), "micro_batch_size": r.micro_batch_size}
@@ -89,10 +87,6 @@ def _difference(old: Request, new: Request) -> str:
     if new.micro_batch_size != old.micro_batch_size:
         changes["training.micro_batch_size"] = new.micro_batch_size
     return " ".join(f"{key}={json.dumps(value)}" for key, value in changes.items())
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _ratio(a: int, b: int) -> float:

@@ -1,24 +1,54 @@
 """What makes a layout legal: one table of rules."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # the model's module needs torch, its arithmetic does not
     from lfm.layout.config import ParallelConfig
-    from lfm.models.lfm import LFMConfig
+    from lfm.models.registry import ModelConfig
 
 
 @dataclass(frozen=True)
 class Request:
     """What a user asks for, as far as the rules look at it; `m` and `p` are short for the rules' sentences."""
 
-    m: "LFMConfig"
+    m: "ModelConfig"
     p: "ParallelConfig"
     world: int
     global_batch_size: int
     micro_batch_size: int
+    half: bool = False
+    """Whether weights are in bf16."""
+
+    @property
+    def spread(self) -> str:
+        """What the model is laid out over, in words."""
+        return " and ".join(key for key in ("data", "tensor", "pipeline", "expert") if key in self.m.lays_out)
+
+    @property
+    def not_divided_by_tensor(self) -> str:
+        """`key=size` of the first size that the tensor-parallel size does not divide; empty: it divides all."""
+        return _first_not_divided(self.m.tensor_divides(experts_are_whole=self.p.expert > 1), self.p.tensor)
+
+    @property
+    def not_divided_by_expert(self) -> str:
+        return _first_not_divided(self.m.expert_divides(), self.p.expert)
+
+    @property
+    def tensor_sizes(self) -> list[int]:
+        """Every tensor-parallel size that the model allows."""
+        sizes = self.m.tensor_divides(experts_are_whole=True).values() if "tensor" in self.m.lays_out else (1,)
+        return divisors(math.gcd(*sizes))
+
+    @property
+    def pipeline_sizes(self) -> range:
+        return range(1, self.m.num_layers + 1 if "pipeline" in self.m.lays_out else 2)
+
+    @property
+    def expert_sizes(self) -> list[int]:
+        return divisors(math.gcd(*self.m.expert_divides().values()) or 1)
 
     @property
     def data(self) -> int:
@@ -50,6 +80,14 @@ class Request:
         return self.global_batch_size // self.rows
 
 
+def _first_not_divided(sizes: Mapping[str, int], by: int) -> str:
+    return next((f"{key}={size}" for key, size in sizes.items() if size % by), "")
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 class Rule(NamedTuple):
     broken: Callable[[Request], object]
     """Whether a request breaks the rule; it may rely on the rules before it."""
@@ -58,29 +96,22 @@ class Rule(NamedTuple):
     why: str = ""
 
 
-def _tensor_divides(name: str, size: Callable[[Request], int]) -> Rule:
-    """`size` gives 0 where the rule does not apply."""
-    return Rule(lambda r: size(r) % r.p.tensor, f"parallel.tensor={{r.p.tensor}} does not divide {name}")
+def _laid_out(key: str) -> Rule:
+    """The family must be one that is spread over it."""
+    return Rule(
+        lambda r: getattr(r.p, key) > 1 and key not in r.m.lays_out,
+        f"parallel.{key}={{r.p.{key}}} does not go with model.kind={{r.m.kind}}",
+        "this model is spread over {r.spread} alone",
+    )
 
 
 # In this order: what the model alone decides, the number of processes, what the engines can do, the batch.
 RULES = (
-    _tensor_divides("num_attention_heads={r.m.num_attention_heads}", lambda r: r.m.num_attention_heads),
-    _tensor_divides("num_query_groups={r.m.num_query_groups}", lambda r: r.m.num_query_groups),
-    _tensor_divides("seq_length={r.m.seq_length}", lambda r: r.m.seq_length),
-    _tensor_divides("padded_vocab_size={r.m.padded_vocab_size}", lambda r: r.m.padded_vocab_size),
-    _tensor_divides(
-        "liquid.num_reservoirs={r.m.liquid.num_reservoirs} x liquid.reservoir_size={r.m.liquid.reservoir_size}",
-        lambda r: r.m.liquid.num_reservoirs * r.m.liquid.reservoir_size if r.m.liquid else 0,
-    ),
-    _tensor_divides(
-        "moe_ffn_hidden_size={r.m.moe_ffn_hidden_size}",
-        lambda r: r.m.moe_ffn_hidden_size if r.p.expert == 1 else 0,
-    ),
-    Rule(
-        lambda r: r.m.num_moe_experts % r.p.expert,
-        "parallel.expert={r.p.expert} does not divide num_moe_experts={r.m.num_moe_experts}",
-    ),
+    _laid_out("tensor"),
+    _laid_out("pipeline"),
+    _laid_out("expert"),
+    Rule(lambda r: r.not_divided_by_tensor, "parallel.tensor={r.p.tensor} does not divide {r.not_divided_by_tensor}"),
+    Rule(lambda r: r.not_divided_by_expert, "parallel.expert={r.p.expert} does not divide {r.not_divided_by_expert}"),
     Rule(
         lambda r: r.chunks > r.m.num_layers,
         "parallel.pipeline={r.p.pipeline} x parallel.virtual_pipeline={r.p.virtual_pipeline} is more than "
@@ -99,7 +130,7 @@ RULES = (
     Rule(
         lambda r: r.p.tensor > 1 and not r.p.sequence_parallel,
         "parallel.tensor={r.p.tensor} does not go with parallel.sequence_parallel=false",
-        "the mixture of experts would route every token once per tensor rank",
+        "what lies between the cut matrices would be computed once per tensor rank",
     ),
     Rule(
         lambda r: r.p.sequence_parallel and r.p.tensor == 1,
@@ -135,6 +166,16 @@ RULES = (
         lambda r: r.p.zero_stage == 2 and r.p.expert > 1 and r.p.tensor > 1,
         "parallel.zero_stage=2 does not go with parallel.expert={r.p.expert} and parallel.tensor={r.p.tensor}",
         "with experts spread over tensor ranks only ZeRO-1 is proved equal to one process",
+    ),
+    Rule(
+        lambda r: r.p.zero_stage > 1 and not r.m.row_is_one_pass,
+        "parallel.zero_stage={r.p.zero_stage} does not go with model.kind={r.m.kind}",
+        "its rows are differentiated in several passes, and ZeRO-2 and 3 reduce gradients after one",
+    ),
+    Rule(
+        lambda r: r.p.zero_stage == 3 and r.half and r.m.has_wide_parameters,
+        "parallel.zero_stage=3 does not go with model.kind={r.m.kind} in bfloat16",
+        "some of its parameters stay in fp32, and ZeRO-3 gathers those of one dtype",
     ),
     Rule(
         lambda r: r.p.offload_optimizer and r.p.zero_stage < 2,

@@ -9,22 +9,26 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-Index = tuple[Any, ...]
+from lfm.layers.stored import Stored
 
 
-def global_index(model: nn.Module) -> dict[str, tuple[str, Index]]:
-    """Global name -> (run-time name of the parameter or buffer, index of the part), in parameter order."""
-    fused: dict[str, list[tuple[str, Index]]] = {}
+def stored(model: nn.Module, *, must_declare: bool = False) -> dict[str, Stored]:
+    """Where every global tensor lies, by global name, in the order of parameters, then buffers.
+
+    A tensor that no layer's `stored()` names is whole and has its run-time name.  With `must_declare` there is none: a
+    process of several would take its part of one for the whole.
+    """
+    declared: dict[str, list[tuple[str, Stored]]] = {}
     for prefix, module in model.named_modules():
-        parts = cast(Any, module).fused_parameters() if hasattr(module, "fused_parameters") else {}
-        dot = prefix + "." if prefix else ""
-        for name, (tensor, index) in parts.items():
-            fused.setdefault(dot + tensor, []).append((dot + name, index))
-    names: dict[str, tuple[str, Index]] = {}
+        if hasattr(module, "stored"):
+            for name, where in cast(Any, module).stored().items():
+                where = where.within(prefix)
+                declared.setdefault(where.tensor, []).append((f"{prefix}.{name}" if prefix else name, where))
+    found: dict[str, Stored] = {}
     for name in [*dict(model.named_parameters()), *dict(model.named_buffers())]:
-        for global_name, index in fused.get(name, [(name, ())]):
-            names[global_name] = (name, index)
-    return names
+        assert not must_declare or name in declared, f"{name}: no layer's stored() says how tensor parallelism cuts it"
+        found |= declared.get(name, [(name, Stored(name))])
+    return found
 
 
 def global_views(model: nn.Module, pick: Callable[[str, Tensor], Tensor | None]) -> dict[str, Tensor]:
@@ -36,8 +40,8 @@ def global_views(model: nn.Module, pick: Callable[[str, Tensor], Tensor | None])
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     picked = {name: pick(name, tensor) for name, tensor in tensors.items()}
     views = {}
-    for global_name, (name, index) in global_index(model).items():
-        tensor = picked[name]
+    for global_name, where in stored(model).items():
+        tensor = picked[where.tensor]
         if tensor is not None:
-            views[global_name] = tensor.detach()[index] if index else tensor.detach()
+            views[global_name] = tensor.detach()[where.index] if where.index else tensor.detach()
     return views

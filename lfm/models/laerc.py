@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
 from lfm.layers.residual import ResidualStream
+from lfm.layers.stored import Stored
 from lfm.models.decoder import Block, Context, Decoder, Memory
 from lfm.models.initialization import generator_of
 from lfm.models.language_model import FamilyConfig, ParameterCounts
@@ -80,6 +81,10 @@ class LAERCConfig(FamilyConfig):
         if self.keep_input_norm and self.use_reservoir:
             raise ValueError("keep_input_norm=true needs use_reservoir=false; a reservoir always has the norm")
         return self
+
+    @property
+    def lays_out(self) -> frozenset[str]:
+        return frozenset({"data", "pipeline"})
 
     @property
     def reservoir_size(self) -> int:
@@ -235,12 +240,17 @@ class LAERCBlock(Block):
             self.reservoir = Reservoir(config)
             self.readout_norm = nn.LayerNorm(R, eps=epsilon)
             self.readout = MLP(R, config.reservoir_mlp_hidden_size, D)
-            self.readout_log_scale = nn.Parameter(torch.empty(()))
+            self.readout_log_scale = nn.Parameter(torch.empty(1))
         self.gate_norm = nn.LayerNorm(2 * D, eps=epsilon)
         self.gate = MLP(2 * D, D, D)
         self.ffn_norm = nn.LayerNorm(D, eps=epsilon)
         self.ffn = MLP(D, config.ffn_hidden_size, D)
-        self.ffn_scale = nn.Parameter(torch.empty(()))
+        self.ffn_scale = nn.Parameter(torch.empty(1))
+
+    def stored(self) -> dict[str, Stored]:
+        # Scalars, which DeepSpeed does not broadcast: at run time they are vectors.
+        names = ("readout_log_scale", "ffn_scale") if self.use_reservoir else ("ffn_scale",)
+        return {name: Stored(name, (0,)) for name in names}
 
     def forward(
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None

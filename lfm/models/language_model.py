@@ -30,6 +30,27 @@ class FamilyConfig(Config, abc.ABC):
     changeable: ClassVar[frozenset[str]] = frozenset({"seq_length"})
     """Keys, dotted, that a run may change when it goes on from a checkpoint: no tensor depends on them."""
 
+    row_is_one_pass: ClassVar[bool] = True
+    """Whether a row's loss is differentiated as a whole, not in parts one after the other."""
+
+    @property
+    def lays_out(self) -> frozenset[str]:
+        """What the model can be spread over: data, tensor, pipeline, expert, the sizes of a layout."""
+        return frozenset({"data"})
+
+    @property
+    def has_wide_parameters(self) -> bool:
+        """Whether some parameters stay in fp32 where the others are in bf16."""
+        return False
+
+    def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
+        """What parallel.tensor must divide, by its key or keys; `experts_are_whole`: no expert is cut by width."""
+        return {}
+
+    def expert_divides(self) -> dict[str, int]:
+        """What parallel.expert must divide, by its key."""
+        return {}
+
     @property
     def context_limit(self) -> int | None:
         """The most tokens that prompt and continuation may reach; None where the state does not grow with them."""
@@ -80,6 +101,16 @@ class FamilyConfig(Config, abc.ABC):
 
         `attended`: mean number of keys a query sees, for families with attention; by default that of whole rows.
         """
+
+    @property
+    def head_flops(self) -> float:
+        """The part of `flops_per_token` that the output projection takes."""
+        c = cast(Any, self)
+        return 6.0 * c.vocab_size * c.hidden_size
+
+    def layer_flops(self, layer: int, attended: float | None = None) -> float:
+        """The part of `flops_per_token` that one layer takes; here of layers that are all alike."""
+        return (self.flops_per_token(attended) - self.head_flops) / cast(Any, self).num_layers
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class LiquidLMConfig(FamilyConfig):
     vocab_size: Vocabulary = 50_265
 
     @property
+    def is_tied(self) -> bool:
+        return False
+
+    @property
     def stored_connections(self) -> int:
         """Connections stored per feature: six standard deviations above the mean of their random number, in eights."""
         mean = self.connectivity * self.hidden_size

@@ -28,6 +28,7 @@ class LiquidNNConfig(FamilyConfig):
     changeable: ClassVar[frozenset[str]] = frozenset(
         {"seq_length", "dropout", "trace_mode", "trace_grad", "bptt_window", "plastic_from"}
     )
+    row_is_one_pass: ClassVar[bool] = False
     kind: Literal["liquidnn"] = "liquidnn"
     """Model family."""
     hidden_size: Width = 256

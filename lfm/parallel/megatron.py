@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lfm.layers.parts import Parts, TokenDispatcher
 from lfm.layout.layout import Layout
-from lfm.models.lfm import LFMConfig
+from lfm.models.registry import ModelConfig
 from lfm.parallel.dispatch import AllToAll, CutByWidth, sequence_first
 from lfm.parallel.groups import Groups
 
@@ -22,23 +22,18 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def transformer_config(model: LFMConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's config, whole: its layers and schedules read nothing else of ours."""
+def transformer_config(model: ModelConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's config, for what its linears and schedules read of it; attention and experts are ours."""
+    experts = model.expert_divides().values()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups,
-            ffn_hidden_size=model.moe_ffn_hidden_size,
-            moe_ffn_hidden_size=model.moe_ffn_hidden_size,
-            num_moe_experts=model.num_moe_experts,
-            moe_router_topk=model.moe_router_topk,
-            # Routers are ours; its own would need this for one expert a token.
-            moe_router_pre_softmax=model.moe_router_topk == 1,
+            # It wants heads of every model, and as many as it can share out.
+            num_attention_heads=layout.tensor,
+            num_moe_experts=next(iter(experts), None),
             moe_token_dispatcher_type="alltoall",
-            layernorm_epsilon=model.layernorm_epsilon,
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
@@ -169,19 +164,3 @@ class _Embedding(VocabParallelEmbedding):
 
 def _no_init(weight: Tensor) -> Tensor:
     return weight
-
-
-_CUT = {
-    0: (
-        *("attention.q.weight", "attention.k.weight", "attention.v.weight", "gate.weight", "up.weight"),
-        *("liquid.input.weight", "liquid.input.bias", "embedding.weight", "head.weight"),
-    ),
-    1: ("attention.o.weight", "liquid.output.weight", "down.weight"),
-}
-
-
-def tensor_parallel_dim(global_name: str, layout: Layout) -> int | None:
-    """The dimension along which tensor parallelism cuts this tensor; None: every process has it whole."""
-    if layout.tensor == 1 or (".experts." in global_name and layout.expert_tensor == 1):
-        return None
-    return next((dim for dim, names in _CUT.items() if global_name.endswith(names)), None)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfm.layers.documents import Rows
+from lfm.layers.documents import Counts, Rows
 from lfm.layout.layout import Layout
-from lfm.models.language_model import Recompute
-from lfm.models.lfm import LFM
-from lfm.models.losses import Losses, Objective
+from lfm.models.decoder import Decoder
+from lfm.models.language_model import LanguageModel, Recompute
+from lfm.models.losses import Losses, Objective, Term
 from lfm.objectives.next_token import NEXT_TOKEN
 
 with warnings.catch_warnings():
@@ -24,11 +24,14 @@ with warnings.catch_warnings():
 
 
 class Stage(nn.Module):
-    """One chunk of the model: what a schedule calls once a micro-batch, and where its losses are kept."""
+    """One chunk of the model: what a schedule calls once a micro-batch, and where its losses are kept.
+
+    Called with rows, it gives what the next stage takes, or at the end of the model what the schedule differentiates.
+    """
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, piece: LFM, config: TransformerConfig, *, virtual_stage: int | None, recompute: Recompute):
+    def __init__(self, piece: Any, config: TransformerConfig, *, virtual_stage: int | None, recompute: Recompute):
         super().__init__()
         self.piece, self.config, self.vp_stage = piece, config, virtual_stage
         self.recompute: Recompute = recompute
@@ -37,14 +40,50 @@ class Stage(nn.Module):
         """By name of a term, what makes this process's micro-batch sums its share of the step's loss; None:
         evaluation."""
         self.losses: list[Losses] = []
-        """Of each micro-batch since the last `clear`; the objective's terms on the last chunk alone."""
-        self.received: Tensor | None = None
+        """Of each micro-batch since the last `begin`; the objective's terms on the last chunk alone."""
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """All summands of the loss, the objective's first."""
+        return (*self.objective.terms, *self.piece.config.terms)
+
+    @property
+    def scheduled_terms(self) -> tuple[Term, ...]:
+        """Those of the last stage's output, which the schedule divides by the micro-batches and differentiates."""
+        return self.objective.terms
+
+    def begin(self, objective: Objective, counts: Counts | None, *, data: int = 1, micro_batches: int = 1) -> None:
+        """A step of as many labels, rows and documents, or without `counts` an evaluation.
+
+        DeepSpeed divides gradients by `data`, the data-parallel size.
+        """
+        self.objective, self.factors = objective, None
+        self.losses.clear()
+        self.piece.train(counts is not None)
+        if counts is not None:
+            shares = {term.name: data * micro_batches for term in self.scheduled_terms}
+            self.factors = {t.name: shares.get(t.name, data) * t.weight / counts.of(t.per) for t in self.terms}
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """What the stage before gave; the schedule calls it on the first stage too."""
+
+    def _weighted(self, sums: dict[str, Tensor]) -> Tensor:
+        first, *rest = [value * self.factors[name] if self.factors else value for name, value in sums.items()]
+        for value in rest:
+            first = first + value
+        return first
+
+
+class DecoderStage(Stage):
+    """A piece of a decoder: it takes and gives hidden states `[T, B, D]`."""
+
+    piece: Decoder
+    received: Tensor | None = None
 
     def set_input_tensor(self, tensor: Any) -> None:
         self.received = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(self, rows: Rows) -> Tensor:
-        """Hidden states `[T, B, D]` for the next stage, or the weighted objective at the end of the model."""
         if self.piece.is_first:
             x = self.piece.embed(rows.ids)
         else:
@@ -53,7 +92,7 @@ class Stage(nn.Module):
         recompute = self.recompute if self.factors is not None else "none"
         x, _, found = self.piece.run(x, self.piece.context(rows, x.dtype, recompute=recompute))
         sums = found.sums(self.piece.config.num_layers)
-        if self.factors is not None:
+        if self.factors is not None and sums:
             x = _Attach.apply(x, self._weighted(sums))
         if self.piece.is_last:
             own = self.piece.sums(x, rows, self.objective)
@@ -65,11 +104,47 @@ class Stage(nn.Module):
         self.losses.append(Losses({name: value.detach() for name, value in sums.items()}, found.measure))
         return x
 
-    def _weighted(self, sums: dict[str, Tensor]) -> Tensor:
-        first, *rest = [value * self.factors[name] if self.factors else value for name, value in sums.items()]
-        for value in rest:
-            first = first + value
-        return first
+
+class WholeStage(Stage):
+    """All of a model that has no pieces.
+
+    Where a row is several passes, each is differentiated here, before the next; the schedule gets their sum as a value.
+    """
+
+    piece: LanguageModel
+
+    def __init__(self, piece: LanguageModel, config: TransformerConfig, *, recompute: Recompute):
+        super().__init__(piece, config, virtual_stage=None, recompute=recompute)
+        self.one_pass = piece.config.row_is_one_pass
+        assert self.one_pass or not piece.config.measured, "what is measured is of one pass"
+
+    @property
+    def scheduled_terms(self) -> tuple[Term, ...]:
+        return self.terms if self.one_pass else ()
+
+    def forward(self, rows: Rows) -> Tensor:
+        found: list[Losses] = []
+        loss = torch.zeros((), device=rows.ids.device)
+        recompute = self.recompute if self.factors is not None else "none"
+        for losses in self.piece.loss_parts(rows, self.objective, recompute=recompute):
+            part = self._weighted(losses.sums)
+            if self.factors is not None and not self.one_pass:
+                part.backward()
+                part = part.detach()
+            loss = loss + part
+            found.append(Losses({name: value.detach() for name, value in losses.sums.items()}, losses.measure))
+        sums = {name: torch.stack([each.sums[name] for each in found]).double().sum() for name in found[0].sums}
+        self.losses.append(Losses(sums, found[0].measure))
+        # A backward pass of its own, which reaches nothing.
+        return loss if self.one_pass else loss.requires_grad_(self.factors is not None) * 1.0
+
+
+def make_stage(
+    piece: LanguageModel, config: TransformerConfig, *, virtual_stage: int | None, recompute: Recompute
+) -> Stage:
+    if isinstance(piece, Decoder):
+        return DecoderStage(piece, config, virtual_stage=virtual_stage, recompute=recompute)
+    return WholeStage(piece, config, recompute=recompute)
 
 
 class _Attach(torch.autograd.Function):

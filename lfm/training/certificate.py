@@ -23,11 +23,11 @@ from lfm.job.process import Process
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout
 from lfm.models.language_model import Recompute
-from lfm.models.lfm import LFMConfig
 from lfm.models.losses import Objective
+from lfm.models.registry import ModelConfig
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel import groups as process_groups
-from lfm.parallel.megatron import MegatronParts, tensor_parallel_dim
+from lfm.parallel.megatron import MegatronParts
 from lfm.parallel.zero import Weight, inner_optimizer
 from lfm.training.engine import Engine
 from lfm.training.local_engine import LocalEngine
@@ -45,7 +45,7 @@ Fault = Literal["expert_as_dense", "unreduced_replicated_weight", "doubled_exper
 class Problem:
     """What is computed: model, optimizer, rows of random ids in packed documents of very unequal lengths."""
 
-    model: LFMConfig
+    model: ModelConfig
     optimizer: OptimizerKind
     seed: int
     rows: int
@@ -180,14 +180,16 @@ def _gradient_deviations(
         applied = engine._gathered(weight, lambda flat: flat_gradients[id(flat)]).cpu()
         if engine._data_group(weight).rank() != 0:
             continue
-        for name, index in engine.global_parts[weight.name]:
-            part = applied[index] if index else applied
-            whole = torch.from_numpy(expected[name])
-            dim = tensor_parallel_dim(name, engine.layout)
-            if dim is not None:
-                whole = whole.chunk(engine.layout.tensor, dim)[engine.groups.tensor.rank()]
-            difference = (part.double() - whole.double()).square().sum()
-            deviations[name] = (float(difference), float(part.double().square().sum()), dim is not None)
+        for part in engine.global_parts[weight.name]:
+            here = part.of(applied)
+            if part.name not in expected:  # one process has no gradient: then ZeRO takes zeros
+                whole = torch.zeros_like(here)
+            else:
+                whole = torch.from_numpy(expected[part.name])
+                if part.cut is not None:
+                    whole = whole.chunk(engine.layout.tensor, part.cut)[engine.groups.tensor.rank()]
+            difference = (here.double() - whole.double()).square().sum()
+            deviations[part.name] = (float(difference), float(here.double().square().sum()), part.cut is not None)
     return deviations
 
 
@@ -214,7 +216,7 @@ class _planted:
                 hooks = [
                     weight.parameter.register_hook(lambda gradient: 2 * gradient)
                     for weight in engine.weights
-                    if ".experts." in engine.global_parts[weight.name][0][0]
+                    if engine.global_parts[weight.name][0].expert
                 ]
                 summed(engine, *arguments, **options)
                 for hook in hooks:

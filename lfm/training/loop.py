@@ -103,7 +103,6 @@ def _train_in_parallel(
 
     def parallel_engine(run: RunConfig, device: torch.device, watch: Watch) -> Engine:
         groups = process_groups.make_groups(layout, device)
-        assert run.model.kind == "lfm", "check_layout refuses the others"
         return ParallelEngine(
             run.model,
             run.optimizer,

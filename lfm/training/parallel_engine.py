@@ -4,8 +4,10 @@ Same losses, gradients and updates as the local engine, under any layout that `l
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,15 +20,17 @@ from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.layers.documents import Counts, Documents, Rows
 from lfm.layers.liquid import Liquid
-from lfm.models.global_names import Index, global_index
+from lfm.layers.stored import Index, Stored
+from lfm.models.decoder import Decoder
+from lfm.models.global_names import stored
 from lfm.models.initialization import materialize
-from lfm.models.language_model import Recompute
-from lfm.models.lfm import LFM, LFMConfig, initial_tensor
+from lfm.models.language_model import LanguageModel, Recompute
 from lfm.models.losses import Measured, Objective, Term, combined
+from lfm.models.registry import ModelConfig, build
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel.groups import Groups
-from lfm.parallel.megatron import MegatronParts, tensor_parallel_dim, transformer_config
-from lfm.parallel.stage import Stage, run_schedule
+from lfm.parallel.megatron import MegatronParts, transformer_config
+from lfm.parallel.stage import make_stage, run_schedule
 from lfm.parallel.zero import (
     EngineAsModule,
     Fragment,
@@ -55,6 +59,21 @@ _BATCH_BYTES = 2**30
 _PIECES = (0, 16, 32, 48)
 
 
+@dataclass(frozen=True)
+class GlobalPart:
+    """A global tensor, or this process's slice of it, in a run-time tensor of one layout."""
+
+    name: str
+    index: Index
+    cut: int | None
+    """Dimension along which the tensor-parallel processes of this layout share it."""
+    expert: bool
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its view in the run-time tensor, or in one laid out alike."""
+        return tensor[self.index] if self.index else tensor
+
+
 class ParallelEngine(Engine):
     """One process of a run over `groups`.  `phase` is told what the process is about to do."""
 
@@ -62,7 +81,7 @@ class ParallelEngine(Engine):
 
     def __init__(
         self,
-        model: LFMConfig,
+        model: ModelConfig,
         optimizer: OptimizerKind,
         groups: Groups,
         *,
@@ -83,17 +102,20 @@ class ParallelEngine(Engine):
         config = transformer_config(model, self.layout, dtype)
         parts = MegatronParts(groups, config)
         self.pieces = [
-            materialize(lambda: LFM(model, parts=parts, layers=layers), device=self.device, dtype=dtype)  # noqa: B023
+            materialize(lambda: build(model, parts, layers), device=self.device, dtype=dtype)  # noqa: B023
             for layers in self.layout.stage_chunks(groups.pipeline.rank())
         ]
         interleaved = len(self.pieces) > 1
         self.stages = [
-            Stage(piece, config, virtual_stage=i if interleaved else None, recompute=recompute)
+            make_stage(piece, config, virtual_stage=i if interleaved else None, recompute=recompute)
             for i, piece in enumerate(self.pieces)
         ]
+        # By run-time name of a parameter or buffer; now, while shapes are whole.
+        self.global_parts: dict[str, list[GlobalPart]] = {}
+        for piece in self.pieces:
+            for name, where in stored(piece, must_declare=self.layout.tensor > 1).items():
+                self.global_parts.setdefault(where.tensor, []).append(self._global_part(name, where))
         self.weights = [weight for piece in self.pieces for weight in self._weights(piece)]
-        # Run-time name of a parameter or buffer -> (global name, index) of its parts; now, while shapes are whole.
-        self.global_parts = {name: parts for piece in self.pieces for name, parts in _by_tensor(piece).items()}
         parameter_groups = self._parameter_groups()
         self.deepspeed = make_engine(
             nn.ModuleList(self.stages) if interleaved else self.stages[0],
@@ -118,15 +140,14 @@ class ParallelEngine(Engine):
 
     # What each process holds, by global name.
 
-    def _weights(self, piece: LFM) -> list[Weight]:
-        index = _by_tensor(piece)
-        tied_copy = not piece.is_first and not self.config.untie_embeddings_and_output_weights
+    def _weights(self, piece: LanguageModel) -> list[Weight]:
+        tied_copy = isinstance(piece, Decoder) and not piece.is_first and self.config.is_tied
         return [
             Weight(
                 name=name,
                 parameter=parameter,
-                is_expert=self.layout.expert > 1 and ".experts." in index[name][0][0],
-                is_cut=tensor_parallel_dim(index[name][0][0], self.layout) is not None,
+                is_expert=self.layout.expert > 1 and self.global_parts[name][0].expert,
+                is_cut=self.global_parts[name][0].cut is not None,
                 is_copy=tied_copy and name == "embedding.weight",
                 is_wide=parameter.dtype != self.dtype,
             )
@@ -148,13 +169,16 @@ class ParallelEngine(Engine):
     def _buffers(self) -> dict[str, Tensor]:
         return {name: buffer for piece in self.pieces for name, buffer in piece.named_buffers()}
 
-    def _as_global(self, name: str, local: Tensor) -> Tensor:
-        """This process's slice of a global tensor as a DTensor, where tensor parallelism cuts it."""
-        dim = tensor_parallel_dim(name, self.layout)
-        if dim is None:
+    def _global_part(self, name: str, where: Stored) -> "GlobalPart":
+        return GlobalPart(name, where.index, where.cut if self.layout.tensor > 1 else None, where.expert)
+
+    def _as_global(self, part: "GlobalPart", local: Tensor) -> Tensor:
+        """This process's slice of a global tensor, of a run-time one, as a DTensor where tensor parallelism cuts it."""
+        local = part.of(local)
+        if part.cut is None:
             return local
         mesh = DeviceMesh.from_group(self.groups.tensor, "cpu", mesh=dist.get_process_group_ranks(self.groups.tensor))
-        return DTensor.from_local(local, mesh, [Shard(dim)], run_check=False)
+        return DTensor.from_local(local, mesh, [Shard(part.cut)], run_check=False)
 
     def _data_group(self, weight: Weight) -> dist.ProcessGroup:
         return self.groups.expert_data if weight.is_expert else self.groups.data
@@ -164,7 +188,7 @@ class ParallelEngine(Engine):
 
         def draw(key: str) -> None:
             target = targets[key]
-            whole = initial_tensor(key.partition(".")[2], target.shape, self.config, seed)
+            whole = self.pieces[0].initial_tensor(key.partition(".")[2], target.shape, seed)
             if isinstance(target, DTensor):
                 dim = cast(Shard, target.placements[0]).dim
                 part = whole.chunk(self.layout.tensor, dim)[self.groups.tensor.rank()]
@@ -198,11 +222,11 @@ class ParallelEngine(Engine):
                     continue
                 whole = torch.empty(self._shape(weight), dtype=torch.float32)
                 batch.append((fragment, kind, whole))
-                targets |= {f"{kind}.{n}": self._as_global(n, _part(whole, i)) for n, i in parts[weight.name]}
+                targets |= {f"{kind}.{part.name}": self._as_global(part, whole) for part in parts[weight.name]}
             if sum(whole.numel() * 4 for _, _, whole in batch) > _BATCH_BYTES:
                 flush()
         if "frozen" in kinds:
-            targets |= {f"frozen.{n}": _part(b, i) for name, b in self._buffers.items() for n, i in parts[name]}
+            targets |= {f"frozen.{p.name}": p.of(b) for name, b in self._buffers.items() for p in parts[name]}
         flush()
         publish_masters(self.deepspeed, self.weights, self.fragments)
 
@@ -219,8 +243,7 @@ class ParallelEngine(Engine):
             sizes, shape = given[id(group)], self._shape(weight)
             owner = sizes.index(min(sizes))
             sizes[owner] += shape.numel()
-            names = parts[weight.name]
-            whole_here = tensor_parallel_dim(names[0][0], self.layout) is None and not weight.is_expert
+            whole_here = not weight.is_cut and not weight.is_expert
             given_elsewhere = weight.is_copy or (whole_here and self.groups.tensor.rank() > 0)
             for kind in ("master", *self.optimizer_config.state_keys):
                 pick = (lambda flat: flat) if kind == "master" else (lambda flat, kind=kind: state[flat][kind])
@@ -231,9 +254,9 @@ class ParallelEngine(Engine):
                 if key not in self._host:
                     self._host[key] = torch.empty(shape, dtype=torch.float32)
                 self._host[key].copy_(whole)
-                found |= {f"{kind}.{n}": self._as_global(n, _part(self._host[key], i)) for n, i in names}
+                found |= {f"{kind}.{p.name}": self._as_global(p, self._host[key]) for p in parts[weight.name]}
         if self.groups.data.rank() == 0 and self.groups.tensor.rank() == 0:
-            found |= {f"frozen.{n}": _part(b, i).cpu() for name, b in self._buffers.items() for n, i in parts[name]}
+            found |= {f"frozen.{p.name}": p.of(b).cpu() for name, b in self._buffers.items() for p in parts[name]}
         return found
 
     def _shape(self, weight: Weight) -> torch.Size:
@@ -259,13 +282,8 @@ class ParallelEngine(Engine):
     def forward_backward(self, batch: Batch) -> StepResult:
         micro_batches, documents = self._micro_batches(batch)
         counts = self._over_data(documents.counts)
-        # DeepSpeed divides by the data-parallel size, the schedule the objective by the micro-batches.
-        shares = [(term, self.layout.data * len(micro_batches)) for term in self.objective.terms]
-        shares += [(term, self.layout.data) for term in self.config.terms]
         for stage in self.stages:
-            stage.piece.train()
-            stage.objective = self.objective
-            stage.factors = {term.name: share * term.weight / counts.of(term.per) for term, share in shares}
+            stage.begin(self.objective, counts, data=self.layout.data, micro_batches=len(micro_batches))
         digest = batch.digest(first=self.rows_of_step(counts.rows).start)
         self._run(micro_batches, forward_only=False)
         return self._result(documents, counts, digest)
@@ -276,8 +294,6 @@ class ParallelEngine(Engine):
         return [rows.slice(start, start + self.micro_batch_size) for start in starts], rows.documents
 
     def _run(self, micro_batches: Sequence[Rows], *, forward_only: bool) -> None:
-        for stage in self.stages:
-            stage.losses.clear()
         run_schedule(
             self.scheduled,
             self.layout,
@@ -376,7 +392,7 @@ class ParallelEngine(Engine):
     def _sum_tied_embedding_gradients(self, config: Any) -> None:
         """After each schedule: the first stage's lookup and the last stage's head share one gradient."""
         copies = [w.parameter for w in self.weights if w.name == "embedding.weight"]
-        if self.groups.embedding is None or self.config.untie_embeddings_and_output_weights or not copies:
+        if self.groups.embedding is None or not self.config.is_tied or not copies:
             return
         buffers, group = gradient_buffers(self.deepspeed), self.groups.embedding
 
@@ -396,8 +412,7 @@ class ParallelEngine(Engine):
         batch = batch.filled(-len(batch) % a_round)
         micro_batches, documents = self._micro_batches(batch[self.rows_of_step(len(batch))])
         for stage in self.stages:
-            stage.piece.eval()
-            stage.objective, stage.factors = NEXT_TOKEN, None
+            stage.begin(NEXT_TOKEN, None)
         self._run(micro_batches, forward_only=True)
         nats = self._loss_table(NEXT_TOKEN.terms).sum().double() * (self.groups.tensor.rank() == 0)
         found = torch.stack([nats, torch.tensor(float(documents.num_labels), device=self.device).double()])
@@ -411,6 +426,25 @@ class ParallelEngine(Engine):
         return {layer: liquid for piece in self.pieces for layer, liquid in piece.liquids.items()}
 
     @property
+    def evaluation_modes(self) -> Sequence[str]:
+        return self.pieces[0].evaluation_modes
+
+    @property
+    def evaluation_mode(self) -> str:
+        return self.pieces[0].evaluation_mode
+
+    @contextmanager
+    def evaluating(self, mode: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for piece in self.pieces:
+                stack.enter_context(piece.evaluating(mode))
+            yield
+
+    def start_step(self, step: int, total_steps: int) -> None:
+        for piece in self.pieces:
+            piece.start_step(step, total_steps)
+
+    @property
     def optimizer_step(self) -> int:
         return int(next(iter(inner_optimizer(self.deepspeed).state.values()))["step"])
 
@@ -420,21 +454,9 @@ class ParallelEngine(Engine):
             state["step"].fill_(value)
 
 
-def _by_tensor(piece: LFM) -> dict[str, list[tuple[str, Index]]]:
-    """Run-time name of a parameter or buffer -> its parts."""
-    found: dict[str, list[tuple[str, Index]]] = {}
-    for name, (tensor, index) in global_index(piece).items():
-        found.setdefault(tensor, []).append((name, index))
-    return found
-
-
 def _whole(measure: Measured, here: tuple[list[int], Tensor] | None) -> Tensor:
     """fp64 `[all layers of it, width]`, 0 for those that other processes hold."""
     table = torch.zeros(len(measure.layers), measure.width, dtype=torch.float64)
     if here is not None:
         table[[measure.layers.index(layer) for layer in here[0]]] = here[1]
     return table
-
-
-def _part(tensor: Tensor, index: Index) -> Tensor:
-    return tensor[index] if index else tensor

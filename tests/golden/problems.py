@@ -65,7 +65,7 @@ LFM_VARIANTS = {
     "no_liquid": ("model.liquid=null",),
     "post_norm": ("model.liquid.norm=post",),
     "trained_reservoir": ("model.liquid.train_reservoir=true",),
-    "capacity": ("model.moe_capacity_factor=1.0", "model.moe_aux_loss_scope=batch"),
+    "capacity": ("model.ffn.moe_capacity_factor=1.0", "model.ffn.balance.scope=batch"),
     "selective": ("training.recompute=selective",),
     "full": ("training.recompute=full",),
 }

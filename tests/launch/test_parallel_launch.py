@@ -38,7 +38,7 @@ from tests.training.tiny_run import (
 STEPS, SEED = 20, 1234
 RUN = [
     f"seed={SEED}",
-    "model.num_query_groups=2",
+    "model.attention.num_query_groups=2",
     f"training.steps={STEPS}",
     "training.global_batch_size=8",
     "schedule.kind=constant",

@@ -4,6 +4,7 @@ import itertools
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import yaml
@@ -11,14 +12,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lfm.errors import UserError
-from lfm.layout import layout as layout_module
+from lfm.layout import table
 from lfm.layout.balance import balance, balanced_sizes, stage_loads
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout, check_layout
 from lfm.layout.rules import RULES, Request, first_broken
-from lfm.layout.table import compatibility_table
 from lfm.models.lfm import LFMConfig
+from lfm.models.registry import FAMILIES, ModelConfig, parse
 from lfm.training.run import RunConfig
+from tests.nested import nested
 from tests.training.tiny_run import ROOT
 
 FLAGSHIP = RunConfig.load(ROOT / "configs/lfm_3b.yaml").model
@@ -37,11 +39,24 @@ def model_of(**changes) -> LFMConfig:
         moe_ffn_hidden_size=24,
         liquid={"num_reservoirs": 3, "reservoir_size": 8, "interval": 2},
     )
-    return LFMConfig.model_validate({**sizes, **changes})
+    return LFMConfig.model_validate(nested(**{**sizes, **changes}))
 
 
-def check(model, world, *, rows=24, micro=1, **keys) -> Layout:
-    return check_layout(model, ParallelConfig(**keys), world, global_batch_size=rows, micro_batch_size=micro)
+def of_kind(kind: str, **changes) -> ModelConfig:
+    """A small model of another family."""
+    tree: dict = {"hidden_size": 24, "seq_length": 48, "vocab_size": 90}
+    if kind in ("transformer", "liquidnet"):
+        tree |= {"num_layers": 6, "ffn_hidden_size": 60, "vocab_size_multiple": 12}
+    if kind == "transformer":
+        tree |= {"num_attention_heads": 12, "num_query_groups": 6}
+    if kind in ("laerc", "lstm"):
+        tree |= {"num_layers": 6}
+    return parse({"kind": kind, **nested(**{**tree, **changes})}, source="a test")
+
+
+def check(model, world, *, rows=24, micro=1, half=False, **keys) -> Layout:
+    sizes = {"global_batch_size": rows, "micro_batch_size": micro}
+    return check_layout(model, ParallelConfig(**keys), world, **sizes, half=half)
 
 
 def follow(message: str, keys: dict, world: int, micro: int) -> tuple[dict, int, int]:
@@ -60,20 +75,20 @@ def follow(message: str, keys: dict, world: int, micro: int) -> tuple[dict, int,
 TP2 = dict(tensor=2, sequence_parallel=True, zero_stage=1)
 PP2 = dict(pipeline=2, zero_stage=1)
 
-# name: (model changes, world, keys with `rows` and `micro`, what is refused, the way out)
+# name: (model changes, world, keys with `rows`, `micro` and `half`, what is refused, the way out)
 REFUSED = {
     "heads": (
         {},
         8,
         TP2 | dict(tensor=8),
-        "parallel.tensor=8 does not divide num_attention_heads=12",
+        "parallel.tensor=8 does not divide attention.num_attention_heads=12",
         "parallel.tensor=4",
     ),
     "query_groups": (
         dict(num_query_groups=2),
         4,
         TP2 | dict(tensor=4),
-        "parallel.tensor=4 does not divide num_query_groups=2",
+        "parallel.tensor=4 does not divide attention.num_query_groups=2",
         "parallel.tensor=2",
     ),
     "sequence": (
@@ -94,21 +109,21 @@ REFUSED = {
         dict(liquid={"num_reservoirs": 3, "reservoir_size": 2}),
         4,
         TP2 | dict(tensor=4),
-        "parallel.tensor=4 does not divide liquid.num_reservoirs=3 x liquid.reservoir_size=2",
+        "parallel.tensor=4 does not divide liquid.num_reservoirs x liquid.reservoir_size=6",
         "parallel.tensor=2",
     ),
     "expert_width": (
         dict(moe_ffn_hidden_size=6),
         4,
         TP2 | dict(tensor=4),
-        "parallel.tensor=4 does not divide moe_ffn_hidden_size=6",
+        "parallel.tensor=4 does not divide ffn.moe_ffn_hidden_size=6",
         "parallel.tensor=2",
     ),
     "experts": (
         {},
         4,
         dict(expert=4, zero_stage=1),
-        "parallel.expert=4 does not divide num_moe_experts=6",
+        "parallel.expert=4 does not divide ffn.num_moe_experts=6",
         "parallel.expert=2",
     ),
     "expert_ranks": (
@@ -224,11 +239,54 @@ REFUSED = {
         "parallel.offload_optimizer=true does not go with parallel.zero_stage=1",
         "parallel.zero_stage=2",
     ),
+    "no_tensor_parallelism": (
+        dict(kind="laerc"),
+        4,
+        TP2 | dict(pipeline=2),
+        "parallel.tensor=2 does not go with model.kind=laerc: this model is spread over data and pipeline alone",
+        "parallel.tensor=1 parallel.sequence_parallel=false",
+    ),
+    "no_pipeline": (
+        dict(kind="lstm"),
+        4,
+        PP2,
+        "parallel.pipeline=2 does not go with model.kind=lstm: this model is spread over data alone",
+        "parallel.pipeline=1",
+    ),
+    "no_experts": (
+        dict(kind="transformer"),
+        4,
+        dict(expert=2, zero_stage=1),
+        "parallel.expert=2 does not go with model.kind=transformer: this model is spread over data and tensor and "
+        "pipeline alone",
+        "parallel.expert=1",
+    ),
+    "channels": (
+        dict(kind="liquidnet", hidden_size=22),
+        4,
+        TP2 | dict(tensor=4),
+        "parallel.tensor=4 does not divide hidden_size=22",
+        "parallel.tensor=2",
+    ),
+    "several_passes": (
+        dict(kind="liquidnn"),
+        2,
+        dict(zero_stage=2),
+        "parallel.zero_stage=2 does not go with model.kind=liquidnn: its rows are differentiated in several passes",
+        "parallel.zero_stage=1",
+    ),
+    "wide_parameters": (
+        dict(kind="liquidnet"),
+        2,
+        dict(zero_stage=3, half=True),
+        "parallel.zero_stage=3 does not go with model.kind=liquidnet in bfloat16: some of its parameters stay in fp32",
+        "parallel.zero_stage=2",
+    ),
     "two_mistakes": (
         {},
         4,
         dict(tensor=5, pipeline=2),
-        "parallel.tensor=5 does not divide num_attention_heads=12",
+        "parallel.tensor=5 does not divide attention.num_attention_heads=12",
         "parallel.tensor=2 parallel.sequence_parallel=true parallel.zero_stage=1",
     ),
 }
@@ -237,9 +295,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refusal_names_the_keys_and_the_nearest_legal_layout(case):
     changes, world, keys, refused, way_out = REFUSED[case]
-    batch = dict(rows=keys.get("rows", 24), micro=keys.get("micro", 1))
+    batch = dict(rows=keys.get("rows", 24), micro=keys.get("micro", 1), half=keys.get("half", False))
     keys = {key: value for key, value in keys.items() if key not in batch}
-    model = model_of(**changes)
+    model = of_kind(**changes) if "kind" in changes else model_of(**changes)
     with pytest.raises(UserError) as error:
         check(model, world, **keys, **batch)
     message = str(error.value)
@@ -252,10 +310,21 @@ def test_a_refusal_names_the_keys_and_the_nearest_legal_layout(case):
 def test_every_rule_has_a_refusal_above():
     broken = set()
     for changes, world, keys, *_ in REFUSED.values():
-        parallel = ParallelConfig(**{key: value for key, value in keys.items() if key not in ("rows", "micro")})
-        request = Request(model_of(**changes), parallel, world, keys.get("rows", 24), keys.get("micro", 1))
+        keys = dict(keys)
+        batch = keys.pop("rows", 24), keys.pop("micro", 1), keys.pop("half", False)
+        model = of_kind(**changes) if "kind" in changes else model_of(**changes)
+        request = Request(model, ParallelConfig(**keys), world, *batch)
         broken.add(RULES.index(first_broken(request)))
     assert broken == set(range(len(RULES)))
+
+
+@pytest.mark.parametrize("kind", [get_args(config.model_fields["kind"].annotation)[0] for config in FAMILIES])
+def test_the_page_says_what_each_family_is_spread_over(kind):
+    model = model_of() if kind == "lfm" else of_kind(kind)
+    words = ", ".join(key for key in ("data", "tensor", "pipeline", "expert") if key in model.lays_out)
+    assert f"| {kind} | {words} |" in (ROOT / "docs/parallelism.md").read_text()
+    assert check(model, 2, zero_stage=1).name == "DP2 Z1"
+    assert check(model, 1).describe() == "world 1, local engine, 24 micro-batches"
 
 
 def test_without_a_legal_layout_another_number_of_processes_is_named():
@@ -449,16 +518,16 @@ def test_every_shipped_run_is_legal(path):
 
 def test_the_documented_table_is_what_the_rules_say(tmp_path, monkeypatch):
     page = (ROOT / "docs/parallelism.md").read_text()
-    assert compatibility_table() in page, "run python -m lfm.layout.table docs/parallelism.md"
+    assert table.compatibility_table() in page, "run python -m lfm.layout.table docs/parallelism.md"
     emptied = tmp_path / "page.md"
-    emptied.write_text(page.replace(compatibility_table(), ""))
-    monkeypatch.setattr(sys, "argv", ["layout", str(emptied)])
-    layout_module.main()
+    emptied.write_text(page.replace(table.compatibility_table(), ""))
+    monkeypatch.setattr(sys, "argv", ["table", str(emptied)])
+    table.main()
     assert emptied.read_text() == page
 
 
 def test_the_documented_table_knows_what_goes_together():
-    rows = dict(re.findall(r"^\| ([A-Z+a-z ]+?) \| (.*) \|$", compatibility_table(), re.M))
+    rows = dict(re.findall(r"^\| ([A-Z+a-z ]+?) \| (.*) \|$", table.compatibility_table(), re.M))
     answers = {name: [cell.split()[0] for cell in cells.split(" | ")] for name, cells in rows.items()}
     assert answers["one process"] == ["yes", "yes", "yes", "yes", "no", "yes", "yes"]
     assert answers["DP"] == ["no", "yes", "yes", "yes", "no", "yes", "yes"]

@@ -15,6 +15,7 @@ from lfm.training.optimizer.adamw import AdamWConfig
 from tests.comparison import assert_close
 from tests.models import test_laerc
 from tests.models.test_lfm import small_config
+from tests.nested import nested
 
 LENGTHS = [[20], [3, 17], [1] * 20, [9, 11]]
 
@@ -68,7 +69,7 @@ def test_bf16_weights_follow_fp32_masters_with_fp32_accumulation():
 
 
 def _bf16_liquidnet() -> LocalEngine:
-    config = LiquidNetConfig(hidden_size=64, num_layers=1, ffn_hidden_size=16, seq_length=20, vocab_size=40)
+    config = LiquidNetConfig(**nested(hidden_size=64, num_layers=1, ffn_hidden_size=16, seq_length=20, vocab_size=40))
     options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "micro_batch_size": 2}
     return LocalEngine(config, AdamWConfig(lr=1e-2), seed=7, **options)
 

@@ -21,8 +21,8 @@ TINY = {
     "laerc": ["model.hidden_size=16", "model.num_layers=2"],
     "liquidlm": ["model.hidden_size=16", "model.reservoir_size=32"],
     "liquidnn": ["model.hidden_size=16", "model.plastic_from=0.5", "model.dropout=0.1"],
-    "liquidnet": ["model.hidden_size=16", "model.num_layers=2", "model.ffn_hidden_size=24"],
-    "transformer": ["model.hidden_size=16", "model.num_layers=2", "model.ffn_hidden_size=24"],
+    "liquidnet": ["model.hidden_size=16", "model.num_layers=2", "model.ffn.ffn_hidden_size=24"],
+    "transformer": ["model.hidden_size=16", "model.num_layers=2", "model.ffn.ffn_hidden_size=24"],
     "lstm": ["model.hidden_size=16", "model.num_layers=2"],
 }
 STREAMING = sorted(TINY.keys() - {"transformer"})
@@ -146,17 +146,7 @@ def test_a_checkpoint_of_another_family_is_refused(tmp_path, text_data):
     assert sorted(path.name for path in (first.folder / "checkpoints").rglob("*")) == files
 
 
-def test_parallel_keys_are_refused_for_a_family_of_one_process(tmp_path, text_data):
-    from lfm.layout.layout import check_layout
-
-    run = run_of("laerc", tmp_path, text_data)
-    asked = run.parallel.model_copy(update={"zero_stage": 1})
-    for parallel, world, words in [
-        (asked, 1, "model.kind=laerc trains in one process .* not with parallel.zero_stage=1"),
-        (run.parallel, 2, "not with 2 processes"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            check_layout(run.model, parallel, world, global_batch_size=4, micro_batch_size=2)
+def test_what_a_family_does_not_have_is_refused(tmp_path, text_data):
     with pytest.raises(UserError, match=r"training.recompute=full is not for model.kind=laerc; choose from none"):
         run_of("laerc", tmp_path, text_data, "training.recompute=full")
 
