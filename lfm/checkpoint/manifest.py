@@ -38,6 +38,7 @@ class StoredConfig(_Part):
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: dict[str, Any]
+    optimizer: dict[str, Any] = {}
 
 
 class StoredSkip(_Part):
@@ -62,7 +63,7 @@ class StoredCounters(_Part):
     reservoir_warmup: dict[Layer, Annotated[int, Field(ge=0, le=2**20)]]
     reservoir_calm_steps: dict[Layer, Count]
     late_parameters: dict[str, Count] = {}
-    """Updates of those parameters that had fewer than `optimizer_step`, by name."""
+    """Of formats 1 and 2: updates of those parameters that had fewer than `optimizer_step`, by name."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -32,7 +32,7 @@ from lfm.parallel import groups as process_groups
 from lfm.parallel.zero import inner_optimizer
 from lfm.training.engine import Engine
 from lfm.training.local_engine import LocalEngine
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.kind import OptimizerKind
 from lfm.training.parallel_engine import ParallelEngine
 
 BOUNDS = {"loss": 1e-5, "auxiliary": 1e-5, "norm": 1e-5, "clip": 1e-5, "gradient": 1e-4, "held_out": 1e-5}
@@ -44,7 +44,7 @@ class Problem:
     """What is computed: model, optimizer, rows of random ids in packed documents of very unequal lengths."""
 
     model: ModelConfig
-    optimizer: OptimizerConfig
+    optimizer: OptimizerKind
     seed: int
     rows: int
     micro_batch_size: int

@@ -7,7 +7,6 @@ from lfm.models.lfm import LFMConfig
 from lfm.training.run import RunConfig
 
 _GIB = 2**30
-_OPTIMIZER_STATE = ("fp32 masters", "AdamW moments")
 
 
 def _half(run: RunConfig) -> bool:
@@ -27,7 +26,7 @@ def memory_estimate(run: RunConfig, layout: Layout) -> dict[str, float]:
     if run.model.kind != "lfm":
         return _one_process_memory(run)
     stages = (stage_memory(run, layout, rank) for rank in range(layout.pipeline))
-    return max(stages, key=lambda memory: sum(_on_device(memory, layout).values()))
+    return max(stages, key=lambda memory: sum(_on_device(run, memory, layout).values()))
 
 
 def _one_process_memory(run: RunConfig) -> dict[str, float]:
@@ -38,12 +37,12 @@ def _one_process_memory(run: RunConfig) -> dict[str, float]:
         "weights": held * (2 if half else 4) + counts.frozen * 4,
         "fp32 gradients": held * 4,
         "fp32 masters": held * 4 if half else 0,
-        "AdamW moments": held * 8,
+        run.optimizer.state_title: held * run.optimizer.bytes_per_parameter,
     }
 
 
-def _on_device(memory: dict[str, float], layout: Layout) -> dict[str, float]:
-    offloaded = _OPTIMIZER_STATE if layout.offload_optimizer else ()
+def _on_device(run: RunConfig, memory: dict[str, float], layout: Layout) -> dict[str, float]:
+    offloaded = ("fp32 masters", run.optimizer.state_title) if layout.offload_optimizer else ()
     return {name: value for name, value in memory.items() if name not in offloaded}
 
 
@@ -93,7 +92,7 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
         "weights": held(3) * size + sum(layer.frozen for layer in layers) * 4,
         "fp32 gradients": held(2) * 4,
         "fp32 masters": held(1) * 4 if half or layout.zero_stage else 0,
-        "AdamW moments": held(1) * 8,
+        run.optimizer.state_title: held(1) * run.optimizer.bytes_per_parameter,
         "activations (estimate)": tokens * size / tp * (kept * len(layers) * in_flight + again),
         "loss (estimate)": last * (chunk_logits * (size if in_place else 4 + size) + m.vocab_size * D / tp * 4),
     }
@@ -142,9 +141,10 @@ def plan(run: RunConfig, layout: Layout) -> str:
     memory = memory_estimate(run, layout)
     tokens = t.global_batch_size * m.seq_length
     flops = m.flops_per_token()
-    device = _on_device(memory, layout)
+    device = _on_device(run, memory, layout)
     where = "one process" if layout.pipeline == 1 else "one process of the fullest stage"
     host = sum(memory.values()) - sum(device.values())
+    stored = (4 + run.optimizer.bytes_per_parameter) * (counts.trainable + counts.padding)
     lines = [
         f"layout {layout.name}: {layout.describe()}",
         counts.report(),
@@ -156,6 +156,6 @@ def plan(run: RunConfig, layout: Layout) -> str:
         f"memory in all: {sum(device.values()) / _GIB:.1f} GiB{'' if m.kind == 'lfm' else ' and activations'}"
         + (f", on the host {host / _GIB:.1f} GiB" if host else ""),
         *([_worst_routing(run, layout)] if m.kind == "lfm" else []),
-        f"one checkpoint: {12 * (counts.trainable + counts.padding) / _GIB:.1f} GiB",
+        f"one checkpoint: {stored / _GIB:.1f} GiB",
     ]
     return "\n".join(lines)

@@ -121,3 +121,19 @@ def test_what_is_no_manifest_is_one_sentence(content, folder):
     write(folder, content)
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         read_manifest(folder)
+
+
+def test_what_older_formats_kept_and_nobody_goes_on_from_is_left_out(folder):
+    counters = {**COUNTERS, "late_parameters": {"final_norm.weight": 1}}
+    old = {"format": 2, "rng": {"cpu": "AAAA"}, **FIELDS, "counters": counters}
+    write(folder, {**old, "checksum": json_checksum(old)})
+    found = read_manifest(folder)
+    assert found["counters"] == COUNTERS and "rng" not in found
+    assert found == {**found, "step": 3, "files": FIELDS["files"], "frozen": FIELDS["frozen"]}
+
+
+def test_a_key_of_an_older_format_in_a_new_manifest_is_damage(folder):
+    new = {"format": 3, "rng": {"cpu": "AAAA"}, **FIELDS}
+    write(folder, {**new, "checksum": json_checksum(new)})
+    with pytest.raises(UserError, match=r"rng is that of another format"):
+        read_manifest(folder)

@@ -24,7 +24,7 @@ from lfm.layout.layout import check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, compare, in_one_process
 from lfm.training.certificate_faults import FAULTS
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.adamw import AdamWConfig
 from lfm.training.parallel_engine import ParallelEngine
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ SMALL = LFMConfig(
 
 
 def problem(recompute="none") -> Problem:
-    optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.5)
+    optimizer = AdamWConfig(lr=1e-2, clip_grad=0.5)
     return Problem(SMALL, optimizer, seed=5, rows=8, micro_batch_size=1, steps=2, recompute=recompute)
 
 

@@ -149,8 +149,6 @@ def test_a_checkpoint_of_another_family_is_refused(tmp_path, text_data):
 def test_what_a_family_does_not_have_is_refused(tmp_path, text_data):
     with pytest.raises(UserError, match=r"training.recompute=full is not for model.kind=laerc; choose from none"):
         run_of("laerc", tmp_path, text_data, "training.recompute=full")
-    with pytest.raises(UserError, match=r"optimizer.groups does not go with parallel.zero_stage=1"):
-        run_of("laerc", tmp_path, text_data, "parallel.zero_stage=1")
 
 
 @pytest.mark.parametrize("kind", sorted(TINY))
