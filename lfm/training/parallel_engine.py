@@ -78,6 +78,7 @@ class ParallelEngine(Engine):
     """One process of a run over `groups`.  `phase` is told what the process is about to do."""
 
     state_tensors_are_fresh = True
+    make_parts = MegatronParts
 
     def __init__(
         self,
@@ -95,12 +96,12 @@ class ParallelEngine(Engine):
         self.config, self.objective, self.groups, self.layout = model, objective, groups, groups.layout
         self.optimizer_config = optimizer
         self.device, self.dtype, self.micro_batch_size = groups.device, dtype, micro_batch_size
-        self.phase = phase
+        self.phase, self.seed = phase, seed
         # Enough micro-batches to fill the pipeline twice.
         fill = 2 * self.layout.pipeline if self.layout.pipeline > 1 else 1
         self.rows_a_round = micro_batch_size * self.layout.data * fill
         config = transformer_config(model, self.layout, dtype)
-        parts = MegatronParts(groups, config)
+        parts = self.make_parts(groups, config)
         self.pieces = [
             materialize(lambda: build(model, parts, layers), device=self.device, dtype=dtype)  # noqa: B023
             for layers in self.layout.stage_chunks(groups.pipeline.rank())
@@ -294,13 +295,20 @@ class ParallelEngine(Engine):
         return [rows.slice(start, start + self.micro_batch_size) for start in starts], rows.documents
 
     def _run(self, micro_batches: Sequence[Rows], *, forward_only: bool) -> None:
+        first = self.groups.data.rank() * len(micro_batches) * self.micro_batch_size
+
+        def on_micro_batch(index: int) -> None:
+            self.phase(f"micro-batch {index + 1} of {len(micro_batches)}")
+            if not forward_only:
+                self._start_micro_batch(first + index * self.micro_batch_size)
+
         run_schedule(
             self.scheduled,
             self.layout,
             micro_batches,
             seq_length=self.config.seq_length,
             forward_only=forward_only,
-            on_micro_batch=lambda index: self.phase(f"micro-batch {index + 1} of {len(micro_batches)}"),
+            on_micro_batch=on_micro_batch,
         )
 
     def _over_data(self, counts: Counts) -> Counts:

@@ -118,7 +118,6 @@ def dry_runs() -> str:
 
 
 def _local_engine(run: RunConfig) -> LocalEngine:
-    torch.manual_seed(run.seed)
     return LocalEngine(
         run.model,
         run.optimizer,
@@ -138,7 +137,6 @@ def _on_a_rank(process: Process, name: str) -> dict[str, Any]:
     assert golden.layout is not None
     run, (world, parallel, recompute) = golden.run, LAYOUTS[golden.layout]
     layout = check_layout(run.model, parallel, world, global_batch_size=ROWS, micro_batch_size=MICRO_BATCH)
-    torch.manual_seed(run.seed)
     engine = ParallelEngine(
         run.model,
         run.optimizer,

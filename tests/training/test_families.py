@@ -23,7 +23,7 @@ TINY = {
     "liquidnn": ["model.hidden_size=16", "model.plastic_from=0.5", "model.dropout=0.1"],
     "liquidnet": ["model.hidden_size=16", "model.num_layers=2", "model.ffn.ffn_hidden_size=24"],
     "transformer": ["model.hidden_size=16", "model.num_layers=2", "model.ffn.ffn_hidden_size=24"],
-    "lstm": ["model.hidden_size=16", "model.num_layers=2"],
+    "lstm": ["model.hidden_size=16", "model.num_layers=2", "model.hidden_dropout=0.1"],
 }
 STREAMING = sorted(TINY.keys() - {"transformer"})
 
@@ -163,7 +163,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(kind, tmp_path
 @pytest.mark.parametrize("name", ["laerc", "liquidlm", "liquidnn", "liquidnet", "transformer", "lstm"])
 def test_each_debug_preset_learns_more_than_single_tokens(name, tmp_path):
     """Minutes each: the shipped preset as it is, on real text, to below the unigram entropy of the held-out tokens."""
-    from data_pipeline.prepare import PrepareConfig, prepare
+    from data_pipeline.prepare import prepare
+    from data_pipeline.prepare_config import PrepareConfig
 
     data = tmp_path / "data"
     prepare(PrepareConfig.load(ROOT / "configs/data/stdlib_8k.yaml", [f"output={data}"]))
