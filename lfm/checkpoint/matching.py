@@ -26,7 +26,7 @@ def check_architecture(checkpoint: Path, manifest: dict[str, Any], model: ModelC
 
 def check_optimizer(checkpoint: Path, manifest: dict[str, Any], kind: str) -> None:
     """Raises UserError unless the checkpoint holds the state of an optimizer of this kind."""
-    stored = manifest["config"].get("optimizer", {}).get("kind", "adamw")  # which was the only one
+    stored = manifest["config"].get("optimizer", {}).get("kind", "adamw")
     if stored != kind:
         raise UserError(
             f"checkpoint {checkpoint} has the state of optimizer.kind={stored} and the config says {kind}; set it "

@@ -1,18 +1,14 @@
 """Optimizers by `optimizer.kind`; AdamW where none is named."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
+from lfm.config import default_kind
 from lfm.training.optimizer.adamw import AdamWConfig
 from lfm.training.optimizer.lion import LionConfig
 
-
-def _named(tree: Any) -> Any:
-    return {"kind": "adamw", **tree} if isinstance(tree, dict) else tree
-
-
 OptimizerConfig = Annotated[
     Annotated[AdamWConfig | LionConfig, Field(discriminator="kind")],
-    BeforeValidator(_named),
+    default_kind("adamw"),
 ]
