@@ -72,7 +72,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 """GPUs -> name -> `parallel` keys; ZeRO-1 and automatic stages unless they say otherwise."""
 
-CERTIFIED_OVERRIDES = {8: ["model.num_moe_experts=8", "model.num_query_groups=4"]}
+CERTIFIED_OVERRIDES = {8: ["model.ffn.num_moe_experts=8", "model.attention.num_query_groups=4"]}
 """What the small config needs to be cut eight ways."""
 
 MOVES = {

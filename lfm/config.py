@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from lfm.errors import UserError
@@ -43,6 +43,11 @@ def _usable_path(text: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_usable_path)]
 """A path, or a URL, as the user wrote it; `lfm.files.expanded` makes a path of it.  What cannot be one is refused."""
+
+
+def by_kind(default: str) -> Discriminator:
+    """Of a union of configs, each tagged with its `kind`: chooses by that key, and `default` where it is left out."""
+    return Discriminator(lambda value: value.get("kind", default) if isinstance(value, dict) else value.kind)
 
 
 def path_flag(text: str) -> Path:
@@ -79,9 +84,11 @@ class Config(BaseModel):
         nearest legal name), a wrong type and a value out of range.
         """
         path = expanded(path)
-        tree = _read(path, seen=())
+        tree = _read(path, cls, seen=())
+        on_top: dict[str, Any] = {}
         for override in overrides:
-            tree = _merge(tree, _parse_override(override))
+            on_top = _merge(on_top, _parse_override(override), [cls])
+        tree = _merge(tree, on_top, [cls])
         file = shown(path)
         return cls.from_tree(tree, source=f"{file} with the command line" if overrides else file)
 
@@ -250,7 +257,7 @@ def _short(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, root: type[Config], *, seen: tuple[Path, ...]) -> dict[str, Any]:
     real = Path(os.path.realpath(path))
     if real in seen:
         raise UserError(
@@ -277,8 +284,8 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"`base: {_short(bases)}` in {shown(path)} is not a list of file names, such as [base.yaml]")
     tree: dict[str, Any] = {}
     for base in bases:
-        tree = _merge(tree, _read(path.parent / expanded(base), seen=(*seen, real)))
-    return _merge(tree, own)
+        tree = _merge(tree, _read(path.parent / expanded(base), root, seen=(*seen, real)), [root])
+    return _merge(tree, own, [root])
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -308,13 +315,27 @@ def _has_comment(text: str) -> bool:
     return "#" in text[end:]
 
 
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key; anything else, lists included, is replaced."""
+def _merge(old: dict[str, Any], new: dict[str, Any], configs: Sequence[type[Config]]) -> dict[str, Any]:
+    """Mappings merge key by key; anything else, lists included, is replaced.
+
+    So is a mapping of another kind, where the fields of `configs`, whose keys these are, have a choice: what the old
+    kind had is none of the new one's.
+    """
     merged = dict(old)
     for key, value in new.items():
-        deeper = isinstance(value, dict) and isinstance(old.get(key), dict)
-        merged[key] = _merge(old[key], value) if deeper else value
+        before = old.get(key)
+        fields = [config.model_fields[key] for config in configs if key in config.model_fields]
+        choices = [inner for field in fields for inner in _configs_in(field.annotation)]
+        if isinstance(value, dict) and isinstance(before, dict) and not _is_another_kind(before, value, choices):
+            merged[key] = _merge(before, value, choices)
+        else:
+            merged[key] = value
     return merged
+
+
+def _is_another_kind(old: dict[str, Any], new: dict[str, Any], choices: Sequence[type[Config]]) -> bool:
+    """A kind that was left out is not another: whether its keys fit is found out when they are checked."""
+    return len(choices) > 1 and "kind" in old and "kind" in new and old["kind"] != new["kind"]
 
 
 def _configs_in(annotation: Any) -> list[type[Config]]:
@@ -454,12 +475,16 @@ def _nearest(root: type[Config], path: str, location: Sequence[int | str]) -> st
     sections = sorted({".".join(key.split(".")[: i + 1]) for key in legal for i in range(key.count("."))})
     parent, _, name = path.rpartition(".")
     candidates = legal + sections
+    # The same name elsewhere, or words of one key that are now a section and a key.
     same_name = [key for key in candidates if key.rpartition(".")[2] == name]
+    same_name += [key for key in candidates if key.replace(".", "_") == path.replace(".", "_")]
     siblings = [key for key in candidates if key.rpartition(".")[0] == parent]
     by_name = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in siblings], n=1)
     close = difflib.get_close_matches(path, candidates, n=1, cutoff=0.5)
+    if same_name:
+        return f"did you mean {same_name[0]}?"
     if by_name:
         return f"did you mean {parent + '.' if parent else ''}{by_name[0]}?"
-    if same_name or close:
-        return f"did you mean {(same_name + close)[0]}?"
+    if close:
+        return f"did you mean {close[0]}?"
     return "--help lists every key"

@@ -21,7 +21,7 @@ from lfm.kernels.router import Choice, choose_experts, router_logits
 from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
 from lfm.kernels.swiglu import kernel as activation
 from lfm.kernels.swiglu.reference import swiglu_reference
-from lfm.layers.moe import MoE
+from lfm.layers.moe import MoE, MoEConfig
 
 N, D, F, E, K = 8192, 3072, 1408, 8, 2
 M = N * K
@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 @functools.cache
 def layer(dtype: torch.dtype) -> MoE:
     """Gates, values and routing logits of standard deviation 1, the same weights in any dtype."""
-    moe = MoE(D, num_experts=E, top_k=K, ffn_hidden_size=F).to("cuda", dtype)
+    moe = MoE(D, MoEConfig(num_moe_experts=E, moe_router_topk=K, moe_ffn_hidden_size=F)).to("cuda", dtype)
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(moe.named_parameters()):
             parameter.copy_(normal(*parameter.shape, seed=seed, scale=(F if name == "down" else D) ** -0.5))

@@ -19,7 +19,7 @@ from lfm.kernels.reservoir.chunked import (
     weight_gradient,
 )
 from lfm.kernels.reservoir.grid import ChunkPlan, Outcome
-from lfm.layers.liquid import Liquid, LiquidConfig
+from lfm.layers.liquid import Liquid, ReservoirConfig
 
 T, R, N, D = 8192, 3, 512, 3072
 LEAK_RATE, CHUNK_LENGTH = 0.3, 128
@@ -128,7 +128,7 @@ class Layer:
     @functools.cached_property
     def layer(self) -> Liquid:
         with torch.device("cuda"):
-            config = LiquidConfig(train_reservoir=True, chunk_length=self.chunk_length)
+            config = ReservoirConfig(train_reservoir=True, chunk_length=self.chunk_length)
             layer = Liquid(D, config).bfloat16()
         layer.reservoirs = torch.nn.Parameter(matrices().float())
         layer.connections = layer.reservoirs != 0
@@ -154,7 +154,7 @@ class Layer:
         return self.gradients(self.layer, *self.inputs)
 
     def check(self) -> dict[str, float]:
-        exact = Liquid(D, LiquidConfig(train_reservoir=True, backend="sequential")).cuda().double()
+        exact = Liquid(D, ReservoirConfig(train_reservoir=True, backend="sequential")).cuda().double()
         exact.load_state_dict(self.layer.state_dict())
         # The product takes W in bf16, and that is the W whose gradient is compared.
         exact.reservoirs.data = exact.reservoirs.data.bfloat16().double()

@@ -3,14 +3,13 @@
     checkpoints/step_00000100/
         __R_*.distcp, .metadata tensors `master.* exp_avg.* exp_avg_sq.* frozen.*`, one global tensor a name
         tokenizer.json          so that a checkpoint generates text on its own
-        manifest.json           step, resolved config, counters, RNG; size and xxh3-64 of every file above; a checksum
+        manifest.json           step, resolved config, counters; size and xxh3-64 of every file above; a checksum
 
 A checkpoint is written under a temporary name, synced, given its manifest, and renamed: a folder called `step_*` is
 whole or was damaged later, which the hashes find.  `lfm.checkpoint.saver` writes them; here they are found and read.
 Nothing that their files name is run: see `lfm.checkpoint.stored_tensors`.
 """
 
-import base64
 import os
 import re
 import warnings
@@ -19,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 
 from lfm.checkpoint.manifest import MANIFEST_NAME, way_out
@@ -119,27 +117,6 @@ def verify(checkpoint: Path, manifest: dict[str, Any], *, rank: int = 0, world_s
     for name, entry in hash_files(checkpoint, mine, io_threads(world_size)).items():
         if entry != files[name]:
             raise UserError(f"checkpoint file {checkpoint / name} is corrupt (hash differs); {way_out(checkpoint)}")
-
-
-def rng_state(device: torch.device) -> dict[str, str]:
-    """torch's generators, by device type, as base64."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
-
-
-def set_rng_state(checkpoint: Path, saved: dict[str, str], device: torch.device) -> None:
-    """Restore `rng_state()`, as it was saved in `checkpoint`.  Raises UserError."""
-    states = {n: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for n, text in saved.items()}
-    try:
-        torch.set_rng_state(states["cpu"])
-        if device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], device)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{checkpoint / MANIFEST_NAME} has no state of torch's generators ({reason(error)}); {way_out(checkpoint)}"
-        ) from None
 
 
 def io_threads(world_size: int) -> int:

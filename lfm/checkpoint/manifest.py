@@ -4,7 +4,6 @@ Format 2 is format 1 and `checksum`, which is made as that of a data set's index
 change a manifest can make its checksum anew, so it does not say who wrote a checkpoint.
 """
 
-import base64
 import json
 import os
 import re
@@ -40,6 +39,13 @@ class StoredConfig(_Part):
     model: dict[str, Any]
 
 
+class StoredSkip(_Part):
+    """Rows of the data order that were passed over after a step."""
+
+    step: Count
+    rows: Annotated[int, Field(ge=1, lt=2**63)]
+
+
 class StoredProgress(_Part):
     step: Count
     tokens: Count
@@ -47,6 +53,7 @@ class StoredProgress(_Part):
     """None: there was no validation."""
     validations_without_gain: Count
     chain: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    skips: list[StoredSkip] = []
 
 
 class StoredCounters(_Part):
@@ -71,19 +78,6 @@ class StoredPlace(_Part):
     data_checksum: str
 
 
-class StoredGenerators(_Part):
-    """torch's, as base64."""
-
-    cpu: str
-    cuda: str | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for state in filter(None, (self.cpu, self.cuda)):
-            base64.b64decode(state, validate=True)
-        return self
-
-
 class StoredFile(_Part):
     bytes: Count
     xxh3_64: Hash
@@ -96,7 +90,8 @@ class Manifest(_Part):
     progress: StoredProgress
     counters: StoredCounters
     data: StoredPlace
-    rng: StoredGenerators
+    rng: Any = None
+    """What an earlier version kept of torch's generators, which nothing goes on from."""
     frozen: dict[Annotated[str, StringConstraints(pattern=r"^frozen\.")], Hash]
     """Hash of the values of each frozen tensor."""
     files: dict[str, StoredFile]

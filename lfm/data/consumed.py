@@ -45,32 +45,43 @@ class ConsumedRecord:
     """
 
     def __init__(self, folder: Path, *, resumed_step: int, chain: str) -> None:
-        """Steps after `resumed_step` are forgotten: they happen again.  A record that did not lead to `chain` is kept
-        under another name."""
+        """Go on after `resumed_step`, as `truncate` does."""
         self._path = folder / CONSUMED_NAME
         self._works, self._failed = True, False
         self._size = 0
         """Of the whole lines on the disk."""
         self._waiting = ""
         """Whole lines that are not on the disk."""
+        self.truncate(resumed_step, chain=chain)
+
+    def truncate(self, step: int, *, chain: str) -> None:
+        """Forget the steps after `step`: they happen again.  A record that did not lead to `chain` is kept under
+        another name."""
+        if not self._works:
+            return
         try:
-            last = self._cut_back(resumed_step, chain) if exists(self._path) else 0
-            if last < resumed_step:
-                complain(f"{shown(self._path)} lacks steps {last + 1} to {resumed_step} of this run")
+            last = self._cut_back(step, chain)
+            if last < step:
+                complain(f"{shown(self._path)} lacks steps {last + 1} to {step} of this run")
         except (UserError, OSError) as error:
             self._works = False
             complain(f"{shown(self._path)} is not written from now on: {error}")
 
-    def _cut_back(self, resumed_step: int, chain: str) -> int:
+    def _cut_back(self, step: int, chain: str) -> int:
         """The last step that is left."""
-        lines = [(line, entry) for line, entry in read_lines(self._path, _parsed) if entry.step <= resumed_step]
-        if lines and lines[-1][1].step == resumed_step and lines[-1][1].chain != chain:
+        lines = read_lines(self._path, _parsed) if exists(self._path) else []
+        if self._waiting:  # a write that failed may have put some of these on the disk
+            waiting = [(line, _parsed(line.rstrip())) for line in self._waiting.splitlines(keepends=True)]
+            lines = [(line, entry) for line, entry in lines if entry.step < waiting[0][1].step] + waiting
+        lines = [(line, entry) for line, entry in lines if entry.step <= step]
+        if lines and lines[-1][1].step == step and lines[-1][1].chain != chain:
             aside = keep_aside(self._path, read_file(self._path), "abandoned")
             complain(f"{shown(self._path)} is of another history than the checkpoint's: it is kept as {aside.name}")
             lines = []
         kept = "".join(line for line, _ in lines).encode()
-        write_durably(self._path, kept)
-        self._size = len(kept)
+        if kept or exists(self._path):
+            write_durably(self._path, kept)
+        self._size, self._waiting = len(kept), ""
         return lines[-1][1].step if lines else 0
 
     def add(self, entry: Consumed) -> None:

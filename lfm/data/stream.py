@@ -295,6 +295,13 @@ class BatchStream:
         position = self.position if position is None else position
         return {"position": position, "seed": self._seed, "data_checksum": self._reader.identity(position)}
 
+    def seek(self, row: int) -> None:
+        """Go on at another position, as if the stream had begun there; what was read ahead is dropped."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        self.position = row
+
     def close(self) -> None:
         """Stop reading ahead, after the reads under way.  The stream cannot be used afterwards."""
         if self._threads is not None:

@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lfm.config import Config, Width
 from lfm.errors import UserError
 from lfm.kernels.rotary import rotated_heads
 from lfm.layers.documents import Documents
@@ -24,6 +26,29 @@ Backend = Literal["auto", "reference", "sdpa", "flex", "flash"]
 # With a cache, queries go in blocks of this many, so that the mask is [block, keys] and never [T, T].
 _QUERY_BLOCK = 512
 _FLEX_BLOCK = 128
+
+
+class AttentionConfig(Config):
+    num_attention_heads: Width
+    num_query_groups: Width
+    """Key/value heads."""
+    rotary_base: float = Field(default=10_000.0, gt=1)
+    backend: Backend = "auto"
+    """auto: the fastest one for the rows at hand.  flash: the package flash-attn 4, else flash-attn 2.  flex applies on
+    a GPU to rows that 128 divides, elsewhere it means sdpa.  reference is dense, for tests."""
+
+    def check(self, hidden_size: int) -> None:
+        """Raise ValueError, naming the nearest legal value, for heads of no even size or groups that do not divide
+        them."""
+        h, n, groups = hidden_size, self.num_attention_heads, self.num_query_groups
+        if h % n or h // n % 2:
+            raise ValueError(
+                f"hidden_size={h} over attention.num_attention_heads={n} is not an even head size; "
+                f"the nearest hidden_size is {max(2 * n, round(h / (2 * n)) * 2 * n)}"
+            )
+        if n % groups:
+            legal = [g for g in range(1, n + 1) if n % g == 0]
+            raise ValueError(f"attention.num_query_groups={groups} does not divide {n} heads; choose from {legal}")
 
 
 @dataclass(eq=False)
@@ -55,41 +80,21 @@ class KeyValueCache:
         )
 
 
-def check_heads(hidden_size: int, num_attention_heads: int, num_query_groups: int) -> None:
-    """Raise ValueError, naming the nearest legal value, for heads of no even size or groups that do not divide them."""
-    h, n = hidden_size, num_attention_heads
-    if h % n or h // n % 2:
-        raise ValueError(
-            f"hidden_size={h} over num_attention_heads={n} is not an even head size; "
-            f"the nearest hidden_size is {max(2 * n, round(h / (2 * n)) * 2 * n)}"
-        )
-    if n % num_query_groups:
-        legal = [g for g in range(1, n + 1) if n % g == 0]
-        raise ValueError(f"num_query_groups={num_query_groups} does not divide {n} heads; choose from {legal}")
-
-
 class Attention(nn.Module):
     """Query head i reads key/value head i // (H / K).  No biases.  Ainslie et al. 2023 (GQA, arXiv 2305.13245).
 
     Raises UserError for backend "flash" where no package of flash-attn is installed.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        num_attention_heads: int,
-        num_query_groups: int,
-        backend: Backend = "auto",
-        parts: Parts = PLAIN,
-    ) -> None:
+    def __init__(self, hidden_size: int, config: AttentionConfig, parts: Parts = PLAIN) -> None:
         super().__init__()
-        if backend == "flash":
+        if config.backend == "flash":
             require_package()
-        self.head_size = hidden_size // num_attention_heads
-        widths = (hidden_size, num_query_groups * self.head_size, num_query_groups * self.head_size)
+        self.head_size = hidden_size // config.num_attention_heads
+        width = config.num_query_groups * self.head_size
+        widths = (hidden_size, width, width)
         self.widths = tuple(width // parts.tensor_size for width in widths)
-        self.backend: Backend = backend
+        self.backend: Backend = config.backend
         self.qkv = parts.column_linear(hidden_size, sum(widths))
         self.out = parts.row_linear(hidden_size, hidden_size)
 
@@ -205,7 +210,7 @@ def _flash_package(q: Tensor, k: Tensor) -> FlashPackage:
         if obstacle is None:
             return package
         obstacles.append(f"{package.name} {obstacle}")
-    raise UserError(f"attention_backend=flash: {'; '.join(obstacles)}; choose attention_backend=auto")
+    raise UserError(f"attention.backend=flash: {'; '.join(obstacles)}; choose attention.backend=auto")
 
 
 def _flash_obstacle(package: FlashPackage, q: Tensor, k: Tensor) -> str | None:

@@ -1,17 +1,44 @@
 """The diagonal liquid layer: a leaky unit a channel, each with a time constant that the token chooses."""
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from lfm.config import Config, Depth
 from lfm.kernels.diagonal_scan import diagonal_scan
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.stored import Stored
 
 LONGEST_HALF_LIFE = 4096.0
 """Of a channel at initialisation, in tokens; the shortest is 1."""
+
+
+class DiagonalConfig(Config):
+    kind: Literal["diagonal"] = "diagonal"
+    """A leaky unit a channel, whose time constant the token chooses."""
+    interval: Depth = 4
+    """Layers 0, interval, 2 * interval, ... carry them."""
+    delta_min: float = Field(default=1e-5, ge=0)
+    """Smallest decay rate: no channel's half-life exceeds ln 2 / delta_min tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DiagonalConfig":
+        check_delta_min(self.delta_min)
+        return self
+
+
+def check_delta_min(delta_min: float) -> None:
+    """Raise ValueError where the slowest channel could not have the half-life that it starts with."""
+    limit = math.log(2) / LONGEST_HALF_LIFE
+    if delta_min >= limit:
+        raise ValueError(
+            f"delta_min={delta_min} allows no half-life of {LONGEST_HALF_LIFE:.0f} tokens, with which the "
+            f"slowest channel starts; it must be below {limit:.3g}"
+        )
 
 
 class DiagonalLiquid(nn.Module):

@@ -54,8 +54,8 @@ def require_package() -> None:
     """Raise UserError unless one of the packages is installed."""
     if not any(package.installed for package in PACKAGES):
         raise UserError(
-            "attention_backend=flash needs the package flash-attn-4, which is not installed here: "
-            "pip install 'flash-attn-4[cu13]==4.0.0b36', or choose attention_backend=auto"
+            "attention.backend=flash needs the package flash-attn-4, which is not installed here: "
+            "pip install 'flash-attn-4[cu13]==4.0.0b36', or choose attention.backend=auto"
         )
 
 

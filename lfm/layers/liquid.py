@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lfm.config import Config, Depth, Tokens, Width
@@ -13,7 +13,9 @@ from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.stored import Stored
 
 
-class LiquidConfig(Config):
+class ReservoirConfig(Config):
+    kind: Literal["reservoir"] = "reservoir"
+    """Sparse nonlinear reservoirs between two projections."""
     interval: Depth = 4
     """Layers 0, interval, 2 * interval, ... carry reservoirs."""
     num_reservoirs: Width = 3
@@ -43,6 +45,12 @@ class LiquidConfig(Config):
     """Largest relative chunk-boundary residual before repair passes, then the sequential path, take over: by so much
     the states of a training row, and through them its documents and the rows beside it, may move each other."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "ReservoirConfig":
+        if self.norm == "post" and self.input_scaling != 1.0:
+            raise ValueError(f"input_scaling={self.input_scaling} needs norm: pre; post has none")
+        return self
+
     def must_forget(self, num_positions: int) -> bool:
         """Whether trained reservoirs must be kept forgetful, because so many positions may be cut into chunks."""
         length = 128 if self.chunk_length == "fill" else self.chunk_length
@@ -61,7 +69,7 @@ class Liquid(nn.Module):
     reservoirs: Tensor
     connections: Tensor
 
-    def __init__(self, hidden_size: int, config: LiquidConfig, parts: Parts = PLAIN) -> None:
+    def __init__(self, hidden_size: int, config: ReservoirConfig, parts: Parts = PLAIN) -> None:
         super().__init__()
         self.config, self.parts = config, parts
         R, N = config.num_reservoirs, config.reservoir_size

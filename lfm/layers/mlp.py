@@ -1,11 +1,20 @@
 """The gated feed-forward layer of the dense families."""
 
+from typing import Literal
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lfm.config import Config, Width
 from lfm.kernels.swiglu import swiglu
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.stored import Stored
+
+
+class SwiGLUConfig(Config):
+    kind: Literal["swiglu"] = "swiglu"
+    """One feed-forward network for every token."""
+    ffn_hidden_size: Width
 
 
 class SwiGLU(nn.Module):
@@ -14,11 +23,11 @@ class SwiGLU(nn.Module):
     Run-time storage is fused: `gate_up [2F, D]`, gate first.
     """
 
-    def __init__(self, hidden_size: int, *, ffn_hidden_size: int, parts: Parts = PLAIN) -> None:
+    def __init__(self, hidden_size: int, config: SwiGLUConfig, parts: Parts = PLAIN) -> None:
         super().__init__()
-        self.width = ffn_hidden_size // parts.tensor_size
-        self.gate_up = parts.column_linear(hidden_size, 2 * ffn_hidden_size)
-        self.down = parts.row_linear(ffn_hidden_size, hidden_size)
+        self.width = config.ffn_hidden_size // parts.tensor_size
+        self.gate_up = parts.column_linear(hidden_size, 2 * config.ffn_hidden_size)
+        self.down = parts.row_linear(config.ffn_hidden_size, hidden_size)
 
     def stored(self) -> dict[str, Stored]:
         F_ = self.width

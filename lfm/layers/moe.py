@@ -1,15 +1,19 @@
 """Top-k mixture of SwiGLU experts with balance and z losses."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from lfm.config import Config, Width
 from lfm.kernels.grouped_linear import grouped_linear
 from lfm.kernels.permutation import combine, dispatch, sorted_places
 from lfm.kernels.router import router_logits
 from lfm.kernels.swiglu import swiglu
 from lfm.layers.parts import PLAIN, Parts
-from lfm.layers.router import Routing, route
+from lfm.layers.router import LossBalance, Routing, route
 from lfm.layers.stored import Stored
 
 
@@ -19,28 +23,40 @@ def count(values: Int[Tensor, " m"], num: int) -> Int[Tensor, " num"]:
     return torch.zeros(num + 1, dtype=values.dtype, device=values.device).scatter_add_(0, values, ones)[:num]
 
 
+class MoEConfig(Config):
+    kind: Literal["moe"] = "moe"
+    """A mixture of experts, of which a router chooses a few for each token."""
+    num_moe_experts: Width = 8
+    moe_router_topk: Width = 2
+    moe_ffn_hidden_size: Width
+    """Width of one expert."""
+    moe_capacity_factor: float | None = Field(default=None, gt=0, le=1 << 20)
+    """null: dropless; else an expert takes at most ceil(factor * topk * seq_length / experts) tokens of a row."""
+    balance: LossBalance = LossBalance()
+    moe_z_loss_coeff: float = Field(default=1e-3, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "MoEConfig":
+        if self.moe_router_topk > self.num_moe_experts:
+            raise ValueError(
+                f"moe_router_topk={self.moe_router_topk} is more than num_moe_experts={self.num_moe_experts}"
+            )
+        return self
+
+
 class MoE(nn.Module):
-    """`sum_i w_i D_i(SiLU(G_i u) * (U_i u))` over the chosen experts, no biases.  Dropless unless `capacity_factor`.
+    """`sum_i w_i D_i(SiLU(G_i u) * (U_i u))` over the chosen experts, no biases.  Without moe_capacity_factor dropless.
 
     Run-time storage is fused: `gate_up [E, 2F, D]` (gate first), `down [E, D, F]`, of the experts that are here.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        num_experts: int,
-        top_k: int,
-        ffn_hidden_size: int,
-        capacity_factor: float | None = None,
-        balance_over: str = "sequence",
-        parts: Parts = PLAIN,
-    ) -> None:
+    def __init__(self, hidden_size: int, config: MoEConfig, parts: Parts = PLAIN) -> None:
         super().__init__()
-        self.top_k, self.capacity_factor, self.balance_over, self.parts = top_k, capacity_factor, balance_over, parts
-        self.router = nn.Linear(hidden_size, num_experts, bias=False)
-        self.dispatcher = parts.token_dispatcher(num_experts)
-        width = ffn_hidden_size // self.dispatcher.width_parts
+        self.top_k, self.capacity_factor = config.moe_router_topk, config.moe_capacity_factor
+        self.balance_over, self.parts = config.balance.scope, parts
+        self.router = nn.Linear(hidden_size, config.num_moe_experts, bias=False)
+        self.dispatcher = parts.token_dispatcher(config.num_moe_experts)
+        width = config.moe_ffn_hidden_size // self.dispatcher.width_parts
         self.gate_up = nn.Parameter(torch.empty(self.dispatcher.count, 2 * width, hidden_size))
         self.down = nn.Parameter(torch.empty(self.dispatcher.count, hidden_size, width))
 

@@ -2,12 +2,24 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
+from lfm.config import Config
 from lfm.kernels.router import choose_experts
+
+
+class LossBalance(Config):
+    """Balance by a loss of each row, or of each micro-batch."""
+
+    kind: Literal["loss"] = "loss"
+    coeff: float = Field(default=0.01, ge=0)
+    scope: Literal["sequence", "batch"] = "sequence"
+    """batch: over the micro-batch, which makes the loss depend on the layout."""
 
 
 @dataclass

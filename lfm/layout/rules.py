@@ -24,7 +24,7 @@ class Request:
 
     @property
     def spread(self) -> str:
-        """What the family is laid out over, in words."""
+        """What the model is laid out over, in words."""
         return " and ".join(key for key in ("data", "tensor", "pipeline", "expert") if key in self.m.lays_out)
 
     @property
@@ -101,7 +101,7 @@ def _laid_out(key: str) -> Rule:
     return Rule(
         lambda r: getattr(r.p, key) > 1 and key not in r.m.lays_out,
         f"parallel.{key}={{r.p.{key}}} does not go with model.kind={{r.m.kind}}",
-        "the family is spread over {r.spread} alone",
+        "this model is spread over {r.spread} alone",
     )
 
 

@@ -14,10 +14,16 @@ BEGIN, END = "<!-- layouts: python -m lfm.layout.table docs/parallelism.md -->",
 
 def compatibility_table() -> str:
     """Which layouts go with which ZeRO stages, as Markdown: the rules, asked about a small model."""
+    from lfm.layers.attention import AttentionConfig
+    from lfm.layers.moe import MoEConfig
     from lfm.models.lfm import LFMConfig
 
     model = LFMConfig(
-        hidden_size=32, num_layers=4, num_attention_heads=4, num_query_groups=2, seq_length=64, moe_ffn_hidden_size=32
+        hidden_size=32,
+        num_layers=4,
+        seq_length=64,
+        attention=AttentionConfig(num_attention_heads=4, num_query_groups=2),
+        ffn=MoEConfig(moe_ffn_hidden_size=32),
     )
     tensor, pipeline, expert = {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"expert": 2}
     interleaved = {**pipeline, "virtual_pipeline": 2}

@@ -4,7 +4,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -83,8 +83,11 @@ class Decoder(LanguageModel):
     head if they end at the last.  Modules carry global layer numbers, so a piece's names are the whole model's.
     """
 
-    attends: ClassVar[bool] = False
-    """Whether layers attend, to rotated keys: then the config has `head_size` and `rotary_base`, a state `position`."""
+    @property
+    def attends(self) -> bool:
+        """Whether layers attend, to rotated keys: then the config has `head_size` and `attention`, a state
+        `position`."""
+        return False
 
     def __init__(self, config: Any, *, parts: Parts = PLAIN, layers: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -193,7 +196,7 @@ class Decoder(LanguageModel):
         return rotary_tables(
             positions,
             head_size=self.config.head_size,
-            base=self.config.rotary_base,
+            base=self.config.attention.rotary_base,
             dtype=torch.promote_types(dtype, torch.float32),
         )
 

@@ -23,7 +23,6 @@ from lfm.models.state import State
 
 class LAERCConfig(FamilyConfig):
     changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "chunk_length", "warmup", "tolerance"})
-    lays_out: ClassVar[frozenset[str]] = frozenset({"data", "pipeline"})
     kind: Literal["laerc"] = "laerc"
     """Model family."""
     hidden_size: Width = 512
@@ -82,6 +81,10 @@ class LAERCConfig(FamilyConfig):
         if self.keep_input_norm and self.use_reservoir:
             raise ValueError("keep_input_norm=true needs use_reservoir=false; a reservoir always has the norm")
         return self
+
+    @property
+    def lays_out(self) -> frozenset[str]:
+        return frozenset({"data", "pipeline"})
 
     @property
     def reservoir_size(self) -> int:

@@ -30,12 +30,18 @@ class FamilyConfig(Config, abc.ABC):
     changeable: ClassVar[frozenset[str]] = frozenset({"seq_length"})
     """Keys, dotted, that a run may change when it goes on from a checkpoint: no tensor depends on them."""
 
-    lays_out: ClassVar[frozenset[str]] = frozenset({"data"})
-    """What the family can be spread over: data, tensor, pipeline, expert, the sizes of a layout."""
     row_is_one_pass: ClassVar[bool] = True
     """Whether a row's loss is differentiated as a whole, not in parts one after the other."""
-    has_wide_parameters: ClassVar[bool] = False
-    """Whether some parameters stay in fp32 where the others are in bf16."""
+
+    @property
+    def lays_out(self) -> frozenset[str]:
+        """What the model can be spread over: data, tensor, pipeline, expert, the sizes of a layout."""
+        return frozenset({"data"})
+
+    @property
+    def has_wide_parameters(self) -> bool:
+        """Whether some parameters stay in fp32 where the others are in bf16."""
+        return False
 
     def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
         """What parallel.tensor must divide, by its key or keys; `experts_are_whole`: no expert is cut by width."""

@@ -1,19 +1,21 @@
-"""LFM: decoder of grouped-query attention, liquid reservoirs in every n-th layer and a mixture of experts in each."""
+"""LFM: decoder of grouped-query attention, liquid layers in every n-th layer, and experts or a feed-forward network."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Int
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 from torch import Tensor
 
-from lfm.config import Depth, Tokens, Vocabulary, Width
+from lfm.config import Depth, Tokens, Vocabulary, Width, by_kind
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
-from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
-from lfm.layers.liquid import Liquid, LiquidConfig
-from lfm.layers.moe import MoE
+from lfm.layers.attention import Attention, AttentionConfig, KeyValueCache
+from lfm.layers.diagonal_liquid import DiagonalConfig, DiagonalLiquid, initial_delta_bias
+from lfm.layers.liquid import Liquid, ReservoirConfig
+from lfm.layers.mlp import SwiGLU, SwiGLUConfig
+from lfm.layers.moe import MoE, MoEConfig
 from lfm.layers.norm import RMSNorm
 from lfm.layers.parts import Parts
 from lfm.layers.residual import ResidualStream
@@ -24,73 +26,89 @@ from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute
 from lfm.models.losses import Measured, Term, reservoir_measured
 from lfm.models.state import State
 
+LiquidConfig = Annotated[
+    Annotated[ReservoirConfig, Tag("reservoir")] | Annotated[DiagonalConfig, Tag("diagonal")], by_kind("reservoir")
+]
+FFNConfig = Annotated[Annotated[MoEConfig, Tag("moe")] | Annotated[SwiGLUConfig, Tag("swiglu")], by_kind("moe")]
+
 
 class LFMConfig(FamilyConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "selective", "full")
     changeable: ClassVar[frozenset[str]] = frozenset(
         {
-            *("seq_length", "attention_backend", "moe_capacity_factor", "moe_aux_loss_coeff", "moe_aux_loss_scope"),
-            *("moe_z_loss_coeff", "liquid.backend", "liquid.chunk_length", "liquid.warmup", "liquid.tolerance"),
+            *("seq_length", "attention.backend", "ffn.moe_capacity_factor", "ffn.moe_z_loss_coeff"),
+            *("ffn.balance.kind", "ffn.balance.coeff", "ffn.balance.scope"),
+            *("liquid.backend", "liquid.chunk_length", "liquid.warmup", "liquid.tolerance"),
         }
     )
-    lays_out: ClassVar[frozenset[str]] = frozenset({"data", "tensor", "pipeline", "expert"})
     kind: Literal["lfm"] = "lfm"
     """Model family."""
     hidden_size: Width
     num_layers: Depth
-    num_attention_heads: Width
-    num_query_groups: Width
-    """Key/value heads."""
     seq_length: Tokens = 8192
     """Context in tokens: the length of a training row and the most that prompt and continuation may reach."""
     vocab_size: Vocabulary = 128_256
     vocab_size_multiple: Width = 1024
     """The embedding is stored with its rows padded to this multiple, so that every layout can split it."""
     untie_embeddings_and_output_weights: bool = False
-    rotary_base: float = Field(default=10_000.0, gt=1)
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     init_method_std: float = Field(default=0.02, gt=0)
-    attention_backend: Backend = "auto"
-    """auto: the fastest one for the rows at hand.  flash: the package flash-attn 4, else flash-attn 2.  flex applies on
-    a GPU to rows that 128 divides, elsewhere it means sdpa.  reference is dense, for tests."""
-    num_moe_experts: Width = 8
-    moe_router_topk: Width = 2
-    moe_ffn_hidden_size: Width
-    """Width of one expert."""
-    moe_capacity_factor: float | None = Field(default=None, gt=0, le=1 << 20)
-    """null: dropless; else an expert takes at most ceil(factor * topk * seq_length / experts) tokens of a row."""
-    moe_aux_loss_coeff: float = Field(default=0.01, ge=0)
-    moe_aux_loss_scope: Literal["sequence", "batch"] = "sequence"
-    """batch: over the micro-batch, which makes the loss depend on the layout."""
-    moe_z_loss_coeff: float = Field(default=1e-3, ge=0)
-    liquid: LiquidConfig | None = LiquidConfig()
+    attention: AttentionConfig | None
+    """null: no attention; tokens then meet in liquid layers alone."""
+    liquid: LiquidConfig | None = ReservoirConfig()
     """null: no liquid layers."""
+    ffn: FFNConfig
 
     @model_validator(mode="after")
     def _check(self) -> "LFMConfig":
-        check_heads(self.hidden_size, self.num_attention_heads, self.num_query_groups)
-        if self.liquid is not None and self.liquid.norm == "post" and self.liquid.input_scaling != 1.0:
-            raise ValueError(f"liquid.input_scaling={self.liquid.input_scaling} needs liquid.norm=pre; post has none")
-        if self.moe_router_topk > self.num_moe_experts:
-            raise ValueError(
-                f"moe_router_topk={self.moe_router_topk} is more than num_moe_experts={self.num_moe_experts}"
-            )
+        if self.attention is not None:
+            self.attention.check(self.hidden_size)
+        if self.attention is None and self.liquid is None:
+            raise ValueError("attention and liquid are both null: nothing mixes tokens; give one of them")
         return self
 
+    @property
+    def lays_out(self) -> frozenset[str]:
+        return frozenset({"data", "tensor", "pipeline"} | ({"expert"} if self.moe is not None else set()))
+
+    @property
+    def has_wide_parameters(self) -> bool:
+        return isinstance(self.liquid, DiagonalConfig)
+
     def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
-        sizes = {key: getattr(self, key) for key in ("num_attention_heads", "num_query_groups", "seq_length")}
-        sizes["padded_vocab_size"] = self.padded_vocab_size
-        if self.liquid is not None:
-            width = self.liquid.num_reservoirs * self.liquid.reservoir_size
+        sizes = {}
+        if self.attention is not None:
+            sizes["attention.num_attention_heads"] = self.attention.num_attention_heads
+            sizes["attention.num_query_groups"] = self.attention.num_query_groups
+        sizes |= {"seq_length": self.seq_length, "padded_vocab_size": self.padded_vocab_size}
+        if self.reservoir is not None:
+            width = self.reservoir.num_reservoirs * self.reservoir.reservoir_size
             sizes["liquid.num_reservoirs x liquid.reservoir_size"] = width
-        return sizes if experts_are_whole else sizes | {"moe_ffn_hidden_size": self.moe_ffn_hidden_size}
+        elif self.liquid is not None:
+            sizes["hidden_size"] = self.hidden_size
+        if isinstance(self.ffn, SwiGLUConfig):
+            sizes["ffn.ffn_hidden_size"] = self.ffn.ffn_hidden_size
+        elif not experts_are_whole:
+            sizes["ffn.moe_ffn_hidden_size"] = self.ffn.moe_ffn_hidden_size
+        return sizes
 
     def expert_divides(self) -> dict[str, int]:
-        return {"num_moe_experts": self.num_moe_experts}
+        return {"ffn.num_moe_experts": self.moe.num_moe_experts} if self.moe is not None else {}
+
+    @property
+    def reservoir(self) -> ReservoirConfig | None:
+        """Of the liquid layers, if they are reservoirs."""
+        return self.liquid if isinstance(self.liquid, ReservoirConfig) else None
+
+    @property
+    def moe(self) -> MoEConfig | None:
+        return self.ffn if isinstance(self.ffn, MoEConfig) else None
 
     @property
     def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        """Of attention, which there must be."""
+        assert self.attention is not None
+        return self.hidden_size // self.attention.num_attention_heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -101,60 +119,82 @@ class LFMConfig(FamilyConfig):
         return not self.untie_embeddings_and_output_weights
 
     @property
-    def context_limit(self) -> int:
-        return self.seq_length
+    def context_limit(self) -> int | None:
+        return self.seq_length if self.attention is not None else None
 
     @property
     def reservoir_layers(self) -> tuple[int, ...]:
-        return self.liquid_layers
+        return self.liquid_layers if self.reservoir is not None else ()
 
     @property
     def reservoir_warmup(self) -> int:
-        return self.liquid.warmup if self.liquid else 0
+        return self.reservoir.warmup if self.reservoir is not None else 0
 
     @property
     def terms(self) -> tuple[Term, ...]:
+        if self.moe is None:
+            return ()
         return (
-            Term("balance_loss", "row", self.moe_aux_loss_coeff),
-            Term("z_loss", "row", self.moe_z_loss_coeff),
+            Term("balance_loss", "row", self.moe.balance.coeff),
+            Term("z_loss", "row", self.moe.moe_z_loss_coeff),
         )
 
     @property
     def measured(self) -> tuple[Measured, ...]:
-        load = Measured("expert_load", "sum", tuple(range(self.num_layers)), width=self.num_moe_experts)
-        return (load, *reservoir_measured(self.liquid_layers))
+        reservoirs = reservoir_measured(self.reservoir_layers)
+        if self.moe is None:
+            return reservoirs
+        load = Measured("expert_load", "sum", tuple(range(self.num_layers)), width=self.moe.num_moe_experts)
+        return (load, *reservoirs)
 
     @property
     def liquid_layers(self) -> tuple[int, ...]:
         return tuple(range(0, self.num_layers, self.liquid.interval)) if self.liquid else ()
 
     def layer_parameters(self, layer: int) -> "LayerParameters":
-        D = self.hidden_size
-        sharded = 2 * D * D + 2 * D * self.num_query_groups * self.head_size
-        replicated = self.num_moe_experts * D + 2 * D
-        reservoirs = 0
-        if self.liquid is not None and layer in self.liquid_layers:
-            width = self.liquid.num_reservoirs * self.liquid.reservoir_size
-            sharded += 2 * width * D + width
-            replicated += 2 * D
-            reservoirs = width * self.liquid.reservoir_size
-        trained = self.liquid is not None and self.liquid.train_reservoir
+        D, E = self.hidden_size, self.moe.num_moe_experts if self.moe else 0
+        sharded, replicated, reservoirs, trained = self._attention_matrices, E * D + D, 0, False
+        if self.attention is not None:
+            replicated += D
+        if isinstance(self.ffn, SwiGLUConfig):
+            sharded += 3 * D * self.ffn.ffn_hidden_size
+        if layer in self.liquid_layers:
+            replicated += D
+            if self.reservoir is not None:
+                width = self.reservoir.num_reservoirs * self.reservoir.reservoir_size
+                sharded += 2 * width * D + width
+                replicated += D
+                reservoirs, trained = width * self.reservoir.reservoir_size, self.reservoir.train_reservoir
+            else:
+                sharded += 4 * D * D + D
         return LayerParameters(
             sharded=sharded,
-            experts=self.num_moe_experts * 3 * D * self.moe_ffn_hidden_size,
+            experts=E * 3 * D * self.moe.moe_ffn_hidden_size if self.moe else 0,
             replicated=replicated + (reservoirs if trained else 0),
             frozen=0 if trained else reservoirs,
         )
 
+    @property
+    def _attention_matrices(self) -> int:
+        """Weights of one layer's projections."""
+        if self.attention is None:
+            return 0
+        D = self.hidden_size
+        return 2 * D * D + 2 * D * self.attention.num_query_groups * self.head_size
+
     def count_parameters(self) -> "ParameterCounts":
         """Exact counts of the unpadded model; tied tensors once."""
-        D, E = self.hidden_size, self.num_moe_experts
+        D = self.hidden_size
         embedding = self.vocab_size * D
         head = embedding if self.untie_embeddings_and_output_weights else 0
         layers = [self.layer_parameters(layer) for layer in range(self.num_layers)]
         trainable = embedding + head + sum(layer.trainable for layer in layers) + D
         frozen = sum(layer.frozen for layer in layers)
-        active = trainable - sum(layer.experts for layer in layers) // E * (E - self.moe_router_topk)
+        idle = 0
+        if self.moe is not None:
+            E = self.moe.num_moe_experts
+            idle = sum(layer.experts for layer in layers) // E * (E - self.moe.moe_router_topk)
+        active = trainable - idle
         return ParameterCounts(
             total=trainable + frozen,
             trainable=trainable,
@@ -168,14 +208,19 @@ class LFMConfig(FamilyConfig):
         """The part of `flops_per_token` that one layer takes."""
         D = self.hidden_size
         attended = (self.seq_length + 1) / 2 if attended is None else attended
-        projections = 2 * (2 * D * D + 2 * D * self.num_query_groups * self.head_size)
-        forward = projections + 4 * D * attended + self.moe_router_topk * 6 * D * self.moe_ffn_hidden_size
-        forward += 2 * D * self.num_moe_experts
-        if self.liquid is None or layer not in self.liquid_layers:
+        forward = 2 * self._attention_matrices + (4 * D * attended if self.attention is not None else 0)
+        if isinstance(self.ffn, MoEConfig):
+            forward += self.ffn.moe_router_topk * 6 * D * self.ffn.moe_ffn_hidden_size
+            forward += 2 * D * self.ffn.num_moe_experts
+        else:
+            forward += 6 * D * self.ffn.ffn_hidden_size
+        if layer not in self.liquid_layers:
             return 3 * forward
-        width = self.liquid.num_reservoirs * self.liquid.reservoir_size
-        recurrence = 2 * width * self.liquid.reservoir_size
-        return 3 * (forward + 4 * width * D + recurrence) - (0 if self.liquid.train_reservoir else recurrence)
+        if self.reservoir is None:
+            return 3 * (forward + 8 * D * D)
+        width = self.reservoir.num_reservoirs * self.reservoir.reservoir_size
+        recurrence = 2 * width * self.reservoir.reservoir_size
+        return 3 * (forward + 4 * width * D + recurrence) - (0 if self.reservoir.train_reservoir else recurrence)
 
     def flops_per_token(self, attended: float | None = None) -> float:
         """Useful FLOPs of forward and backward per token, 2 per multiply-add.
@@ -191,7 +236,7 @@ class LayerParameters:
     """Counts of one layer by what a parallel layout does with them."""
 
     sharded: int
-    """Cut by tensor parallelism: attention and the liquid layer's projections."""
+    """Cut by tensor parallelism: attention, the liquid layer's projections, a feed-forward network."""
     experts: int
     """Cut by expert parallelism, or without it by tensor parallelism."""
     replicated: int
@@ -206,9 +251,11 @@ class LayerParameters:
 
 @dataclass
 class LFMState(State):
-    """What streaming carries: `position [B]` tokens seen, a key/value cache a layer, `[B, R, N]` a liquid layer."""
+    """What streaming carries: `position [B]` tokens seen and a key/value cache a layer, where there is attention, and
+    the state of each liquid layer, `[B, R, N]` of reservoirs, `[B, D]` of the diagonal kind.
+    """
 
-    position: Int[Tensor, " B"]
+    position: Int[Tensor, " B"] | None
     caches: list[KeyValueCache]
     liquid: dict[int, Tensor]
 
@@ -216,61 +263,64 @@ class LFMState(State):
     def stack(cls, states: Sequence[Any]) -> "LFMState":
         """One batch from several states, prefixes of different lengths allowed."""
         return cls(
-            torch.cat([state.position for state in states]),
+            torch.cat([state.position for state in states]) if states[0].position is not None else None,
             [KeyValueCache.stack(list(caches)) for caches in zip(*(state.caches for state in states), strict=True)],
             {layer: torch.cat([state.liquid[layer] for state in states]) for layer in states[0].liquid},
         )
 
 
 class LFMBlock(Block):
-    """`x += Attention; x += Liquid (every n-th layer); x += MoE`; it carries keys and values, and its reservoirs."""
+    """`x += Attention; x += Liquid (every n-th layer); x += MoE or SwiGLU`; it carries keys and values, and the liquid
+    layer's state.
+    """
 
     def __init__(self, config: LFMConfig, layer: int, parts: Parts) -> None:
         super().__init__()
         c, norm = config, lambda: RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-        self.attention_norm = norm()
-        self.attention = Attention(
-            c.hidden_size,
-            num_attention_heads=c.num_attention_heads,
-            num_query_groups=c.num_query_groups,
-            backend=c.attention_backend,
-            parts=parts,
-        )
-        self.has_liquid = layer in c.liquid_layers
-        if c.liquid is not None and self.has_liquid:
+        self.attends = c.attention is not None
+        if c.attention is not None:
+            self.attention_norm = norm()
+            self.attention = Attention(c.hidden_size, c.attention, parts)
+        self.has_liquid, self.post_norm = layer in c.liquid_layers, False
+        if self.has_liquid:
             self.liquid_norm = norm()
-            self.liquid = Liquid(c.hidden_size, c.liquid, parts)
-            self.post_norm = c.liquid.norm == "post"
-        self.moe_norm = norm()
-        self.moe = MoE(
-            c.hidden_size,
-            num_experts=c.num_moe_experts,
-            top_k=c.moe_router_topk,
-            ffn_hidden_size=c.moe_ffn_hidden_size,
-            capacity_factor=c.moe_capacity_factor,
-            balance_over=c.moe_aux_loss_scope,
-            parts=parts,
-        )
+            if isinstance(c.liquid, DiagonalConfig):
+                self.liquid = DiagonalLiquid(c.hidden_size, delta_min=c.liquid.delta_min, parts=parts)
+            elif c.liquid is not None:
+                self.liquid = Liquid(c.hidden_size, c.liquid, parts)
+                self.post_norm = c.liquid.norm == "post"
+        self.routes = c.moe is not None
+        if isinstance(c.ffn, MoEConfig):
+            self.moe_norm = norm()
+            self.moe = MoE(c.hidden_size, c.ffn, parts)
+        else:
+            self.mlp_norm = norm()
+            self.mlp = SwiGLU(c.hidden_size, c.ffn, parts)
 
     def forward(
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None
-    ) -> tuple[ResidualStream, Memory, Routing]:
+    ) -> tuple[ResidualStream, Memory, Routing | None]:
         # Selective recompute: the two parts whose activations are large and cheap to make again.
         part = checkpointed if context.recompute == "selective" else plain
-        cache, reservoirs = memory if memory is not None else (None, None)
-        stream, u = stream.normed(self.attention_norm)
-        y, cache = self.attention(
-            u, rotary=context.rotary, documents=context.documents, cache=cache, keep_cache=context.streaming
-        )
-        stream = stream.plus(y)
+        cache, liquid = memory if memory is not None else (None, None)
+        if self.attends:
+            stream, u = stream.normed(self.attention_norm)
+            y, cache = self.attention(
+                u, rotary=context.rotary, documents=context.documents, cache=cache, keep_cache=context.streaming
+            )
+            stream = stream.plus(y)
         if self.has_liquid:
-            stream, reservoirs = part(self._liquid, stream, reservoirs, context, stats)
-        stream, routing = part(self._moe, stream)
-        return stream, (cache, reservoirs), routing
+            stream, liquid = part(self._liquid, stream, liquid, context, stats)
+        stream, routing = part(self._moe if self.routes else self._mlp, stream)
+        return stream, (cache, liquid), routing
 
     def _liquid(
         self, stream: ResidualStream, state: Tensor | None, context: Context, stats: RecurrenceStats | None
     ) -> tuple[ResidualStream, Tensor]:
+        if isinstance(self.liquid, DiagonalLiquid):
+            stream, u = stream.normed(self.liquid_norm)
+            y, final = self.liquid(u, state=state, starts=context.starts)
+            return stream.plus(y), final
         options = {"state": state, "starts": context.starts, "stats": stats, "exact": context.streaming}
         if self.post_norm:
             x = stream.summed()
@@ -285,17 +335,24 @@ class LFMBlock(Block):
         output, routing = self.moe(u)
         return stream.plus(output), routing
 
+    def _mlp(self, stream: ResidualStream) -> tuple[ResidualStream, None]:
+        stream, u = stream.normed(self.mlp_norm)
+        return stream.plus(self.mlp(u)), None
+
 
 class LFM(Decoder):
-    """Pre-norm decoder of attention, liquid reservoirs in every n-th layer and experts; positions by rotation."""
+    """Pre-norm decoder of attention, liquid layers in every n-th layer and experts; positions by rotation."""
 
     config: LFMConfig
-    attends = True
+
+    @property
+    def attends(self) -> bool:
+        return self.config.attention is not None
 
     @property
     def liquids(self) -> dict[int, Liquid]:
         here = {int(name): cast(Any, block) for name, block in self.layers.items()}
-        return {layer: block.liquid for layer, block in here.items() if layer in self.config.liquid_layers}
+        return {layer: block.liquid for layer, block in here.items() if layer in self.config.reservoir_layers}
 
     def make_block(self, layer: int) -> LFMBlock:
         return LFMBlock(self.config, layer, self.parts)
@@ -303,28 +360,33 @@ class LFM(Decoder):
     def make_norm(self) -> RMSNorm:
         return RMSNorm(self.config.hidden_size, eps=self.config.layernorm_epsilon, parts=self.parts)
 
-    def empty_state(self, batch: int) -> None:
-        """An empty cache has no tensors."""
-        return None
+    def empty_state(self, batch: int) -> LFMState | None:
+        """None with attention: an empty cache has no tensors."""
+        return None if self.attends else cast(LFMState, super().empty_state(batch))
 
     def blank_state(self, batch: int, length: int) -> LFMState:
-        c = self.config
+        c, dtype = self.config, torch.promote_types(self.embedding.weight.dtype, torch.float32)
 
         def shaped(*shape: int) -> Tensor:
-            return torch.empty(*shape, device="meta")
+            return torch.empty(*shape, dtype=dtype, device="meta")
 
-        key, counts = shaped(batch, c.num_query_groups, length, c.head_size), shaped(batch).long()
-        cache = KeyValueCache(key, key, counts)
-        reservoirs = (batch, c.liquid.num_reservoirs, c.liquid.reservoir_size) if c.liquid is not None else ()
-        liquid = {layer: shaped(*reservoirs) for layer in c.liquid_layers}
-        return LFMState(counts, [cache] * c.num_layers, liquid)
+        state = (batch, c.hidden_size)
+        if c.reservoir is not None:
+            state = (batch, c.reservoir.num_reservoirs, c.reservoir.reservoir_size)
+        liquid = {layer: shaped(*state) for layer in c.liquid_layers}
+        if c.attention is None:
+            return LFMState(None, [], liquid)
+        key, counts = shaped(batch, c.attention.num_query_groups, length, c.head_size), shaped(batch).long()
+        return LFMState(counts, [KeyValueCache(key, key, counts)] * c.num_layers, liquid)
 
     def memories(self, state: LFMState) -> dict[int, Memory]:
-        return {layer: (cache, state.liquid.get(layer)) for layer, cache in enumerate(state.caches)}
+        caches = dict(enumerate(state.caches))
+        return {layer: (caches.get(layer), state.liquid.get(layer)) for layer in range(self.config.num_layers)}
 
     def state(self, memories: Mapping[int, Memory], positions: Int[Tensor, "B T"] | None) -> LFMState:
-        assert positions is not None
-        liquid = {layer: reservoirs for layer, (_, reservoirs) in memories.items() if reservoirs is not None}
+        liquid = {layer: state for layer, (_, state) in memories.items() if state is not None}
+        if positions is None:
+            return LFMState(None, [], liquid)
         return LFMState(positions[:, -1] + 1, [cache for cache, _ in memories.values()], liquid)
 
     def initial_tensor(self, name: str, shape: Sequence[int], seed: int) -> Tensor:
@@ -338,22 +400,25 @@ def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int
     | --- | --- |
     | gains | 1 |
     | biases | 0 |
-    | attention o, expert down, liquid output | N(0, init_method_std / sqrt(2 num_layers)) |
+    | bias of delta (diagonal) | half-lives at z = 0 log-spaced from 1 to 4096 tokens over the channels |
+    | attention o, expert and mlp down, liquid output | N(0, init_method_std / sqrt(2 num_layers)) |
     | liquid input | N(0, 1 / sqrt(hidden_size)): a drive of RMS about 1 |
     | reservoirs | sparse normal, scaled to the spectral radius |
     | every other matrix, embedding | N(0, init_method_std) |
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape)
+    if isinstance(config.liquid, DiagonalConfig) and name.endswith("liquid.delta.bias"):
+        return initial_delta_bias(shape[0], config.liquid.delta_min)
     if name.endswith(".bias"):
         return torch.zeros(*shape)
     # A reservoir and the mask of its connections are one draw.
     draw = name.replace(".connections", ".weight")
     generator = generator_of(seed, draw)
     if ".reservoirs." in name:
-        assert config.liquid is not None
-        radius = config.liquid.spectral_radius
-        weight = make_reservoir(config.liquid.reservoir_size, config.liquid.connectivity, radius, generator)
+        c = config.reservoir
+        assert c is not None
+        weight = make_reservoir(c.reservoir_size, c.connectivity, c.spectral_radius, generator)
         return (weight != 0) if name.endswith(".connections") else weight.float()
     std = config.init_method_std
     if name.endswith(("attention.o.weight", "down.weight", "liquid.output.weight")):

@@ -1,6 +1,5 @@
 """LiquidNet: attention-free decoder of diagonal liquid layers and SwiGLU, with a state of one vector a layer."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats
-from lfm.layers.diagonal_liquid import LONGEST_HALF_LIFE, DiagonalLiquid, initial_delta_bias
-from lfm.layers.mlp import SwiGLU
+from lfm.layers.diagonal_liquid import DiagonalLiquid, check_delta_min, initial_delta_bias
+from lfm.layers.mlp import SwiGLU, SwiGLUConfig
 from lfm.layers.norm import RMSNorm
 from lfm.layers.parts import Parts
 from lfm.layers.residual import ResidualStream
@@ -25,13 +24,11 @@ from lfm.models.state import State
 
 class LiquidNetConfig(FamilyConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "full")
-    lays_out: ClassVar[frozenset[str]] = frozenset({"data", "tensor", "pipeline"})
-    has_wide_parameters: ClassVar[bool] = True
     kind: Literal["liquidnet"] = "liquidnet"
     """Model family."""
     hidden_size: Width = 384
     num_layers: Depth = 6
-    ffn_hidden_size: Width = 1024
+    ffn: SwiGLUConfig = SwiGLUConfig(ffn_hidden_size=1024)
     seq_length: Tokens = 512
     """Tokens of a training row; the state carries over any length."""
     vocab_size: Vocabulary = 50_257
@@ -44,17 +41,20 @@ class LiquidNetConfig(FamilyConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "LiquidNetConfig":
-        limit = math.log(2) / LONGEST_HALF_LIFE
-        if self.delta_min >= limit:
-            raise ValueError(
-                f"delta_min={self.delta_min} allows no half-life of {LONGEST_HALF_LIFE:.0f} tokens, with which the "
-                f"slowest channel starts; it must be below {limit:.3g}"
-            )
+        check_delta_min(self.delta_min)
         return self
 
+    @property
+    def lays_out(self) -> frozenset[str]:
+        return frozenset({"data", "tensor", "pipeline"})
+
+    @property
+    def has_wide_parameters(self) -> bool:
+        return True
+
     def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
-        keys = ("hidden_size", "seq_length", "padded_vocab_size", "ffn_hidden_size")
-        return {key: getattr(self, key) for key in keys}
+        sizes = {key: getattr(self, key) for key in ("hidden_size", "seq_length", "padded_vocab_size")}
+        return sizes | {"ffn.ffn_hidden_size": self.ffn.ffn_hidden_size}
 
     @property
     def padded_vocab_size(self) -> int:
@@ -63,7 +63,7 @@ class LiquidNetConfig(FamilyConfig):
     def count_parameters(self) -> ParameterCounts:
         """Exact counts, with the padded vocabulary rows in them as in the published sizes, so that `padding` is 0."""
         D, embedding = self.hidden_size, self.padded_vocab_size * self.hidden_size
-        layer = 4 * D * D + 3 * D * self.ffn_hidden_size + 3 * D  # two gains and the bias of delta
+        layer = 4 * D * D + 3 * D * self.ffn.ffn_hidden_size + 3 * D  # two gains and the bias of delta
         total = embedding + self.num_layers * layer + D
         return ParameterCounts(
             total=total, trainable=total, frozen=0, active=total, active_non_embedding=total - embedding
@@ -72,7 +72,7 @@ class LiquidNetConfig(FamilyConfig):
     def flops_per_token(self, attended: float | None = None) -> float:
         """Of the matrix products; the recurrence's few operations a channel are not counted."""
         D = self.hidden_size
-        return 6.0 * (self.num_layers * (4 * D * D + 3 * D * self.ffn_hidden_size) + self.vocab_size * D)
+        return 6.0 * (self.num_layers * (4 * D * D + 3 * D * self.ffn.ffn_hidden_size) + self.vocab_size * D)
 
 
 @dataclass
@@ -90,7 +90,7 @@ class LiquidNetBlock(Block):
         self.liquid_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
         self.liquid = DiagonalLiquid(config.hidden_size, delta_min=config.delta_min, parts=parts)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-        self.mlp = SwiGLU(config.hidden_size, ffn_hidden_size=config.ffn_hidden_size, parts=parts)
+        self.mlp = SwiGLU(config.hidden_size, config.ffn, parts)
 
     def forward(
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None

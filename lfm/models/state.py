@@ -11,7 +11,8 @@ AnyState = TypeVar("AnyState", bound="State")
 
 
 class State:
-    """What streaming carries from one call to the next: a dataclass of tensors, and lists and dicts of tensors.
+    """What streaming carries from one call to the next: a dataclass of tensors, and lists and dicts of tensors.  None
+    is a part that a model has not.
 
     Dimension 0 of every tensor is the batch.  Values are replaced, never written into.
     """
@@ -75,6 +76,8 @@ def _check_shape(name: str, found: Tensor | None, wanted: Tensor | None) -> None
 
 def _map_tree(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
     dot = name and name + "."
+    if value is None:
+        return None
     if isinstance(value, Tensor):
         return change(name, value)
     if dataclasses.is_dataclass(value):

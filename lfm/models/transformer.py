@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats
-from lfm.layers.attention import Attention, Backend, KeyValueCache, check_heads
-from lfm.layers.mlp import SwiGLU
+from lfm.layers.attention import Attention, AttentionConfig, KeyValueCache
+from lfm.layers.mlp import SwiGLU, SwiGLUConfig
 from lfm.layers.norm import RMSNorm
 from lfm.layers.parts import Parts
 from lfm.layers.residual import ResidualStream
@@ -24,39 +24,42 @@ from lfm.models.state import State
 
 class TransformerConfig(FamilyConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "full")
-    lays_out: ClassVar[frozenset[str]] = frozenset({"data", "tensor", "pipeline"})
+    changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "attention.backend"})
     kind: Literal["transformer"] = "transformer"
     """Model family."""
     hidden_size: Width = 384
     num_layers: Depth = 6
-    num_attention_heads: Width = 6
-    num_query_groups: Width = 6
-    """Key/value heads."""
-    ffn_hidden_size: Width = 1024
+    attention: AttentionConfig = AttentionConfig(num_attention_heads=6, num_query_groups=6)
+    ffn: SwiGLUConfig = SwiGLUConfig(ffn_hidden_size=1024)
     seq_length: Tokens = 512
     """Context in tokens: the length of a training row and the most that prompt and continuation may reach."""
     vocab_size: Vocabulary = 50_257
     vocab_size_multiple: Width = 256
     """The embedding is stored with its rows padded to this multiple."""
-    rotary_base: float = Field(default=10_000.0, gt=1)
     layernorm_epsilon: float = Field(default=1e-6, gt=0)
     init_method_std: float = Field(default=0.02, gt=0)
-    attention_backend: Backend = "auto"
-    """auto: the fastest one for the rows at hand.  flash: the package flash-attn 4, else flash-attn 2.  flex applies on
-    a GPU to rows that 128 divides, elsewhere it means sdpa.  reference is dense, for tests."""
 
     @model_validator(mode="after")
     def _check(self) -> "TransformerConfig":
-        check_heads(self.hidden_size, self.num_attention_heads, self.num_query_groups)
+        self.attention.check(self.hidden_size)
         return self
 
+    @property
+    def lays_out(self) -> frozenset[str]:
+        return frozenset({"data", "tensor", "pipeline"})
+
     def tensor_divides(self, *, experts_are_whole: bool = False) -> dict[str, int]:
-        keys = ("num_attention_heads", "num_query_groups", "seq_length", "padded_vocab_size", "ffn_hidden_size")
-        return {key: getattr(self, key) for key in keys}
+        return {
+            "attention.num_attention_heads": self.attention.num_attention_heads,
+            "attention.num_query_groups": self.attention.num_query_groups,
+            "seq_length": self.seq_length,
+            "padded_vocab_size": self.padded_vocab_size,
+            "ffn.ffn_hidden_size": self.ffn.ffn_hidden_size,
+        }
 
     @property
     def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.hidden_size // self.attention.num_attention_heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -69,8 +72,8 @@ class TransformerConfig(FamilyConfig):
     @property
     def layer_matrices(self) -> int:
         """Weights of one layer's matrices."""
-        D, groups = self.hidden_size, self.num_query_groups * self.head_size
-        return 2 * D * D + 2 * D * groups + 3 * D * self.ffn_hidden_size
+        D, groups = self.hidden_size, self.attention.num_query_groups * self.head_size
+        return 2 * D * D + 2 * D * groups + 3 * D * self.ffn.ffn_hidden_size
 
     def count_parameters(self) -> ParameterCounts:
         """Exact counts without the padded vocabulary rows."""
@@ -113,15 +116,9 @@ class TransformerBlock(Block):
     def __init__(self, config: TransformerConfig, parts: Parts) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-        self.attention = Attention(
-            config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_query_groups=config.num_query_groups,
-            backend=config.attention_backend,
-            parts=parts,
-        )
+        self.attention = Attention(config.hidden_size, config.attention, parts)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, parts=parts)
-        self.mlp = SwiGLU(config.hidden_size, ffn_hidden_size=config.ffn_hidden_size, parts=parts)
+        self.mlp = SwiGLU(config.hidden_size, config.ffn, parts)
 
     def forward(
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None
@@ -138,7 +135,10 @@ class Transformer(Decoder):
     """Blocks over an embedding that is also the output projection; positions by rotation."""
 
     config: TransformerConfig
-    attends = True
+
+    @property
+    def attends(self) -> bool:
+        return True
 
     def make_block(self, layer: int) -> TransformerBlock:
         return TransformerBlock(self.config, self.parts)
@@ -153,7 +153,7 @@ class Transformer(Decoder):
 
     def blank_state(self, batch: int, length: int) -> TransformerState:
         c, dtype = self.config, self.embedding.weight.dtype
-        key = torch.empty(batch, c.num_query_groups, length, c.head_size, dtype=dtype, device="meta")
+        key = torch.empty(batch, c.attention.num_query_groups, length, c.head_size, dtype=dtype, device="meta")
         counts = torch.empty(batch, dtype=torch.int64, device="meta")
         return TransformerState(counts, [KeyValueCache(key, key, counts) for _ in range(c.num_layers)])
 

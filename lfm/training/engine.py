@@ -14,6 +14,7 @@ from lfm.data.batch import Batch
 from lfm.layers.documents import Counts
 from lfm.layers.liquid import Liquid
 from lfm.models.losses import Measured, Objective, Term, weighted
+from lfm.training.draws import seed_of_draws
 from lfm.training.guards import Guard
 
 
@@ -47,6 +48,7 @@ class Engine(abc.ABC):
     """Of the model's family."""
     objective: Objective
     device: torch.device
+    seed: int
     guards: Sequence[Guard]
     """In the order in which they act."""
     state_tensors_are_fresh = False
@@ -54,6 +56,8 @@ class Engine(abc.ABC):
 
     rows_a_round: int
     """Rows that one round of `evaluate` takes without filling up."""
+    _step = 0
+    """The optimizer step, 0-based, that `start_step` named last."""
 
     @abc.abstractmethod
     def rows_of_step(self, global_batch_size: int) -> slice:
@@ -116,8 +120,14 @@ class Engine(abc.ABC):
         return nullcontext()
 
     def start_step(self, step: int, total_steps: int) -> None:
-        """Called before optimizer step `step` (0-based) of a run of `total_steps`: phases of training switch here."""
+        """Called before optimizer step `step` (0-based) of a run of `total_steps`: phases of training switch here, and
+        random draws are of this step."""
         assert 0 <= step < total_steps
+        self._step = step
+
+    def _start_micro_batch(self, first_row: int) -> None:
+        """Called before the forward pass of the micro-batch that begins with this row of the whole step."""
+        torch.manual_seed(seed_of_draws(self.seed, self._step, first_row))
 
     def state_values(self) -> dict[str, Any]:
         """Everything else of the engine's state, as JSON values."""

@@ -48,7 +48,7 @@ class LocalEngine(Engine):
         recompute: Recompute = "none",
         objective: Objective = NEXT_TOKEN,
     ) -> None:
-        self.config, self.optimizer_config, self.objective = model, optimizer, objective
+        self.config, self.optimizer_config, self.objective, self.seed = model, optimizer, objective, seed
         self.device, self.micro_batch_size, self.rows_a_round = device, micro_batch_size, micro_batch_size
         self.recompute: Recompute = recompute
         self.model = materialize(lambda: build(model), device=device, dtype=dtype)
@@ -78,6 +78,7 @@ class LocalEngine(Engine):
         return self.model.evaluating(mode)
 
     def start_step(self, step: int, total_steps: int) -> None:
+        super().start_step(step, total_steps)
         self.model.start_step(step, total_steps)
 
     def rows_of_step(self, global_batch_size: int) -> slice:
@@ -122,6 +123,7 @@ class LocalEngine(Engine):
         sums: list[Tensor] = []
         found: list[Measurements] = []
         for start in range(0, len(batch), self.micro_batch_size):
+            self._start_micro_batch(start)
             part = rows.slice(start, start + self.micro_batch_size)
             summed = torch.zeros(len(names), dtype=torch.float64, device=self.device)
             for losses in self.model.loss_parts(part, self.objective, recompute=self.recompute):

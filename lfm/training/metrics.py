@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,15 @@ class LoggingConfig(Config):
     """Print the resolved configuration as JSON when training starts."""
 
 
+@dataclass(frozen=True)
+class _Writer:
+    """Where records go."""
+
+    write: Callable[[dict[str, Any]], None]
+    truncate: Callable[[int], None] = lambda step: None
+    close: Callable[[], Any] = lambda: None
+
+
 class Metrics:
     """Writers of one run folder, used as a context; each is dropped, with one message, when it fails."""
 
@@ -44,43 +54,47 @@ class Metrics:
     ) -> None:
         self.file = folder / "metrics.jsonl"
         self.folder = folder
-        self.writers: dict[str, Callable[[dict[str, Any]], None]] = {}
-        self._ends: dict[str, Callable[[], Any]] = {}
+        self._writers: dict[str, _Writer] = {}
         self._is_drawn = True
-        self._open("metrics.jsonl", lambda: self._open_jsonl(resumed_step))
+        self._open("metrics.jsonl", self._open_jsonl)
         if config.steps_per_epoch:
-            self._open("loss_log.csv", lambda: self._open_csv(config.steps_per_epoch, resumed_step))
+            self._open("loss_log.csv", lambda: self._open_csv(config.steps_per_epoch))
         if config.tensorboard:
             self._open("tensorboard", lambda: self._open_tensorboard(resumed_step))
         if config.wandb != "off":
             self._open("wandb", lambda: self._open_wandb(config, name, run_config))
+        self.truncate(resumed_step)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for name in list(self._ends):
-            try:
-                self._ends.pop(name)()
-            except Exception as error:
-                _complain(name, error)
+        self._each(lambda writer: writer.close())
+        self._writers.clear()
 
-    def _open(self, name: str, opener: Callable[[], Callable[[dict[str, Any]], None]]) -> None:
+    def _open(self, name: str, opener: Callable[[], _Writer]) -> None:
         try:
-            self.writers[name] = opener()
+            self._writers[name] = opener()
         except Exception as error:  # a logger's failure, whatever it is, must not stop training
             _complain(name, error)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it holds `step` and what was measured."""
-        for name, writer in list(self.writers.items()):
+    def _each(self, work: Callable[[_Writer], Any]) -> None:
+        for name, writer in list(self._writers.items()):
             try:
-                writer(record)
+                work(writer)
             except Exception as error:
                 _complain(name, error)
-                del self.writers[name]
+                del self._writers[name]
                 with contextlib.suppress(Exception):
-                    self._ends.pop(name, lambda: None)()
+                    writer.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; it holds `step` and what was measured."""
+        self._each(lambda writer: writer.write(record))
+
+    def truncate(self, step: int) -> None:
+        """Forget what was logged after `step`: it happens again.  wandb keeps the first record of a step."""
+        self._each(lambda writer: writer.truncate(step))
 
     def plot(self) -> None:
         """Redraw plots/loss.png from metrics.jsonl."""
@@ -94,25 +108,28 @@ class Metrics:
                 warn(f"warning: plots/loss.png is not drawn: {_cause(error)}")
             self._is_drawn = False
 
-    def _open_jsonl(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
-        if exists(self.file):  # what was logged after the checkpoint that this run goes on from happens again
-            kept = [line for line, record in read_lines(self.file, parse_record) if record["step"] <= resumed_step]
-            write_durably(self.file, "".join(kept).encode())
+    def _open_jsonl(self) -> _Writer:
+        def truncate(step: int) -> None:
+            if exists(self.file):
+                kept = [line for line, record in read_lines(self.file, parse_record) if record["step"] <= step]
+                write_durably(self.file, "".join(kept).encode())
 
         def write(record: dict[str, Any]) -> None:
             with open(self.file, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
 
-        return write
+        return _Writer(write, truncate)
 
-    def _open_csv(self, steps_per_epoch: int, resumed_step: int) -> Callable[[dict[str, Any]], None]:
+    def _open_csv(self, steps_per_epoch: int) -> _Writer:
         file = self.folder / "loss_log.csv"
-        kept = []
         columns = "global_step,epoch,step_in_epoch,loss,lr,timestamp"
-        if exists(file):
-            lines = read_lines(file, lambda line: -1 if line == columns else int(line.partition(",")[0]))
-            kept = [line for line, step in lines if 0 <= step <= resumed_step]
-        write_durably(file, "".join([columns + "\n", *kept]).encode())
+
+        def truncate(last: int) -> None:
+            kept = []
+            if exists(file):
+                lines = read_lines(file, lambda line: -1 if line == columns else int(line.partition(",")[0]))
+                kept = [line for line, step in lines if 0 <= step <= last]
+            write_durably(file, "".join([columns + "\n", *kept]).encode())
 
         def write(record: dict[str, Any]) -> None:
             if "mean_cross_entropy" not in record:
@@ -122,9 +139,9 @@ class Metrics:
             with open(file, "a", encoding="utf-8") as stream:
                 stream.write(",".join(str(value) for value in values) + "\n")
 
-        return write
+        return _Writer(write, truncate)
 
-    def _open_tensorboard(self, resumed_step: int) -> Callable[[dict[str, Any]], None]:
+    def _open_tensorboard(self, resumed_step: int) -> _Writer:
         # Not its SummaryWriter, whose thread prints the traceback of a full disk and tells nobody.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -134,7 +151,6 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         file = open(folder / name, "wb")
-        self._ends["tensorboard"] = file.close
         records = RecordWriter(file)
 
         def write_event(step: int, **content: Any) -> None:
@@ -145,15 +161,15 @@ class Metrics:
             write_event(record["step"], summary=Summary(value=values))
             file.flush()
 
-        write_event(resumed_step + 1, file_version="brain.Event:2")
-        # Its readers drop what an earlier start wrote from this step on.
-        write_event(resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
-        file.flush()
-        return write
+        def truncate(step: int) -> None:
+            # Its readers drop what was written before from this step on.
+            write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
+            file.flush()
 
-    def _open_wandb(
-        self, config: LoggingConfig, name: str, run_config: dict[str, Any]
-    ) -> Callable[[dict[str, Any]], None]:
+        write_event(resumed_step + 1, file_version="brain.Event:2")
+        return _Writer(write, truncate, file.close)
+
+    def _open_wandb(self, config: LoggingConfig, name: str, run_config: dict[str, Any]) -> _Writer:
         try:
             import wandb
         except ImportError:
@@ -168,8 +184,7 @@ class Metrics:
             config=run_config,
             allow_val_change=True,  # a run may go on with other settings
         )
-        self._ends["wandb"] = run.finish
-        return lambda record: run.log(_scalars(record), step=record["step"])
+        return _Writer(lambda record: run.log(_scalars(record), step=record["step"]), close=run.finish)
 
 
 def _cause(error: Exception) -> str:

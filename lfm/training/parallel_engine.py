@@ -95,7 +95,7 @@ class ParallelEngine(Engine):
     ) -> None:
         self.config, self.objective, self.groups, self.layout = model, objective, groups, groups.layout
         self.device, self.dtype, self.micro_batch_size = groups.device, dtype, micro_batch_size
-        self.phase = phase
+        self.phase, self.seed = phase, seed
         # Enough micro-batches to fill the pipeline twice.
         fill = 2 * self.layout.pipeline if self.layout.pipeline > 1 else 1
         self.rows_a_round = micro_batch_size * self.layout.data * fill
@@ -282,13 +282,20 @@ class ParallelEngine(Engine):
         return [rows.slice(start, start + self.micro_batch_size) for start in starts], rows.documents
 
     def _run(self, micro_batches: Sequence[Rows], *, forward_only: bool) -> None:
+        first = self.groups.data.rank() * len(micro_batches) * self.micro_batch_size
+
+        def on_micro_batch(index: int) -> None:
+            self.phase(f"micro-batch {index + 1} of {len(micro_batches)}")
+            if not forward_only:
+                self._start_micro_batch(first + index * self.micro_batch_size)
+
         run_schedule(
             self.scheduled,
             self.layout,
             micro_batches,
             seq_length=self.config.seq_length,
             forward_only=forward_only,
-            on_micro_batch=lambda index: self.phase(f"micro-batch {index + 1} of {len(micro_batches)}"),
+            on_micro_batch=on_micro_batch,
         )
 
     def _over_data(self, counts: Counts) -> Counts:

@@ -1,6 +1,7 @@
 """What a run will take, before anything is allocated: exact counts, FLOPs, and an estimate of memory."""
 
 from lfm.layers.loss import CHUNK_ELEMENTS
+from lfm.layers.moe import MoEConfig
 from lfm.layout.layout import Layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.run import RunConfig
@@ -53,7 +54,7 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     half = _half(run)
     size = 2 if half else 4
     first, last = rank == 0, rank == layout.pipeline - 1
-    D, k = m.hidden_size, m.moe_router_topk
+    D = m.hidden_size
 
     layers = [m.layer_parameters(layer) for chunk in layout.stage_chunks(rank) for layer in chunk]
     # Tied weights are one matrix only where embedding and head are on the same stage.
@@ -68,20 +69,23 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
         return dense / layout.data + experts / layout.expert_data if split else dense + experts
 
     tokens = t.micro_batch_size * m.seq_length
-    kv = 2 * m.num_query_groups * m.head_size
     residual = 2 * D  # stream and norm output
     # Queries, keys and values of the projection, queries and keys rotated, attention's output, the projection's.
-    attention = residual + (D + kv) + (D + kv / 2) + 2 * D
-    moe = residual + k * _expert_row(m) + D
+    kv = 2 * m.attention.num_query_groups * m.head_size if m.attention is not None else 0
+    attention = residual + (D + kv) + (D + kv / 2) + 2 * D if m.attention is not None else 0
+    if isinstance(m.ffn, MoEConfig):
+        ffn = residual + m.ffn.moe_router_topk * _expert_row(m.hidden_size, m.ffn) + D
+    else:
+        ffn = residual + 3 * m.ffn.ffn_hidden_size + D
     # Tensor ranks split everything but the recurrence, which each of them runs whole.
-    width = m.liquid.num_reservoirs * m.liquid.reservoir_size * tp if m.liquid else 0
+    width = m.reservoir.num_reservoirs * m.reservoir.reservoir_size * tp if m.reservoir is not None else 2 * D
     liquid = (residual + 3 * width) * len(m.liquid_layers) / m.num_layers
     kept = {
-        "none": attention + moe + liquid,
+        "none": attention + ffn + liquid,
         "selective": attention + 2 * D,
         "full": D,
     }[t.recompute]
-    again = {"none": 0, "selective": moe + liquid, "full": attention + moe + liquid}[t.recompute]
+    again = {"none": 0, "selective": ffn + liquid, "full": attention + ffn + liquid}[t.recompute]
     in_flight = _in_flight(layout, rank)
     chunk_logits = min(CHUNK_ELEMENTS["cuda" if half else "cpu"], tokens * m.vocab_size / tp)
     in_place = half and tp == 1  # else the softmax is formed beside the logits, in fp32
@@ -103,9 +107,9 @@ def _in_flight(layout: Layout, rank: int) -> float:
     return min(started, layout.num_micro_batches)
 
 
-def _expert_row(m: LFMConfig) -> int:
+def _expert_row(hidden_size: int, moe: MoEConfig) -> int:
     """Elements kept for one row of an expert: input, gate and up, their gradient or activation, output."""
-    return 2 * m.hidden_size + 4 * m.moe_ffn_hidden_size
+    return 2 * hidden_size + 4 * moe.moe_ffn_hidden_size
 
 
 def worst_routing_bytes(run: RunConfig, layout: Layout) -> float:
@@ -113,15 +117,15 @@ def worst_routing_bytes(run: RunConfig, layout: Layout) -> float:
     drops them, and where all experts are on every process: then rows are as many under any routing."""
     m, t = run.model, run.training
     assert isinstance(m, LFMConfig)
-    if m.moe_capacity_factor is not None:
+    if m.moe is None or m.moe.moe_capacity_factor is not None:
         return 0.0
-    k, here = m.moe_router_topk, m.num_moe_experts // layout.expert
+    k, here = m.moe.moe_router_topk, m.moe.num_moe_experts // layout.expert
     rows = t.micro_batch_size * m.seq_length / layout.tensor * (layout.expert * min(k, here) - k)
     size = 2 if _half(run) else 4
     layers = [len([layer for chunk in layout.stage_chunks(r) for layer in chunk]) for r in range(layout.pipeline)]
     # With recomputation, of one layer at a time.
     kept = max(n * _in_flight(layout, r) for r, n in enumerate(layers)) if t.recompute == "none" else 1
-    return rows * size * _expert_row(m) * kept
+    return rows * size * _expert_row(m.hidden_size, m.moe) * kept
 
 
 def _worst_routing(run: RunConfig, layout: Layout) -> str:

@@ -71,7 +71,7 @@ class RunConfig(Config):
     """Run folder under `output`; auto: the family's own name for a model of these dimensions."""
     output: PathText = "runs"
     seed: int = Field(default=1234, ge=0, lt=2**63)
-    """Of initialisation and data order."""
+    """Of initialisation, data order and random draws."""
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig

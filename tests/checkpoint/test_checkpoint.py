@@ -18,7 +18,7 @@ from lfm.checkpoint.saver import Saver
 from lfm.checkpoint.tensors import load_tensors
 from lfm.errors import NonFiniteError, UserError
 from lfm.job.ranks import Ranks
-from lfm.training.loop import _check_finite
+from lfm.training.state import check_finite
 from tests.ranks import run_on_ranks
 from tests.training.tiny_run import manifest_fields, tiny_run
 
@@ -327,9 +327,9 @@ def _one_rank_has_a_number_that_is_none(rank, folder, harm):
     }
     shard = cut(torch.tensor([1.0, harm]), 0, dist.group.WORLD)
     ranks = Ranks(rank, 2, dist.new_group(backend="gloo"))
-    _check_finite(share, tiny_run(folder, folder), 7, ranks)
+    check_finite(share, tiny_run(folder, folder), 7, ranks)
     with pytest.raises(NonFiniteError) as failed:
-        _check_finite(share | {"master.shard": shard}, tiny_run(folder, folder), 7, ranks)
+        check_finite(share | {"master.shard": shard}, tiny_run(folder, folder), 7, ranks)
     return str(failed.value)
 
 

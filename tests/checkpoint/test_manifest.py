@@ -64,12 +64,12 @@ WRONG = {
     "progress.best_validation": [float("nan"), float("inf"), "1"],
     "progress.validations_without_gain": [-1],
     "progress.chain": ["0" * 31, "G" * 32, 0],
+    "progress.skips": [None, [4], [{"step": 2}], [{"step": -1, "rows": 4}], [{"step": 2, "rows": 0}]],
     "progress": [None, [], {}],
     "counters.optimizer_step": [-1, None],
     "counters.reservoir_warmup": [{"1": -1}, {"x": 1}, {"-1": 1}, {"2": 32}, [], {"1": 2**40}],
     "data.position": [-80, 1.5, "80"],
     "data.data_checksum": [7],
-    "rng.cpu": ["no base64!", None],
     "frozen": [{"master.a": "0" * 16}, {"frozen.mask": "0"}],
     "files": [{}, {**FILES, "../x": FILES[".metadata"]}, {**FILES, "/etc/passwd": FILES[".metadata"]}],
     "config": [{}, {"name": "x", "model": []}, {"name": 3, "model": {"kind": "lfm"}}, {"name": "x", "model": {}}],
@@ -88,7 +88,7 @@ def test_every_field_has_a_type_and_a_range_in_either_format(number, key, value,
 
 
 def test_format_1_is_read_with_one_warning(folder, capsys):
-    write(folder, {"format": 1, **FIELDS})
+    write(folder, {"format": 1, "rng": {"cpu": "AAAA"}, **FIELDS})
     found = read_manifest(folder)
     assert Manifest.model_validate(found).progress.step == 3
     warning = capsys.readouterr().err

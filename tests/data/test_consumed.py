@@ -114,6 +114,24 @@ def test_steps_that_a_full_disk_kept_out_are_written_when_there_is_room(tmp_path
     assert said.count("cannot be written") == 1 and said.count("is written again, and lacks nothing") == 1
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["written", "waiting"])
+def test_a_record_that_is_cut_back_goes_on_from_there(full, tmp_path, capsys):
+    record, chains = ConsumedRecord(tmp_path, resumed_step=0, chain=START), [START]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(1, 7):
+        if full and step in (3, 4):  # step 3 comes to be on the disk, by a write of 3 and 4 that failed
+            resource.setrlimit(resource.RLIMIT_FSIZE, (130 if step == 3 else 190, limits[1]))
+        chains.append(chained(chains[-1], step, step))
+        record.add(Consumed(step, step, chains[-1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    record.truncate(4, chain=chains[4])
+    assert [entry.step for entry in read_record(tmp_path)] == [1, 2, 3, 4]
+    record.add(Consumed(5, 9, chained(chains[4], 5, 9)))
+    assert [(entry.step, entry.digest) for entry in read_record(tmp_path)][-2:] == [(4, 4), (5, 9)]
+    record.truncate(7, chain=START)
+    assert "consumed.txt lacks steps 6 to 7" in capsys.readouterr().err
+
+
 def test_a_record_that_cannot_be_written_is_given_up_with_one_message(tmp_path, capsys):
     (tmp_path / CONSUMED_NAME).mkdir()
     write(tmp_path, range(4))

@@ -56,6 +56,20 @@ def test_resuming_anywhere_gives_the_same_rest(raw_data_set, steps, rows, rows_l
     assert torch.equal(ids, reader.read(row_order(1, len(reader), steps * rows, 3 * rows_later)).ids)
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_seeking_drops_what_was_read_ahead_and_goes_on_there(threads, raw_data_set):
+    reader = ShardReader(raw_data_set / "train")
+    stream = BatchStream(reader, seed=1, rows_per_step=3, prefetch_threads=threads)
+    take(stream, 4)
+    for row in (3, 40, 0):
+        stream.seek(row)
+        assert stream.position == row
+        ids, _ = take(stream, 2)
+        assert torch.equal(ids, reader.read(row_order(1, len(reader), row, 6)).ids)
+        assert stream.state()["position"] == row + 6
+    stream.close()
+
+
 def test_ranks_that_take_a_part_each_have_the_whole_step_together(raw_data_set):
     reader = ShardReader(raw_data_set / "train")
     whole, _ = take(BatchStream(reader, seed=0, rows_per_step=6), 4)

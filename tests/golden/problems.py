@@ -65,7 +65,7 @@ LFM_VARIANTS = {
     "no_liquid": ("model.liquid=null",),
     "post_norm": ("model.liquid.norm=post",),
     "trained_reservoir": ("model.liquid.train_reservoir=true",),
-    "capacity": ("model.moe_capacity_factor=1.0", "model.moe_aux_loss_scope=batch"),
+    "capacity": ("model.ffn.moe_capacity_factor=1.0", "model.ffn.balance.scope=batch"),
     "selective": ("training.recompute=selective",),
     "full": ("training.recompute=full",),
 }
@@ -118,7 +118,6 @@ def dry_runs() -> str:
 
 
 def _local_engine(run: RunConfig) -> LocalEngine:
-    torch.manual_seed(run.seed)
     return LocalEngine(
         run.model,
         run.optimizer,
@@ -138,7 +137,6 @@ def _on_a_rank(process: Process, name: str) -> dict[str, Any]:
     assert golden.layout is not None
     run, (world, parallel, recompute) = golden.run, LAYOUTS[golden.layout]
     layout = check_layout(run.model, parallel, world, global_batch_size=ROWS, micro_batch_size=MICRO_BATCH)
-    torch.manual_seed(run.seed)
     engine = ParallelEngine(
         run.model,
         run.optimizer,

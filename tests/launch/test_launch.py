@@ -93,7 +93,7 @@ BAD_RUNS = {
         ["parallel.tensor=3"],
         r"parallel\.tensor=3 does not divide .* nearest legal layout is parallel\.tensor=1",
     ),
-    "expert_parallel": (["parallel.expert=3"], r"parallel\.expert=3 does not divide num_moe_experts=4"),
+    "expert_parallel": (["parallel.expert=3"], r"parallel\.expert=3 does not divide ffn.num_moe_experts=4"),
     "stage_layers": (["parallel.pipeline=2", "parallel.stage_layers=[1,2]"], r"stage_layers=\[1, 2\] must be 2"),
     "world": (["parallel.pipeline=2"], r"does not fit on 1 process"),
     "offload": (["parallel.offload_optimizer=true"], r"offload_optimizer=true does not go with parallel\.zero_stage=0"),

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.layers.attention import Attention, _block_mask, attend
+from lfm.layers.attention import Attention, AttentionConfig, _block_mask, attend
 from lfm.layers.documents import Documents
 from lfm.layers.rotary import rotary_tables
 from tests.comparison import assert_close
@@ -76,7 +76,7 @@ def test_query_head_reads_the_group_it_belongs_to():
 @pytest.mark.parametrize("prefix", [1, 5, 600])
 def test_attention_with_a_cache_continues_the_sequence(prefix):
     torch.manual_seed(1)
-    layer = Attention(32, num_attention_heads=4, num_query_groups=2).double()
+    layer = Attention(32, AttentionConfig(num_attention_heads=4, num_query_groups=2)).double()
     T = prefix + 520  # more than one query block
     x = torch.randn(2, T, 32, dtype=torch.float64)
     positions = torch.arange(T).expand(2, T)

@@ -6,7 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lfm.errors import UserError
-from lfm.layers.attention import Attention, attend, choose_backend, flash_failure
+from lfm.layers.attention import Attention, AttentionConfig, attend, choose_backend, flash_failure
 from lfm.layers.documents import Documents
 from lfm.layers.flash_attention import FLASH_ATTN_2, FLASH_ATTN_4, PACKAGES, FlashPackage, flash_attention
 from tests.comparison import assert_close, relative_error
@@ -135,13 +135,13 @@ def test_what_a_package_lacks_is_said(package, capability, dtype, head_size, wan
 
 @pytest.mark.skipif(any(package.installed for package in PACKAGES), reason="a package of flash-attn is installed")
 def test_flash_without_its_package_says_what_to_install():
-    with pytest.raises(UserError, match=r"pip install 'flash-attn-4\[cu13\]==4.0.0b36', or .*attention_backend=auto"):
-        Attention(32, num_attention_heads=4, num_query_groups=2, backend="flash")
+    with pytest.raises(UserError, match=r"pip install 'flash-attn-4\[cu13\]==4.0.0b36', or .*attention.backend=auto"):
+        Attention(32, AttentionConfig(num_attention_heads=4, num_query_groups=2, backend="flash"))
 
 
 def test_flash_on_a_cpu_is_refused():
     q = torch.randn(1, 2, 8, 16)
-    with pytest.raises(UserError, match=r"attention_backend=flash: flash-attn-4 .*; choose attention_backend=auto"):
+    with pytest.raises(UserError, match=r"attention.backend=flash: flash-attn-4 .*; choose attention.backend=auto"):
         attend(q, q, q, Documents.whole_rows(1, 8, "cpu"), backend="flash")
 
 

@@ -5,7 +5,7 @@ import torch
 
 from lfm.errors import UserError
 from lfm.kernels.reservoir import RecurrenceStats, cluster, make_reservoir
-from lfm.layers.liquid import Liquid, LiquidConfig
+from lfm.layers.liquid import Liquid, ReservoirConfig
 
 needs_kernel = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -13,7 +13,7 @@ needs_kernel = pytest.mark.skipif(
 
 
 def make_layer(hidden_size, **options):
-    config = LiquidConfig(**({"num_reservoirs": 2, "reservoir_size": 16} | options))
+    config = ReservoirConfig(**({"num_reservoirs": 2, "reservoir_size": 16} | options))
     layer, generator = Liquid(hidden_size, config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -36,9 +36,9 @@ def test_a_scaled_drive_is_that_of_a_scaled_projection():
 
 @pytest.mark.parametrize("value", ["full", 0])
 def test_a_chunk_length_is_a_number_or_fill(value):
-    assert LiquidConfig.from_tree({"chunk_length": "fill"}, source="test").chunk_length == "fill"
+    assert ReservoirConfig.from_tree({"chunk_length": "fill"}, source="test").chunk_length == "fill"
     with pytest.raises(UserError, match="chunk_length"):
-        LiquidConfig.from_tree({"chunk_length": value}, source="test")
+        ReservoirConfig.from_tree({"chunk_length": value}, source="test")
 
 
 def test_a_trained_reservoir_gets_no_gradient_where_it_has_no_connection():

@@ -1,12 +1,12 @@
 import torch
 
-from lfm.layers.mlp import SwiGLU
+from lfm.layers.mlp import SwiGLU, SwiGLUConfig
 from lfm.models.global_names import global_views
 from tests.comparison import assert_close
 
 
 def test_fused_storage_computes_the_three_matrices_product_and_their_gradients():
-    mlp = SwiGLU(5, ffn_hidden_size=7).double()
+    mlp = SwiGLU(5, SwiGLUConfig(ffn_hidden_size=7)).double()
     views = global_views(mlp, lambda _, tensor: tensor)
     w = {name: tensor.clone().requires_grad_() for name, tensor in views.items()}
     assert {name: tuple(t.shape) for name, t in w.items()} == {

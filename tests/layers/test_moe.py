@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.layers.moe import MoE
+from lfm.layers.moe import MoE, MoEConfig
 from lfm.layers.router import route
 from tests.comparison import assert_close
 
 
 def _layer(**changes):
-    layer = MoE(12, **({"num_experts": 4, "top_k": 2, "ffn_hidden_size": 10} | changes)).double()
+    layer = MoE(12, MoEConfig(**({"num_moe_experts": 4, "moe_ffn_hidden_size": 10} | changes))).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return layer
@@ -43,7 +43,7 @@ def _outputs_and_grads(forward, layer, x):
 
 @pytest.mark.parametrize("experts, top_k", [(4, 2), (3, 1), (2, 2), (5, 3)])
 def test_grouped_experts_equal_token_by_token(experts, top_k):
-    layer, x = _layer(num_experts=experts, top_k=top_k), torch.randn(2, 7, 12, dtype=torch.float64)
+    layer, x = _layer(num_moe_experts=experts, moe_router_topk=top_k), torch.randn(2, 7, 12, dtype=torch.float64)
     want = _outputs_and_grads(lambda x: _token_by_token(layer, x), layer, x)
     got = _outputs_and_grads(lambda x: layer(x)[0], layer, x)
     if top_k == 1:  # the weight is p / p = 1: no gradient reaches the router, only rounding
@@ -89,7 +89,7 @@ def test_balance_loss_does_not_depend_on_the_other_rows():
 
 
 def test_capacity_drops_late_tokens_and_their_contribution_is_zero():
-    layer = _layer(num_experts=2, top_k=1, capacity_factor=1.0).train()
+    layer = _layer(num_moe_experts=2, moe_router_topk=1, moe_capacity_factor=1.0).train()
     x = torch.randn(1, 1, 12, dtype=torch.float64).expand(1, 6, 12).contiguous()  # all want one expert; capacity is 3
     y, routing = layer(x)
     assert routing.load.sum() == 3
@@ -99,7 +99,7 @@ def test_capacity_drops_late_tokens_and_their_contribution_is_zero():
 
 
 def test_capacity_is_causal_and_per_row():
-    layer = _layer(capacity_factor=0.6).train()
+    layer = _layer(moe_capacity_factor=0.6).train()
     x = torch.randn(3, 10, 12, dtype=torch.float64)
     changed = x.clone()
     changed[:, 7:] = torch.randn(3, 3, 12, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_capacity_is_causal_and_per_row():
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient_not_none():
-    layer, x = _layer(num_experts=3, top_k=1), torch.randn(1, 1, 12, dtype=torch.float64)
+    layer, x = _layer(num_moe_experts=3, moe_router_topk=1), torch.randn(1, 1, 12, dtype=torch.float64)
     layer(x)[0].sum().backward()
     for parameter in (layer.gate_up, layer.down):
         assert sorted((parameter.grad[e] != 0).any().item() for e in range(3)) == [False, False, True]
@@ -118,12 +118,13 @@ def test_an_expert_without_tokens_gets_a_zero_gradient_not_none():
 @pytest.mark.parametrize("preferred", [{}, {2: -9.0}, {1: 9.0, 3: 9.0}], ids=["random", "one without", "all on two"])
 @pytest.mark.parametrize("capacity_factor", [None, 0.7])
 def test_grouped_matmul_equals_the_loop(capacity_factor, preferred):
-    layer = MoE(64, num_experts=4, top_k=2, ffn_hidden_size=128, capacity_factor=capacity_factor)
+    config = MoEConfig(num_moe_experts=4, moe_ffn_hidden_size=128, moe_capacity_factor=capacity_factor)
+    layer = MoE(64, config)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     for expert, score in preferred.items():
         layer.router.weight.data[expert, 0] = score
-    fast = MoE(64, num_experts=4, top_k=2, ffn_hidden_size=128, capacity_factor=capacity_factor)
+    fast = MoE(64, config)
     fast = fast.to("cuda", torch.bfloat16)
     fast.load_state_dict(layer.state_dict())
     layer.load_state_dict({n: t.float().cpu() for n, t in fast.state_dict().items()})

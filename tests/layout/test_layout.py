@@ -20,6 +20,7 @@ from lfm.layout.rules import RULES, Request, first_broken
 from lfm.models.lfm import LFMConfig
 from lfm.models.registry import FAMILIES, ModelConfig, parse
 from lfm.training.run import RunConfig
+from tests.nested import nested
 from tests.training.tiny_run import ROOT
 
 FLAGSHIP = RunConfig.load(ROOT / "configs/lfm_3b.yaml").model
@@ -38,7 +39,7 @@ def model_of(**changes) -> LFMConfig:
         moe_ffn_hidden_size=24,
         liquid={"num_reservoirs": 3, "reservoir_size": 8, "interval": 2},
     )
-    return LFMConfig.model_validate({**sizes, **changes})
+    return LFMConfig.model_validate(nested(**{**sizes, **changes}))
 
 
 def of_kind(kind: str, **changes) -> ModelConfig:
@@ -50,7 +51,7 @@ def of_kind(kind: str, **changes) -> ModelConfig:
         tree |= {"num_attention_heads": 12, "num_query_groups": 6}
     if kind in ("laerc", "lstm"):
         tree |= {"num_layers": 6}
-    return parse({"kind": kind, **tree, **changes}, source="a test")
+    return parse({"kind": kind, **nested(**{**tree, **changes})}, source="a test")
 
 
 def check(model, world, *, rows=24, micro=1, half=False, **keys) -> Layout:
@@ -80,14 +81,14 @@ REFUSED = {
         {},
         8,
         TP2 | dict(tensor=8),
-        "parallel.tensor=8 does not divide num_attention_heads=12",
+        "parallel.tensor=8 does not divide attention.num_attention_heads=12",
         "parallel.tensor=4",
     ),
     "query_groups": (
         dict(num_query_groups=2),
         4,
         TP2 | dict(tensor=4),
-        "parallel.tensor=4 does not divide num_query_groups=2",
+        "parallel.tensor=4 does not divide attention.num_query_groups=2",
         "parallel.tensor=2",
     ),
     "sequence": (
@@ -115,14 +116,14 @@ REFUSED = {
         dict(moe_ffn_hidden_size=6),
         4,
         TP2 | dict(tensor=4),
-        "parallel.tensor=4 does not divide moe_ffn_hidden_size=6",
+        "parallel.tensor=4 does not divide ffn.moe_ffn_hidden_size=6",
         "parallel.tensor=2",
     ),
     "experts": (
         {},
         4,
         dict(expert=4, zero_stage=1),
-        "parallel.expert=4 does not divide num_moe_experts=6",
+        "parallel.expert=4 does not divide ffn.num_moe_experts=6",
         "parallel.expert=2",
     ),
     "expert_ranks": (
@@ -242,21 +243,21 @@ REFUSED = {
         dict(kind="laerc"),
         4,
         TP2 | dict(pipeline=2),
-        "parallel.tensor=2 does not go with model.kind=laerc: the family is spread over data and pipeline alone",
+        "parallel.tensor=2 does not go with model.kind=laerc: this model is spread over data and pipeline alone",
         "parallel.tensor=1 parallel.sequence_parallel=false",
     ),
     "no_pipeline": (
         dict(kind="lstm"),
         4,
         PP2,
-        "parallel.pipeline=2 does not go with model.kind=lstm: the family is spread over data alone",
+        "parallel.pipeline=2 does not go with model.kind=lstm: this model is spread over data alone",
         "parallel.pipeline=1",
     ),
     "no_experts": (
         dict(kind="transformer"),
         4,
         dict(expert=2, zero_stage=1),
-        "parallel.expert=2 does not go with model.kind=transformer: the family is spread over data and tensor and "
+        "parallel.expert=2 does not go with model.kind=transformer: this model is spread over data and tensor and "
         "pipeline alone",
         "parallel.expert=1",
     ),
@@ -285,7 +286,7 @@ REFUSED = {
         {},
         4,
         dict(tensor=5, pipeline=2),
-        "parallel.tensor=5 does not divide num_attention_heads=12",
+        "parallel.tensor=5 does not divide attention.num_attention_heads=12",
         "parallel.tensor=2 parallel.sequence_parallel=true parallel.zero_stage=1",
     ),
 }

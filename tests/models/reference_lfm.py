@@ -33,7 +33,7 @@ def document_forward(w: dict[str, Tensor], config, ids: Tensor) -> tuple[Tensor,
         rows = []
         for t in range(T):
             probability = logits[t].softmax(0)
-            top, experts = probability.topk(c.moe_router_topk)
+            top, experts = probability.topk(c.ffn.moe_router_topk)
             y = torch.zeros_like(u[t])
             for weight, e in zip(top / top.sum(), experts.tolist(), strict=True):
                 gate, up, down = (w[f"{p}moe.experts.{e}.{n}.weight"] for n in ("gate", "up", "down"))
@@ -47,12 +47,12 @@ def document_forward(w: dict[str, Tensor], config, ids: Tensor) -> tuple[Tensor,
 def attention(w: dict[str, Tensor], c, u: Tensor) -> Tensor:
     T, K = len(u), c.head_size
     q, k, v = (torch.stack([(w[n] @ u[t]).view(-1, K) for t in range(T)]) for n in "qkv")
-    q, k = (torch.stack([rotated(x[t], t, c.rotary_base) for t in range(T)]) for x in (q, k))
-    group = c.num_attention_heads // c.num_query_groups
+    q, k = (torch.stack([rotated(x[t], t, c.attention.rotary_base) for t in range(T)]) for x in (q, k))
+    group = c.attention.num_attention_heads // c.attention.num_query_groups
     rows = []
     for t in range(T):
         heads = []
-        for h in range(c.num_attention_heads):
+        for h in range(c.attention.num_attention_heads):
             weight = (k[: t + 1, h // group] @ q[t, h] / K**0.5).softmax(0)
             heads.append(weight @ v[: t + 1, h // group])
         rows.append(w["o"] @ torch.cat(heads))
@@ -86,9 +86,9 @@ def step_loss(w: dict[str, Tensor], config, rows: Tensor, lengths: list[list[int
                 router[layer].append(found)
         for found in map(torch.cat, router):
             probability = found.softmax(-1)
-            share = torch.zeros(c.num_moe_experts, dtype=torch.float64)
-            for expert in probability.topk(c.moe_router_topk).indices.flatten().tolist():
-                share[expert] += 1 / (len(row) * c.moe_router_topk)
-            balance = balance + c.num_moe_experts * (share * probability.mean(0)).sum() / c.num_layers
+            share = torch.zeros(c.ffn.num_moe_experts, dtype=torch.float64)
+            for expert in probability.topk(c.ffn.moe_router_topk).indices.flatten().tolist():
+                share[expert] += 1 / (len(row) * c.ffn.moe_router_topk)
+            balance = balance + c.ffn.num_moe_experts * (share * probability.mean(0)).sum() / c.num_layers
             z = z + found.logsumexp(-1).square().mean() / c.num_layers
-    return nats / labels + (c.moe_aux_loss_coeff * balance + c.moe_z_loss_coeff * z) / len(rows)
+    return nats / labels + (c.ffn.balance.coeff * balance + c.ffn.moe_z_loss_coeff * z) / len(rows)

@@ -20,10 +20,10 @@ def rotated(x: Tensor, position: int, base: float) -> Tensor:
 
 def document_forward(w: dict[str, Tensor], config, ids: Tensor) -> Tensor:
     """Logits `[T, V]` of one document."""
-    c, K = config, config.hidden_size // config.num_attention_heads
+    c, K = config, config.hidden_size // config.attention.num_attention_heads
     E = w["embedding.weight"]
-    keys: list[list[list[Tensor]]] = [[[] for _ in range(c.num_query_groups)] for _ in range(c.num_layers)]
-    values: list[list[list[Tensor]]] = [[[] for _ in range(c.num_query_groups)] for _ in range(c.num_layers)]
+    keys: list[list[list[Tensor]]] = [[[] for _ in range(c.attention.num_query_groups)] for _ in range(c.num_layers)]
+    values: list[list[list[Tensor]]] = [[[] for _ in range(c.attention.num_query_groups)] for _ in range(c.num_layers)]
     rows = []
     for t, token in enumerate(ids):
         x = E[token]
@@ -31,13 +31,13 @@ def document_forward(w: dict[str, Tensor], config, ids: Tensor) -> Tensor:
             p = f"layers.{i}.attention."
             u = rms(x, w[f"layers.{i}.attention_norm.weight"], c.layernorm_epsilon)
             k, v = (w[f"{p}{n}.weight"] @ u for n in "kv")
-            for g in range(c.num_query_groups):
-                keys[i][g].append(rotated(k.split(K)[g], t, c.rotary_base))
+            for g in range(c.attention.num_query_groups):
+                keys[i][g].append(rotated(k.split(K)[g], t, c.attention.rotary_base))
                 values[i][g].append(v.split(K)[g])
             heads = []
             for h, q in enumerate((w[p + "q.weight"] @ u).split(K)):
-                g = h // (c.num_attention_heads // c.num_query_groups)
-                scores = torch.stack(keys[i][g]) @ rotated(q, t, c.rotary_base) / K**0.5
+                g = h // (c.attention.num_attention_heads // c.attention.num_query_groups)
+                scores = torch.stack(keys[i][g]) @ rotated(q, t, c.attention.rotary_base) / K**0.5
                 heads.append(scores.exp() / scores.exp().sum() @ torch.stack(values[i][g]))
             x = x + w[p + "o.weight"] @ torch.cat(heads)
             p = f"layers.{i}.mlp."

@@ -29,6 +29,7 @@ from lfm.objectives.next_token import NEXT_TOKEN
 from tests.comparison import assert_close, relative_error
 from tests.losses import cross_entropy
 from tests.models import test_laerc, test_lfm, test_liquidlm, test_liquidnet, test_liquidnn, test_lstm, test_transformer
+from tests.nested import nested
 
 Changes = dict[str, Any]
 DEFAULT: dict[str, Changes] = {"default": {}}
@@ -544,7 +545,7 @@ def test_a_few_updates_bring_text_below_its_unigram_entropy(kind):
     ids = torch.tensor(list(text))[: rows[0] * rows[1]].view(rows)
     share = torch.bincount(ids.flatten()).double() / ids.numel()
     entropy = float(-(share * share.clamp_min(1e-9).log()).sum())
-    model = registry.build(registry.parse({"kind": kind, "vocab_size": 128} | dimensions, source="LEARNERS"))
+    model = registry.build(registry.parse({"kind": kind, "vocab_size": 128} | nested(**dimensions), source="LEARNERS"))
     initialize(model, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     documents, losses = Documents.whole_rows(*rows, "cpu"), []

@@ -10,20 +10,24 @@ from lfm.models.lfm import LFMConfig
 from lfm.models.liquidnet import LiquidNetConfig
 from lfm.models.registry import build
 from lfm.models.transformer import TransformerConfig
+from tests.nested import nested
 
 SIZES = {"hidden_size": 16, "num_layers": 2, "seq_length": 8, "vocab_size": 10, "vocab_size_multiple": 8}
 HEADS = {"num_attention_heads": 2, "num_query_groups": 1}
 CUT = {
-    "lfm": LFMConfig.model_validate({**SIZES, **HEADS, "moe_ffn_hidden_size": 8, "num_moe_experts": 2}),
+    "lfm": LFMConfig.model_validate(nested(**SIZES, **HEADS, moe_ffn_hidden_size=8, num_moe_experts=2)),
     "lfm_untied": LFMConfig.model_validate(
         {
-            **{**SIZES, **HEADS, "moe_ffn_hidden_size": 8, "num_moe_experts": 2},
+            **nested(**SIZES, **HEADS, moe_ffn_hidden_size=8, num_moe_experts=2),
             "untie_embeddings_and_output_weights": True,
             "liquid": {"train_reservoir": True, "reservoir_size": 4, "num_reservoirs": 2},
         }
     ),
-    "transformer": TransformerConfig.model_validate({**SIZES, **HEADS, "ffn_hidden_size": 24}),
-    "liquidnet": LiquidNetConfig.model_validate({**SIZES, "ffn_hidden_size": 24}),
+    "transformer": TransformerConfig.model_validate(nested(**SIZES, **HEADS, ffn_hidden_size=24)),
+    "lfm_of_other_parts": LFMConfig.model_validate(
+        nested(**SIZES, ffn_hidden_size=24, attention=None, liquid={"kind": "diagonal", "interval": 1})
+    ),
+    "liquidnet": LiquidNetConfig.model_validate(nested(**SIZES, ffn_hidden_size=24)),
 }
 
 
@@ -33,7 +37,14 @@ def test_families_that_tensor_parallelism_cuts_declare_every_tensor(name):
         model = build(CUT[name])
     found = stored(model, must_declare=True)
     assert {where.tensor for where in found.values()} == {*dict(model.named_parameters()), *dict(model.named_buffers())}
-    assert found["layers.1.liquid.delta.bias" if name == "liquidnet" else "layers.0.attention.k.weight"].cut == 0
+    assert (
+        found[
+            "layers.1.liquid.delta.bias"
+            if name in ("liquidnet", "lfm_of_other_parts")
+            else "layers.0.attention.k.weight"
+        ].cut
+        == 0
+    )
 
 
 def test_a_tensor_that_no_layer_declares_is_named():

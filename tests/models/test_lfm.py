@@ -16,6 +16,7 @@ from lfm.objectives.next_token import NEXT_TOKEN
 from tests.comparison import assert_close
 from tests.losses import cross_entropy
 from tests.models.reference_lfm import document_forward, step_loss
+from tests.nested import nested
 
 
 def small_config(**changes) -> LFMConfig:
@@ -33,7 +34,7 @@ def small_config(**changes) -> LFMConfig:
         "liquid": {"interval": 2, "num_reservoirs": 2, "reservoir_size": 8, "backend": "sequential"},
     }
     liquid = tree["liquid"] | changes.pop("liquid", {}) if changes.get("liquid", {}) is not None else changes["liquid"]
-    return LFMConfig.model_validate(tree | changes | {"liquid": liquid})
+    return LFMConfig.model_validate(nested(**(tree | changes | {"liquid": liquid})))
 
 
 def small_model(dtype=torch.float64, **changes) -> LFM:
@@ -133,9 +134,8 @@ def test_generation_does_not_depend_on_how_a_long_prompt_is_read(monkeypatch):
 
 
 def test_exact_counts_of_the_flagship():
-    config = LFMConfig(
-        hidden_size=3072, num_layers=20, num_attention_heads=24, num_query_groups=8, moe_ffn_hidden_size=1408
-    )
+    sizes = {"num_attention_heads": 24, "num_query_groups": 8, "moe_ffn_hidden_size": 1408}
+    config = LFMConfig(**nested(hidden_size=3072, num_layers=20, **sizes))
     counts = config.count_parameters()
     assert (counts.total, counts.trainable, counts.active) == (3_025_273_344, 3_021_341_184, 1_464_205_824)
     assert (counts.frozen, counts.active_non_embedding, counts.padding) == (3_932_160, 1_070_203_392, 2_359_296)
@@ -194,8 +194,8 @@ def test_the_drive_of_a_fresh_model_has_rms_near_one():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"num_attention_heads": 3}, "hidden_size=16 over num_attention_heads=3"),
-        ({"num_query_groups": 3}, "num_query_groups=3 does not divide 4 heads"),
+        ({"num_attention_heads": 3}, "hidden_size=16 over attention.num_attention_heads=3"),
+        ({"num_query_groups": 3}, "attention.num_query_groups=3 does not divide 4 heads"),
         ({"moe_router_topk": 9}, "moe_router_topk=9 is more than num_moe_experts=4"),
     ],
 )

@@ -4,19 +4,21 @@ import pytest
 import torch
 
 from lfm.layers.documents import Documents
+from lfm.layers.mlp import SwiGLUConfig
 from lfm.models.global_names import global_views
 from lfm.models.initialization import initialize
 from lfm.models.liquidnet import LiquidNet, LiquidNetConfig
 from tests.comparison import assert_close, relative_error
 from tests.losses import cross_entropy
 from tests.models.reference_liquidnet import batch_loss, document_forward
+from tests.nested import nested
 
 V = 40
 
 
 def small_config(**changes) -> LiquidNetConfig:
     tree = {"hidden_size": 12, "num_layers": 3, "ffn_hidden_size": 20, "seq_length": 32, "vocab_size": V}
-    return LiquidNetConfig.model_validate(tree | {"vocab_size_multiple": 16} | changes)
+    return LiquidNetConfig.model_validate(nested(**(tree | {"vocab_size_multiple": 16} | changes)))
 
 
 def small_model(dtype=torch.float64, **changes) -> LiquidNet:
@@ -63,7 +65,9 @@ def test_logits_states_loss_and_every_gradient_equal_the_equations():
 def test_published_sizes(shape, total):
     """Printed as 11.6 M (exactly 11,602,368), 30 M and 104.8 M."""
     hidden_size, num_layers, ffn_hidden_size = shape
-    config = LiquidNetConfig(hidden_size=hidden_size, num_layers=num_layers, ffn_hidden_size=ffn_hidden_size)
+    config = LiquidNetConfig(
+        hidden_size=hidden_size, num_layers=num_layers, ffn=SwiGLUConfig(ffn_hidden_size=ffn_hidden_size)
+    )
     counts = config.count_parameters()
     assert config.padded_vocab_size == 50_432
     assert (counts.total, counts.trainable, counts.active) == (total,) * 3

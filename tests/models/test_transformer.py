@@ -8,6 +8,7 @@ from lfm.models.transformer import Transformer, TransformerConfig
 from tests.comparison import assert_close, relative_error
 from tests.losses import cross_entropy
 from tests.models.reference_transformer import batch_loss, document_forward
+from tests.nested import nested
 
 V = 40
 
@@ -15,7 +16,7 @@ V = 40
 def small_config(**changes) -> TransformerConfig:
     tree = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 20}
     return TransformerConfig.model_validate(
-        tree | {"seq_length": 32, "vocab_size": V, "vocab_size_multiple": 16} | changes
+        nested(**(tree | {"seq_length": 32, "vocab_size": V, "vocab_size_multiple": 16} | changes))
     )
 
 
@@ -82,8 +83,8 @@ def test_initial_distributions():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"num_attention_heads": 3}, "hidden_size=16 over num_attention_heads=3"),
-        ({"num_query_groups": 3}, "num_query_groups=3 does not divide 4 heads"),
+        ({"num_attention_heads": 3}, "hidden_size=16 over attention.num_attention_heads=3"),
+        ({"num_query_groups": 3}, "attention.num_query_groups=3 does not divide 4 heads"),
     ],
 )
 def test_impossible_shapes_are_refused(changes, words):

@@ -17,6 +17,9 @@ pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
 from lfm.errors import UserError
 from lfm.job.process import require_packages
+from lfm.layers.attention import AttentionConfig
+from lfm.layers.liquid import ReservoirConfig
+from lfm.layers.moe import MoEConfig
 from lfm.layout.layout import check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, compare, in_one_process
@@ -26,14 +29,12 @@ ROOT = Path(__file__).parents[2]
 SMALL = LFMConfig(
     hidden_size=32,
     num_layers=8,
-    num_attention_heads=4,
-    num_query_groups=2,
     seq_length=64,
     vocab_size=100,
     vocab_size_multiple=64,
-    num_moe_experts=4,
-    moe_ffn_hidden_size=32,
-    liquid={"interval": 3, "num_reservoirs": 3, "reservoir_size": 16},  # type: ignore[arg-type]
+    attention=AttentionConfig(num_attention_heads=4, num_query_groups=2),
+    ffn=MoEConfig(num_moe_experts=4, moe_ffn_hidden_size=32),
+    liquid=ReservoirConfig(interval=3, num_reservoirs=3, reservoir_size=16),
 )
 
 
@@ -103,7 +104,7 @@ def certify_command(*words: str, kind: str = "lfm") -> subprocess.CompletedProce
 
 
 def test_the_command_writes_its_numbers_and_fails_beyond_a_bound(tmp_path):
-    small = ["model.hidden_size=32", "model.moe_ffn_hidden_size=32", "model.seq_length=64", "model.vocab_size=128"]
+    small = ["model.hidden_size=32", "model.ffn.moe_ffn_hidden_size=32", "model.seq_length=64", "model.vocab_size=128"]
     small += ["model.num_layers=4", "model.vocab_size_multiple=128"]
     out = tmp_path / "numbers.json"
     found = certify_command("--layouts", "dp2_z1,ep2", "--steps", "1", "--json", str(out), *small)
@@ -121,7 +122,7 @@ def test_the_command_writes_its_numbers_and_fails_beyond_a_bound(tmp_path):
         pytest.param(["--plant", "bug"], "--plant bug is not one of expert_as_dense", marks=pytest.mark.slow),
         pytest.param(["--steps", "0"], "--steps 0 must be at least 1", marks=pytest.mark.slow),
         pytest.param(["training.dtype=bfloat16"], "training.dtype=bfloat16 is too coarse", marks=pytest.mark.slow),
-        (["model.num_query_groups=1", "--layouts", "tp2"], "parallel.tensor=2"),
+        (["model.attention.num_query_groups=1", "--layouts", "tp2"], "parallel.tensor=2"),
     ],
 )
 def test_a_bad_request_is_refused_in_one_sentence(words, said):

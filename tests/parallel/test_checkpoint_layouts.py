@@ -14,6 +14,9 @@ from lfm.checkpoint.tensors import load_tensors
 from lfm.evaluation.held_out import score
 from lfm.inference.load import load_model
 from lfm.job.fork import run_ranks
+from lfm.layers.attention import AttentionConfig
+from lfm.layers.liquid import ReservoirConfig
+from lfm.layers.moe import MoEConfig
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import check_layout
 from lfm.models.lfm import LFMConfig
@@ -26,14 +29,12 @@ from tests.training.tiny_run import manifest_fields
 SMALL = LFMConfig(
     hidden_size=32,
     num_layers=8,
-    num_attention_heads=4,
-    num_query_groups=2,
     seq_length=32,
     vocab_size=100,
     vocab_size_multiple=64,
-    num_moe_experts=4,
-    moe_ffn_hidden_size=32,
-    liquid={"interval": 3, "num_reservoirs": 3, "reservoir_size": 16},  # type: ignore[arg-type]
+    attention=AttentionConfig(num_attention_heads=4, num_query_groups=2),
+    ffn=MoEConfig(num_moe_experts=4, moe_ffn_hidden_size=32),
+    liquid=ReservoirConfig(interval=3, num_reservoirs=3, reservoir_size=16),
 )
 PROBLEM = Problem(SMALL, OptimizerConfig(lr=3e-3, clip_grad=0.5), seed=3, rows=8, micro_batch_size=1, steps=1)
 

@@ -1,4 +1,4 @@
-"""Every family but lfm, which has tests of its own, computes under its layouts what one process computes."""
+"""Every family computes under its layouts what one process computes; of lfm, here, one of other parts than usual."""
 
 import pytest
 
@@ -9,13 +9,15 @@ from lfm.layout.layout import check_layout
 from lfm.models.registry import parse
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, in_one_process
 from lfm.training.optimizer import OptimizerConfig
+from tests.nested import nested
 
 SIZES = {"hidden_size": 16, "seq_length": 32, "vocab_size": 90}
 FFN = {"num_layers": 3, "ffn_hidden_size": 24, "vocab_size_multiple": 32}
 CHUNKED = {"backend": "chunked", "chunk_length": 8, "warmup": 32}
 MODELS = {
-    "transformer": {**FFN, "num_attention_heads": 4, "num_query_groups": 2},
-    "liquidnet": FFN,
+    "transformer": nested(**FFN, num_attention_heads=4, num_query_groups=2),
+    "lfm": nested(**FFN, attention=None, liquid={"kind": "diagonal", "interval": 2}),
+    "liquidnet": nested(**FFN),
     "laerc": {"num_layers": 3, **CHUNKED},
     "liquidlm": {"num_layers": 2, "reservoir_size": 24, "hidden_dropout": 0.0},
     "liquidnn": {"num_fast": 1, "num_deep": 1, "dropout": 0.0, "plastic_from": 0.0},
@@ -23,6 +25,7 @@ MODELS = {
 }
 QUICK = {
     "transformer": "tp2",
+    "lfm": "tp2",
     "liquidnet": "tp2",
     "laerc": "pp2",
     "liquidlm": "dp2_z2",
@@ -32,6 +35,7 @@ QUICK = {
 ZERO = ("dp2_z1", "dp2_z2", "dp2_z3")
 EVERY = {
     "transformer": (*ZERO, "tp2", "pp2", "pp2_interleaved", "tp2_pp2", "tp2_dp2_z2", "dp2_z3_recompute"),
+    "lfm": ("dp2_z2", "pp2_interleaved", "tp2_pp2", "tp2_dp2_z3"),
     "liquidnet": (*ZERO, "tp2", "pp2", "tp2_pp2"),
     "laerc": (*ZERO, "pp2"),
     "liquidlm": ZERO,

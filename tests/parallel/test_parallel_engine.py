@@ -15,12 +15,13 @@ pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 from lfm.errors import NonFiniteError
 from lfm.job.fork import run_ranks
 from lfm.job.process import Process
-from lfm.layers.liquid import LiquidConfig
+from lfm.layers.liquid import ReservoirConfig
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout, check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.certificate import Problem
 from lfm.training.optimizer import OptimizerConfig
+from tests.nested import nested
 from tests.parallel.engine_numbers import (
     deviations,
     join,
@@ -52,6 +53,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def _problem(*, dtype=FP32, rows=4, steps=1, unlabelled_rows=0, optimizer=None, **model) -> Problem:
     """The moment exp_avg after a step is that step's clipped gradient: betas[0] is 0."""
+    liquid = ReservoirConfig(interval=2, num_reservoirs=3, reservoir_size=8, connectivity=0.5, backend="sequential")
     config: dict[str, Any] = {
         "hidden_size": 16,
         "num_layers": 2,
@@ -62,10 +64,10 @@ def _problem(*, dtype=FP32, rows=4, steps=1, unlabelled_rows=0, optimizer=None, 
         "vocab_size_multiple": 64,
         "num_moe_experts": 4,
         "moe_ffn_hidden_size": 8,
-        "liquid": LiquidConfig(interval=2, num_reservoirs=3, reservoir_size=8, connectivity=0.5, backend="sequential"),
+        "liquid": liquid,
     }
     return Problem(
-        model=LFMConfig(**(config | model)),
+        model=LFMConfig(**nested(**(config | model))),
         optimizer=optimizer or OptimizerConfig(lr=1e-2, betas=(0.0, 0.5), eps=1e-2, weight_decay=1.0, clip_grad=0.3),
         seed=5,
         rows=rows,
@@ -121,7 +123,7 @@ def _assert_equal(name: str, problem: Problem, edit: Any = None) -> dict[str, An
 
 @pytest.mark.parametrize("norm", ["pre", pytest.param("post", marks=slow)])
 def test_reservoirs_train_under_tensor_parallelism(norm):
-    liquid = LiquidConfig(
+    liquid = ReservoirConfig(
         interval=1,
         num_reservoirs=3,
         reservoir_size=8,
@@ -150,7 +152,7 @@ def _parallel_hundredth_update(process: Process, layout: Layout, problem: Proble
 
 @pytest.mark.parametrize("name", ["dp2_z3", "tp2", *(pytest.param(n, marks=slow) for n in ("dp2", "dp2_z2", "pp2"))])
 def test_reservoirs_that_no_longer_forget_are_scaled_alike(name):
-    liquid = LiquidConfig(
+    liquid = ReservoirConfig(
         interval=1,
         num_reservoirs=2,
         reservoir_size=8,
@@ -289,7 +291,7 @@ def _copies(process: Process, layout: Layout, problem: Problem) -> dict[str, lis
 )
 @pytest.mark.parametrize("dtype", [BF16, pytest.param(FP32, marks=slow)], ids=str)
 def test_copies_of_a_weight_stay_bitwise_alike(name, kind, count, dtype):
-    liquid = LiquidConfig(interval=1, num_reservoirs=1, reservoir_size=8, connectivity=0.5, train_reservoir=True)
+    liquid = ReservoirConfig(interval=1, num_reservoirs=1, reservoir_size=8, connectivity=0.5, train_reservoir=True)
     problem = _problem(dtype=dtype, steps=2, liquid=liquid)
     for found in run_ranks(_copies, 2, _layout(problem, name), problem):
         assert found[kind] == [True] * count

@@ -15,7 +15,7 @@ pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
 from lfm.job.fork import run_ranks
 from lfm.job.process import Process
-from lfm.layers.liquid import LiquidConfig
+from lfm.layers.liquid import ReservoirConfig
 from lfm.layers.moe import MoE
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout, check_layout
@@ -24,6 +24,7 @@ from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.training.certificate import Problem, certify, in_one_process
 from lfm.training.local_engine import LocalEngine
 from lfm.training.optimizer import OptimizerConfig
+from tests.nested import nested
 from tests.parallel.engine_numbers import CPU, deviations, join, local_engine, parallel_engine, train
 
 pytestmark = pytest.mark.slow
@@ -93,7 +94,7 @@ def examples(draw: st.DrawFn, steps: int, smooth: bool) -> Example:
     liquid = None
     if draw(st.integers(0, 3)):
         norm, reservoirs = one_of("pre", "post"), draw(st.integers(1, 3))
-        liquid = LiquidConfig(
+        liquid = ReservoirConfig(
             interval=draw(st.integers(1, 3)),
             num_reservoirs=reservoirs,
             reservoir_size=one_of(4, 8, 12),
@@ -105,7 +106,7 @@ def examples(draw: st.DrawFn, steps: int, smooth: bool) -> Example:
             chunk_length=one_of(8, 16),
             warmup=32,
         )
-    model = LFMConfig(
+    parts = nested(
         hidden_size=heads * one_of(2, 4, 6) if heads > 1 else 8,
         num_layers=num_layers,
         num_attention_heads=heads,
@@ -119,10 +120,11 @@ def examples(draw: st.DrawFn, steps: int, smooth: bool) -> Example:
         moe_router_topk=top_k,
         moe_ffn_hidden_size=one_of(4, 12),
         moe_capacity_factor=one_of(None, None, 0.6, 1.0),
-        moe_aux_loss_coeff=balance,
+        balance={"coeff": balance},
         moe_z_loss_coeff=one_of(0.0, 0.001, 0.1),
         liquid=liquid,
     )
+    model = LFMConfig(**parts)
     optimizer = OptimizerConfig(
         lr=0.01,
         betas=one_of((0.9, 0.95), (0.0, 0.5)),

@@ -21,7 +21,7 @@ from lfm.training.loop import train
 from tests.training.tiny_run import tiny_run
 
 OPTIONS = [
-    *("training.steps=4", "schedule.kind=constant", "model.num_query_groups=2", "validation.max_rows=2"),
+    *("training.steps=4", "schedule.kind=constant", "model.attention.num_query_groups=2", "validation.max_rows=2"),
     *("validation.every_steps=0", "checkpoint.every_steps=0", "seed=3"),
 ]
 

@@ -5,17 +5,19 @@ import pytest
 import torch
 
 from lfm.data.batch import Batch
-from lfm.errors import UserError
+from lfm.errors import NonFiniteError, UserError
 from lfm.models.global_names import global_views
 from lfm.models.initialization import materialize
+from lfm.models.liquidlm import LiquidLMConfig
 from lfm.models.liquidnet import LiquidNetConfig
 from lfm.models.registry import build
-from lfm.training.engine import NonFiniteError
+from lfm.training.draws import seed_of_draws
 from lfm.training.local_engine import LocalEngine
 from lfm.training.optimizer import OptimizerConfig
 from tests.comparison import assert_close
 from tests.models import test_laerc
 from tests.models.test_lfm import small_config
+from tests.nested import nested
 
 LENGTHS = [[20], [3, 17], [1] * 20, [9, 11]]
 
@@ -69,7 +71,7 @@ def test_bf16_weights_follow_fp32_masters_with_fp32_accumulation():
 
 
 def _bf16_liquidnet() -> LocalEngine:
-    config = LiquidNetConfig(hidden_size=64, num_layers=1, ffn_hidden_size=16, seq_length=20, vocab_size=40)
+    config = LiquidNetConfig(**nested(hidden_size=64, num_layers=1, ffn_hidden_size=16, seq_length=20, vocab_size=40))
     options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "micro_batch_size": 2}
     return LocalEngine(config, OptimizerConfig(lr=1e-2), seed=7, **options)
 
@@ -268,3 +270,30 @@ def test_a_model_beyond_the_machine_is_refused_before_it_is_allocated():
     config = LiquidNetConfig(hidden_size=1 << 17, num_layers=4, vocab_size=1 << 20)
     with pytest.raises(UserError, match=r"the weights of model.kind=liquidnet take [0-9,.]+ GiB and this cpu has"):
         materialize(lambda: build(config), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_random_draws_are_of_the_seed_the_step_and_the_row_alone():
+    def engine(seed):
+        config = LiquidLMConfig(hidden_size=8, reservoir_size=16, vocab_size=40, seq_length=20, hidden_dropout=0.4)
+        return LocalEngine(
+            config,
+            OptimizerConfig(lr=1e-2),
+            seed=seed,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            micro_batch_size=1,
+        )
+
+    def loss(engine, step, rows=slice(0, 4)):
+        engine.start_step(step, 9)
+        return engine.forward_backward(Batch(_rows()[rows], LENGTHS[rows])).loss
+
+    first, other = engine(7), engine(7)
+    found = [loss(first, step) for step in range(3)]
+    torch.rand(3)
+    assert [loss(other, step) for step in (2, 0, 1)] == [found[2], found[0], found[1]] and len(set(found)) == 3
+    twice = Batch(_rows()[[0, 0]], [LENGTHS[0]] * 2)
+    first.start_step(0, 9)
+    assert first.forward_backward(twice).loss != loss(first, 0, slice(0, 1))
+    drawn = [seed_of_draws(*case) for case in [(7, 2, 0), (7, 2, 1), (7, 1, 2), (8, 2, 0), (72, 0, 0)]]
+    assert len(set(drawn)) == 5 and drawn[0] == 8787878719498961675

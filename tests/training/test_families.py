@@ -21,9 +21,9 @@ TINY = {
     "laerc": ["model.hidden_size=16", "model.num_layers=2"],
     "liquidlm": ["model.hidden_size=16", "model.reservoir_size=32"],
     "liquidnn": ["model.hidden_size=16", "model.plastic_from=0.5", "model.dropout=0.1"],
-    "liquidnet": ["model.hidden_size=16", "model.num_layers=2", "model.ffn_hidden_size=24"],
-    "transformer": ["model.hidden_size=16", "model.num_layers=2", "model.ffn_hidden_size=24"],
-    "lstm": ["model.hidden_size=16", "model.num_layers=2"],
+    "liquidnet": ["model.hidden_size=16", "model.num_layers=2", "model.ffn.ffn_hidden_size=24"],
+    "transformer": ["model.hidden_size=16", "model.num_layers=2", "model.ffn.ffn_hidden_size=24"],
+    "lstm": ["model.hidden_size=16", "model.num_layers=2", "model.hidden_dropout=0.1"],
 }
 STREAMING = sorted(TINY.keys() - {"transformer"})
 

@@ -105,5 +105,5 @@ def test_the_worst_routing_brings_every_token_of_the_group_to_one_process(recomp
 
 def test_routing_changes_no_memory_where_every_expert_is_here_or_capacity_drops():
     assert "under the worst routing: no more" in plan(*planned(world=1))
-    run, layout = with_layout("EP4", 1, "model.moe_capacity_factor=1.25")
+    run, layout = with_layout("EP4", 1, "model.ffn.moe_capacity_factor=1.25")
     assert worst_routing_bytes(run, layout) == 0
