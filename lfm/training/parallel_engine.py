@@ -436,6 +436,7 @@ class ParallelEngine(Engine):
             yield
 
     def start_step(self, step: int, total_steps: int) -> None:
+        super().start_step(step, total_steps)
         for piece in self.pieces:
             piece.start_step(step, total_steps)
 

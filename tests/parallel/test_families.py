@@ -45,7 +45,7 @@ EVERY = {
 
 
 def problem(kind: str, recompute="none") -> Problem:
-    layers = {"num_layers": 4} if kind == "transformer" else {}
+    layers = {"num_layers": 4} if kind in ("transformer", "lfm") else {}
     model = parse({"kind": kind, **SIZES, **MODELS[kind], **layers}, source="a test")
     optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.5)
     return Problem(model, optimizer, seed=5, rows=8, micro_batch_size=2, steps=2, recompute=recompute)
