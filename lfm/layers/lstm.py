@@ -1,6 +1,7 @@
 """Stacked LSTM over packed rows, with a functional state."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +75,37 @@ class StackedLSTM(nn.Module):
         return y.to(x.dtype), (torch.stack(ends_h, 1), torch.stack(ends_c, 1))
 
     def _weights(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
-        weights = [self.get_parameter(name) for name in _names(layer)]
+        weights = _in_order(self.get_parameter(name) for name in _names(layer))
         if not weights[0].is_cuda:
             return [weight.to(dtype) for weight in weights]
         # cuDNN wants a layer's weights in one piece of memory, in this order.
         whole = torch.cat([weight.flatten() for weight in weights]).to(dtype)
         parts = whole.split([weight.numel() for weight in weights])
         return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
+
+
+def _in_order(weights: Iterable[Tensor]) -> list[Tensor]:
+    """The same, whose gradients come in the reverse order, however a row is computed.
+
+    Packed and whole rows have graphs of their own, and the processes of ZeRO-2 and 3 add up gradients as they come.
+    """
+    ordered, after = [], torch.zeros(())
+    for weight in weights:
+        weight, after = _After.apply(weight, after)
+        ordered.append(weight)
+    return ordered
+
+
+class _After(torch.autograd.Function):
+    """A weight, which waits for the gradient of the next one; the second output is what the next one takes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return weight.view_as(weight), before.clone()
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return weight, before
 
 
 def _names(layer: int) -> tuple[str, str, str, str]:
