@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lfm.layers.cost import Cost, matrices
 from lfm.layers.documents import Documents
 
 
@@ -134,8 +135,7 @@ def pack_documents(
     )
 
 
-def lstm_parameters(input_size: int, hidden_size: int, num_layers: int) -> int:
-    """Number of weights of a StackedLSTM."""
-    return sum(
-        4 * hidden_size * ((input_size if layer == 0 else hidden_size) + hidden_size + 2) for layer in range(num_layers)
-    )
+def lstm_cost(input_size: int, hidden_size: int) -> Cost:
+    """Of one layer of a StackedLSTM."""
+    gates = 4 * hidden_size
+    return matrices(replicated=gates * (input_size + hidden_size)) + Cost(replicated=2 * gates)

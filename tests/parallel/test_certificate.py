@@ -132,11 +132,9 @@ def test_a_bad_request_is_refused_in_one_sentence(words, said):
 
 
 @pytest.mark.slow
-def test_another_family_is_certified_under_what_it_has_without_dropout():
+def test_another_family_is_certified_under_what_it_has_with_dropout():
     small = ["model.hidden_size=16", "model.reservoir_size=32", "model.seq_length=32", "model.vocab_size=128"]
-    found = certify_command("--steps", "1", *small, kind="liquidlm")
-    assert found.returncode == 2 and "hidden_dropout=0.1 draws anew in every layout" in found.stderr
-    found = certify_command("--steps", "1", "model.hidden_dropout=0", *small, kind="liquidlm")
+    found = certify_command("--steps", "1", "model.hidden_dropout=0.4", *small, kind="liquidlm")
     assert found.returncode == 0, found.stderr
     assert [line.split(":")[0] for line in found.stdout.splitlines() if line.startswith("ok")] == [
         *("ok     DP2 Z1", "ok     DP2 Z2", "ok     DP2 Z3", "ok     DP2 Z2+offload", "ok     DP2 Z3+offload"),
