@@ -33,7 +33,8 @@ import numpy as np
 import yaml
 
 from data_pipeline import extras
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.prepare_config import PrepareConfig
 from data_pipeline.sources import DebianConfig, find_files
 from lfm.data import streaming_shim
 from lfm.data.tokenizer import Tokenizer, from_tiktoken

@@ -37,7 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_pipeline.fast_tokenizer import HARD_TEXTS
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.prepare_config import PrepareConfig
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 

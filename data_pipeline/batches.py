@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipeline.completions import Span, spans_of
 from data_pipeline.markup import Markup, texts_of_markup
 from data_pipeline.unpack import PACKED, Limits, Unreadable, opened
 from lfm.errors import UserError
@@ -40,6 +41,8 @@ class Document:
     """Of the text in UTF-8."""
     origin: str
     """File, and line or row in it, for messages."""
+    spans: tuple[Span, ...] = ()
+    """Its parts, end to end, where only some are labels; (): all of it is."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,33 @@ class LineBatch:
     origin: str
     first: int
     """Number of the first line."""
-    text_key: str
+    text_key: str | None
+    """None: each line is a prompt and its completion, or a conversation."""
+
+    def spans(self, counts: Counter[str]) -> Iterator[tuple[tuple[Span, ...], str]]:
+        """The parts of each line's document and its origin; lines that are no JSON in UTF-8 are left out and counted.
+
+        Raises UserError naming the first line that is neither a prompt and its completion nor a conversation.
+        """
+        if self.first == 1:
+            self._check_lines()
+        for number, line in enumerate(self.lines, start=self.first):
+            if line is None:
+                counts["documents_too_long"] += 1
+                continue
+            if not line.strip():
+                continue
+            try:
+                record = _json(line)
+            except (ValueError, RecursionError):
+                counts["lines_malformed"] += 1
+                continue
+            origin = f"{self.origin}:{number}"
+            spans = spans_of(record, origin)
+            if b"\\u" in line and any(_LONE_SURROGATE.search(span.text) for span in spans):
+                counts["lines_malformed"] += 1
+                continue
+            yield spans, origin
 
     def texts(self, counts: Counter[str]) -> Iterator[Text]:
         """The text of each line; lines that are no JSON in UTF-8 or hold no text are left out and counted by reason.
@@ -97,6 +126,7 @@ class LineBatch:
         Raises UserError if the first lines of a file are parts of one JSON document, or none of them has a text or
         null: that is a mistake in the config, or another kind of file.
         """
+        assert self.text_key is not None
         if self.first == 1:
             self._check_lines()
         found, problem = False, None
@@ -189,14 +219,18 @@ Batch = FileBatch | LineBatch | TextBatch
 
 def documents(batch: Batch, counts: Counter[str]) -> Iterator[Document]:
     """The documents of a batch; empty texts are left out.  What is left out and what is given is added to `counts`."""
-    for text, origin in batch.texts(counts):
+    if isinstance(batch, LineBatch) and batch.text_key is None:
+        texts = (("".join(span.text for span in spans), origin, spans) for spans, origin in batch.spans(counts))
+    else:
+        texts = ((text, origin, ()) for text, origin in batch.texts(counts))
+    for text, origin, spans in texts:
         if not text or text.isspace():
             counts["documents_empty"] += 1
             continue
         num_bytes = len(text) if text.isascii() else len(text.encode())
         counts["documents"] += 1
         counts["bytes"] += num_bytes
-        yield Document(text, num_bytes, origin)
+        yield Document(text, num_bytes, origin, spans)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,11 @@ class CleanConfig(Config):
     min_language_score: Share = 0.5
     """How sure the judgement must be to drop a document."""
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether documents that stay may become others."""
+        return self.nfc or self.min_line_words > 0 or self.min_line_letters > 0 or self.drop_boilerplate
+
 
 class Cleaned(NamedTuple):
     text: str

@@ -22,6 +22,7 @@ _SAMPLE_CHARACTERS = 6000
 _SPLIT_TITLES = {
     "num_documents": "Documents",
     "num_tokens": "Tokens",
+    "num_labels": "Labels, which a mask says",
     "num_padding": "Pad positions",
     "num_rows": "Rows",
     "text_bytes": "Bytes of text",
@@ -64,6 +65,9 @@ def tables(report: dict[str, Any]) -> list[Table]:
     stages, splits, sources = report["stages"], report["splits"], report["sources"]
     clean, dedup = stages["clean"], stages["dedup"]
     of_splits = [(title, [of.get(unit) for of in splits.values()]) for unit, title in _SPLIT_TITLES.items()]
+    if "num_labels" in next(iter(splits.values())):
+        shares = [round(100 * of["num_labels"] / max(1, of["num_tokens"])) for of in splits.values()]
+        of_splits.append(("Labels, % of the tokens", shares))
     found = [
         Table("Splits", [row for row in of_splits if None not in row[1]], columns=tuple(splits), bars=False),
         Table("Bytes of text kept, by source", [(of["name"], [of.get("bytes_kept", 0)]) for of in sources]),

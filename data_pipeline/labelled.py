@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from data_pipeline import debian
@@ -29,6 +28,7 @@ from data_pipeline.split import row_key, split_of_group
 from data_pipeline.unpack import DAMAGE
 from lfm.config import Config, Count, PathText, parse_command_line
 from lfm.errors import UserError
+from lfm.evaluation.baselines import majority, naive_bayes
 from lfm.exits import command
 from lfm.files import (
     behind_links,
@@ -155,12 +155,6 @@ class Row(NamedTuple):
     group: str
 
 
-class Baseline(NamedTuple):
-    accuracy: float
-    ece: float
-    """Expected calibration error in 15 bins of equal width."""
-
-
 def prepare_labelled(config: LabelledConfig) -> dict[str, Any]:
     """Make the data set; returns the content of its report.json.
 
@@ -213,48 +207,6 @@ def prepare_labelled(config: LabelledConfig) -> dict[str, Any]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
-
-
-def majority(train: Sequence[Row], held_out: Sequence[Row], labels: Sequence[str]) -> Baseline:
-    """Always the commonest label of `train`, as sure of it as it is common there."""
-    counts = Counter(row.label for row in train)
-    label, count = counts.most_common(1)[0]
-    right = np.array([row.label == label for row in held_out])
-    return Baseline(float(right.mean()), calibration_error(np.full(len(right), count / len(train)), right))
-
-
-def naive_bayes(train: Sequence[Row], held_out: Sequence[Row], labels: Sequence[str]) -> Baseline:
-    """Multinomial, over lower-case words, one added to each count; words that `train` lacks are left out."""
-    class_of = {label: i for i, label in enumerate(labels)}
-    place: dict[str, int] = {}
-    seen = [(place.setdefault(word, len(place)), class_of[row.label]) for row in train for word in _words(row.text)]
-    counts = np.ones((len(place), len(labels)))
-    np.add.at(counts, tuple(np.array(seen, np.int64).reshape(-1, 2).T), 1)
-    log_likelihood = np.log(counts / counts.sum(axis=0))
-    of_class = np.bincount([class_of[row.label] for row in train], minlength=len(labels))
-    with np.errstate(divide="ignore"):  # a label that is not in train
-        log_prior = np.log(of_class / of_class.sum())
-    scores = np.stack(
-        [
-            log_prior + log_likelihood[[place[word] for word in _words(row.text) if word in place]].sum(axis=0)
-            for row in held_out
-        ]
-    )
-    probabilities = np.exp(scores - scores.max(axis=1, keepdims=True))
-    sureness = probabilities.max(axis=1) / probabilities.sum(axis=1)
-    right = scores.argmax(axis=1) == np.array([class_of[row.label] for row in held_out])
-    return Baseline(float(right.mean()), calibration_error(sureness, right))
-
-
-def calibration_error(sureness: np.ndarray, right: np.ndarray, num_bins: int = 15) -> float:
-    """Expected calibration error: the mean of |sureness - accuracy| over bins of equal width, weighted by size."""
-    bins = np.minimum((sureness * num_bins).astype(int), num_bins - 1)
-    gaps = np.bincount(bins, sureness - right, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(right))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
 
 
 def _split(found: Sequence[Row], config: LabelledConfig) -> tuple[dict[str, list[Row]], Counter[str]]:

@@ -2,6 +2,9 @@
 
 Documents come many at a time: ids, integers `[total]`, end to end, and `lengths`, int64 `[documents]`, each 1 or more.
 A row is ids `[seq_length]` and the lengths of the pieces of documents in it, int32 `[pieces]`.
+
+Where only some ids are labels, those carry `LABEL_BIT`.  Packers move ids about without a look at them, so that a label
+is one wherever it goes, and padding is none.
 """
 
 from bisect import bisect_left, insort
@@ -10,6 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 
 Row = tuple[np.ndarray, np.ndarray]
+
+LABEL_BIT = np.uint32(1 << 31)
+"""In the uint32 of an id, of which no vocabulary has so many."""
 
 WINDOW_TOKENS = 1 << 22
 """How many ids `BestFitPacker` holds back to choose from."""

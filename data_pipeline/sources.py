@@ -135,6 +135,9 @@ SourceConfig = Annotated[
 ]
 
 
+Labels = Literal["all", "completion"]
+
+
 def title(source: SourceConfig) -> str:
     """What a report calls a source."""
     if source.name is not None:
@@ -188,7 +191,9 @@ def find_files(sources: Sequence[SourceConfig], counts: Counter[str]) -> list[li
     return found
 
 
-def read_batches(sources: Sequence[SourceConfig], found: Sequence[Sequence[InputFile]]) -> Iterator[Batch]:
+def read_batches(
+    sources: Sequence[SourceConfig], found: Sequence[Sequence[InputFile]], labels: Labels = "all"
+) -> Iterator[Batch]:
     """The documents of all sources in order; `found` is what `find_files` found."""
     for index, (source, of_source) in enumerate(zip(sources, found, strict=True)):
         match source:
@@ -196,14 +201,15 @@ def read_batches(sources: Sequence[SourceConfig], found: Sequence[Sequence[Input
                 yield from _whole_files(index, of_source)
             case JsonlConfig():
                 for file in of_source:
-                    yield from _counted(index, _jsonl(index, file, source.text_key))
+                    yield from _counted(index, _jsonl(index, file, source.text_key if labels == "all" else None))
             case ParquetConfig():
                 for file in of_source:
                     yield from _counted(index, files.parquet_batches(index, file, source.text_key))
             case HuggingfaceConfig():
                 yield from hub.batches(index, source.model_dump(exclude={"kind", "name", "clean"}), source.limits)
             case StdinConfig():
-                yield from _stdin(index, source, sys.stdin.buffer)
+                text_key = source.text_key if labels == "all" else None
+                yield from _stdin(index, source, text_key, sys.stdin.buffer)
 
 
 def _counted(source: int, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -231,13 +237,13 @@ def _whole_files(source: int, found: Sequence[InputFile]) -> Iterator[Batch]:
         yield FileBatch(source, size, tuple(group))
 
 
-def _jsonl(source: int, file: InputFile, text_key: str) -> Iterator[Batch]:
+def _jsonl(source: int, file: InputFile, text_key: str | None) -> Iterator[Batch]:
     with opened(file.path, file.limits) as (stream, position):
         yield from _line_batches(source, stream, shown(file.path), text_key, position, file.limits)
 
 
 def _line_batches(
-    source: int, stream: Stream, origin: str, text_key: str, position: Callable[[], int], limits: Limits
+    source: int, stream: Stream, origin: str, text_key: str | None, position: Callable[[], int], limits: Limits
 ) -> Iterator[Batch]:
     before, number, size = 0, 1, 0
     group: list[bytes | None] = []
@@ -256,9 +262,9 @@ def _line_batches(
         yield batch()
 
 
-def _stdin(source: int, config: StdinConfig, stream: Stream) -> Iterator[Batch]:
+def _stdin(source: int, config: StdinConfig, text_key: str | None, stream: Stream) -> Iterator[Batch]:
     if config.separator is None:
-        yield from _line_batches(source, stream, "stdin", config.text_key, lambda: 0, config.limits)
+        yield from _line_batches(source, stream, "stdin", text_key, lambda: 0, config.limits)
         return
     group: list[tuple[str | Left, str]] = []
     size = 0

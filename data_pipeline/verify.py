@@ -1,8 +1,9 @@
 """Whether a data set is whole: `python -m data_pipeline.verify FOLDER [--full]`.
 
-Fast: the index, the size of every file and whose tokenizer it is.  With --full every byte is read and hashed.  FOLDER
-is a data set of shards or .bin files, or the URL of one of shards: file://, or s3://, gs://, ..., from where --full
-fetches one file at a time.  Every bad file is named; exit code 2 if there is one, else 0.
+Fast: the index, its tables of columns, the size of every file and whose tokenizer it is.  With --full every byte is
+read and hashed.  FOLDER is a data set of shards or .bin files, or the URL of one of shards: file://, or s3://, gs://,
+..., from where --full fetches one file at a time.  Every bad file is named; exit code 2 if there is one, else 0.  Where
+rows have a mask, the share of labels is said.
 """
 
 import argparse
@@ -15,10 +16,10 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from data_pipeline.report import REPORT_NAME, check_file, check_report, found_report
+from data_pipeline.report import REPORT_NAME, check_file, check_report, found_report, labels_in_words
 from lfm.data.bins import BIN_NAMES, BINS_NAME, BinsRecord, hash_blocks, read_record
 from lfm.data.cache import fetch
-from lfm.data.format import HASH, INDEX_NAME, SPLITS, TOKENIZER_NAME, read_index
+from lfm.data.format import HASH, INDEX_NAME, SPLITS, TOKENIZER_NAME, read_index, read_layout
 from lfm.data.reader import hash_file
 from lfm.errors import UserError
 from lfm.exits import command
@@ -34,6 +35,8 @@ class Verification:
     def __init__(self, source: str, *, full: bool) -> None:
         self.full = full
         self.problems: list[str] = []
+        self.notes: list[str] = []
+        """What is to be known of splits whose rows have a mask of labels."""
         self.num_files = self.num_bytes = 0
         self._remote = source.rstrip("/") if "://" in source and not source.startswith("file://") else None
         self._root = expanded(source.removeprefix("file://"))
@@ -107,6 +110,9 @@ class Verification:
         self._check_tokenizer(tokenizer, index.tokenizer_sha256, str(folder))
         if self._report_splits.get(split, {}).get("checksum", index.checksum) != index.checksum:
             self.problems.append(f"{folder} is of another data set than {self._root / REPORT_NAME}")
+        self._attempt(lambda: read_layout(folder, index, shards))
+        if index.num_labels is not None:
+            self.notes.append(f"{split}: {labels_in_words(index.num_labels, index.num_tokens)}")
         for shard in shards:
             self._attempt(lambda shard=shard: self._check_shard(split, shard))
 
@@ -188,6 +194,8 @@ def main() -> None:
         print(f"error: {problem}", file=sys.stderr)
     if found.problems:
         sys.exit(2)
+    for note in found.notes:
+        print(note)
     how = "every byte is as it was written" if flags.full else "indexes and sizes are right; --full hashes every byte"
     print(f"{shown(flags.folder)}: {found.num_files} files, {found.num_bytes:,} bytes: {how}")
 

@@ -11,7 +11,9 @@ import numpy as np
 from data_pipeline import dedup
 from data_pipeline.batches import Batch, Document, documents
 from data_pipeline.clean import CleanConfig, clean
+from data_pipeline.completions import Span
 from data_pipeline.fast_tokenizer import FastEncoder
+from data_pipeline.pack import LABEL_BIT
 from data_pipeline.split import in_validation, tokenizer_key
 from lfm.data.tokenizer import Tokenizer
 
@@ -34,6 +36,8 @@ class Encoding:
     """What follows each document."""
     longest: int | None
     """Ids after which a document is cut; None: never."""
+    marks_labels: bool = False
+    """Give labels, which are a part of each document, `pack.LABEL_BIT`, and an end to each span of them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Prepared:
     keys: np.ndarray | None = None
     """In a sampling: the smaller, the sooner a document is taken."""
     ids: np.ndarray | None = None
-    """Of all documents end to end.  Of copies, as far as they can be told here, there are none."""
+    """Of all documents end to end, labels marked.  Of copies, as far as they can be told here, there are none."""
     lengths: np.ndarray | None = None
     tokens_cut: np.ndarray | None = None
     bytes_cut: np.ndarray | None = None
@@ -138,7 +142,7 @@ class BatchWorker:
                 continue
             of["documents"] += 1
             of["bytes"] += num_bytes
-            kept.append(Document(text, num_bytes, document.origin))
+            kept.append(Document(text, num_bytes, document.origin, document.spans))
         return kept
 
     def _encode(self, kept: list[Document], prepared: Prepared, encoding: Encoding) -> None:
@@ -148,17 +152,7 @@ class BatchWorker:
             if digest not in self._seen:
                 self._seen.add(digest)
                 fresh.append(i)
-        texts = [kept[i].text for i in fresh]
-        if encoding.fast is not None:
-            found = [self._encode_fast(encoding.fast, text) for text in texts]
-            losses = [Counter[str]()] * len(texts)  # what tiktoken can stand for gives everything back
-        else:
-            found = [np.array(ids, np.uint32) for ids in self._tokenizer.encode_batch(texts)]
-            losses = [self._tokenizer.lost(text, ids) for text, ids in zip(texts, found, strict=True)]
-        before = np.array([] if encoding.bos_id is None else [encoding.bos_id], np.uint32)
-        after = np.array([] if encoding.eod_id is None else [encoding.eod_id], np.uint32)
-        if len(before) or len(after):
-            found = [np.concatenate([before, ids, after]) for ids in found]
+        found, losses = self._ids([kept[i] for i in fresh], encoding)
 
         lengths, tokens_cut, bytes_cut, bytes_lost = np.zeros((4, len(kept)), np.int64)
         prepared.texts = {i: kept[i].text for i in fresh if prepared.is_validation[i]}
@@ -174,7 +168,11 @@ class BatchWorker:
                     found[place] = ids[:0]
                     continue
             if encoding.longest is not None and len(ids) > encoding.longest:
-                text = text_of_beginning(ids[: encoding.longest], self._tokenizer, encoding.bos_id)
+                beginning = ids[: encoding.longest]
+                if encoding.marks_labels:  # without the ends within
+                    beginning = beginning & ~LABEL_BIT
+                    beginning = beginning[beginning != encoding.eod_id]
+                text = text_of_beginning(beginning, self._tokenizer, encoding.bos_id)
                 if losses[place]:  # of what the ids give back, what is in the document
                     text = without(text, Counter(text) - Counter(whole))
                 tokens_cut[i] = len(ids) - encoding.longest
@@ -186,6 +184,35 @@ class BatchWorker:
         prepared.lengths, prepared.tokens_cut, prepared.bytes_cut = lengths, tokens_cut, bytes_cut
         prepared.bytes_lost = bytes_lost
         prepared.ids = np.concatenate(found) if found else np.empty(0, np.uint32)
+
+    def _ids(self, fresh: list[Document], encoding: Encoding) -> tuple[list[np.ndarray], list[Counter[str]]]:
+        """The ids of each document, from its beginning to its end, and the characters that they do not give back.
+
+        Spans are encoded one by one: a prompt's ids are those it gets when a model is given it alone.
+        """
+        spans = [document.spans or (Span(document.text, True),) for document in fresh]
+        texts = [span.text for of_document in spans for span in of_document]
+        if encoding.fast is not None:
+            parts = iter([self._encode_fast(encoding.fast, text) for text in texts])
+        else:
+            parts = iter([np.array(ids, np.uint32) for ids in self._tokenizer.encode_batch(texts)])
+        before = np.array([] if encoding.bos_id is None else [encoding.bos_id], np.uint32)
+        after = np.array([] if encoding.eod_id is None else [encoding.eod_id], np.uint32)
+        found, losses = [], []
+        for document, of_document in zip(fresh, spans, strict=True):
+            own = [next(parts) for _ in of_document]
+            if encoding.fast is not None:
+                losses.append(Counter[str]())  # what tiktoken can stand for gives everything back
+            else:
+                losses.append(self._tokenizer.lost(document.text, np.concatenate(own)))
+            if encoding.marks_labels:
+                own = [
+                    np.concatenate([ids, after]) | LABEL_BIT if span.is_label else ids
+                    for ids, span in zip(own, of_document, strict=True)
+                ]
+            ended = encoding.marks_labels and of_document[-1].is_label
+            found.append(np.concatenate([before, *own, *([] if ended else [after])]))
+        return found, losses
 
     def _encode_fast(self, fast: FastEncoder, text: str) -> np.ndarray:
         ids = fast.encode(text)

@@ -1,15 +1,22 @@
 """Documents' ids go in; train.bin, val.bin and bins.json come out."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from data_pipeline.collect import Counts, Taken
+from data_pipeline.prepare_config import PrepareConfig
 from lfm.data.bins import BIN_NAMES, BLOCK_BYTES, BinFile, hash_blocks, write_record
 from lfm.data.format import SPLITS, Split, id_dtype
 from lfm.data.tokenizer import Tokenizer
+from lfm.errors import UserError
 from lfm.files import sync
+
+FEWEST_TOKENS = 1000
+"""Of a data set of .bin files: less is a wrong path rather than a corpus."""
 
 
 class BinsWriter:
@@ -100,3 +107,26 @@ class BinsWriter:
             shutil.copyfileobj(train, validation, 1 << 20)
             train.truncate(kept * self._stored.itemsize)
         self._num_tokens = {"train": kept, "validation": num_tokens}
+
+
+def write_bins(
+    config: PrepareConfig, tokenizer: Tokenizer, taken: Iterable[Taken], stages: Counts, folder: Path
+) -> dict[Split, BinFile]:
+    """The files of both splits.  Raises UserError if there are fewer than `FEWEST_TOKENS` ids."""
+    tail = config.validation_fraction if config.validation == "tail" else None
+    with BinsWriter(folder, tokenizer, separator=config.separator, tail=tail) as writer:
+        for batch in taken:
+            if tail is not None:  # in the order of the documents
+                text_bytes = int(batch.num_bytes.sum())
+                writer.add("train", batch.ids, num_documents=len(batch.lengths), text_bytes=text_bytes, text=b"")
+                continue
+            for split in SPLITS:
+                ids, lengths, text_bytes = batch.of_split(split)
+                writer.add(split, ids, num_documents=len(lengths), text_bytes=text_bytes, text=batch.validation_text)
+    num_tokens = stages["encode"]["tokens"]
+    if num_tokens < FEWEST_TOKENS:
+        raise UserError(
+            f"the text of all sources is {num_tokens} ids, fewer than the {FEWEST_TOKENS} that format=bins needs; "
+            "add text"
+        )
+    return writer.finish()

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import torch
 
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.prepare_config import PrepareConfig
 from lfm.data.stream import open_split
 from lfm.data.tokenizer import Tokenizer
 from lfm.evaluation.held_out import compressor_bits_per_byte, evaluate, score
@@ -50,7 +51,7 @@ def main() -> None:
     sizes = {
         "LFM, held out": found.bits_per_byte(len(text), run.model.vocab_size),
         "unigram entropy of the same tokens": found.unigram_bits_per_byte(len(text)),
-        **compressor_bits_per_byte(text),
+        **compressor_bits_per_byte(text, found),
     }
     (run.folder / "bits_per_byte.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     print(f"\nbits per byte on {len(text):,} bytes of text that training never saw:")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from lfm.errors import UserError
@@ -45,9 +45,9 @@ PathText = Annotated[str, AfterValidator(_usable_path)]
 """A path, or a URL, as the user wrote it; `lfm.files.expanded` makes a path of it.  What cannot be one is refused."""
 
 
-def by_kind(default: str) -> Discriminator:
-    """Of a union of configs, each tagged with its `kind`: chooses by that key, and `default` where it is left out."""
-    return Discriminator(lambda value: value.get("kind", default) if isinstance(value, dict) else value.kind)
+def default_kind(kind: str) -> BeforeValidator:
+    """Of a union of configs that `kind` tells apart: what a mapping without the key is."""
+    return BeforeValidator(lambda tree: {"kind": kind, **tree} if isinstance(tree, dict) else tree)
 
 
 def path_flag(text: str) -> Path:

@@ -38,7 +38,8 @@ def deterministic():
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory) -> Path:
     """A data set of real text: two packages of the standard library, 512 ids, rows of 64."""
-    from data_pipeline.prepare import PrepareConfig, prepare
+    from data_pipeline.prepare import prepare
+    from data_pipeline.prepare_config import PrepareConfig
 
     folder = tmp_path_factory.mktemp("text") / "data"
     tree = {

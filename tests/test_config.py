@@ -275,7 +275,7 @@ def test_a_config_file_that_is_no_file_is_one_sentence(tmp_path):
 def test_no_config_has_a_number_without_bounds_of_sense():
     """Of the integers that can be set: each has an upper bound."""
     from data_pipeline.labelled import LabelledConfig
-    from data_pipeline.prepare import PrepareConfig
+    from data_pipeline.prepare_config import PrepareConfig
 
     for config in (RunConfig, PrepareConfig, LabelledConfig, SamplingConfig):
         keys = [line.split(" = ")[0] for line in config.describe().splitlines() if re.match(r"  \w", line)]
@@ -329,7 +329,7 @@ def test_every_shipped_run_loads_and_is_named_after_its_file(path):
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
 def test_every_shipped_data_config_loads(path):
     from data_pipeline.labelled import LabelledConfig
-    from data_pipeline.prepare import PrepareConfig
+    from data_pipeline.prepare_config import PrepareConfig
 
     (LabelledConfig if path.stem.startswith("medical_") else PrepareConfig).load(path)
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from data_pipeline import audit, inspect, labelled, prepare, verify
-from data_pipeline.prepare import PrepareConfig
+from data_pipeline.prepare_config import PrepareConfig
 from launch import bench, chat, generate, plasticity, pretrain
 from lfm.errors import UserError
 from lfm.files import expanded

@@ -59,13 +59,6 @@ def test_make_targets_of_the_readme_exist():
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target
 
 
-def test_files_of_the_readme_exist():
-    for name in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"configs/[\w/]+\.yaml", README):
-        assert (ROOT / name).exists(), name
-
-
 def test_the_table_is_made_from_the_recorded_results():
     command = [PYTHON, str(ROOT / "benchmarks/table.py"), "--check"]
     found = subprocess.run(command, capture_output=True, text=True)

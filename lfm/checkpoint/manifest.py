@@ -1,7 +1,7 @@
 """manifest.json, the root of a checkpoint: every field typed and ranged, the whole under a checksum.
 
-Format 2 is format 1 and `checksum`, which is made as that of a data set's index.json is.  It finds damage: whoever can
-change a manifest can make its checksum anew, so it does not say who wrote a checkpoint.
+`checksum` is made as that of a data set's index.json is.  It finds damage: whoever can change a manifest can make its
+checksum anew, so it does not say who wrote a checkpoint.  Older formats are read too: see `older_formats`.
 """
 
 import json
@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, model_validator
 from typing_extensions import Self
 
+from lfm.checkpoint.older_formats import migrated
 from lfm.errors import UserError
 from lfm.files import json_checksum, read_file, shown
 from lfm.talk import complain
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -37,6 +38,7 @@ class StoredConfig(_Part):
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: dict[str, Any]
+    optimizer: dict[str, Any] = {}
 
 
 class StoredSkip(_Part):
@@ -61,7 +63,7 @@ class StoredCounters(_Part):
     reservoir_warmup: dict[Layer, Annotated[int, Field(ge=0, le=2**20)]]
     reservoir_calm_steps: dict[Layer, Count]
     late_parameters: dict[str, Count] = {}
-    """Updates of those parameters that had fewer than `optimizer_step`, by name."""
+    """Of formats 1 and 2: updates of those parameters that had fewer than `optimizer_step`, by name."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -84,19 +86,19 @@ class StoredFile(_Part):
 
 
 class Manifest(_Part):
-    format: Literal[1, 2]
+    format: Literal[1, 2, 3]
     step: Count
     config: StoredConfig
     progress: StoredProgress
     counters: StoredCounters
     data: StoredPlace
     rng: Any = None
-    """What an earlier version kept of torch's generators, which nothing goes on from."""
+    """Of formats 1 and 2: of torch's generators, which nothing goes on from."""
     frozen: dict[Annotated[str, StringConstraints(pattern=r"^frozen\.")], Hash]
     """Hash of the values of each frozen tensor."""
     files: dict[str, StoredFile]
     checksum: str | None = None
-    """sha256 of everything else; in format 2."""
+    """sha256 of everything else; from format 2 on."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -106,6 +108,8 @@ class Manifest(_Part):
             raise ValueError("config.model has no kind")
         if (self.checksum is None) != (self.format == 1):
             raise ValueError("the checksum is that of another format")
+        if self.format == FORMAT and self.rng is not None:
+            raise ValueError("rng is that of another format")
         for name in self.files:
             # Names of this folder alone: a path would lead out of it.
             if not re.fullmatch(r"\.metadata|tokenizer\.json|__\d+_\d+\.distcp", name):
@@ -123,7 +127,9 @@ def manifest_bytes(fields: dict[str, Any]) -> bytes:
 
 
 def read_manifest(checkpoint: Path, *, warn: bool = True) -> dict[str, Any]:
-    """The fields of a checkpoint's manifest, after checking them all.  Raises UserError that names the file.
+    """The fields of a checkpoint's manifest, after checking them all, as those of the newest format.
+
+    Raises UserError that names the file.
 
     `warn`: say so when it is of format 1, in which a changed value cannot be told from a written one.
     """
@@ -137,7 +143,7 @@ def read_manifest(checkpoint: Path, *, warn: bool = True) -> dict[str, Any]:
     number = tree.get("format") if isinstance(tree, dict) else None
     if type(number) is int and not 1 <= number <= FORMAT:
         raise UserError(f"checkpoint {shown(checkpoint)} has format {number}; this version reads 1 to {FORMAT}")
-    if number == FORMAT and tree.get("checksum") != json_checksum(tree):
+    if number in range(2, FORMAT + 1) and tree.get("checksum") != json_checksum(tree):
         raise UserError(f"{damaged}: its checksum does not match its contents; {way_out(checkpoint)}")
     try:
         Manifest.model_validate(tree)
@@ -154,7 +160,7 @@ def read_manifest(checkpoint: Path, *, warn: bool = True) -> dict[str, Any]:
             f"{shown(path)} is of format 1, which has no checksum: its files are checked, whether itself was changed "
             "cannot be"
         )
-    return tree
+    return migrated(tree)
 
 
 def way_out(checkpoint: Path) -> str:

@@ -24,6 +24,16 @@ def check_architecture(checkpoint: Path, manifest: dict[str, Any], model: ModelC
             )
 
 
+def check_optimizer(checkpoint: Path, manifest: dict[str, Any], kind: str) -> None:
+    """Raises UserError unless the checkpoint holds the state of an optimizer of this kind."""
+    stored = manifest["config"].get("optimizer", {}).get("kind", "adamw")
+    if stored != kind:
+        raise UserError(
+            f"checkpoint {checkpoint} has the state of optimizer.kind={stored} and the config says {kind}; set it "
+            f"alike, or start a new run from its weights (name=NAME checkpoint.init_from={checkpoint})"
+        )
+
+
 def check_layers(checkpoint: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
     """Raises UserError unless the manifest's counters are of the reservoir layers of `model`."""
     stored = sorted(map(int, manifest["counters"]["reservoir_warmup"]))

@@ -66,3 +66,14 @@ class Batch:
                 digest.update(np.ascontiguousarray(column[i].numpy()).data)
             total += digest.intdigest()
         return total % 2**64
+
+
+def joined(parts: Sequence[Batch], *, order: np.ndarray) -> Batch:
+    """The rows of all parts, which have the same columns, as one batch: row i is `order[i]` of them end to end."""
+    first, places = parts[0], torch.from_numpy(order)
+    lengths = [row for part in parts for row in part.lengths]
+    mask = None
+    if first.label_mask is not None:
+        mask = torch.cat([part.label_mask for part in parts if part.label_mask is not None])[places]
+    extras = {name: torch.cat([part.extras[name] for part in parts])[places] for name in first.extras}
+    return Batch(torch.cat([part.ids for part in parts])[places], [lengths[i] for i in order], mask, extras)

@@ -9,6 +9,13 @@ A row is exactly `seq_length` ids and the lengths of the documents, or pieces of
     ids          uint16 or uint32 [seq_length]
     doc_lengths  int32 [number of pieces], each >= 1, their sum is seq_length
 
+Rows may have further columns, each of one size and type in all rows of the split:
+
+    label_mask   uint8 [ceil(seq_length / 8)]: a bit an id, the first is the highest; 0: this id is no label
+    any other    a number, or an array of a fixed shape, of one of COLUMN_DTYPES
+
+Format 1 is rows without them, format 2 with.  A shard's table of columns in index.json says what its rows have.
+
 A document ends with the end-of-document id.  How documents become rows is the split's `packing`:
 
     greedy          end to end; one too long for the rest of a row goes on in the next row as a new piece, and only the
@@ -23,7 +30,9 @@ index.json is MDSWriter's, with one more top-level key, "lfm": a `SplitIndex`.
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,10 +44,15 @@ from lfm.errors import UserError
 from lfm.files import exists, json_checksum, read_file, sync, write_durably
 
 FORMAT_VERSION = 1
+FORMAT_VERSION_OF_COLUMNS = 2
+"""Of rows that have more than ids and lengths."""
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "validation")
 HASH = "xxh64"
+LABEL_MASK = "label_mask"
+COLUMN_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+"""Of further columns: those that tensors have."""
 
 Split = Literal["train", "validation"]
 Packing = Literal["greedy", "one_document", "best_fit"]
@@ -66,6 +80,8 @@ class SplitIndex(BaseModel):
     text_bytes: int | None
     """UTF-8 bytes of the text in the split; with a loss per token this gives bits per byte.  None: not known."""
     packing: Packing = "greedy"
+    num_labels: int | None = None
+    """Ids that are labels, where a mask says which; None: all that follow another of their piece."""
     checksum: str
     """sha256 of everything else in index.json, so that damage to it is noticed too."""
 
@@ -94,8 +110,11 @@ def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
     if not (isinstance(tree, dict) and isinstance(tree.get("lfm"), dict)):
         raise UserError(f"{path} was not made by data_pipeline.prepare: it has no `lfm` record; {again}")
     version = tree["lfm"].get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format_version={version} and this lfm reads {FORMAT_VERSION}; {again}")
+    if version not in (FORMAT_VERSION, FORMAT_VERSION_OF_COLUMNS):
+        raise UserError(
+            f"{path} has format_version={version} and this lfm reads {FORMAT_VERSION} and {FORMAT_VERSION_OF_COLUMNS}; "
+            f"{again}"
+        )
     damaged = UserError(f"{path} is damaged: its checksum does not match its contents; {again}")
     try:
         index, shards = SplitIndex.model_validate(tree["lfm"]), tree["shards"]
@@ -110,48 +129,185 @@ def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
     return index, shards
 
 
-def split_row(data: bytes, seq_length: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids `[seq_length]` and document lengths of one stored row, without a copy.  Raises ValueError if it is none.
+@dataclass(frozen=True)
+class Column:
+    """A column that has the same type and shape in every row."""
 
-    MDS stores columns by name: the size of doc_lengths in 4 bytes; a byte of (number of axes) * 4 + log2 of the bytes
-    of a length of an axis, which here is one; that length; the values; and then the ids.
+    dtype: str
+    shape: tuple[int, ...] = ()
+    """(): a number."""
+
+    @classmethod
+    def of_encoding(cls, encoding: str) -> "Column":
+        """By MDS's name of it, such as `float32` or `ndarray:float32:2,3`.  Raises ValueError for any other kind."""
+        kind, *of = encoding.split(":")
+        if kind == "ndarray" and len(of) == 2:
+            column = cls(of[0], tuple(int(size) for size in of[1].split(",")))
+        else:
+            column = cls(encoding)
+        if column.dtype not in COLUMN_DTYPES or min(column.shape, default=1) < 1:
+            raise ValueError(encoding)
+        return column
+
+    @property
+    def encoding(self) -> str:
+        """MDS's name of it."""
+        return f"ndarray:{self.dtype}:{','.join(map(str, self.shape))}" if self.shape else self.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def label_mask_column(seq_length: int) -> Column:
+    """The packed mask of a row."""
+    return Column("uint8", (math.ceil(seq_length / 8),))
+
+
+class RowLayout:
+    """Where the columns of a stored row are."""
+
+    def __init__(self, seq_length: int, dtype: str, columns: Mapping[str, Column]) -> None:
+        """`columns`: those beside ids and doc_lengths."""
+        self.columns = dict(sorted(columns.items()))
+        self._seq_length = seq_length
+        self._fixed = {**columns, "ids": Column(dtype, (seq_length,))}
+        # MDS stores columns by name, and only doc_lengths has a size that differs.
+        self._before = sorted(name for name in self._fixed if name < "doc_lengths")
+        self._after = sorted(name for name in self._fixed if name > "doc_lengths")
+        self._bytes_before = sum(self._fixed[name].num_bytes for name in self._before)
+        self._bytes_after = sum(self._fixed[name].num_bytes for name in self._after)
+
+    @property
+    def encodings(self) -> dict[str, str]:
+        """MDS's names of all columns, as a shard's table has them."""
+        found = {"doc_lengths": "ndarray:int32", **{name: column.encoding for name, column in self._fixed.items()}}
+        return dict(sorted(found.items()))
+
+    def split(self, data: bytes) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Ids `[seq_length]`, document lengths, and the other columns of one stored row, without a copy.
+
+        Raises ValueError if it is none.  The size of doc_lengths in 4 bytes comes first, then the columns; doc_lengths
+        is a byte of (number of axes) * 4 + log2 of the bytes of a length of an axis, which here is one; that length;
+        the values.
+        """
+        fixed, at = self._bytes_before + self._bytes_after, 4 + self._bytes_before
+        if len(data) < 5 + fixed or 4 + int.from_bytes(data[:4], "little") + fixed != len(data):
+            raise ValueError(f"{len(data)} bytes are no row of {self._seq_length} ids")
+        lengths_at, end = at + 1 + (1 << (data[at] & 3)), len(data) - self._bytes_after
+        lengths = np.frombuffer(data, "<i4", offset=lengths_at, count=(end - lengths_at) // 4)
+        found = {}
+        for names, place in ((self._before, 4), (self._after, end)):
+            for name in names:
+                column = self._fixed[name]
+                stored = np.dtype(column.dtype).newbyteorder("<")
+                values = np.frombuffer(data, stored, offset=place, count=math.prod(column.shape))
+                found[name] = values.reshape(column.shape)
+                place += column.num_bytes
+        return found.pop("ids"), lengths, found
+
+
+def read_layout(folder: Path, index: SplitIndex, shards: Sequence[Mapping[str, Any]]) -> RowLayout:
+    """That of the rows of a split, by its shards' tables of columns.
+
+    Raises UserError naming the column that no batch can hold, or the shard whose rows have other columns than the
+    first's.
     """
-    ids_bytes = seq_length * np.dtype(dtype).itemsize
-    if len(data) < 5 + ids_bytes or 4 + int.from_bytes(data[:4], "little") + ids_bytes != len(data):
-        raise ValueError(f"{len(data)} bytes are no row of {seq_length} ids")
-    lengths_at, ids_at = 5 + (1 << (data[4] & 3)), len(data) - ids_bytes
-    lengths = np.frombuffer(data, "<i4", offset=lengths_at, count=(ids_at - lengths_at) // 4)
-    return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"), offset=ids_at), lengths
+    path = folder / INDEX_NAME
+    columns = {}
+    for name, encoding in _table(shards[0]).items() if shards else ():
+        if name in ("ids", "doc_lengths"):
+            continue
+        try:
+            columns[name] = Column.of_encoding(encoding)
+        except ValueError:
+            raise UserError(
+                f"{path}: the column {name} is of {encoding}, and rows have columns of a fixed size, such as float32 "
+                f"or ndarray:float32:2, of {', '.join(COLUMN_DTYPES)}; write the split again without it"
+            ) from None
+    layout = RowLayout(index.seq_length, index.dtype, columns)
+    if LABEL_MASK in columns and columns[LABEL_MASK] != (mask := label_mask_column(index.seq_length)):
+        raise UserError(
+            f"{path}: the column {LABEL_MASK} is of {columns[LABEL_MASK].encoding}, and rows of "
+            f"seq_length={index.seq_length} have {mask.encoding}; write the split again"
+        )
+    for shard in shards:
+        if _table(shard) != layout.encodings:
+            raise UserError(
+                f"{path}: the rows of {shard['raw_data']['basename']} have the columns {_in_words(_table(shard))}, and "
+                f"those of this split have {_in_words(layout.encodings)}; write the split again"
+            )
+    return layout
+
+
+def _table(shard: Mapping[str, Any]) -> dict[str, str]:
+    return dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+
+
+def _in_words(encodings: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({encoding})" for name, encoding in encodings.items())
 
 
 class RowWriter:
     """Writes one split.  Until `finish` returns, the folder has no valid index and no reader takes it for a split."""
 
     def __init__(
-        self, folder: Path, *, seq_length: int, vocab_size: int, shard_bytes: int, compression: str | None
+        self,
+        folder: Path,
+        *,
+        seq_length: int,
+        vocab_size: int,
+        shard_bytes: int,
+        compression: str | None,
+        label_mask: bool = False,
+        extras: Mapping[str, Column] | None = None,
     ) -> None:
-        """Raises UserError if `shard_bytes` (size of a raw shard file) does not hold one row."""
+        """`label_mask`: each row has one; `extras`: its further columns.
+
+        Raises UserError if `shard_bytes` (size of a raw shard file) does not hold one row.
+        """
         self.folder = folder
+        columns = {**(extras or {}), **({LABEL_MASK: label_mask_column(seq_length)} if label_mask else {})}
+        self._num_labels = 0 if label_mask else None
         self._dtype = id_dtype(vocab_size)
         self._seq_length = seq_length
         self._vocab_size = vocab_size
+        self._layout = RowLayout(seq_length, self._dtype, columns)
         longest_row = seq_length * (np.dtype(self._dtype).itemsize + 4) + 1024  # with every piece of length 1; header
+        longest_row += sum(column.num_bytes for column in columns.values())
         if shard_bytes < longest_row:
             raise UserError(
                 f"shard_bytes={shard_bytes} does not hold a row of seq_length={seq_length}; set it to {longest_row} "
                 "or more (tens of millions are usual)"
             )
-        columns = {"ids": f"ndarray:{self._dtype}:{seq_length}", "doc_lengths": "ndarray:int32"}
         self._writer = streaming_shim.make_writer(
-            folder, columns, compression=compression, hashes=[HASH], shard_bytes=shard_bytes
+            folder, self._layout.encodings, compression=compression, hashes=[HASH], shard_bytes=shard_bytes
         )
 
-    def write(self, ids: np.ndarray, doc_lengths: Sequence[int] | np.ndarray) -> None:
-        """Append a row: integer ids `[seq_length]` and the lengths of its pieces."""
+    def write(
+        self,
+        ids: np.ndarray,
+        doc_lengths: Sequence[int] | np.ndarray,
+        *,
+        label_mask: np.ndarray | None = None,
+        extras: Mapping[str, np.ndarray | np.generic] | None = None,
+    ) -> None:
+        """Append a row: integer ids `[seq_length]`, the lengths of its pieces, and what the writer's columns are.
+
+        `label_mask` is bool `[seq_length]`; each of `extras` has the type and shape of its column.
+        """
         lengths = np.asarray(doc_lengths, np.int32)
         assert ids.shape == (self._seq_length,) and 0 <= ids.min() and ids.max() < self._vocab_size
         assert lengths.min() >= 1 and lengths.sum() == self._seq_length
-        self._writer.write({"ids": ids.astype(self._dtype), "doc_lengths": lengths})
+        columns: dict[str, Any] = dict(extras or {})
+        if label_mask is not None:
+            assert self._num_labels is not None and label_mask.shape == ids.shape
+            columns[LABEL_MASK] = np.packbits(label_mask)
+            self._num_labels += int(label_mask.sum() - label_mask[np.cumsum(lengths) - lengths].sum())
+        assert columns.keys() == self._layout.columns.keys(), columns.keys()
+        for name, column in self._layout.columns.items():
+            assert columns[name].dtype == column.dtype and columns[name].shape == column.shape, name
+        self._writer.write({"ids": ids.astype(self._dtype), "doc_lengths": lengths, **columns})
 
     def finish(
         self,
@@ -170,7 +326,7 @@ class RowWriter:
         path = self.folder / INDEX_NAME
         tree = json.loads(path.read_bytes())
         record = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION_OF_COLUMNS if self._layout.columns else FORMAT_VERSION,
             "split": split,
             "seq_length": self._seq_length,
             "vocab_size": self._vocab_size,
@@ -183,6 +339,7 @@ class RowWriter:
             "num_documents": num_documents,
             "text_bytes": text_bytes,
             "packing": packing,
+            **({} if self._num_labels is None else {"num_labels": self._num_labels}),
         }
         tree["lfm"] = record
         record["checksum"] = _checksum(tree)

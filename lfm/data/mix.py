@@ -15,9 +15,9 @@ from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
-import torch
 
-from lfm.data.batch import Batch
+from lfm.data.batch import Batch, joined
+from lfm.data.format import LABEL_MASK
 from lfm.data.reader import RowReader
 
 LONGEST_CYCLE = 10_000
@@ -66,7 +66,10 @@ class MixedReader(RowReader):
     """The rows of several readers, numbered through, in an order that mixes them."""
 
     def __init__(self, readers: Sequence[RowReader], segments: Sequence[Segment]) -> None:
-        """All readers have rows of one length and ids of one tokenizer; the first segment is from position 0 on."""
+        """All readers have rows of one length, the same columns and ids of one tokenizer.
+
+        The first segment is from position 0 on.
+        """
         assert segments[0].from_row == 0 and all(len(segment.parts) == len(readers) for segment in segments)
         self.folder = readers[0].folder
         self._readers = list(readers)
@@ -75,6 +78,8 @@ class MixedReader(RowReader):
         self._first_rows = np.cumsum([0, *(len(reader) for reader in readers)])
         indexes = [reader.index for reader in readers]
         assert len({(index.seq_length, index.tokenizer_sha256) for index in indexes}) == 1
+        self.columns = readers[0].columns
+        assert all(reader.columns == self.columns for reader in readers)
         self.index = indexes[0].model_copy(
             update={
                 "num_rows": sum(index.num_rows for index in indexes),
@@ -82,22 +87,23 @@ class MixedReader(RowReader):
                 "num_padding": sum(index.num_padding for index in indexes),
                 "num_documents": None,
                 "text_bytes": None,
+                "num_labels": None
+                if LABEL_MASK not in self.columns
+                else sum(index.num_labels or 0 for index in indexes),
                 "checksum": hashlib.sha256(json.dumps([index.checksum for index in indexes]).encode()).hexdigest(),
             }
         )
 
     def read(self, rows: Sequence[int] | np.ndarray) -> Batch:
         chosen = np.asarray(rows, np.int64)
-        ids = torch.empty(len(chosen), self.index.seq_length, dtype=torch.int64)
-        lengths: list[list[int]] = [[]] * len(chosen)
         owner = np.searchsorted(self._first_rows, chosen, side="right") - 1
-        for number in np.unique(owner):
-            where = np.flatnonzero(owner == number)
-            part = self._readers[number].read(chosen[where] - self._first_rows[number])
-            ids[torch.from_numpy(where)] = part.ids
-            for place, row_lengths in zip(where, part.lengths, strict=True):
-                lengths[place] = list(row_lengths)
-        return Batch(ids, lengths)
+        wheres = [np.flatnonzero(owner == number) for number in range(len(self._readers))]
+        parts = [
+            reader.read(chosen[where] - first)
+            for reader, where, first in zip(self._readers, wheres, self._first_rows[:-1], strict=True)
+            if len(where) or reader is self._readers[0]
+        ]
+        return joined(parts, order=np.argsort(np.concatenate(wheres)))
 
     def order(self, seed: int, start: int, count: int) -> np.ndarray:
         rows = np.empty(count, np.int64)

@@ -13,7 +13,7 @@ import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -27,7 +27,7 @@ import xxhash
 from lfm.data import streaming_shim
 from lfm.data.batch import Batch
 from lfm.data.cache import Cache, fetch, remove_abandoned, temporary_name
-from lfm.data.format import HASH, INDEX_NAME, SplitIndex, read_index, split_row
+from lfm.data.format import HASH, INDEX_NAME, LABEL_MASK, SplitIndex, read_index, read_layout
 from lfm.data.order import epoch_permutation, row_order
 from lfm.errors import UserError
 from lfm.files import exists, file_size, open_file, read_file
@@ -43,6 +43,9 @@ class RowReader(ABC):
 
     folder: Path
     index: SplitIndex
+    columns: Mapping[str, str] = {}
+    """What rows have beside ids and lengths: MDS's name of its type, by its own.  `label_mask` is `Batch.label_mask`,
+    the others are `Batch.extras`."""
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -138,6 +141,8 @@ class ShardReader(RowReader):
             except OSError as error:
                 raise UserError(f"{self.folder} cannot be a cache ({error}); choose another data.path") from None
         self.index, shards = read_index(self.folder)
+        self._layout = read_layout(self.folder, self.index, shards)
+        self.columns = {name: column.encoding for name, column in self._layout.columns.items()}
         self._shards = [self._shard(number, entry) for number, entry in enumerate(shards)]
         self._first_rows = np.cumsum([0, *(shard["samples"] for shard in shards[:-1])]).tolist()
         self._num_rows = [shard["samples"] for shard in shards]
@@ -156,10 +161,21 @@ class ShardReader(RowReader):
     def read(self, rows: Sequence[int] | np.ndarray) -> Batch:
         ids = torch.empty(len(rows), self.index.seq_length, dtype=torch.int64)
         table = ids.numpy()
-        return Batch(ids, [self._read_row(int(row), table[i]) for i, row in enumerate(rows)])
+        columns = {name: np.empty((len(rows), *x.shape), x.dtype) for name, x in self._layout.columns.items()}
+        lengths = []
+        for i, row in enumerate(rows):
+            row_lengths, found = self._read_row(int(row), table[i])
+            lengths.append(row_lengths)
+            for name, column in columns.items():
+                column[i] = found[name]
+        packed = columns.pop(LABEL_MASK, None)
+        mask = None
+        if packed is not None:
+            mask = torch.from_numpy(np.unpackbits(packed, axis=1, count=self.index.seq_length).astype(bool))
+        return Batch(ids, lengths, mask, {name: torch.from_numpy(column) for name, column in columns.items()})
 
-    def _read_row(self, row: int, ids: np.ndarray) -> list[int]:
-        """Put the ids of `row` into `ids`; returns its document lengths."""
+    def _read_row(self, row: int, ids: np.ndarray) -> tuple[list[int], dict[str, np.ndarray]]:
+        """Put the ids of `row` into `ids`; returns its document lengths and its other columns."""
         assert 0 <= row < len(self), f"row {row} of {len(self)}"
         number = bisect_right(self._first_rows, row) - 1
         shard = self._shards[number]
@@ -168,9 +184,7 @@ class ShardReader(RowReader):
         begin, end = file.ends[row - self._first_rows[number] :][:2].tolist()
         try:
             # Not a memory map: a file that is cut while it is mapped kills the process instead of raising.
-            stored, doc_lengths = split_row(
-                os.pread(file.descriptor, end - begin, begin), self.index.seq_length, self.index.dtype
-            )
+            stored, doc_lengths, columns = self._layout.split(os.pread(file.descriptor, end - begin, begin))
         except (OSError, ValueError) as error:
             raise self._damaged(shard.raw.path, f"has no readable row {row} ({error})") from None
         lengths = doc_lengths.tolist()
@@ -182,7 +196,7 @@ class ShardReader(RowReader):
             what = f"has id {largest} in row {row}, past vocab_size={self.index.vocab_size}"
             raise self._damaged(shard.raw.path, what)
         ids[:] = stored
-        return lengths
+        return lengths, columns
 
     def _shard(self, number: int, entry: dict[str, Any]) -> _Shard:
         def file(info: dict[str, Any]) -> _File:

@@ -112,7 +112,7 @@ def open_training(config: DataConfig, *, seq_length: int, vocab_size: int, rows_
     """The training rows, mixed if there are several streams.
 
     `rows_per_step` says at which row a step begins that changes proportions.  Raises UserError as `open_split` does,
-    and for streams of different tokenizers.
+    and for streams of different tokenizers or columns.
     """
     readers = {
         name: open_split(source, "train", seq_length=seq_length, vocab_size=vocab_size)
@@ -121,6 +121,7 @@ def open_training(config: DataConfig, *, seq_length: int, vocab_size: int, rows_
     if not config.streams:
         return readers[""]
     _check_tokenizers(config, readers)
+    _check_columns(config, readers)
     segments = []
     for step in config.steps_of_change:
         weights = [stream.proportion_at(step) for stream in config.streams]
@@ -142,6 +143,7 @@ def open_validation(config: DataConfig, *, seq_length: int, vocab_size: int) -> 
         for name, source in config.sources.items()
     }
     _check_tokenizers(config, readers)
+    _check_columns(config, readers)
     return readers
 
 
@@ -160,6 +162,22 @@ def _check_tokenizers(config: DataConfig, readers: dict[str, RowReader]) -> None
             raise UserError(
                 f"the stream {name} ({config.sources[name].path}) is of another tokenizer than the stream {first} "
                 f"({config.sources[first].path}); prepare one of them again with the other's tokenizer.json"
+            )
+
+
+def _check_columns(config: DataConfig, readers: dict[str, RowReader]) -> None:
+    """All streams must have the first one's: a batch has one set of columns."""
+    first, *others = readers
+
+    def in_words(name: str) -> str:
+        columns = ", ".join(f"{column} ({kind})" for column, kind in readers[name].columns.items())
+        return f"the stream {name} ({config.sources[name].path}) has {columns or 'no column'} beside ids"
+
+    for name in others:
+        if readers[name].columns != readers[first].columns:
+            raise UserError(
+                f"{in_words(name)} and {in_words(first)}; mix streams of the same columns, such as by preparing both "
+                "with the same `labels`"
             )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from lfm.data.batch import Batch
 from lfm.data.reader import RowReader
+from lfm.errors import UserError
 from lfm.job.ranks import Ranks
 from lfm.models.language_model import LanguageModel
 from lfm.objectives.next_token import NEXT_TOKEN
@@ -38,6 +39,8 @@ class HeldOut:
     """Text and end-of-document tokens, padding left out."""
     token_counts: np.ndarray
     """How often each id occurs, padding left out."""
+    masked: bool = False
+    """Whether some ids may not be labels, so that the loss is not that of the text."""
 
     @property
     def loss(self) -> float:
@@ -48,15 +51,28 @@ class HeldOut:
         """Total code length over the UTF-8 bytes of the text.
 
         A token without a label (the first of each document piece) is charged log2(vocab_size) bits, as if sent raw:
-        every byte of the text is paid for.
+        every byte of the text is paid for.  Raises UserError where a mask leaves bytes out.
         """
+        self.check_all_is_paid_for()
         unlabelled = self.tokens - self.labels
         return (self.nats / math.log(2) + unlabelled * math.log2(vocab_size)) / text_bytes
 
     def unigram_bits_per_byte(self, text_bytes: int) -> float:
-        """Entropy of the held-out tokens' own frequencies: no model of single tokens can do better."""
+        """Entropy of the held-out tokens' own frequencies: no model of single tokens can do better.
+
+        Raises UserError where a mask leaves bytes out.
+        """
+        self.check_all_is_paid_for()
         counts = self.token_counts[self.token_counts > 0]
         return float(-(counts * np.log2(counts / counts.sum())).sum() / text_bytes)
+
+    def check_all_is_paid_for(self) -> None:
+        """Raises UserError where a mask leaves bytes out."""
+        if self.masked:
+            raise UserError(
+                f"bits per byte are of whole texts, and a mask makes {self.labels:,} of the {self.tokens:,} held-out "
+                "ids labels; compare losses, or take data prepared with labels=all"
+            )
 
 
 def together(parts: Sequence[HeldOut]) -> HeldOut:
@@ -66,6 +82,7 @@ def together(parts: Sequence[HeldOut]) -> HeldOut:
         labels=sum(part.labels for part in parts),
         tokens=sum(part.tokens for part in parts),
         token_counts=np.sum([part.token_counts for part in parts], axis=0),
+        masked=any(part.masked for part in parts),
     )
 
 
@@ -74,21 +91,26 @@ def evaluate(
 ) -> HeldOut:
     """Score the first `max_rows` rows of a split (all by default), in order."""
     count, ranks = min(max_rows or len(rows), len(rows)), ranks or Ranks()
-    nats, labels, tokens = 0.0, 0, 0
+    nats, labels, tokens, masked = 0.0, 0, 0, False
     histogram = np.zeros(rows.index.vocab_size, dtype=np.int64)
     for first in range(0, count, batch_rows):
         chosen = range(first, min(first + batch_rows, count))
         batch = ranks.together(lambda chosen=chosen: rows.read(chosen))
         batch_nats, batch_labels = score(batch)
         nats, labels = nats + batch_nats, labels + batch_labels
+        masked |= batch.label_mask is not None and not bool(batch.label_mask.all())
         for row, row_ids, row_lengths in zip(chosen, batch.ids.numpy(), batch.lengths, strict=True):
             text = row_ids[: len(row_ids) - rows.num_padding(row, row_lengths)]
             tokens += len(text)
             np.add.at(histogram, text, 1)
-    return HeldOut(nats, labels, tokens, histogram)
+    return HeldOut(nats, labels, tokens, histogram, masked)
 
 
-def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
-    """What `gzip -9` and `xz -9e` need for the same bytes."""
+def compressor_bits_per_byte(text: bytes, found: HeldOut) -> dict[str, float]:
+    """What `gzip -9` and `xz -9e` need for the same bytes, to be set beside what was `found`.
+
+    Raises UserError where a mask leaves bytes out.
+    """
+    found.check_all_is_paid_for()
     sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
     return {name: 8 * size / len(text) for name, size in sizes.items()}

@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Int
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from lfm.config import Depth, Tokens, Vocabulary, Width, by_kind
+from lfm.config import Depth, Tokens, Vocabulary, Width, default_kind
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
 from lfm.layers.attention import Attention, AttentionConfig, KeyValueCache
 from lfm.layers.cost import Cost
@@ -28,9 +28,9 @@ from lfm.models.losses import Measured, Term, reservoir_measured
 from lfm.models.state import State
 
 LiquidConfig = Annotated[
-    Annotated[ReservoirConfig, Tag("reservoir")] | Annotated[DiagonalConfig, Tag("diagonal")], by_kind("reservoir")
+    Annotated[ReservoirConfig | DiagonalConfig, Field(discriminator="kind")], default_kind("reservoir")
 ]
-FFNConfig = Annotated[Annotated[MoEConfig, Tag("moe")] | Annotated[SwiGLUConfig, Tag("swiglu")], by_kind("moe")]
+FFNConfig = Annotated[Annotated[MoEConfig | SwiGLUConfig, Field(discriminator="kind")], default_kind("moe")]
 
 
 class LFMConfig(FamilyConfig):

@@ -6,7 +6,7 @@ import logging
 import os
 import types
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,8 +25,6 @@ with warnings.catch_warnings():
     from deepspeed.utils import groups as deepspeed_groups
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def leave_shared_memory_alone() -> None:
@@ -77,13 +75,14 @@ class Weight:
 
     name: str
     parameter: nn.Parameter
-    decays: bool
     is_expert: bool
     """Divided over the expert group: reduced over `expert_data` instead of `data`."""
     is_cut: bool
     """Tensor-parallel processes hold different parts."""
     is_copy: bool
     """The last stage's copy of a tied embedding; the first stage's is the one that counts."""
+    is_wide: bool
+    """In fp32 where the others are in bf16; not at ZeRO-3, which knows one dtype."""
 
 
 def make_engine(
@@ -91,12 +90,17 @@ def make_engine(
     weights: Iterable[Weight],
     groups: Groups,
     *,
-    optimizer: Mapping[str, Any],
-    weight_decay: float,
+    build: Callable[[], torch.optim.Optimizer],
+    new_state: Callable[[Tensor], dict[str, Any]],
     clip_grad: float,
     micro_batch_size: int,
 ) -> Any:
-    """The DeepSpeed engine over `module`; `optimizer` holds torch AdamW's own arguments.  Collective."""
+    """The DeepSpeed engine over `module`.  Collective.
+
+    `build` makes the optimizer over the weights, in groups that are alike on every process, because ZeRO meets once
+    for each; a group's weights are alike in `is_expert` and `is_wide`.  `new_state` makes its state beside a flat
+    tensor of one group.
+    """
     layout, weights = groups.layout, list(weights)
     if groups.device.type == "cpu":
         leave_shared_memory_alone()
@@ -108,47 +112,41 @@ def make_engine(
             p.allreduce, p.group_name = False, _expert_group_name(groups)
     if any(weight.is_expert for weight in weights):
         module.add_module("expert_marker", _ExpertMarker(groups))
-    options = dict(optimizer)
-    if layout.offload_optimizer:
-        options["fused"] = False
-    parameter_groups = _parameter_groups(weights, groups, weight_decay)
+    experts = {id(weight.parameter) for weight in weights if weight.is_expert}
+
+    wide = [(weight.parameter, weight.parameter.data) for weight in weights if weight.is_wide]
+    assert not wide or layout.zero_stage < 3, "ZeRO-3 flattens weights of one dtype alone"
+
+    def build_marked(_: Any) -> torch.optim.Optimizer:
+        # DeepSpeed has cast every parameter to bf16 by now, and flattens them by group next.
+        for parameter, tensor in wide:
+            parameter.data = tensor
+        optimizer = build()
+        for group in optimizer.param_groups:
+            if id(group["params"][0]) in experts:
+                group |= {"moe": True, "name": _expert_group_name(groups)}
+        return optimizer
+
     engine: Any
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every step of the way
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=torch.optim.AdamW(parameter_groups, **options),
+            optimizer=build_marked,
             mpu=_ModelParallelUnit(groups),
             config=_config(groups, weights, clip_grad, micro_batch_size),
             dist_init_required=False,
         )
+    if wide:
+        # At ZeRO-2 the bucket of gradients on their way is of the first group's dtype.
+        engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
     for flat in _flat_partitions(engine):
-        engine.optimizer.optimizer.state[flat] = {
-            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-            **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
-        }
+        inner_optimizer(engine).state[flat] = new_state(flat)
     return engine
-
-
-def _parameter_groups(weights: list[Weight], groups: Groups, weight_decay: float) -> list[dict[str, Any]]:
-    """Decaying and other dense weights, and experts: alike on every process, because ZeRO meets once for each."""
-    found = []
-    for name, chosen, decay, extra in (
-        ("matrices", lambda w: w.decays and not w.is_expert, weight_decay, {}),
-        ("vectors", lambda w: not w.decays and not w.is_expert, 0.0, {}),
-        (_expert_group_name(groups), lambda w: w.is_expert, weight_decay, {"moe": True}),
-    ):
-        parameters = [w.parameter for w in weights if chosen(w)]
-        if parameters:
-            found.append({"params": parameters, "name": name, "weight_decay": decay, **extra})
-    names = [None] * dist.get_world_size()
-    dist.all_gather_object(names, [group["name"] for group in found])
-    assert all(other == names[0] for other in names), f"parameter groups differ between processes: {names}"
-    return found
 
 
 def _config(groups: Groups, weights: list[Weight], clip_grad: float, micro_batch_size: int) -> dict[str, Any]:
     layout = groups.layout
-    half = weights[0].parameter.dtype == torch.bfloat16
+    half = any(weight.parameter.dtype == torch.bfloat16 for weight in weights)
     # Buckets are allocated at their full size, so a small model gets small ones.  DeepSpeed wants an even number.
     sizes = [w.parameter.numel() for w in weights]
     bucket = min(200_000_000, -(-(max(sizes) + sum(sizes) // 8) // 2) * 2)
@@ -172,6 +170,7 @@ def _config(groups: Groups, weights: list[Weight], clip_grad: float, micro_batch
         "steps_per_print": 2**62,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # ours, which tests compare with one process
         # Otherwise gradients would be rounded to bf16 at every hop of the reduction.
         "communication_data_type": "fp32",
     }
@@ -246,7 +245,7 @@ def gradient_buffers(engine: Any) -> dict[int, Tensor]:
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """torch's AdamW over the fp32 partitions."""
+    """What `build` made, over the fp32 partitions."""
     return engine.optimizer.optimizer
 
 

@@ -6,11 +6,12 @@ drift is reported and not bounded, because rounding alone grows.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lfm.data.batch import Batch
+from lfm.files import write_durably
 from lfm.job.fork import run_ranks
 from lfm.job.process import Process
 from lfm.layout.config import ParallelConfig
@@ -27,18 +29,14 @@ from lfm.models.losses import Objective
 from lfm.models.registry import ModelConfig
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel import groups as process_groups
-from lfm.parallel.megatron import MegatronParts
-from lfm.parallel.zero import Weight, inner_optimizer
+from lfm.parallel.zero import inner_optimizer
 from lfm.training.engine import Engine
 from lfm.training.local_engine import LocalEngine
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.kind import OptimizerKind
 from lfm.training.parallel_engine import ParallelEngine
 
 BOUNDS = {"loss": 1e-5, "auxiliary": 1e-5, "norm": 1e-5, "clip": 1e-5, "gradient": 1e-4, "held_out": 1e-5}
 """Largest relative deviations in fp32; a gradient's is the norm of the difference over the norm of the tensor."""
-
-Fault = Literal["expert_as_dense", "unreduced_replicated_weight", "doubled_expert_gradient"]
-"""Mistakes that run without an error; planted to prove that the certificate finds them."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Problem:
     """What is computed: model, optimizer, rows of random ids in packed documents of very unequal lengths."""
 
     model: ModelConfig
-    optimizer: OptimizerConfig
+    optimizer: OptimizerKind
     seed: int
     rows: int
     micro_batch_size: int
@@ -129,7 +127,12 @@ def _run(engine: Engine, problem: Problem) -> tuple[float, list[dict[str, float]
 
 
 def run_layout(
-    process: Process, layout: Layout, problem: Problem, expected: Numbers, device_type: str, fault: Fault | None
+    process: Process,
+    layout: Layout,
+    problem: Problem,
+    expected: Numbers,
+    device_type: str,
+    engine_type: type[ParallelEngine],
 ) -> dict[str, Any]:
     """One process's part of a layout's certificate: its numbers, and its squared gradient deviations by global name."""
     device = torch.device(f"cuda:{process.local_rank}" if device_type == "cuda" else device_type)
@@ -137,34 +140,33 @@ def run_layout(
         torch.cuda.set_device(device)
     process_groups.join(process, device, timeout_seconds=120)
     groups = process_groups.make_groups(layout, device)
-    with _planted(fault):
-        engine = ParallelEngine(
-            problem.model,
-            problem.optimizer,
-            groups,
-            seed=problem.seed,
-            dtype=problem.dtype,
-            micro_batch_size=problem.micro_batch_size,
-            recompute=problem.recompute,
-            objective=problem.objective,
-        )
-        flat_gradients: dict[int, Tensor] = {}
-        first = True
+    engine = engine_type(
+        problem.model,
+        problem.optimizer,
+        groups,
+        seed=problem.seed,
+        dtype=problem.dtype,
+        micro_batch_size=problem.micro_batch_size,
+        recompute=problem.recompute,
+        objective=problem.objective,
+    )
+    flat_gradients: dict[int, Tensor] = {}
+    first = True
 
-        def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            for group in optimizer.param_groups:
-                for flat in group["params"]:
-                    if first and flat.grad is not None:
-                        flat_gradients[id(flat)] = flat.grad.clone()
+    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                if first and flat.grad is not None:
+                    flat_gradients[id(flat)] = flat.grad.clone()
 
-        inner_optimizer(engine.deepspeed).register_step_pre_hook(keep)
-        problem_of_one = dataclasses.replace(problem, steps=1)
-        held_out, steps = _run(engine, problem_of_one)
-        first = False
-        deviations = _gradient_deviations(engine, flat_gradients, expected.gradients)
-        for step in range(1, problem.steps):
-            result = engine.forward_backward(problem.batch(step)[engine.rows_of_step(problem.rows)])
-            steps.append({"loss": result.loss, "norm": engine.step(problem.optimizer.lr)})
+    inner_optimizer(engine.deepspeed).register_step_pre_hook(keep)
+    problem_of_one = dataclasses.replace(problem, steps=1)
+    held_out, steps = _run(engine, problem_of_one)
+    first = False
+    deviations = _gradient_deviations(engine, flat_gradients, expected.gradients)
+    for step in range(1, problem.steps):
+        result = engine.forward_backward(problem.batch(step)[engine.rows_of_step(problem.rows)])
+        steps.append({"loss": result.loss, "norm": engine.step(problem.optimizer.lr)})
     found = {"held_out": held_out, "steps": steps, "gradients": deviations}
     dist.barrier()
     process_groups.leave()
@@ -191,46 +193,6 @@ def _gradient_deviations(
             difference = (here.double() - whole.double()).square().sum()
             deviations[part.name] = (float(difference), float(here.double().square().sum()), part.cut is not None)
     return deviations
-
-
-class _planted:
-    """Builds and runs an engine with one silent mistake."""
-
-    def __init__(self, fault: Fault | None) -> None:
-        self.fault, self.undo = fault, []
-
-    def __enter__(self) -> None:
-        if self.fault == "expert_as_dense":
-            marked = ParallelEngine._weights
-
-            def unmarked(engine: ParallelEngine, piece: Any) -> list[Weight]:
-                return [dataclasses.replace(weight, is_expert=False) for weight in marked(engine, piece)]
-
-            self._replace(ParallelEngine, "_weights", unmarked)
-        elif self.fault == "unreduced_replicated_weight":
-            self._replace(MegatronParts, "shared", lambda parts, weight: weight)
-        elif self.fault == "doubled_expert_gradient":
-            summed = ParallelEngine._run
-
-            def doubled(engine: ParallelEngine, *arguments: Any, **options: Any) -> None:
-                hooks = [
-                    weight.parameter.register_hook(lambda gradient: 2 * gradient)
-                    for weight in engine.weights
-                    if engine.global_parts[weight.name][0].expert
-                ]
-                summed(engine, *arguments, **options)
-                for hook in hooks:
-                    hook.remove()
-
-            self._replace(ParallelEngine, "_run", doubled)
-
-    def _replace(self, owner: type, name: str, value: Any) -> None:
-        self.undo.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    def __exit__(self, *_: Any) -> None:
-        for owner, name, value in self.undo:
-            setattr(owner, name, value)
 
 
 @dataclass
@@ -299,11 +261,17 @@ def _sortable(value: float) -> float:
 
 
 def certify(
-    layout: Layout, problem: Problem, expected: Numbers, *, device_type: str, fault: Fault | None = None
+    layout: Layout,
+    problem: Problem,
+    expected: Numbers,
+    *,
+    device_type: str,
+    engine_type: type[ParallelEngine] = ParallelEngine,
 ) -> Finding:
     """Run `layout` in processes of this machine and compare.  Raises RuntimeError when a process fails."""
     name = layout.name + (f" recompute {problem.recompute}" if problem.recompute != "none" else "")
-    ranks = run_ranks(run_layout, layout.world, layout, problem, expected, device_type, fault, timeout_seconds=300)
+    given = (layout, problem, expected, device_type, engine_type)
+    ranks = run_ranks(run_layout, layout.world, *given, timeout_seconds=300)
     return compare(name, expected, ranks)
 
 
@@ -359,9 +327,5 @@ def suits(model: ModelConfig, name: str) -> bool:
 
 
 def write_json(path: Path, findings: list[Finding], header: Mapping[str, Any]) -> None:
-    import json
-
-    from lfm.files import write_durably
-
     table = {**header, "bounds": BOUNDS, "layouts": [dataclasses.asdict(finding) for finding in findings]}
     write_durably(path, json.dumps(table, indent=1).encode() + b"\n")

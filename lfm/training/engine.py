@@ -16,6 +16,7 @@ from lfm.layers.liquid import Liquid
 from lfm.models.losses import Measured, Objective, Term, weighted
 from lfm.training.draws import seed_of_draws
 from lfm.training.guards import Guard
+from lfm.training.optimizer.kind import OptimizerKind
 
 
 @dataclass
@@ -37,15 +38,13 @@ class StepResult:
 Read = Callable[[Mapping[str, Tensor]], None]
 """Fills tensors (plain ones or DTensors), given by checkpoint key, in place."""
 
-STATE = ("master", "exp_avg", "exp_avg_sq", "frozen")
-"""What a checkpoint holds of an engine: keys are these, a dot, and a global name."""
-
 
 class Engine(abc.ABC):
     """What the training loop drives.  Every method is called on every process of the run, in the same order."""
 
     config: Any
     """Of the model's family."""
+    optimizer_config: OptimizerKind
     objective: Objective
     device: torch.device
     seed: int
@@ -87,8 +86,13 @@ class Engine(abc.ABC):
         """This process's part of a checkpoint, by key; a DTensor where it has a slice of the whole."""
 
     @abc.abstractmethod
-    def load_state_tensors(self, read: Read, kinds: Iterable[str] = STATE) -> None:
-        """Take the named kinds of state from a checkpoint of any engine and layout."""
+    def load_state_tensors(self, read: Read, kinds: Iterable[str] | None = None) -> None:
+        """Take the named kinds of state, or all, from a checkpoint of any engine and layout."""
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """What a checkpoint holds of an engine: keys are these, a dot, and a global name."""
+        return ("master", *self.optimizer_config.state_keys, "frozen")
 
     @property
     @abc.abstractmethod

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from lfm.models.losses import Measurements, Objective, combined, weighted
 from lfm.models.registry import ModelConfig, build
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.training.engine import (
-    STATE,
     Engine,
     Read,
     StepResult,
@@ -29,17 +27,18 @@ from lfm.training.engine import (
     read_back,
     step_result,
 )
-from lfm.training.optimizer import OptimizerConfig, adamw
+from lfm.training.optimizer.groups import check_groups, found_groups, parameter_groups
+from lfm.training.optimizer.kind import OptimizerKind
 from lfm.training.reservoirs import ReservoirGuard
 
 
 class LocalEngine(Engine):
-    """Working weights in `dtype`; when that is bf16, fp32 masters, fp32 gradients and fp32 moments beside them."""
+    """Working weights in `dtype`; when that is bf16, masters, gradients and optimizer state in fp32 beside them."""
 
     def __init__(
         self,
         model: ModelConfig,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerKind,
         *,
         seed: int,
         device: torch.device,
@@ -59,7 +58,10 @@ class LocalEngine(Engine):
         initialize(self.model, seed, self._views(self.masters))
         self.publish_masters()
         self._accumulate_in_fp32()
-        self.optimizer = adamw(optimizer, self.masters.items())
+        groups = parameter_groups(optimizer, self.masters.items())
+        check_groups(optimizer, [found_groups(optimizer, groups, [*self.masters])])
+        self.optimizer = optimizer.build(groups)
+        self.optimizer.state.update({master: optimizer.new_state(master) for master in self.masters.values()})
         self.guards = [ReservoirGuard(model, self.liquids)]
 
     @property
@@ -153,6 +155,10 @@ class LocalEngine(Engine):
             torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiple"]
+        # No gradient is a zero gradient, as it is where gradients have buffers that stay.
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.dtype == torch.float32)
         self._after_update()
@@ -176,37 +182,22 @@ class LocalEngine(Engine):
         """Everything a checkpoint stores as tensors, by layout-free key; views, so that loading fills them in place."""
         frozen = {n: t for n, t in self._views({}).items()}
         found = {f"frozen.{name}": tensor for name, tensor in frozen.items()}
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments = {name: self.optimizer.state[master][key] for name, master in self.masters.items()}
-            found |= {f"{key}.{n}": t for n, t in self._views(moments).items() if n not in frozen}
+        for key in self.optimizer_config.state_keys:
+            kept = {name: self.optimizer.state[master][key] for name, master in self.masters.items()}
+            found |= {f"{key}.{n}": t for n, t in self._views(kept).items() if n not in frozen}
         return {**found, **{f"master.{n}": t for n, t in self._views(self.masters).items() if n not in frozen}}
 
     def state_tensors(self) -> Mapping[str, Tensor]:
         return self.tensors()
 
-    def load_state_tensors(self, read: Read, kinds: Iterable[str] = STATE) -> None:
-        chosen = tuple(f"{kind}." for kind in kinds)
+    def load_state_tensors(self, read: Read, kinds: Iterable[str] | None = None) -> None:
+        chosen = tuple(f"{kind}." for kind in kinds or self.state_kinds)
         read({key: tensor for key, tensor in self.tensors().items() if key.startswith(chosen)})
         self.publish_masters()
 
-    def state_values(self) -> dict[str, Any]:
-        # Parameters that had no gradient for a while, such as plastic ones in a phase without plasticity.
-        steps = self._parameter_steps()
-        latest = max(steps.values())
-        late = {name: step for name, step in steps.items() if step != latest}
-        return super().state_values() | ({"late_parameters": late} if late else {})
-
-    def load_state_values(self, counters: dict[str, Any]) -> None:
-        super().load_state_values(counters)
-        for name, step in counters.get("late_parameters", {}).items():
-            self.optimizer.state[self.masters[name]]["step"].fill_(step)
-
-    def _parameter_steps(self) -> dict[str, int]:
-        return {name: int(self.optimizer.state[master]["step"]) for name, master in self.masters.items()}
-
     @property
     def optimizer_step(self) -> int:
-        return max(self._parameter_steps().values())
+        return int(next(iter(self.optimizer.state.values()))["step"])
 
     @optimizer_step.setter
     def optimizer_step(self, value: int) -> None:

@@ -32,7 +32,6 @@ from lfm.parallel.groups import Groups
 from lfm.parallel.megatron import MegatronParts, transformer_config
 from lfm.parallel.stage import make_stage, run_schedule
 from lfm.parallel.zero import (
-    MOMENTS,
     EngineAsModule,
     Fragment,
     Weight,
@@ -43,7 +42,6 @@ from lfm.parallel.zero import (
     publish_masters,
 )
 from lfm.training.engine import (
-    STATE,
     Engine,
     Read,
     StepResult,
@@ -52,7 +50,8 @@ from lfm.training.engine import (
     read_back,
     step_result,
 )
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.groups import check_groups, found_groups, parameter_groups
+from lfm.training.optimizer.kind import Group, OptimizerKind
 from lfm.training.reservoirs import ReservoirGuard
 
 _BATCH_BYTES = 2**30
@@ -79,11 +78,12 @@ class ParallelEngine(Engine):
     """One process of a run over `groups`.  `phase` is told what the process is about to do."""
 
     state_tensors_are_fresh = True
+    make_parts = MegatronParts
 
     def __init__(
         self,
         model: ModelConfig,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerKind,
         groups: Groups,
         *,
         seed: int,
@@ -94,13 +94,14 @@ class ParallelEngine(Engine):
         phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.config, self.objective, self.groups, self.layout = model, objective, groups, groups.layout
+        self.optimizer_config = optimizer
         self.device, self.dtype, self.micro_batch_size = groups.device, dtype, micro_batch_size
         self.phase, self.seed = phase, seed
         # Enough micro-batches to fill the pipeline twice.
         fill = 2 * self.layout.pipeline if self.layout.pipeline > 1 else 1
         self.rows_a_round = micro_batch_size * self.layout.data * fill
         config = transformer_config(model, self.layout, dtype)
-        parts = MegatronParts(groups, config)
+        parts = self.make_parts(groups, config)
         self.pieces = [
             materialize(lambda: build(model, parts, layers), device=self.device, dtype=dtype)  # noqa: B023
             for layers in self.layout.stage_chunks(groups.pipeline.rank())
@@ -116,12 +117,13 @@ class ParallelEngine(Engine):
             for name, where in stored(piece, must_declare=self.layout.tensor > 1).items():
                 self.global_parts.setdefault(where.tensor, []).append(self._global_part(name, where))
         self.weights = [weight for piece in self.pieces for weight in self._weights(piece)]
+        parameter_groups = self._parameter_groups()
         self.deepspeed = make_engine(
             nn.ModuleList(self.stages) if interleaved else self.stages[0],
             self.weights,
             groups,
-            optimizer={"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps, "fused": True},
-            weight_decay=optimizer.weight_decay,
+            build=lambda: optimizer.build(parameter_groups, fused=not self.layout.offload_optimizer),
+            new_state=optimizer.new_state,
             clip_grad=optimizer.clip_grad,
             micro_batch_size=micro_batch_size,
         )
@@ -145,13 +147,24 @@ class ParallelEngine(Engine):
             Weight(
                 name=name,
                 parameter=parameter,
-                decays=parameter.dim() > 1,
                 is_expert=self.layout.expert > 1 and self.global_parts[name][0].expert,
                 is_cut=self.global_parts[name][0].cut is not None,
                 is_copy=tied_copy and name == "embedding.weight",
+                is_wide=parameter.dtype != self.dtype,
             )
             for name, parameter in piece.named_parameters()
         ]
+
+    def _parameter_groups(self) -> list[Group]:
+        """Alike on every process.  Collective; raises UserError on all of them."""
+        config, named = self.optimizer_config, ((w.name, w.parameter) for w in self.weights)
+        experts, wide = ({w.name for w in self.weights if of(w)} for of in (lambda w: w.is_expert, lambda w: w.is_wide))
+        groups = parameter_groups(config, named, experts=experts, wide=wide)
+        here = found_groups(config, groups, [w.name for w in self.weights], stage=self.groups.pipeline.rank())
+        found: list[Any] = [None] * self.layout.world
+        dist.all_gather_object(found, here)
+        check_groups(config, found)
+        return groups
 
     @property
     def _buffers(self) -> dict[str, Tensor]:
@@ -189,8 +202,8 @@ class ParallelEngine(Engine):
             list(pool.map(draw, targets))
 
     @torch.no_grad()
-    def load_state_tensors(self, read: Read, kinds: Iterable[str] = STATE) -> None:
-        kinds, parts = tuple(kinds), self.global_parts
+    def load_state_tensors(self, read: Read, kinds: Iterable[str] | None = None) -> None:
+        kinds, parts = tuple(kinds or self.state_kinds), self.global_parts
         state = inner_optimizer(self.deepspeed).state
         batch: list[tuple[Fragment, str, Tensor]] = []
         targets: dict[str, Tensor] = {}
@@ -205,7 +218,7 @@ class ParallelEngine(Engine):
 
         for weight in self.weights:
             fragment = self.fragments[weight.name]
-            for kind in ("master", *MOMENTS):
+            for kind in ("master", *self.optimizer_config.state_keys):
                 if fragment is None or kind not in kinds:
                     continue
                 whole = torch.empty(self._shape(weight), dtype=torch.float32)
@@ -233,7 +246,7 @@ class ParallelEngine(Engine):
             sizes[owner] += shape.numel()
             whole_here = not weight.is_cut and not weight.is_expert
             given_elsewhere = weight.is_copy or (whole_here and self.groups.tensor.rank() > 0)
-            for kind in ("master", *MOMENTS):
+            for kind in ("master", *self.optimizer_config.state_keys):
                 pick = (lambda flat: flat) if kind == "master" else (lambda flat, kind=kind: state[flat][kind])
                 whole = self._gathered(weight, pick)
                 if owner != group.rank() or given_elsewhere:
@@ -359,7 +372,7 @@ class ParallelEngine(Engine):
         self.phase("optimizer step")
         optimizer = self.deepspeed.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_multiple"]
         self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm())
         if optimizer.overflow or not torch.isfinite(torch.tensor(norm)):

@@ -7,7 +7,6 @@ from lfm.models.lfm import LFMConfig
 from lfm.training.run import RunConfig
 
 _GIB = 2**30
-_OPTIMIZER_STATE = ("fp32 masters", "AdamW moments")
 
 
 def _half(run: RunConfig) -> bool:
@@ -25,11 +24,11 @@ def memory_estimate(run: RunConfig, layout: Layout) -> dict[str, float]:
     and with two a micro-batch: 71.5 and 88.9 GiB estimated, 68.9 and 85.6 measured.
     """
     stages = (stage_memory(run, layout, rank) for rank in range(layout.pipeline))
-    return max(stages, key=lambda memory: sum(_on_device(memory, layout).values()))
+    return max(stages, key=lambda memory: sum(_on_device(run, memory, layout).values()))
 
 
-def _on_device(memory: dict[str, float], layout: Layout) -> dict[str, float]:
-    offloaded = _OPTIMIZER_STATE if layout.offload_optimizer else ()
+def _on_device(run: RunConfig, memory: dict[str, float], layout: Layout) -> dict[str, float]:
+    offloaded = ("fp32 masters", run.optimizer.state_title) if layout.offload_optimizer else ()
     return {name: value for name, value in memory.items() if name not in offloaded}
 
 
@@ -57,7 +56,7 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
         "weights": held(3) * size + sum(layer.frozen for layer in layers) * 4,
         "fp32 gradients": held(2) * 4,
         "fp32 masters": held(1) * 4 if half or layout.zero_stage else 0,
-        "AdamW moments": held(1) * 8,
+        run.optimizer.state_title: held(1) * run.optimizer.bytes_per_parameter,
     }
     return memory | _activations(run, m, layout, rank) if isinstance(m, LFMConfig) else memory
 
@@ -136,9 +135,10 @@ def plan(run: RunConfig, layout: Layout) -> str:
     memory = memory_estimate(run, layout)
     tokens = t.global_batch_size * m.seq_length
     flops = m.flops_per_token()
-    device = _on_device(memory, layout)
+    device = _on_device(run, memory, layout)
     where = "one process" if layout.pipeline == 1 else "one process of the fullest stage"
     host = sum(memory.values()) - sum(device.values())
+    stored = (4 + run.optimizer.bytes_per_parameter) * (counts.trainable + counts.padding)
     lines = [
         f"layout {layout.name}: {layout.describe()}",
         counts.report(),
@@ -150,6 +150,6 @@ def plan(run: RunConfig, layout: Layout) -> str:
         f"memory in all: {sum(device.values()) / _GIB:.1f} GiB{'' if m.kind == 'lfm' else ' and activations'}"
         + (f", on the host {host / _GIB:.1f} GiB" if host else ""),
         *([_worst_routing(run, layout)] if m.kind == "lfm" else []),
-        f"one checkpoint: {12 * (counts.trainable + counts.padding) / _GIB:.1f} GiB",
+        f"one checkpoint: {stored / _GIB:.1f} GiB",
     ]
     return "\n".join(lines)

@@ -24,7 +24,8 @@ from lfm.models.registry import ModelConfig
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.objectives.registry import ObjectiveConfig
 from lfm.training.metrics import LoggingConfig
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.adamw import AdamWConfig
+from lfm.training.optimizer.registry import OptimizerConfig
 from lfm.training.schedule import ScheduleConfig
 
 
@@ -76,7 +77,7 @@ class RunConfig(Config):
     data: DataConfig
     training: TrainingConfig
     objective: ObjectiveConfig = NEXT_TOKEN
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -91,11 +92,6 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.recompute={self.training.recompute} is not for model.kind={kind}; "
                 f"choose from {', '.join(choices)}"
-            )
-        if self.optimizer.groups and self.parallel.zero_stage:
-            raise ValueError(
-                f"optimizer.groups does not go with parallel.zero_stage={self.parallel.zero_stage}; "
-                "the parallel engine has one learning rate"
             )
         return self
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lfm.checkpoint import folder as checkpoint
 from lfm.checkpoint.manifest import read_manifest
-from lfm.checkpoint.matching import check_architecture, check_layers
+from lfm.checkpoint.matching import check_architecture, check_layers, check_optimizer
 from lfm.checkpoint.saver import Saver
 from lfm.checkpoint.tensors import load_tensors, not_finite
 from lfm.data.consumed import START, Consumed, ConsumedRecord, chained
@@ -221,6 +221,7 @@ def starting_point(run: RunConfig, rows: RowReader, ranks: Ranks) -> Checkpoint 
     if path is None:
         return None
     found = verified(path, run, ranks)
+    check_optimizer(path, found.manifest, run.optimizer.kind)
     resume_row(found.manifest["data"], rows, seed=run.seed)
     step = found.manifest["progress"]["step"]
     if ranks.is_main:

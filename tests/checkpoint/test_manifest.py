@@ -79,10 +79,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("key, value", [(key, value) for key, values in WRONG.items() for value in values])
-@pytest.mark.parametrize("number", [1, 2])
-def test_every_field_has_a_type_and_a_range_in_either_format(number, key, value, folder):
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_every_field_has_a_type_and_a_range_in_every_format(number, key, value, folder):
     tree = {"format": number, **with_value(key, value)}
-    write(folder, {**tree, **({"checksum": json_checksum(tree)} if number == 2 else {})})
+    write(folder, {**tree, **({"checksum": json_checksum(tree)} if number > 1 else {})})
     with pytest.raises(UserError, match=r"manifest\.json is damaged: .*; restore it, or use another checkpoint"):
         read_manifest(folder)
 
@@ -90,17 +90,18 @@ def test_every_field_has_a_type_and_a_range_in_either_format(number, key, value,
 def test_format_1_is_read_with_one_warning(folder, capsys):
     write(folder, {"format": 1, "rng": {"cpu": "AAAA"}, **FIELDS})
     found = read_manifest(folder)
-    assert Manifest.model_validate(found).progress.step == 3
+    assert Manifest.model_validate({**found, "checksum": "made when it is written"}).progress.step == 3
+    assert found["format"] == 3 and "rng" not in found
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "manifest.json is of format 1, which has no checksum" in warning
     read_manifest(folder, warn=False)
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("number", [0, 3, 10**30])
+@pytest.mark.parametrize("number", [0, 4, 10**30])
 def test_another_format_is_named(number, folder):
     write(folder, {"format": number, **FIELDS})
-    with pytest.raises(UserError, match=f"step_00000003 has format {number}; this version reads 1 to 2"):
+    with pytest.raises(UserError, match=f"step_00000003 has format {number}; this version reads 1 to 3"):
         read_manifest(folder)
 
 
@@ -119,4 +120,20 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(folder):
 def test_what_is_no_manifest_is_one_sentence(content, folder):
     write(folder, content)
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        read_manifest(folder)
+
+
+def test_what_older_formats_kept_and_nobody_goes_on_from_is_left_out(folder):
+    counters = {**COUNTERS, "late_parameters": {"final_norm.weight": 1}}
+    old = {"format": 2, "rng": {"cpu": "AAAA"}, **FIELDS, "counters": counters}
+    write(folder, {**old, "checksum": json_checksum(old)})
+    found = read_manifest(folder)
+    assert found["counters"] == COUNTERS and "rng" not in found
+    assert found == {**found, "step": 3, "files": FIELDS["files"], "frozen": FIELDS["frozen"]}
+
+
+def test_a_key_of_an_older_format_in_a_new_manifest_is_damage(folder):
+    new = {"format": 3, "rng": {"cpu": "AAAA"}, **FIELDS}
+    write(folder, {**new, "checksum": json_checksum(new)})
+    with pytest.raises(UserError, match=r"rng is that of another format"):
         read_manifest(folder)

@@ -3,7 +3,8 @@
 import random
 from pathlib import Path
 
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.prepare_config import PrepareConfig
 
 SEQ_LENGTH = 32
 VOCAB_SIZE = 320

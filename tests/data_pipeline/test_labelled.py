@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.labelled import LABELLED_SPLITS, LabelledConfig, Row, calibration_error, main, naive_bayes
+from data_pipeline.labelled import LABELLED_SPLITS, LabelledConfig, Row, main
+from lfm.evaluation.baselines import naive_bayes
+from lfm.evaluation.calibration import calibration_error
 from tests.data_pipeline.test_prepare import contents
 
 # As in the package: categories with codes below them, with and without a letter in their third place.

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.prepare import PrepareConfig, main, prepare
+from data_pipeline.prepare import main, prepare
+from data_pipeline.prepare_config import PrepareConfig
 from lfm.data.format import SPLITS, read_index
 from lfm.data.reader import ShardReader
 from lfm.data.tokenizer import Tokenizer, train_bpe

@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from data_pipeline.prepare import PrepareConfig, main, prepare
+from data_pipeline.prepare import main, prepare
+from data_pipeline.prepare_config import PrepareConfig
 from lfm.data.bins import read_record
 from lfm.data.format import SPLITS, read_index
 from lfm.data.reader import ShardReader

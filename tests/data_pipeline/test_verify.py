@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from data_pipeline import verify
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.prepare_config import PrepareConfig
 from tests.data.corpus import make_data_set, texts, write_texts
 
 

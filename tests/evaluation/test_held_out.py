@@ -7,7 +7,8 @@ from data_pipeline.pack import GreedyPacker
 from lfm.data.format import RowWriter
 from lfm.data.reader import ShardReader
 from lfm.data.stream import open_split
-from lfm.evaluation.held_out import compressor_bits_per_byte, evaluate
+from lfm.errors import UserError
+from lfm.evaluation.held_out import compressor_bits_per_byte, evaluate, together
 from tests.data.corpus import make_data_set
 from tests.training.tiny_run import tiny_run
 
@@ -39,7 +40,7 @@ def test_unigram_entropy_lies_below_uniform_and_compressors_below_eight_bits(tex
     text = (text_data / "validation.txt").read_bytes()
     found = evaluate(lambda batch: (0.0, 0), rows)
     assert 0 < found.unigram_bits_per_byte(len(text)) < 9 * rows.index.num_tokens / len(text)
-    assert all(0 < bits < 8 for bits in compressor_bits_per_byte(text).values())
+    assert all(0 < bits < 8 for bits in compressor_bits_per_byte(text, found).values())
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,28 @@ def test_an_end_of_document_before_the_padding_is_no_padding(tmp_path):
     writer.finish(split="validation", num_tokens=5, num_padding=packer.num_padding, **facts)
     found = evaluate(lambda batch: (0.0, 0), ShardReader(tmp_path / "validation"))
     assert found.tokens == 5 and found.token_counts.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
+
+
+def test_bits_per_byte_of_masked_rows_are_refused(tmp_path):
+    writer = RowWriter(
+        tmp_path / "validation", seq_length=4, vocab_size=9, shard_bytes=10_000, compression=None, label_mask=True
+    )
+    writer.write(np.array([1, 2, 3, 8]), [4], label_mask=np.array([False, False, True, True]))
+    writer.finish(
+        split="validation",
+        eod_id=8,
+        tokenizer_sha256="",
+        num_tokens=4,
+        num_padding=0,
+        num_documents=1,
+        text_bytes=3,
+    )
+    found = evaluate(lambda batch: (1.0, batch.to("cpu").documents.num_labels), ShardReader(tmp_path / "validation"))
+    assert found.loss == 0.5
+    for ask in (
+        lambda: found.bits_per_byte(3, 9),
+        lambda: found.unigram_bits_per_byte(3),
+        lambda: compressor_bits_per_byte(b"abc", together([found])),
+    ):
+        with pytest.raises(UserError, match="a mask makes 2 of the 4 held-out ids labels; compare losses"):
+            ask()

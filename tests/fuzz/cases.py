@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from data_pipeline.labelled import LabelledConfig
-from data_pipeline.prepare import PrepareConfig
+from data_pipeline.prepare_config import PrepareConfig
 from lfm.config import Config
 from lfm.inference.sampling import SamplingConfig
 from lfm.training.run import RunConfig

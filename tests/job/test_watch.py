@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from lfm.errors import NonFiniteError, UserError
 from lfm.job.watch import watched
+from tests.launch.job import free_port
 
 pytestmark = pytest.mark.alone
 
@@ -42,17 +44,19 @@ def torchruns(tmp_path_factory):
         process.wait()
 
 
-def run_rank(rank: int, world_size: int, port: int, folder: Path, body) -> None:
+def run_rank(rank: int, world_size: int, port: int, folder: Path, body, late_port: int | None = None) -> None:
     log = os.open(folder / "output", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1), os.dup2(log, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
+    if late_port is not None and rank == 0:
+        threading.Timer(HANG + 1, host_for_good, [late_port]).start()
     with watched(
         rank=rank,
         world_size=world_size,
-        address=("127.0.0.1", port),
+        address=("127.0.0.1", late_port or port),
         heartbeat_timeout_seconds=HEARTBEAT,
         hang_timeout_seconds=HANG,
         report=folder / "failure.txt",
@@ -62,18 +66,24 @@ def run_rank(rank: int, world_size: int, port: int, folder: Path, body) -> None:
     os._exit(0)
 
 
-class Job:
-    """`world_size` forked ranks that run `body(rank, watch)`; their output and exit codes."""
+def host_for_good(port: int) -> None:
+    stores.append(dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
 
-    def __init__(self, folder: Path, world_size: int, body) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+
+stores: list[dist.TCPStore] = []
+
+
+class Job:
+    """`world_size` forked ranks that run `body(rank, watch)`; their output and exit codes.
+
+    `store_is_late`: the store of the watch answers only after the time in which a rank without a new phase hangs.
+    """
+
+    def __init__(self, folder: Path, world_size: int, body, *, store_is_late: bool = False) -> None:
+        given = (world_size, free_port(), folder, body, free_port() if store_is_late else None)
         fork = multiprocessing.get_context("fork")
         self.folder, self.started = folder, time.monotonic()
-        self.ranks = [
-            fork.Process(target=run_rank, args=(rank, world_size, port, folder, body)) for rank in range(world_size)
-        ]
+        self.ranks = [fork.Process(target=run_rank, args=(rank, *given)) for rank in range(world_size)]
         for process in self.ranks:
             process.start()
 
@@ -242,6 +252,10 @@ def leaves_early(rank: int, watch, folder: Path) -> None:
     train(rank, watch, folder, at_step_3=lambda rank: sys.exit(0) if rank == 1 else None)
 
 
+def starts_slowly(rank: int, watch, folder: Path) -> None:
+    train(rank, watch, folder, steps=3)
+
+
 def dies_soon_after_a_new_phase(rank: int, watch, folder: Path) -> None:
     watch.phase("starting")
     time.sleep(2.5)
@@ -259,11 +273,13 @@ def jobs(tmp_path_factory):
         started = {}
         for body in (
             *(hangs, saves_long, hangs_before_a_save, loses_a_connection, ends_at_different_times),
-            *(leaves_early, dies_soon_after_a_new_phase),
+            *(leaves_early, dies_soon_after_a_new_phase, starts_slowly),
         ):
             folder = tmp_path_factory.mktemp(body.__name__)
             run = functools.partial(body, folder=folder)
-            started[body] = stack.enter_context(Job(folder, 3 if body in (hangs, ends_at_different_times) else 2, run))
+            world_size = 3 if body in (hangs, ends_at_different_times) else 2
+            job = Job(folder, world_size, run, store_is_late=body is starts_slowly)
+            started[body] = stack.enter_context(job)
         yield started
 
 
@@ -277,6 +293,11 @@ def test_a_hang_names_the_rank_that_does_not_wait(jobs):
     cause, others = output.split("Last phase and main thread of every rank:\n")
     assert "# the line to be shown" in cause and "# the line" not in others
     assert "ranks 0, 2: in phase 'step 3: reduce'" in others and "dist.all_reduce" in others
+
+
+def test_a_slow_start_is_no_hang(jobs):
+    assert jobs[starts_slowly].codes() == [0, 0]
+    assert jobs[starts_slowly].output() == "left\n" * 2
 
 
 def test_a_phase_on_one_rank_may_be_allowed_longer_than_all_others_wait(jobs):

@@ -26,6 +26,7 @@ from lfm.kernels.reservoir.chunked import (
     weight_gradient,
 )
 from lfm.kernels.reservoir.grid import ChunkPlan
+from lfm.kernels.reservoir.path import choose
 from lfm.kernels.reservoir.reference import reservoir_recurrence_reference
 from lfm.kernels.reservoir.self_test import require_agreement
 
@@ -440,6 +441,28 @@ def test_mistakes_are_named(change, message):
         reservoir_recurrence(**(arguments | {"leak_rate": LEAK_RATE} | change))
 
 
+def chosen(device: str, dtype: torch.dtype, num_units: int, num_positions: int, *, with_backward: bool) -> str:
+    drive = torch.zeros(1, num_positions, 1, num_units, dtype=dtype, device=device)
+    return choose(drive, ChunkPlan(128, 64, 1e-2, 3), with_backward=with_backward).name
+
+
+@pytest.mark.parametrize("with_backward", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_cpu_takes_the_plain_chunks(dtype, with_backward):
+    assert chosen("cpu", dtype, 256, 300, with_backward=with_backward) == "chunked"
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_a_kernel_of_the_size_takes_a_graph_for_training_alone():
+    for dtype, num_units in ((torch.float32, 64), (torch.bfloat16, 128), (torch.float64, 256)):
+        assert chosen("cuda", dtype, num_units, 300, with_backward=True) == "graphed"
+        assert chosen("cuda", dtype, num_units, 1, with_backward=True) == "chunked"
+        assert chosen("cuda", dtype, num_units, 300, with_backward=False) == "chunked"
+    drive = torch.zeros(1, 1025, 1, 64, device="cuda")
+    plan = ChunkPlan(128, 64, 1e-2, 3).sequential(1025)
+    assert choose(drive, plan, with_backward=True).name == "chunked"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cut", [True, False], ids=["chunked", "sequential"])
 def test_a_replayed_graph_has_the_bits_of_the_launched_loop(cut):
@@ -642,6 +665,14 @@ def assert_as_exact_as_bf16_is(inputs, **options):
     for name in ("states", "grad drive"):
         worst = (got[name].double() - want[name]).norm(dim=-1).amax() / want[name].norm(dim=-1).mean()
         assert worst <= 2 * limits[name], f"{name}: worst time step {worst:.2e} > {2 * limits[name]:.0e}"
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_a_cluster_kernel_is_chosen_in_both_dtypes():
+    for with_backward in (True, False):
+        assert chosen("cuda", torch.bfloat16, 512, 300, with_backward=with_backward) == "cluster"
+        assert chosen("cuda", torch.float32, 128, 300, with_backward=with_backward) == "cluster_fp32"
 
 
 @pytest.mark.gpu

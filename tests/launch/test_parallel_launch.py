@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.prepare_config import PrepareConfig
 from lfm.checkpoint import folder as checkpoint
 from lfm.checkpoint.saver import Saver
 from lfm.data.order import row_order

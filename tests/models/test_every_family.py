@@ -21,7 +21,7 @@ from lfm.inference.sampling import SamplingConfig, generate
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.plastic_synapse import FACTORS
 from lfm.models import registry
-from lfm.models.global_names import global_index, global_views
+from lfm.models.global_names import global_views, stored
 from lfm.models.initialization import initialize
 from lfm.models.language_model import LanguageModel
 from lfm.models.registry import FAMILIES as FAMILY_CLASSES
@@ -427,9 +427,9 @@ def test_chunked_and_sequential_reservoirs_train_alike(family, as_changes):
 def test_every_weight_has_one_global_name(family, variant):
     model = family.model(variant)
     covered = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for name, part in global_index(model).values():
-        if name in covered:
-            covered[name][part] += 1
+    for where in stored(model).values():
+        if where.tensor in covered:
+            covered[where.tensor][where.index] += 1
     assert all((count == 1).all() for count in covered.values())
 
 

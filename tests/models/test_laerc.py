@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from lfm.layers.documents import Documents, Rows
-from lfm.models.global_names import global_index
+from lfm.models.global_names import stored
 from lfm.models.initialization import initialize
 from lfm.models.laerc import LAERC, LAERCConfig, LAERCState
 from lfm.objectives.next_token import NEXT_TOKEN
@@ -166,7 +166,7 @@ def test_counts_equal_the_built_model(variant):
     assert (counts.active, counts.padding) == (counts.trainable, 0)
     assert counts.trainable - model.embedding.weight.numel() == counts.active_non_embedding
     assert sum(b.numel() for b in model.buffers()) == counts.frozen
-    assert model.state_dict().keys() == global_index(model).keys()
+    assert model.state_dict().keys() == stored(model).keys()
 
 
 def test_frozen_tensors_are_fp32_buffers():

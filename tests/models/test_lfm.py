@@ -8,7 +8,7 @@ from lfm.data.batch import Batch
 from lfm.evaluation.held_out import score
 from lfm.inference.sampling import prefill
 from lfm.layers.documents import Documents, Rows
-from lfm.models.global_names import global_index, global_views
+from lfm.models.global_names import global_views, stored
 from lfm.models.initialization import initialize
 from lfm.models.lfm import LFM, LFMConfig, initial_tensor
 from lfm.models.losses import weighted
@@ -164,7 +164,7 @@ def test_counts_equal_the_built_model(variant):
 
 
 def test_experts_and_reservoirs_have_global_names_of_their_own():
-    index = global_index(small_model(liquid={"train_reservoir": True}))
+    index = stored(small_model(liquid={"train_reservoir": True}))
     assert {"layers.1.moe.experts.3.up.weight", "layers.0.liquid.reservoirs.1.connections"} <= index.keys()
 
 

@@ -23,7 +23,9 @@ from lfm.layers.moe import MoEConfig
 from lfm.layout.layout import check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, compare, in_one_process
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.certificate_faults import FAULTS
+from lfm.training.optimizer.adamw import AdamWConfig
+from lfm.training.parallel_engine import ParallelEngine
 
 ROOT = Path(__file__).parents[2]
 SMALL = LFMConfig(
@@ -39,7 +41,7 @@ SMALL = LFMConfig(
 
 
 def problem(recompute="none") -> Problem:
-    optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.5)
+    optimizer = AdamWConfig(lr=1e-2, clip_grad=0.5)
     return Problem(SMALL, optimizer, seed=5, rows=8, micro_batch_size=1, steps=2, recompute=recompute)
 
 
@@ -51,7 +53,8 @@ def expected() -> Numbers:
 def finding(name: str, expected: Numbers, fault=None):
     world, parallel, recompute = LAYOUTS[name]
     layout = check_layout(SMALL, parallel, world, global_batch_size=8, micro_batch_size=1)
-    return certify(layout, problem(recompute), expected, device_type="cpu", fault=fault)
+    engine_type = FAULTS[fault] if fault else ParallelEngine
+    return certify(layout, problem(recompute), expected, device_type="cpu", engine_type=engine_type)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,7 @@ def test_the_command_writes_its_numbers_and_fails_beyond_a_bound(tmp_path):
     [
         (["--layouts", "tp3"], "--layouts tp3 is not one of dp2_z1, tp2"),
         pytest.param(["--plant", "bug"], "--plant bug is not one of expert_as_dense", marks=pytest.mark.slow),
-        pytest.param(["--steps", "0"], "--steps 0 must be at least 1", marks=pytest.mark.slow),
+        pytest.param(["--steps", "0"], "--steps 0 is not from 1 to 1000", marks=pytest.mark.slow),
         pytest.param(["training.dtype=bfloat16"], "training.dtype=bfloat16 is too coarse", marks=pytest.mark.slow),
         (["model.attention.num_query_groups=1", "--layouts", "tp2"], "parallel.tensor=2"),
     ],

@@ -23,7 +23,7 @@ from lfm.models.lfm import LFMConfig
 from lfm.training.certificate import LAYOUTS, Problem
 from lfm.training.engine import Engine
 from lfm.training.local_engine import LocalEngine
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.adamw import AdamWConfig
 from tests.training.tiny_run import manifest_fields
 
 SMALL = LFMConfig(
@@ -36,7 +36,7 @@ SMALL = LFMConfig(
     ffn=MoEConfig(num_moe_experts=4, moe_ffn_hidden_size=32),
     liquid=ReservoirConfig(interval=3, num_reservoirs=3, reservoir_size=16),
 )
-PROBLEM = Problem(SMALL, OptimizerConfig(lr=3e-3, clip_grad=0.5), seed=3, rows=8, micro_batch_size=1, steps=1)
+PROBLEM = Problem(SMALL, AdamWConfig(lr=3e-3, clip_grad=0.5), seed=3, rows=8, micro_batch_size=1, steps=1)
 
 LOCAL = "one process, local engine"
 SHORT_CHAIN = (LOCAL, "tp2_pp2", "dp2_z3", "ep2_world4", "pp2_interleaved", LOCAL)

@@ -8,7 +8,7 @@ pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 from lfm.layout.layout import check_layout
 from lfm.models.registry import parse
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, in_one_process
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.adamw import AdamWConfig
 from tests.nested import nested
 
 SIZES = {"hidden_size": 16, "seq_length": 32, "vocab_size": 90}
@@ -47,7 +47,7 @@ EVERY = {
 def problem(kind: str, recompute="none") -> Problem:
     layers = {"num_layers": 4} if kind in ("transformer", "lfm") else {}
     model = parse({"kind": kind, **SIZES, **MODELS[kind], **layers}, source="a test")
-    optimizer = OptimizerConfig(lr=1e-2, clip_grad=0.5)
+    optimizer = AdamWConfig(lr=1e-2, clip_grad=0.5)
     return Problem(model, optimizer, seed=5, rows=8, micro_batch_size=1, steps=2, recompute=recompute)
 
 

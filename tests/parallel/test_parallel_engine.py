@@ -12,7 +12,7 @@ import torch.distributed as dist
 pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
 pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
-from lfm.errors import NonFiniteError
+from lfm.errors import NonFiniteError, UserError
 from lfm.job.fork import run_ranks
 from lfm.job.process import Process
 from lfm.layers.liquid import ReservoirConfig
@@ -20,7 +20,8 @@ from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout, check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.certificate import Problem
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.adamw import AdamWConfig
+from lfm.training.optimizer.lion import LionConfig
 from tests.nested import nested
 from tests.parallel.engine_numbers import (
     deviations,
@@ -68,7 +69,7 @@ def _problem(*, dtype=FP32, rows=4, steps=1, unlabelled_rows=0, optimizer=None, 
     }
     return Problem(
         model=LFMConfig(**nested(**(config | model))),
-        optimizer=optimizer or OptimizerConfig(lr=1e-2, betas=(0.0, 0.5), eps=1e-2, weight_decay=1.0, clip_grad=0.3),
+        optimizer=optimizer or AdamWConfig(lr=1e-2, betas=(0.0, 0.5), eps=1e-2, weight_decay=1.0, clip_grad=0.3),
         seed=5,
         rows=rows,
         micro_batch_size=1,
@@ -196,6 +197,68 @@ def test_one_expert_may_take_all_tokens_and_the_others_none(name):
     problem = _problem(moe_router_topk=1, liquid=None)
     expected = _assert_equal(name, problem, _to_expert_2)
     assert expected["steps"][0][0].measured["expert_load"] == {0: [0, 0, 4 * 16, 0], 1: [0, 0, 4 * 16, 0]}
+
+
+EXCEPTIONS = (
+    {"match": "embedding.weight", "lr_multiple": 0.25, "weight_decay": 0.0},
+    {"match": "*norm.weight", "lr_multiple": 2.0, "weight_decay": 0.5},
+    {"match": "*.moe.down", "lr_multiple": 3.0},
+    {"match": "*.router.weight", "lr_multiple": 0.0},
+)
+
+
+def _with_groups(*groups: dict[str, Any]) -> Problem:
+    settings = {"lr": 1e-2, "eps": 1e-2, "clip_grad": 0.3, "weight_decay": 1.0, "groups": groups}
+    return _problem(steps=2, liquid=None, optimizer=AdamWConfig.model_validate(settings))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dp2", "pp2", "dp2_z3", "tp2_ep2", *(pytest.param(n, marks=slow) for n in ("dp2_z2", "ep2", "dp2_z3_offload"))],
+)
+def test_groups_of_parameters_have_their_rates_and_decays_under_every_layout(name):
+    problem = _with_groups(*EXCEPTIONS)
+    start, expected = {"state": state(local_engine(problem))}, _expected(problem)
+    ranks = run_ranks(_parallel, 2, _layout(problem, name), problem, timeout_seconds=60)
+    assert not {key: value for key, value in deviations(ranks, expected, start).items() if not value <= 1e-4}
+
+
+@pytest.mark.parametrize("name", ["dp2_z3", *(pytest.param(n, marks=slow) for n in ("dp2", "dp2_z2_offload", "tp2"))])
+def test_another_kind_of_optimizer_is_the_local_engines(name):
+    problem = _problem(steps=2, optimizer=LionConfig(lr=1e-3, betas=(0.5, 0.9), weight_decay=1.0, clip_grad=0.3))
+    start, expected = {"state": state(local_engine(problem))}, _expected(problem)
+    ranks = run_ranks(_parallel, 2, _layout(problem, name), problem, timeout_seconds=60)
+    found = deviations(ranks, expected, start)
+    assert any(key.startswith("exp_avg.") for key in found) and not any("exp_avg_sq" in key for key in found)
+    assert not {key: value for key, value in found.items() if not value <= 1e-4}
+
+
+def _refused(process: Process, layout: Layout, problem: Problem) -> str:
+    try:
+        parallel_engine(problem, join(process, layout))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("match", "words"),
+    [
+        (
+            "final_norm.weight",
+            "optimizer.groups: pipeline stage 0 has no parameter of weight_decay=0.5 and lr_multiple=1, and another "
+            "stage has; match names of every stage, or set parallel.pipeline=1",
+        ),
+        (
+            "no.such",
+            "optimizer.groups: match=no.such is the name of no parameter; the first is embedding.weight",
+        ),
+    ],
+    ids=["lacking", "unknown"],
+)
+def test_a_group_that_a_stage_lacks_is_refused_on_every_rank(match, words):
+    problem = _with_groups({"match": match, "weight_decay": 0.5})
+    assert run_ranks(_refused, 2, _layout(problem, "pp2"), problem, timeout_seconds=60) == [words] * 2
 
 
 def _fail(process: Process, layout: Layout, problem: Problem) -> dict[str, Any]:

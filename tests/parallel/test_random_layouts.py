@@ -23,7 +23,7 @@ from lfm.models.lfm import LFMConfig
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.training.certificate import Problem, certify, in_one_process
 from lfm.training.local_engine import LocalEngine
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.adamw import AdamWConfig
 from tests.nested import nested
 from tests.parallel.engine_numbers import CPU, deviations, join, local_engine, parallel_engine, train
 
@@ -125,7 +125,7 @@ def examples(draw: st.DrawFn, steps: int, smooth: bool) -> Example:
         liquid=liquid,
     )
     model = LFMConfig(**parts)
-    optimizer = OptimizerConfig(
+    optimizer = AdamWConfig(
         lr=0.01,
         betas=one_of((0.9, 0.95), (0.0, 0.5)),
         eps=one_of(0.01, 0.1) if smooth else 1e-8,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.prepare_config import PrepareConfig
 from lfm.errors import UserError
 from lfm.training.loop import train
 from tests.training.tiny_run import assert_same_checkpoint, losses, tiny_run

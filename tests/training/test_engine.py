@@ -13,7 +13,7 @@ from lfm.models.liquidnet import LiquidNetConfig
 from lfm.models.registry import build
 from lfm.training.draws import seed_of_draws
 from lfm.training.local_engine import LocalEngine
-from lfm.training.optimizer import OptimizerConfig
+from lfm.training.optimizer.adamw import AdamWConfig
 from tests.comparison import assert_close
 from tests.models import test_laerc
 from tests.models.test_lfm import small_config
@@ -25,7 +25,7 @@ LENGTHS = [[20], [3, 17], [1] * 20, [9, 11]]
 def _engine(micro_batch_size=4, dtype=torch.float64, recompute="none", **changes) -> LocalEngine:
     return LocalEngine(
         small_config(**changes),
-        OptimizerConfig(lr=1e-2),
+        AdamWConfig(lr=1e-2),
         seed=7,
         device=torch.device("cpu"),
         dtype=dtype,
@@ -73,7 +73,7 @@ def test_bf16_weights_follow_fp32_masters_with_fp32_accumulation():
 def _bf16_liquidnet() -> LocalEngine:
     config = LiquidNetConfig(**nested(hidden_size=64, num_layers=1, ffn_hidden_size=16, seq_length=20, vocab_size=40))
     options = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "micro_batch_size": 2}
-    return LocalEngine(config, OptimizerConfig(lr=1e-2), seed=7, **options)
+    return LocalEngine(config, AdamWConfig(lr=1e-2), seed=7, **options)
 
 
 def test_half_lives_of_a_bf16_model_start_right_to_five_digits():
@@ -153,7 +153,7 @@ def test_other_trained_reservoirs_are_left_alone(number, liquid):
 def test_frozen_reservoirs_of_another_family_train_in_chunks():
     config = test_laerc.small_model(torch.float32, backend="chunked", chunk_length=8, warmup=32).config
     engine = LocalEngine(
-        config, OptimizerConfig(lr=1e-2), seed=7, device=torch.device("cpu"), dtype=torch.float32, micro_batch_size=4
+        config, AdamWConfig(lr=1e-2), seed=7, device=torch.device("cpu"), dtype=torch.float32, micro_batch_size=4
     )
     assert engine.liquids
     before = engine.masters["embedding.weight"].detach().clone()
@@ -233,6 +233,24 @@ def test_warmup_rises_when_the_residual_does():
     assert engine.state_values()["reservoir_warmup"]["0"] == 64
 
 
+def test_no_gradient_is_a_zero_gradient():
+    found = []
+    for missing in (None, 0.0):
+        engine = _engine(dtype=torch.float32)
+        for step in range(2):
+            engine.forward_backward(Batch(_rows(), LENGTHS))
+            master = engine.masters["layers.0.attention.out.weight"]
+            if step == 1:
+                master.grad = None if missing is None else torch.full_like(master, missing)
+            before = master.detach().clone()
+            engine.step(1e-2)
+        assert (master != before).any(), "neither decay nor momentum moved it"
+        assert {int(state["step"]) for state in engine.optimizer.state.values()} == {2}
+        assert all(m.grad is None for m in engine.masters.values()), "gradients take no memory between steps"
+        found.append(engine.tensors())
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
+
+
 def test_a_group_has_its_own_rate_and_decay():
     """With the moments at zero AdamW's first step is lr x sign(gradient), after decay by lr x weight_decay."""
     groups = [
@@ -240,7 +258,7 @@ def test_a_group_has_its_own_rate_and_decay():
         {"match": "layers.0.*norm.weight", "lr_multiple": 2.0, "weight_decay": 0.5},
         {"match": "*", "lr_multiple": 0.0},
     ]
-    config = OptimizerConfig.model_validate({"lr": 1e-2, "eps": 1e-20, "groups": groups, "clip_grad": 0})
+    config = AdamWConfig.model_validate({"lr": 1e-2, "eps": 1e-20, "groups": groups, "clip_grad": 0})
     engine = LocalEngine(
         small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float64, micro_batch_size=4
     )
@@ -261,7 +279,7 @@ def test_a_group_has_its_own_rate_and_decay():
 
 
 def test_a_group_that_matches_nothing_is_refused():
-    config = OptimizerConfig.model_validate({"groups": [{"match": "*.no_such"}]})
+    config = AdamWConfig.model_validate({"groups": [{"match": "*.no_such"}]})
     with pytest.raises(UserError, match=r"match=\*\.no_such is the name of no parameter"):
         LocalEngine(small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float32, micro_batch_size=4)
 
@@ -277,7 +295,7 @@ def test_random_draws_are_of_the_seed_the_step_and_the_row_alone():
         config = LiquidLMConfig(hidden_size=8, reservoir_size=16, vocab_size=40, seq_length=20, hidden_dropout=0.4)
         return LocalEngine(
             config,
-            OptimizerConfig(lr=1e-2),
+            AdamWConfig(lr=1e-2),
             seed=seed,
             device=torch.device("cpu"),
             dtype=torch.float32,

@@ -17,7 +17,7 @@ LAYOUT = {"transformer": ["parallel.tensor=2", "parallel.sequence_parallel=true"
 
 
 def run_here(kind, output, data, *more):
-    options = ["training.steps=4", "validation.every_steps=2", "checkpoint.every_steps=2", "optimizer.groups=[]", *more]
+    options = ["training.steps=4", "validation.every_steps=2", "checkpoint.every_steps=2", *more]
     return run_of(kind, output, data, *PLASTIC.get(kind, []), *options)
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from data_pipeline.prepare import PrepareConfig, prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.prepare_config import PrepareConfig
 from lfm.data.consumed import read_record
 from lfm.errors import UserError
 from lfm.training.loop import train

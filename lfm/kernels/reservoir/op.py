@@ -1,4 +1,4 @@
-"""`reservoir_recurrence`: checks, the choice of path, and the closed-form gradient."""
+"""`reservoir_recurrence`: checks, the plan of chunks, and the closed-form gradient."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -7,21 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lfm.kernels.reservoir import cluster, cluster_fp32
-from lfm.kernels.reservoir.chunked import (
-    backward_sweep,
-    forward_sweep,
-    gain_statistics,
-    graphed_backward_sweep,
-    graphed_forward_sweep,
-    weight_gradient,
-)
+from lfm.kernels.reservoir.chunked import weight_gradient
 from lfm.kernels.reservoir.grid import ChunkPlan
-
-_MOST_GRAPHED_STEPS = 1024
-"""Dependent steps of one to seven kernels each; a graph of more takes long to make."""
-_CHUNK_LENGTH = 128
-"""Of `chunk_length="fill"` where no cluster kernel runs."""
+from lfm.kernels.reservoir.path import Path, choose, fill_chunk_length
 
 
 @dataclass
@@ -79,8 +67,7 @@ def reservoir_recurrence(
     _check(drive, weight, state, reset, leak_rate, chunk_length, warmup, max_repair_passes)
     num_positions = drive.shape[1]
     if chunk_length == "fill":
-        on_clusters = cluster.supports(drive)
-        chunk_length = cluster.fill_chunk_length(drive.shape, warmup, drive.device) if on_clusters else _CHUNK_LENGTH
+        chunk_length = fill_chunk_length(drive, warmup)
     plan = ChunkPlan(chunk_length, warmup, tolerance, max_repair_passes)
     if backend == "sequential" or (backend == "auto" and num_positions <= chunk_length + warmup):
         plan = plan.sequential(num_positions)
@@ -88,9 +75,11 @@ def reservoir_recurrence(
         raise ValueError(f"backend={backend!r} is not one of 'auto', 'sequential', 'chunked'")
 
     inputs = (drive, weight, state)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _ReservoirRecurrence.apply(drive, weight, state, reset, leak_rate, plan, stats)
-    states, _, final = _forward(drive, weight, state, reset, leak_rate, plan, stats, with_gain=False)
+    with_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    path = choose(drive, plan, with_backward=with_backward)
+    if with_backward:
+        return _ReservoirRecurrence.apply(drive, weight, state, reset, leak_rate, plan, path, stats)
+    states, _, final = _forward(drive, weight, state, reset, leak_rate, plan, path, stats, with_gain=False)
     return states, final
 
 
@@ -104,12 +93,13 @@ class _ReservoirRecurrence(torch.autograd.Function):
         reset: Tensor | None,
         leak_rate: float,
         plan: ChunkPlan,
+        path: Path,
         stats: RecurrenceStats | None,
     ) -> tuple[Tensor, Tensor]:
         rounded = weight.to(drive.dtype)  # once for both directions
-        states, gain, final = _forward(drive, rounded, state, reset, leak_rate, plan, stats, with_gain=True)
+        states, gain, final = _forward(drive, rounded, state, reset, leak_rate, plan, path, stats, with_gain=True)
         ctx.save_for_backward(rounded, state, reset, states, gain)
-        ctx.leak_rate, ctx.plan, ctx.stats, ctx.weight_dtype = leak_rate, plan, stats, weight.dtype
+        ctx.leak_rate, ctx.plan, ctx.path, ctx.stats, ctx.weight_dtype = leak_rate, plan, path, stats, weight.dtype
         ctx.set_materialize_grads(False)
         return states, final
 
@@ -119,13 +109,7 @@ class _ReservoirRecurrence(torch.autograd.Function):
         grad_states, grad_final = grad_outputs
         weight, state, reset, states, gain = ctx.saved_tensors
         grad_states = torch.zeros_like(states) if grad_states is None else grad_states
-        if cluster.supports(gain):
-            sweep = cluster.backward_sweep
-        elif cluster_fp32.supports(gain):
-            sweep = cluster_fp32.backward_sweep
-        else:
-            sweep = graphed_backward_sweep if _graphed(gain, ctx.plan) else backward_sweep
-        delta, outcome = sweep(grad_states, grad_final, gain, weight, reset, ctx.leak_rate, ctx.plan)
+        delta, outcome = ctx.path.backward(grad_states, grad_final, gain, weight, reset, ctx.leak_rate, ctx.plan)
         if ctx.stats is not None:
             ctx.stats.backward_residual = outcome.residual
             ctx.stats.backward_repair_passes = _on_device(outcome.repair_passes, gain.device)
@@ -136,7 +120,7 @@ class _ReservoirRecurrence(torch.autograd.Function):
             grad_weight = weight_gradient(delta, states, state, reset).to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_state = outcome.final.transpose(0, 1).to(state.dtype)
-        return delta, grad_weight, grad_state, None, None, None, None
+        return delta, grad_weight, grad_state, None, None, None, None, None
 
 
 def _forward(
@@ -146,29 +130,16 @@ def _forward(
     reset: Tensor | None,
     leak_rate: float,
     plan: ChunkPlan,
+    path: Path,
     stats: RecurrenceStats | None,
     *,
     with_gain: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Run the sweep and fill `stats`; states, gain and the final state `[B, R, N]`."""
-    statistics = None
-    if cluster.supports(drive):
-        states, gain, statistics, outcome = cluster.forward_sweep(
-            drive, weight, state, reset, leak_rate, plan, with_gain=with_gain, with_statistics=stats is not None
-        )
-    elif cluster_fp32.supports(drive):
-        with_gain = with_gain or stats is not None
-        args = (drive, weight, state, reset, leak_rate, plan)
-        states, gain, outcome = cluster_fp32.forward_sweep(*args, with_gain=with_gain)
-    elif with_gain and _graphed(drive, plan):
-        states, gain, outcome = graphed_forward_sweep(drive, weight, state, reset, leak_rate, plan)
-    else:
-        with_gain = with_gain or stats is not None
-        states, gain, outcome = forward_sweep(drive, weight, state, reset, leak_rate, plan, with_gain=with_gain)
+    given = (drive, weight, state, reset, leak_rate, plan)
+    states, gain, statistics, outcome = path.forward(*given, with_gain=with_gain, with_statistics=stats is not None)
     if stats is not None:
-        if statistics is None:
-            assert gain is not None
-            statistics = gain_statistics(gain)
+        assert statistics is not None
         stats.forward_residual = outcome.residual
         stats.saturation, stats.mean_gain = statistics.unbind()
         stats.repair_passes = _on_device(outcome.repair_passes, drive.device)
@@ -180,12 +151,6 @@ def _on_device(value: int | bool | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value
     return torch.full((), value, dtype=torch.bool if isinstance(value, bool) else torch.int32, device=device)
-
-
-def _graphed(x: Tensor, plan: ChunkPlan) -> bool:
-    """Whether one step loop is worth a CUDA graph, and not too long for one."""
-    steps = min(plan.chunk_length + plan.warmup, x.shape[1])
-    return x.is_cuda and 1 < steps <= _MOST_GRAPHED_STEPS
 
 
 def _check(

@@ -1,0 +1,66 @@
+"""Manifests of older formats, as this version writes them: one pure function a format, each to the next.
+
+Format 1 has no checksum.  Format 2 has one; the keys of a model's parts are the model's own, states of generators are
+kept, and so are counts of updates of the parameters that had fewer than the others.  A key that changes what a model
+computes never gets a default here: what the older version computed is written out.
+"""
+
+from typing import Any
+
+Tree = dict[str, Any]
+
+_PARTS = {
+    "lfm": ("attention", "moe"),
+    "transformer": ("attention", "swiglu"),
+    "liquidnet": ("swiglu",),
+}
+_MOE = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_capacity_factor", "moe_z_loss_coeff")
+
+
+def migrated(tree: Tree) -> Tree:
+    """A valid manifest of any format as one of the newest."""
+    if tree["format"] == 1:
+        tree = from_1(tree)
+    if tree["format"] == 2:
+        tree = from_2(tree)
+    return tree
+
+
+def from_1(tree: Tree) -> Tree:
+    return {**tree, "format": 2}
+
+
+def from_2(tree: Tree) -> Tree:
+    config = {**tree["config"], "model": nested(tree["config"]["model"])}
+    if isinstance(config.get("optimizer"), dict):
+        config["optimizer"] = {"kind": "adamw", **config["optimizer"]}
+    # All parameters have had as many updates since: one without a gradient is given a gradient of zero.
+    counters = {key: value for key, value in tree["counters"].items() if key != "late_parameters"}
+    rest = {key: value for key, value in tree.items() if key not in ("rng", "checksum")}
+    return {**rest, "format": 3, "config": config, "counters": counters}
+
+
+def nested(model: Tree) -> Tree:
+    """A model's config with the keys of its parts in sections of their own."""
+    model = dict(model)
+
+    def taken(*keys: str) -> Tree:
+        return {key: model.pop(key) for key in keys if key in model}
+
+    for part in _PARTS.get(model["kind"], ()):
+        if part == "attention":
+            model["attention"] = taken("num_attention_heads", "num_query_groups", "rotary_base")
+            if "attention_backend" in model:
+                model["attention"]["backend"] = model.pop("attention_backend")
+        elif part == "moe":
+            balance = {
+                "kind": "loss",
+                "coeff": model.pop("moe_aux_loss_coeff", 0.01),
+                "scope": model.pop("moe_aux_loss_scope", "sequence"),
+            }
+            model["ffn"] = {"kind": "moe", **taken(*_MOE), "balance": balance}
+        else:
+            model["ffn"] = {"kind": "swiglu", **taken("ffn_hidden_size")}
+    if isinstance(model.get("liquid"), dict):
+        model["liquid"] = {"kind": "reservoir", **model["liquid"]}
+    return model

@@ -1,0 +1,173 @@
+"""Chat: `python launch/chat.py --checkpoint runs/NAME [--state FILE]`; the model reads, replies, and keeps its state.
+
+These are plain language models: a reply is a continuation of everything typed and replied so far.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lfm.config import add_flags, from_flags, path_flag
+from lfm.data.tokenizer import Tokenizer
+from lfm.errors import UserError
+from lfm.exits import command
+from lfm.files import exists, read_file, ready_folder, reason, shown
+from lfm.inference.conversation import Conversation
+from lfm.inference.sampling import SamplingConfig
+from lfm.models.liquidnn import MiniLiquidGPT, trace_norms, turn_plasticity_off
+
+HELP = "/reset forgets everything read; /state lists the state; /hebb the plastic traces; /quit ends, as does Ctrl-C"
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Talk with a trained model in the terminal; text appears as it is made."
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="run or step_* folder"
+    )
+    parser.add_argument(
+        "--state", type=path_flag, metavar="FILE", help="go on from this state if it exists; keep it there"
+    )
+    parser.add_argument("--no-plasticity", action="store_true", help="kind liquidnn: traces neither act nor change")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_flags(parser, SamplingConfig)
+    flags = parser.parse_args()
+    sampling = from_flags(SamplingConfig, flags)
+    from lfm.checkpoint.manifest import read_manifest
+    from lfm.inference.load import open_model
+
+    model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
+    manifest = read_manifest(checkpoint, warn=False)  # open_model has warned
+    if flags.no_plasticity:
+        turn_plasticity_off(model)
+    digest = hashlib.blake2b(read_file(checkpoint / "manifest.json"), digest_size=4).hexdigest()
+    weights = f"{manifest['config']['name']} step {manifest['step']} ({digest})"
+    talk = Conversation(model, sampling, end_of_document=tokenizer.eod_id)
+    if flags.state is not None:
+        if model.config.context_limit is not None:
+            raise UserError(f"--state: the state of {model.config.kind} grows with its text and is not kept in files")
+        ready_folder(flags.state.parent)
+        if exists(flags.state):
+            talk.load(flags.state, checkpoint=weights)
+    with _stop_signals() as stop:
+        try:
+            converse(talk, tokenizer, weights, stop)
+        finally:  # also after an error, or when nobody reads what is printed
+            stop.at_once = False
+            if flags.state is not None:
+                keep(talk, flags.state, weights)
+
+
+def converse(talk: Conversation, tokenizer: Tokenizer, weights: str, stop: "_Stop") -> None:
+    """Read and reply until the input ends, /quit or a stop signal, which ends a reply after the token in hand."""
+    print(f"{weights}, {talk.model.config.kind}; {describe(talk)}. {HELP}", flush=True)
+    # Bytes that are no UTF-8 reach the tokenizer's check, which names them.
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    while not stop.asked:
+        try:
+            with stop.while_waiting():
+                line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, _Stopped):
+            return
+        if line == "/quit":
+            return
+        if line.startswith("/"):
+            print(obey(talk, line), flush=True)
+            continue
+        try:
+            turn = tokenizer.encode_prompt(line + "\n", begin=talk.num_tokens == 0)
+            talk.read(turn)
+            decoder = tokenizer.stream_decoder(turn)
+            for token in talk.reply():
+                print(decoder.push(token), end="", flush=True)
+                if stop.asked:
+                    break
+            print(decoder.flush())
+        except UserError as error:  # the conversation goes on without what could not be read
+            print(f"error: {error}", file=sys.stderr)
+        print(f"[{describe(talk)}]", flush=True)
+
+
+def keep(talk: Conversation, path: Path, weights: str) -> None:
+    """Write the state.  Raises UserError naming the file when that fails."""
+    try:
+        talk.save(path, checkpoint=weights)
+    except OSError as error:
+        raise UserError(f"the state {shown(path)} cannot be written ({reason(error)})") from error
+
+
+class _Stopped(Exception):
+    """A stop signal came while the program waited for its user."""
+
+
+@dataclass
+class _Stop:
+    asked: bool = False
+    at_once: bool = False
+    """Whether nothing is in hand that a signal would tear."""
+
+    @contextlib.contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        self.at_once = True
+        try:
+            if self.asked:
+                raise _Stopped
+            yield
+        finally:
+            self.at_once = False
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Ctrl-C, TERM and HUP end the conversation, so that it is kept; those that were ignored stay ignored."""
+    stop = _Stop()
+
+    def handle(number: int, frame: Any) -> None:
+        stop.asked = True
+        if stop.at_once:
+            stop.at_once = False
+            raise _Stopped
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def describe(talk: Conversation) -> str:
+    """Size of the state, and what it has seen."""
+    state = talk.state or talk.model.empty_state(1)
+    size = f"{state.num_bytes / 1024:,.1f} KiB" if state is not None else "empty"
+    growth = "constant" if talk.model.config.context_limit is None else "growing"
+    return f"state {size}, {growth}, {talk.num_tokens:,} tokens read"
+
+
+def obey(talk: Conversation, line: str) -> str:
+    """Carry out a command; what to print."""
+    if line == "/reset":
+        talk.reset()
+        return describe(talk)
+    if line == "/state":
+        tensors = talk.state.tensors() if talk.state is not None else {}
+        listed = (f"{name} {list(t.shape)}, RMS {t.float().square().mean().sqrt():.3g}" for name, t in tensors.items())
+        return "\n".join([describe(talk), *listed])
+    if line == "/hebb":
+        if not isinstance(talk.model, MiniLiquidGPT):
+            return f"{talk.model.config.kind} has no plastic cells"
+        norms = trace_norms(talk.state or talk.model.empty_state(1))
+        cells = (f"deep cell {i}: |M_ih| {float(ih):.4f}, |M_hh| {float(hh):.4f}" for i, (ih, hh) in enumerate(norms))
+        return "\n".join(cells)
+    return HELP

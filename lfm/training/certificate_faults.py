@@ -1,0 +1,48 @@
+"""Mistakes that run without an error: engines handed to a certificate to prove that it finds them."""
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from lfm.models.language_model import LanguageModel
+from lfm.parallel.megatron import MegatronParts
+from lfm.parallel.zero import Weight
+from lfm.training.parallel_engine import ParallelEngine
+
+
+class ExpertAsDense(ParallelEngine):
+    """Gradients of experts are averaged over processes that hold other experts."""
+
+    def _weights(self, piece: LanguageModel) -> list[Weight]:
+        return [dataclasses.replace(weight, is_expert=False) for weight in super()._weights(piece)]
+
+
+class _NothingShared(MegatronParts):
+    def shared(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+class UnreducedReplicatedWeight(ParallelEngine):
+    """Tensor-parallel processes keep the summands of a common weight's gradient to themselves."""
+
+    make_parts = _NothingShared
+
+
+class DoubledExpertGradient(ParallelEngine):
+    def _run(self, *arguments: Any, **options: Any) -> None:
+        hooks = [
+            weight.parameter.register_hook(lambda gradient: 2 * gradient)
+            for weight in self.weights
+            if ".experts." in self.global_parts[weight.name][0].name
+        ]
+        super()._run(*arguments, **options)
+        for hook in hooks:
+            hook.remove()
+
+
+FAULTS: dict[str, type[ParallelEngine]] = {
+    "expert_as_dense": ExpertAsDense,
+    "unreduced_replicated_weight": UnreducedReplicatedWeight,
+    "doubled_expert_gradient": DoubledExpertGradient,
+}

@@ -1,0 +1,70 @@
+"""Which parameters are updated alike: matrices decay, vectors do not, and `optimizer.groups` says otherwise by name."""
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from lfm.errors import UserError
+from lfm.training.optimizer.kind import Group, OptimizerKind
+
+
+def parameter_groups(
+    config: OptimizerKind,
+    named: Iterable[tuple[str, Tensor]],
+    *,
+    experts: Container[str] = (),
+    wide: Container[str] = (),
+) -> list[Group]:
+    """The groups of (name, parameter) pairs, sorted by `Group.key`: in the same order on every pipeline stage.
+
+    `experts`, `wide`: names of those whose groups say so.
+    """
+    members: dict[tuple[bool, bool, float, float], dict[str, Tensor]] = {}
+    for name, parameter in named:
+        lr_multiple, decay = 1.0, config.weight_decay if parameter.dim() > 1 else 0.0
+        exception = next((group for group in config.groups if fnmatchcase(name, group.match)), None)
+        if exception is not None:
+            lr_multiple = exception.lr_multiple
+            decay = decay if exception.weight_decay is None else exception.weight_decay
+        members.setdefault((name in experts, name in wide, -decay, lr_multiple), {})[name] = parameter
+    return [
+        Group(members[key], weight_decay=-key[2], lr_multiple=key[3], is_expert=key[0], is_wide=key[1])
+        for key in sorted(members)
+    ]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one process found of `optimizer.groups` among its parameters."""
+
+    stage: int
+    """Of the pipeline."""
+    groups: tuple[tuple[bool, bool, float, float], ...]
+    matched: frozenset[str]
+    first: str
+    """Name of a parameter, as an example."""
+
+
+def found_groups(config: OptimizerKind, groups: Sequence[Group], names: Sequence[str], *, stage: int = 0) -> Found:
+    matched = (e.match for e in config.groups if any(fnmatchcase(name, e.match) for name in names))
+    return Found(stage, tuple(group.key for group in groups), frozenset(matched), names[0])
+
+
+def check_groups(config: OptimizerKind, found: Sequence[Found]) -> None:
+    """Raises UserError for an exception that matches nothing on any process, and for a group that a stage lacks."""
+    for exception in config.groups:
+        if not any(exception.match in process.matched for process in found):
+            raise UserError(
+                f"optimizer.groups: match={exception.match} is the name of no parameter; the first is {found[0].first}"
+            )
+    for key in sorted({key for process in found for key in process.groups}):
+        lacking = next((process for process in found if key not in process.groups), None)
+        if lacking is not None:
+            _, _, decay, lr_multiple = key
+            raise UserError(
+                f"optimizer.groups: pipeline stage {lacking.stage} has no parameter of weight_decay={-decay:g} and "
+                f"lr_multiple={lr_multiple:g}, and another stage has; match names of every stage, or set "
+                "parallel.pipeline=1"
+            )

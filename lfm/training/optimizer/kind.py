@@ -1,0 +1,88 @@
+"""What a kind of optimizer is: its settings, what it keeps of a parameter, torch's optimizer over groups of them."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from lfm.config import Config
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ParameterGroup(Config):
+    """An exception for the parameters whose names it matches."""
+
+    match: str
+    """Name of a parameter, such as layers.0.gate.weight, where * stands for anything."""
+    lr_multiple: float = Field(default=1.0, ge=0)
+    """Factor on the learning rate, at every step."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """null: as without the group."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are updated alike, have one dtype, and whose gradients one set of processes sums."""
+
+    named: Mapping[str, Tensor]
+    weight_decay: float
+    lr_multiple: float
+    is_expert: bool
+    is_wide: bool
+    """Whether they are in fp32 where the others are in bf16."""
+
+    @property
+    def key(self) -> tuple[bool, bool, float, float]:
+        """What tells it from others, in the order of groups."""
+        return (self.is_expert, self.is_wide, -self.weight_decay, self.lr_multiple)
+
+
+class OptimizerKind(Config, abc.ABC):
+    """What all kinds have.  Each adds its `kind` and its own settings."""
+
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled; not on gains and biases."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest norm of the whole gradient; 0: no clipping."""
+    groups: tuple[ParameterGroup, ...] = ()
+    """Exceptions from lr and weight_decay; the first that matches counts."""
+
+    state_title: ClassVar[str]
+    """What `--dry-run` calls its state."""
+    state_keys: ClassVar[tuple[str, ...]]
+    """What it keeps beside each parameter: tensors of its shape, which a checkpoint holds under these names."""
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Of its state, which is fp32."""
+        return 4 * len(self.state_keys)
+
+    @abc.abstractmethod
+    def build(self, groups: Sequence[Group], *, fused: bool = True) -> torch.optim.Optimizer:
+        """The optimizer over `groups`, whose states are `new_state`s.
+
+        `fused`: one kernel for many parameters where it has one, which takes state beside the parameters alone.
+        """
+
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state before the first update, so that a fresh run can be loaded into; `step` counts updates."""
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return {"step": step, **{key: torch.zeros_like(parameter, requires_grad=False) for key in self.state_keys}}
+
+    def _for_torch(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
+        return [
+            {
+                "params": [*group.named.values()],
+                "lr_multiple": group.lr_multiple,
+                "weight_decay": group.weight_decay,
+                "lr": self.lr * group.lr_multiple,
+            }
+            for group in groups
+        ]

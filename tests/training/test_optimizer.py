@@ -1,0 +1,136 @@
+"""Kinds of optimizers, their keys, and the groups of parameters."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lfm.checkpoint.manifest import read_manifest
+from lfm.data.batch import Batch
+from lfm.errors import UserError
+from lfm.training.local_engine import LocalEngine
+from lfm.training.loop import train
+from lfm.training.optimizer.adamw import AdamWConfig
+from lfm.training.optimizer.groups import parameter_groups
+from lfm.training.optimizer.lion import LionConfig
+from lfm.training.plan import memory_estimate
+from lfm.training.run import RunConfig
+from tests.models.test_lfm import small_config
+from tests.training.test_plan import planned
+from tests.training.tiny_run import assert_same_checkpoint, rewrite_manifest, tiny_run
+
+ROOT = Path(__file__).parent.parent.parent
+PRESET = ROOT / "configs/lfm_debug.yaml"
+
+
+def test_lion_is_the_papers_program_1():
+    config = LionConfig(lr=1e-3, weight_decay=0.5, clip_grad=0)
+    engine = LocalEngine(
+        small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float64, micro_batch_size=4
+    )
+    expected = {name: master.detach().clone() for name, master in engine.masters.items()}
+    moments = {name: torch.zeros_like(master) for name, master in expected.items()}
+    for step in range(3):
+        rows = torch.randint(0, 40, (4, 20), generator=torch.Generator().manual_seed(step))
+        engine.forward_backward(Batch(rows, [[20]] * 4))
+        for name, theta in expected.items():
+            gradient, moment = engine.masters[name].grad.clone(), moments[name]
+            decay = 0.5 if theta.dim() > 1 else 0.0
+            theta -= 1e-3 * (1 + step) * ((0.9 * moment + 0.1 * gradient).sign() + decay * theta)
+            moment.mul_(0.99).add_(gradient, alpha=0.01)
+        engine.step(1e-3 * (1 + step))
+    for name, master in engine.masters.items():
+        assert torch.allclose(master, expected[name], rtol=0, atol=1e-14), name
+        assert torch.allclose(engine.optimizer.state[master]["exp_avg"], moments[name], rtol=1e-12, atol=1e-16), name
+    assert engine.optimizer_step == 3 and {key.partition(".")[0] for key in engine.tensors()} == set(engine.state_kinds)
+
+
+def test_a_resumed_run_of_lion_is_the_uninterrupted_one(tmp_path, text_data):
+    keys = ("optimizer.kind=lion", "optimizer.lr=1e-4", "training.steps=4")
+    whole = tiny_run(tmp_path / "whole", text_data, *keys)
+    train(whole)
+    half = whole.folder / "checkpoints/step_00000002"
+    resumed = tiny_run(tmp_path / "resumed", text_data, *keys, f"checkpoint.resume={half}")
+    train(resumed)
+    last = "checkpoints/step_00000004"
+    assert_same_checkpoint(resumed.folder / last, whole.folder / last)
+
+    other = tiny_run(tmp_path / "other", text_data, "training.steps=4", f"checkpoint.resume={half}")
+    with pytest.raises(UserError) as refused:
+        train(other)
+    assert str(refused.value) == (
+        f"checkpoint {half} has the state of optimizer.kind=lion and the config says adamw; set it alike, or start a "
+        f"new run from its weights (name=NAME checkpoint.init_from={half})"
+    )
+    train(tiny_run(tmp_path / "other", text_data, "training.steps=1", f"checkpoint.init_from={half}"))
+
+
+def test_a_checkpoint_that_names_no_kind_is_adamws(tmp_path, text_data):
+    run = tiny_run(tmp_path, text_data, "training.steps=2")
+    train(run)
+    path = run.folder / "checkpoints/step_00000002"
+    config = read_manifest(path)["config"]
+    assert config["optimizer"].pop("kind") == "adamw"
+    rewrite_manifest(path, config=config)
+    train(run)
+    with pytest.raises(UserError, match=r"has the state of optimizer\.kind=adamw and the config says lion"):
+        train(tiny_run(tmp_path, text_data, "training.steps=2", "optimizer.kind=lion"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        ([], AdamWConfig(lr=1e-3)),
+        (["optimizer.kind=lion", "optimizer.betas=[0.95, 0.98]"], LionConfig(lr=1e-3, betas=(0.95, 0.98))),
+    ],
+)
+def test_the_kind_is_adamw_where_none_is_named(overrides, found):
+    run = RunConfig.load(PRESET, [*overrides, "optimizer.lr=1e-3"])
+    assert run.optimizer == found
+    assert RunConfig.from_tree(run.model_dump(mode="json"), source="itself") == run
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.kind=sgd", r"optimizer.kind = 'sgd' in .* is not one of 'adamw', 'lion'"),
+        ("optimizer.kind=[1]", r"optimizer.kind = "),
+        ("optimizer=3", r"optimizer = 3 in .* is not legal: it takes key: value pairs"),
+        ("optimizer={kind: lion, eps: 1}", r"unknown key optimizer.eps \(value 1\)"),
+        ("optimizer.lrr=1", r"unknown key optimizer.lrr .*; did you mean optimizer.lr\?"),
+        ("optimizer.betas=[0.9, 1.5]", r"optimizer.betas.* = 1.5 in .* is not legal"),
+    ],
+)
+def test_a_wrong_optimizer_is_one_sentence(override, words):
+    with pytest.raises(UserError, match=words):
+        RunConfig.load(PRESET, [override])
+
+
+def test_lion_plans_for_half_of_adamws_state():
+    run, layout = planned("optimizer.kind=lion", world=1)
+    counts, memory = run.model.count_parameters(), memory_estimate(run, layout)
+    assert memory["Lion moment"] == 4 * (counts.trainable + counts.padding)
+
+
+def test_groups_are_in_the_same_order_whatever_comes_first():
+    config = AdamWConfig.model_validate({"weight_decay": 0.1, "groups": [{"match": "*b", "lr_multiple": 0.5}]})
+    named = {name: torch.zeros((2,) * (2 if "w" in name else 1)) for name in ("w", "v", "wb", "vb", "we", "wide")}
+    orders = [
+        [
+            (sorted(group.named), group.weight_decay, group.lr_multiple, group.is_expert, group.is_wide)
+            for group in parameter_groups(config, pairs, experts={"we"}, wide={"wide"})
+        ]
+        for pairs in (list(named.items()), list(named.items())[::-1])
+    ]
+    assert (
+        orders[0]
+        == orders[1]
+        == [
+            (["wb"], 0.1, 0.5, False, False),
+            (["w"], 0.1, 1.0, False, False),
+            (["vb"], 0.0, 0.5, False, False),
+            (["v"], 0.0, 1.0, False, False),
+            (["wide"], 0.1, 1.0, False, True),
+            (["we"], 0.1, 1.0, True, False),
+        ]
+    )
