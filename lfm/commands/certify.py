@@ -34,11 +34,12 @@ def main() -> None:
     require_packages()
     prepare_environment(run.device.type)
     from lfm.layout.layout import check_layout
-    from lfm.training.certificate import BOUNDS, LAYOUTS, Problem, certify, in_one_process, write_json
+    from lfm.training.certificate import BOUNDS, LAYOUTS, Problem, certify, in_one_process, suits, write_json
     from lfm.training.certificate_faults import FAULTS
     from lfm.training.parallel_engine import ParallelEngine
 
-    names = list(LAYOUTS) if flags.layouts == "all" else flags.layouts.split(",")
+    everything = flags.layouts == "all"
+    names = [name for name in LAYOUTS if suits(run.model, name)] if everything else flags.layouts.split(",")
     for name in names:
         if name not in LAYOUTS:
             raise UserError(f"--layouts {name} is not one of {', '.join(LAYOUTS)}")
@@ -47,8 +48,6 @@ def main() -> None:
     if run.dtype.itemsize < 4:
         raise UserError(f"training.dtype={run.training.dtype} is too coarse to certify; use training.dtype=float32")
 
-    if run.model.kind != "lfm":
-        raise UserError(f"model.kind={run.model.kind} has no parallel layouts to certify; use a config of kind lfm")
     print(f"bounds: {', '.join(f'{key} {bound:.0e}' for key, bound in BOUNDS.items())}", flush=True)
     engine_type = ParallelEngine if flags.plant is None else FAULTS[flags.plant]
     expected, findings, start = None, [], time.monotonic()

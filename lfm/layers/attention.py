@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lfm.config import Config, Width
 from lfm.errors import UserError
 from lfm.kernels.rotary import rotated_heads
+from lfm.layers.cost import Cost, matrices
 from lfm.layers.documents import Documents
 from lfm.layers.flash_attention import FLASH_ATTN_4, PACKAGES, FlashPackage, flash_attention, require_package
 from lfm.layers.parts import PLAIN, Parts
@@ -49,6 +50,12 @@ class AttentionConfig(Config):
         if n % groups:
             legal = [g for g in range(1, n + 1) if n % g == 0]
             raise ValueError(f"attention.num_query_groups={groups} does not divide {n} heads; choose from {legal}")
+
+    def cost(self, hidden_size: int, attended: float) -> Cost:
+        """`attended`: mean number of keys that a query sees."""
+        D, products = hidden_size, 4 * hidden_size * attended
+        keys_and_values = 2 * D * self.num_query_groups * (D // self.num_attention_heads)
+        return matrices(sharded=2 * D * D + keys_and_values) + Cost(forward=products, backward=2 * products)
 
 
 @dataclass(eq=False)

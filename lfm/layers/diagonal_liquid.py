@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lfm.config import Config, Depth
 from lfm.kernels.diagonal_scan import diagonal_scan
+from lfm.layers.cost import Cost, matrices
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.stored import Stored
 
@@ -29,6 +30,14 @@ class DiagonalConfig(Config):
     def _check(self) -> "DiagonalConfig":
         check_delta_min(self.delta_min)
         return self
+
+    def cost(self, hidden_size: int) -> Cost:
+        return diagonal_cost(hidden_size)
+
+
+def diagonal_cost(hidden_size: int) -> Cost:
+    """Of a DiagonalLiquid; the recurrence's few operations a channel are not counted."""
+    return matrices(sharded=4 * hidden_size * hidden_size) + Cost(sharded=hidden_size)
 
 
 def check_delta_min(delta_min: float) -> None:

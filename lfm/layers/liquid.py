@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lfm.config import Config, Depth, Tokens, Width
 from lfm.kernels.reservoir import WARMUP_NOTCHES, RecurrenceStats, reservoir_recurrence
+from lfm.layers.cost import Cost, frozen_matrices, matrices
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.stored import Stored
 
@@ -50,6 +51,13 @@ class ReservoirConfig(Config):
         if self.norm == "post" and self.input_scaling != 1.0:
             raise ValueError(f"input_scaling={self.input_scaling} needs norm: pre; post has none")
         return self
+
+    def cost(self, hidden_size: int) -> Cost:
+        """Reservoirs count as the dense matrices that they are stored as."""
+        width = self.num_reservoirs * self.reservoir_size
+        recurrent = width * self.reservoir_size
+        reservoirs = matrices(replicated=recurrent) if self.train_reservoir else frozen_matrices(recurrent)
+        return matrices(sharded=2 * width * hidden_size) + Cost(sharded=width, replicated=hidden_size) + reservoirs
 
     def must_forget(self, num_positions: int) -> bool:
         """Whether trained reservoirs must be kept forgetful, because so many positions may be cut into chunks."""

@@ -1,12 +1,14 @@
 """Stacked LSTM over packed rows, with a functional state."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lfm.layers.cost import Cost, matrices
 from lfm.layers.documents import Documents
 
 
@@ -74,13 +76,37 @@ class StackedLSTM(nn.Module):
         return y.to(x.dtype), (torch.stack(ends_h, 1), torch.stack(ends_c, 1))
 
     def _weights(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
-        weights = [self.get_parameter(name) for name in _names(layer)]
+        weights = _in_order(self.get_parameter(name) for name in _names(layer))
         if not weights[0].is_cuda:
             return [weight.to(dtype) for weight in weights]
         # cuDNN wants a layer's weights in one piece of memory, in this order.
         whole = torch.cat([weight.flatten() for weight in weights]).to(dtype)
         parts = whole.split([weight.numel() for weight in weights])
         return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
+
+
+def _in_order(weights: Iterable[Tensor]) -> list[Tensor]:
+    """The same, whose gradients come in the reverse order, however a row is computed.
+
+    Packed and whole rows have graphs of their own, and the processes of ZeRO-2 and 3 add up gradients as they come.
+    """
+    ordered, after = [], torch.zeros(())
+    for weight in weights:
+        weight, after = _After.apply(weight, after)
+        ordered.append(weight)
+    return ordered
+
+
+class _After(torch.autograd.Function):
+    """A weight, which waits for the gradient of the next one; the second output is what the next one takes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return weight.view_as(weight), before.clone()
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return weight, before
 
 
 def _names(layer: int) -> tuple[str, str, str, str]:
@@ -109,8 +135,7 @@ def pack_documents(
     )
 
 
-def lstm_parameters(input_size: int, hidden_size: int, num_layers: int) -> int:
-    """Number of weights of a StackedLSTM."""
-    return sum(
-        4 * hidden_size * ((input_size if layer == 0 else hidden_size) + hidden_size + 2) for layer in range(num_layers)
-    )
+def lstm_cost(input_size: int, hidden_size: int) -> Cost:
+    """Of one layer of a StackedLSTM."""
+    gates = 4 * hidden_size
+    return matrices(replicated=gates * (input_size + hidden_size)) + Cost(replicated=2 * gates)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lfm.config import Config, Width
 from lfm.kernels.swiglu import swiglu
+from lfm.layers.cost import Cost, matrices
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.stored import Stored
 
@@ -15,6 +16,9 @@ class SwiGLUConfig(Config):
     kind: Literal["swiglu"] = "swiglu"
     """One feed-forward network for every token."""
     ffn_hidden_size: Width
+
+    def cost(self, hidden_size: int) -> Cost:
+        return matrices(sharded=3 * hidden_size * self.ffn_hidden_size)
 
 
 class SwiGLU(nn.Module):

@@ -12,6 +12,7 @@ from lfm.kernels.grouped_linear import grouped_linear
 from lfm.kernels.permutation import combine, dispatch, sorted_places
 from lfm.kernels.router import router_logits
 from lfm.kernels.swiglu import swiglu
+from lfm.layers.cost import Cost, matrices
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.router import LossBalance, Routing, route
 from lfm.layers.stored import Stored
@@ -42,6 +43,11 @@ class MoEConfig(Config):
                 f"moe_router_topk={self.moe_router_topk} is more than num_moe_experts={self.num_moe_experts}"
             )
         return self
+
+    def cost(self, hidden_size: int) -> Cost:
+        expert, E, k = 3 * hidden_size * self.moe_ffn_hidden_size, self.num_moe_experts, self.moe_router_topk
+        chosen = Cost(experts=E * expert, idle=(E - k) * expert, forward=2 * k * expert, backward=4 * k * expert)
+        return matrices(replicated=E * hidden_size) + chosen
 
 
 class MoE(nn.Module):

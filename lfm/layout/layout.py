@@ -93,7 +93,7 @@ def check_layout(
     if rule is not None:
         raise UserError(refusal(rule, r))
     p = parallel
-    costs = [model.layer_flops(layer) for layer in range(model.num_layers)]
+    costs = [model.layer_cost(layer).flops for layer in range(model.num_layers)]
     sizes = p.stage_layers or balanced_sizes(costs, model.head_flops, p.pipeline, p.virtual_pipeline)
     ends = list(itertools.accumulate(sizes))
     return Layout(

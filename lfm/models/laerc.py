@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
+from lfm.layers.cost import Cost, frozen_matrices, matrices
 from lfm.layers.residual import ResidualStream
 from lfm.layers.stored import Stored
 from lfm.models.decoder import Block, Context, Decoder, Memory
 from lfm.models.initialization import generator_of
-from lfm.models.language_model import FamilyConfig, ParameterCounts
+from lfm.models.language_model import FamilyConfig
 from lfm.models.losses import Measured, reservoir_measured
 from lfm.models.state import State
 
@@ -119,36 +120,20 @@ class LAERCConfig(FamilyConfig):
         return f"laerc_{sizes}_R{R}_RMLP{H}_FF{F}"
 
     @property
-    def _layer_matrices(self) -> tuple[int, int]:
-        """Weights of one block's matrices: trained, frozen."""
-        D, R, H = self.hidden_size, self.reservoir_size, self.reservoir_mlp_hidden_size
-        trained = 3 * D * D + 2 * D * self.ffn_hidden_size
-        return (trained + R * H + H * D, R * R + R * D) if self.use_reservoir else (trained, 0)
+    def norm_parameters(self) -> int:
+        return 2 * self.hidden_size
 
-    def count_parameters(self) -> ParameterCounts:
+    def layer_cost(self, layer: int, attended: float | None = None) -> Cost:
         D, R, H = self.hidden_size, self.reservoir_size, self.reservoir_mlp_hidden_size
-        trained, frozen = self._layer_matrices
-        # Biases, gains and the scalar of gate and feed-forward network; the input norm; those of the reservoir path.
-        trained += 6 * D + 2 * D + self.ffn_hidden_size + D + 1
+        # Biases, gains and the scalar of gate and feed-forward network.
+        cost = matrices(replicated=3 * D * D + 2 * D * self.ffn_hidden_size)
+        cost += Cost(replicated=6 * D + 2 * D + self.ffn_hidden_size + D + 1)
         if self.use_reservoir or self.keep_input_norm:
-            trained += 2 * D
+            cost += Cost(replicated=2 * D)
         if self.use_reservoir:
-            trained += 2 * R + H + D + 1
-            frozen += 2 * R
-        embedding = self.vocab_size * D
-        trainable, frozen = embedding + self.num_layers * trained + 2 * D, self.num_layers * frozen
-        return ParameterCounts(
-            total=trainable + frozen,
-            trainable=trainable,
-            frozen=frozen,
-            active=trainable,
-            active_non_embedding=trainable - embedding,
-        )
-
-    def flops_per_token(self, attended: float | None = None) -> float:
-        """Of matrix products; frozen matrices have no weight gradient, and nothing attends."""
-        trained, frozen = self._layer_matrices
-        return 6.0 * (self.num_layers * trained + self.vocab_size * self.hidden_size) + 4.0 * self.num_layers * frozen
+            cost += frozen_matrices(R * R + R * D) + matrices(replicated=R * H + H * D)
+            cost += Cost(replicated=2 * R + H + D + 1, frozen=2 * R)
+        return cost
 
 
 def _shortest(x: float) -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lfm.config import Config
+from lfm.layers.cost import Cost
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head
 from lfm.models.initialization import initialize
@@ -91,26 +92,62 @@ class FamilyConfig(Config, abc.ABC):
         """What `name: auto` means."""
         return getattr(self, "kind", "run")
 
-    @abc.abstractmethod
-    def count_parameters(self) -> "ParameterCounts":
-        """Exact counts, tied tensors once, frozen sparse matrices as dense ones."""
+    @property
+    def counts_padding(self) -> bool:
+        """Whether counts take the padded rows of the vocabulary for parameters."""
+        return False
+
+    @property
+    def norm_parameters(self) -> int:
+        """Of the final norm."""
+        return cast(Any, self).hidden_size
+
+    @property
+    def head_parameters(self) -> int:
+        """Of an output projection that is not the embedding, without padding."""
+        c = cast(Any, self)
+        return 0 if self.is_tied else c.vocab_size * c.hidden_size
 
     @abc.abstractmethod
+    def layer_cost(self, layer: int, attended: float | None = None) -> Cost:
+        """What one layer takes.
+
+        `attended`: mean number of keys a query sees, for families with attention; by default the causal mean
+        (seq_length + 1) / 2 of rows that are one document.
+        """
+
+    def count_parameters(self) -> "ParameterCounts":
+        """Exact counts, tied tensors once, frozen sparse matrices as dense ones."""
+        c = cast(Any, self)
+        layers = [self.layer_cost(layer) for layer in range(c.num_layers)]
+        embedding = (self.padded_vocab_size if self.counts_padding else c.vocab_size) * c.hidden_size
+        padding = 0 if self.counts_padding else (self.padded_vocab_size - c.vocab_size) * c.hidden_size
+        vocabulary = embedding + self.head_parameters
+        trainable = vocabulary + self.norm_parameters + sum(layer.trainable for layer in layers)
+        frozen = sum(layer.frozen for layer in layers)
+        active = trainable - sum(layer.idle for layer in layers)
+        return ParameterCounts(
+            total=trainable + frozen,
+            trainable=trainable,
+            frozen=frozen,
+            active=active,
+            active_non_embedding=active - vocabulary,
+            padding=padding * (1 if self.is_tied else 2),
+        )
+
     def flops_per_token(self, attended: float | None = None) -> float:
         """Useful FLOPs of a training token, forward and backward: a multiply and an add are two.
 
-        `attended`: mean number of keys a query sees, for families with attention; by default that of whole rows.
+        Recomputation is not counted; frozen matrices need no weight gradient.  `attended` as for `layer_cost`.
         """
+        layers = range(cast(Any, self).num_layers)
+        return sum(self.layer_cost(layer, attended).flops for layer in layers) + self.head_flops
 
     @property
     def head_flops(self) -> float:
         """The part of `flops_per_token` that the output projection takes."""
         c = cast(Any, self)
         return 6.0 * c.vocab_size * c.hidden_size
-
-    def layer_flops(self, layer: int, attended: float | None = None) -> float:
-        """The part of `flops_per_token` that one layer takes; here of layers that are all alike."""
-        return (self.flops_per_token(attended) - self.head_flops) / cast(Any, self).num_layers
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lfm.config import Depth, Tokens, Vocabulary, Width, default_kind
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
 from lfm.layers.attention import Attention, AttentionConfig, KeyValueCache
+from lfm.layers.cost import Cost
 from lfm.layers.diagonal_liquid import DiagonalConfig, DiagonalLiquid, initial_delta_bias
 from lfm.layers.liquid import Liquid, ReservoirConfig
 from lfm.layers.mlp import SwiGLU, SwiGLUConfig
@@ -22,7 +23,7 @@ from lfm.layers.residual import ResidualStream
 from lfm.layers.router import Routing
 from lfm.models.decoder import Block, Context, Decoder, Memory, checkpointed, plain
 from lfm.models.initialization import generator_of
-from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute
+from lfm.models.language_model import FamilyConfig, Recompute
 from lfm.models.losses import Measured, Term, reservoir_measured
 from lfm.models.state import State
 
@@ -151,102 +152,15 @@ class LFMConfig(FamilyConfig):
     def liquid_layers(self) -> tuple[int, ...]:
         return tuple(range(0, self.num_layers, self.liquid.interval)) if self.liquid else ()
 
-    def layer_parameters(self, layer: int) -> "LayerParameters":
-        D, E = self.hidden_size, self.moe.num_moe_experts if self.moe else 0
-        sharded, replicated, reservoirs, trained = self._attention_matrices, E * D + D, 0, False
+    def layer_cost(self, layer: int, attended: float | None = None) -> Cost:
+        D = self.hidden_size
+        norm = Cost(replicated=D)
+        cost = norm + self.ffn.cost(D)
         if self.attention is not None:
-            replicated += D
-        if isinstance(self.ffn, SwiGLUConfig):
-            sharded += 3 * D * self.ffn.ffn_hidden_size
-        if layer in self.liquid_layers:
-            replicated += D
-            if self.reservoir is not None:
-                width = self.reservoir.num_reservoirs * self.reservoir.reservoir_size
-                sharded += 2 * width * D + width
-                replicated += D
-                reservoirs, trained = width * self.reservoir.reservoir_size, self.reservoir.train_reservoir
-            else:
-                sharded += 4 * D * D + D
-        return LayerParameters(
-            sharded=sharded,
-            experts=E * 3 * D * self.moe.moe_ffn_hidden_size if self.moe else 0,
-            replicated=replicated + (reservoirs if trained else 0),
-            frozen=0 if trained else reservoirs,
-        )
-
-    @property
-    def _attention_matrices(self) -> int:
-        """Weights of one layer's projections."""
-        if self.attention is None:
-            return 0
-        D = self.hidden_size
-        return 2 * D * D + 2 * D * self.attention.num_query_groups * self.head_size
-
-    def count_parameters(self) -> "ParameterCounts":
-        """Exact counts of the unpadded model; tied tensors once."""
-        D = self.hidden_size
-        embedding = self.vocab_size * D
-        head = embedding if self.untie_embeddings_and_output_weights else 0
-        layers = [self.layer_parameters(layer) for layer in range(self.num_layers)]
-        trainable = embedding + head + sum(layer.trainable for layer in layers) + D
-        frozen = sum(layer.frozen for layer in layers)
-        idle = 0
-        if self.moe is not None:
-            E = self.moe.num_moe_experts
-            idle = sum(layer.experts for layer in layers) // E * (E - self.moe.moe_router_topk)
-        active = trainable - idle
-        return ParameterCounts(
-            total=trainable + frozen,
-            trainable=trainable,
-            frozen=frozen,
-            active=active,
-            active_non_embedding=active - embedding - head,
-            padding=(self.padded_vocab_size - self.vocab_size) * D * (2 if head else 1),
-        )
-
-    def layer_flops(self, layer: int, attended: float | None = None) -> float:
-        """The part of `flops_per_token` that one layer takes."""
-        D = self.hidden_size
-        attended = (self.seq_length + 1) / 2 if attended is None else attended
-        forward = 2 * self._attention_matrices + (4 * D * attended if self.attention is not None else 0)
-        if isinstance(self.ffn, MoEConfig):
-            forward += self.ffn.moe_router_topk * 6 * D * self.ffn.moe_ffn_hidden_size
-            forward += 2 * D * self.ffn.num_moe_experts
-        else:
-            forward += 6 * D * self.ffn.ffn_hidden_size
-        if layer not in self.liquid_layers:
-            return 3 * forward
-        if self.reservoir is None:
-            return 3 * (forward + 8 * D * D)
-        width = self.reservoir.num_reservoirs * self.reservoir.reservoir_size
-        recurrence = 2 * width * self.reservoir.reservoir_size
-        return 3 * (forward + 4 * width * D + recurrence) - (0 if self.reservoir.train_reservoir else recurrence)
-
-    def flops_per_token(self, attended: float | None = None) -> float:
-        """Useful FLOPs of forward and backward per token, 2 per multiply-add.
-
-        `attended` is the mean number of keys a query attends; by default the causal mean (seq_length + 1) / 2 of rows
-        that are one document.  Recomputation is not counted; frozen reservoirs need no weight gradient.
-        """
-        return sum(self.layer_flops(layer, attended) for layer in range(self.num_layers)) + self.head_flops
-
-
-@dataclass(frozen=True)
-class LayerParameters:
-    """Counts of one layer by what a parallel layout does with them."""
-
-    sharded: int
-    """Cut by tensor parallelism: attention, the liquid layer's projections, a feed-forward network."""
-    experts: int
-    """Cut by expert parallelism, or without it by tensor parallelism."""
-    replicated: int
-    """Whole on every tensor rank: gains, router, output bias, trained reservoirs."""
-    frozen: int
-    """Reservoirs that are not trained, fp32, whole on every tensor rank."""
-
-    @property
-    def trainable(self) -> int:
-        return self.sharded + self.experts + self.replicated
+            cost += norm + self.attention.cost(D, (self.seq_length + 1) / 2 if attended is None else attended)
+        if self.liquid is not None and layer in self.liquid_layers:
+            cost += norm + self.liquid.cost(D)
+        return cost
 
 
 @dataclass

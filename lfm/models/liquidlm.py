@@ -12,11 +12,12 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
+from lfm.layers.cost import Cost, frozen_matrices
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
-from lfm.layers.lstm import StackedLSTM, lstm_parameters
+from lfm.layers.lstm import StackedLSTM, lstm_cost
 from lfm.models.initialization import generator_of
-from lfm.models.language_model import FamilyConfig, LanguageModel, ParameterCounts, Recompute
+from lfm.models.language_model import FamilyConfig, LanguageModel, Recompute
 from lfm.models.losses import Losses, Objective
 from lfm.models.state import State
 
@@ -54,24 +55,20 @@ class LiquidLMConfig(FamilyConfig):
         enough = mean + 6 * math.sqrt(mean * (1 - self.connectivity))
         return min(self.hidden_size, 8 * math.ceil(enough / 8))
 
-    def count_parameters(self) -> ParameterCounts:
-        """Exact; the sparse reservoir counts as the dense matrix that it stands for."""
-        D, V, R = self.hidden_size, self.vocab_size, self.reservoir_size
-        inner = lstm_parameters(R, D, self.num_layers) + 2 * D
-        trainable, frozen = inner + 2 * V * D + V, R * D + R
-        return ParameterCounts(
-            total=trainable + frozen,
-            trainable=trainable,
-            frozen=frozen,
-            active=trainable,
-            active_non_embedding=inner,
-        )
+    @property
+    def norm_parameters(self) -> int:
+        return 2 * self.hidden_size
 
-    def flops_per_token(self, attended: float | None = None) -> float:
-        """Useful FLOPs of a training token; the frozen reservoir, multiplied densely, needs no weight gradient."""
+    @property
+    def head_parameters(self) -> int:
+        return self.vocab_size * (self.hidden_size + 1)
+
+    def layer_cost(self, layer: int, attended: float | None = None) -> Cost:
+        """The first layer's has the reservoir in it: the dense matrix that it stands for, and the phases."""
         D, R = self.hidden_size, self.reservoir_size
-        gates = sum(2 * 4 * D * ((R if layer == 0 else D) + D) for layer in range(self.num_layers))
-        return 3.0 * (gates + 2 * self.vocab_size * D) + 2.0 * (2 * R * D)
+        if layer > 0:
+            return lstm_cost(D, D)
+        return lstm_cost(R, D) + frozen_matrices(R * D) + Cost(frozen=R)
 
 
 @dataclass

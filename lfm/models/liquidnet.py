@@ -11,14 +11,15 @@ from torch import Tensor
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats
-from lfm.layers.diagonal_liquid import DiagonalLiquid, check_delta_min, initial_delta_bias
+from lfm.layers.cost import Cost
+from lfm.layers.diagonal_liquid import DiagonalLiquid, check_delta_min, diagonal_cost, initial_delta_bias
 from lfm.layers.mlp import SwiGLU, SwiGLUConfig
 from lfm.layers.norm import RMSNorm
 from lfm.layers.parts import Parts
 from lfm.layers.residual import ResidualStream
 from lfm.models.decoder import Block, Context, Decoder, Memory
 from lfm.models.initialization import generator_of
-from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute
+from lfm.models.language_model import FamilyConfig, Recompute
 from lfm.models.state import State
 
 
@@ -60,19 +61,13 @@ class LiquidNetConfig(FamilyConfig):
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
 
-    def count_parameters(self) -> ParameterCounts:
-        """Exact counts, with the padded vocabulary rows in them as in the published sizes, so that `padding` is 0."""
-        D, embedding = self.hidden_size, self.padded_vocab_size * self.hidden_size
-        layer = 4 * D * D + 3 * D * self.ffn.ffn_hidden_size + 3 * D  # two gains and the bias of delta
-        total = embedding + self.num_layers * layer + D
-        return ParameterCounts(
-            total=total, trainable=total, frozen=0, active=total, active_non_embedding=total - embedding
-        )
+    @property
+    def counts_padding(self) -> bool:
+        return True
 
-    def flops_per_token(self, attended: float | None = None) -> float:
-        """Of the matrix products; the recurrence's few operations a channel are not counted."""
+    def layer_cost(self, layer: int, attended: float | None = None) -> Cost:
         D = self.hidden_size
-        return 6.0 * (self.num_layers * (4 * D * D + 3 * D * self.ffn.ffn_hidden_size) + self.vocab_size * D)
+        return diagonal_cost(D) + self.ffn.cost(D) + Cost(replicated=2 * D)
 
 
 @dataclass

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lfm.config import Depth, DepthOrZero, Tokens, Vocabulary, Width
 from lfm.errors import UserError
+from lfm.layers.cost import Cost
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
 from lfm.layers.liquid_cell import Integrator, LiquidCell, Traces
 from lfm.layers.plastic_synapse import TraceMode
 from lfm.models.initialization import generator_of
-from lfm.models.language_model import FamilyConfig, LanguageModel, ParameterCounts, Recompute
+from lfm.models.language_model import FamilyConfig, LanguageModel, Recompute
 from lfm.models.losses import Losses, Objective
 from lfm.models.state import State
 
@@ -78,32 +79,25 @@ class LiquidNNConfig(FamilyConfig):
     def num_layers(self) -> int:
         return self.num_fast + self.num_deep
 
-    def count_parameters(self) -> ParameterCounts:
-        """The plastic parameters of fast cells are trainable, but no token uses them: they are not active."""
-        D = self.hidden_size
-        embedding = self.vocab_size * D
-        synapse = 2 * D * D + D + 2
-        cell = 2 * synapse + 3 * D * D + 2 * D
-        total = embedding + self.num_layers * cell + (self.num_layers + 1) * 2 * D
-        active = total - self.num_fast * 2 * (D * D + 2)
-        return ParameterCounts(
-            total=total, trainable=total, frozen=0, active=active, active_non_embedding=active - embedding
-        )
+    @property
+    def norm_parameters(self) -> int:
+        return 2 * self.hidden_size
 
-    def flops_per_token(self, attended: float | None = None) -> float:
-        """Plasticity counts for the share of training in which it is on; adaptive steps count as if none were added."""
-        D = self.hidden_size
+    def layer_cost(self, layer: int, attended: float | None = None) -> Cost:
+        """Plasticity counts for the share of training in which it is on; adaptive steps count as if none were added.
 
-        def cell(steps: int, plastic: float) -> float:
-            evaluations = 2 * steps if self.integrator == "rk2" and steps > 1 else steps
-            # Of a trace: alpha * M, decay and outer product, norm and its factor; of both, the products with vectors.
-            traces = 2 * (1 + 3 + 3) + 2 * (1 + evaluations)
-            return (4 + 6 * evaluations + plastic * traces) * D * D
-
-        cells = self.num_fast * cell(self.fast_steps, 0.0) + self.num_deep * cell(
-            self.deep_steps, 1 - self.plastic_from
-        )
-        return 3 * (cells + 2 * self.vocab_size * D)
+        The plastic parameters of fast cells are trainable, but no token uses them.
+        """
+        D, is_fast = self.hidden_size, layer < self.num_fast
+        steps, plastic = (self.fast_steps, 0.0) if is_fast else (self.deep_steps, 1 - self.plastic_from)
+        evaluations = 2 * steps if self.integrator == "rk2" and steps > 1 else steps
+        # Of a trace: alpha * M, decay and outer product, norm and its factor; of both, the products with vectors.
+        traces = 2 * (1 + 3 + 3) + 2 * (1 + evaluations)
+        forward = (4 + 6 * evaluations + plastic * traces) * D * D
+        synapse, norm = 2 * D * D + D + 2, 2 * D
+        weights = 2 * synapse + 3 * D * D + 2 * D + norm
+        idle = 2 * (D * D + 2) if is_fast else 0
+        return Cost(replicated=weights, idle=idle, forward=forward, backward=2 * forward)
 
 
 @dataclass

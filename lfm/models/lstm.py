@@ -11,12 +11,13 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
+from lfm.layers.cost import Cost
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
-from lfm.layers.lstm import StackedLSTM, lstm_parameters
+from lfm.layers.lstm import StackedLSTM, lstm_cost
 from lfm.layers.norm import RMSNorm
 from lfm.models.initialization import generator_of
-from lfm.models.language_model import FamilyConfig, LanguageModel, ParameterCounts, Recompute
+from lfm.models.language_model import FamilyConfig, LanguageModel, Recompute
 from lfm.models.losses import Losses, Objective
 from lfm.models.state import State
 
@@ -34,13 +35,8 @@ class LSTMConfig(FamilyConfig):
     """Length of a training row in tokens; the state has no limit."""
     vocab_size: Vocabulary = 50_257
 
-    def count_parameters(self) -> ParameterCounts:
-        inner = lstm_parameters(self.hidden_size, self.hidden_size, self.num_layers) + self.hidden_size
-        total = inner + self.vocab_size * self.hidden_size
-        return ParameterCounts(total=total, trainable=total, frozen=0, active=total, active_non_embedding=inner)
-
-    def flops_per_token(self, attended: float | None = None) -> float:
-        return 6.0 * self.hidden_size * (8 * self.num_layers * self.hidden_size + self.vocab_size)
+    def layer_cost(self, layer: int, attended: float | None = None) -> Cost:
+        return lstm_cost(self.hidden_size, self.hidden_size)
 
 
 @dataclass

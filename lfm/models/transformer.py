@@ -12,13 +12,14 @@ from torch import Tensor
 from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats
 from lfm.layers.attention import Attention, AttentionConfig, KeyValueCache
+from lfm.layers.cost import Cost
 from lfm.layers.mlp import SwiGLU, SwiGLUConfig
 from lfm.layers.norm import RMSNorm
 from lfm.layers.parts import Parts
 from lfm.layers.residual import ResidualStream
 from lfm.models.decoder import Block, Context, Decoder, Memory
 from lfm.models.initialization import generator_of
-from lfm.models.language_model import FamilyConfig, ParameterCounts, Recompute
+from lfm.models.language_model import FamilyConfig, Recompute
 from lfm.models.state import State
 
 
@@ -69,29 +70,9 @@ class TransformerConfig(FamilyConfig):
     def context_limit(self) -> int:
         return self.seq_length
 
-    @property
-    def layer_matrices(self) -> int:
-        """Weights of one layer's matrices."""
-        D, groups = self.hidden_size, self.attention.num_query_groups * self.head_size
-        return 2 * D * D + 2 * D * groups + 3 * D * self.ffn.ffn_hidden_size
-
-    def count_parameters(self) -> ParameterCounts:
-        """Exact counts without the padded vocabulary rows."""
-        D, embedding = self.hidden_size, self.vocab_size * self.hidden_size
-        total = embedding + self.num_layers * (self.layer_matrices + 2 * D) + D
-        return ParameterCounts(
-            total=total,
-            trainable=total,
-            frozen=0,
-            active=total,
-            active_non_embedding=total - embedding,
-            padding=(self.padded_vocab_size - self.vocab_size) * D,
-        )
-
-    def flops_per_token(self, attended: float | None = None) -> float:
-        """Of the matrix products; `attended` is by default the causal mean (seq_length + 1) / 2 of whole rows."""
+    def layer_cost(self, layer: int, attended: float | None = None) -> Cost:
         D, attended = self.hidden_size, (self.seq_length + 1) / 2 if attended is None else attended
-        return 6.0 * (self.num_layers * (self.layer_matrices + 2 * D * attended) + self.vocab_size * D)
+        return self.attention.cost(D, attended) + self.ffn.cost(D) + Cost(replicated=2 * D)
 
 
 @dataclass

@@ -317,6 +317,15 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig, Recompute]] = {
 """Name -> (processes, parallel keys, recompute).  stage_layers are those of eight layers."""
 
 
+def suits(model: ModelConfig, name: str) -> bool:
+    """Whether the model's family has what the layout of this name takes, and the layers that it hands out."""
+    _, p, recompute = LAYOUTS[name]
+    if p.stage_layers is not None and sum(p.stage_layers) != model.num_layers:
+        return False
+    spread = all(getattr(p, key) == 1 or key in model.lays_out for key in ("tensor", "pipeline", "expert"))
+    return spread and recompute in model.recompute_choices and (p.zero_stage < 2 or model.row_is_one_pass)
+
+
 def write_json(path: Path, findings: list[Finding], header: Mapping[str, Any]) -> None:
     table = {**header, "bounds": BOUNDS, "layouts": [dataclasses.asdict(finding) for finding in findings]}
     write_durably(path, json.dumps(table, indent=1).encode() + b"\n")

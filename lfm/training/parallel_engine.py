@@ -7,27 +7,23 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.layers.documents import Counts, Documents, Rows
 from lfm.layers.liquid import Liquid
-from lfm.layers.stored import Index, Stored
 from lfm.models.decoder import Decoder
-from lfm.models.global_names import stored
 from lfm.models.initialization import materialize
 from lfm.models.language_model import LanguageModel, Recompute
 from lfm.models.losses import Measured, Objective, Term, combined
 from lfm.models.registry import ModelConfig, build
 from lfm.objectives.next_token import NEXT_TOKEN
+from lfm.parallel.global_parts import copy_own_slice, global_parts
 from lfm.parallel.groups import Groups
 from lfm.parallel.megatron import MegatronParts, transformer_config
 from lfm.parallel.stage import make_stage, run_schedule
@@ -57,21 +53,6 @@ from lfm.training.reservoirs import ReservoirGuard
 _BATCH_BYTES = 2**30
 """Host memory for tensors on their way from a checkpoint into the partitions."""
 _PIECES = (0, 16, 32, 48)
-
-
-@dataclass(frozen=True)
-class GlobalPart:
-    """A global tensor, or this process's slice of it, in a run-time tensor of one layout."""
-
-    name: str
-    index: Index
-    cut: int | None
-    """Dimension along which the tensor-parallel processes of this layout share it."""
-    expert: bool
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Its view in the run-time tensor, or in one laid out alike."""
-        return tensor[self.index] if self.index else tensor
 
 
 class ParallelEngine(Engine):
@@ -112,10 +93,7 @@ class ParallelEngine(Engine):
             for i, piece in enumerate(self.pieces)
         ]
         # By run-time name of a parameter or buffer; now, while shapes are whole.
-        self.global_parts: dict[str, list[GlobalPart]] = {}
-        for piece in self.pieces:
-            for name, where in stored(piece, must_declare=self.layout.tensor > 1).items():
-                self.global_parts.setdefault(where.tensor, []).append(self._global_part(name, where))
+        self.global_parts = global_parts(self.pieces, groups)
         self.weights = [weight for piece in self.pieces for weight in self._weights(piece)]
         parameter_groups = self._parameter_groups()
         self.deepspeed = make_engine(
@@ -170,17 +148,6 @@ class ParallelEngine(Engine):
     def _buffers(self) -> dict[str, Tensor]:
         return {name: buffer for piece in self.pieces for name, buffer in piece.named_buffers()}
 
-    def _global_part(self, name: str, where: Stored) -> "GlobalPart":
-        return GlobalPart(name, where.index, where.cut if self.layout.tensor > 1 else None, where.expert)
-
-    def _as_global(self, part: "GlobalPart", local: Tensor) -> Tensor:
-        """This process's slice of a global tensor, of a run-time one, as a DTensor where tensor parallelism cuts it."""
-        local = part.of(local)
-        if part.cut is None:
-            return local
-        mesh = DeviceMesh.from_group(self.groups.tensor, "cpu", mesh=dist.get_process_group_ranks(self.groups.tensor))
-        return DTensor.from_local(local, mesh, [Shard(part.cut)], run_check=False)
-
     def _data_group(self, weight: Weight) -> dist.ProcessGroup:
         return self.groups.expert_data if weight.is_expert else self.groups.data
 
@@ -190,12 +157,7 @@ class ParallelEngine(Engine):
         def draw(key: str) -> None:
             target = targets[key]
             whole = self.pieces[0].initial_tensor(key.partition(".")[2], target.shape, seed)
-            if isinstance(target, DTensor):
-                dim = cast(Shard, target.placements[0]).dim
-                part = whole.chunk(self.layout.tensor, dim)[self.groups.tensor.rank()]
-                target.to_local().copy_(part)
-            else:
-                target.copy_(whole)
+            copy_own_slice(target, whole)
 
         # The launchers give each process one thread; each tensor's generator is its own.
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // self.layout.world)) as pool:
@@ -223,7 +185,9 @@ class ParallelEngine(Engine):
                     continue
                 whole = torch.empty(self._shape(weight), dtype=torch.float32)
                 batch.append((fragment, kind, whole))
-                targets |= {f"{kind}.{part.name}": self._as_global(part, whole) for part in parts[weight.name]}
+                targets |= {
+                    f"{kind}.{part.name}": part.as_global(whole, self.groups.tensor) for part in parts[weight.name]
+                }
             if sum(whole.numel() * 4 for _, _, whole in batch) > _BATCH_BYTES:
                 flush()
         if "frozen" in kinds:
@@ -255,7 +219,9 @@ class ParallelEngine(Engine):
                 if key not in self._host:
                     self._host[key] = torch.empty(shape, dtype=torch.float32)
                 self._host[key].copy_(whole)
-                found |= {f"{kind}.{p.name}": self._as_global(p, self._host[key]) for p in parts[weight.name]}
+                found |= {
+                    f"{kind}.{p.name}": p.as_global(self._host[key], self.groups.tensor) for p in parts[weight.name]
+                }
         if self.groups.data.rank() == 0 and self.groups.tensor.rank() == 0:
             found |= {f"frozen.{p.name}": p.of(b).cpu() for name, b in self._buffers.items() for p in parts[name]}
         return found
@@ -449,6 +415,7 @@ class ParallelEngine(Engine):
             yield
 
     def start_step(self, step: int, total_steps: int) -> None:
+        super().start_step(step, total_steps)
         for piece in self.pieces:
             piece.start_step(step, total_steps)
 

@@ -19,26 +19,12 @@ def memory_estimate(run: RunConfig, layout: Layout) -> dict[str, float]:
     """Bytes by purpose for one process of the pipeline stage that needs the most on its device.
 
     Weights, gradients and optimizer state are exact, but for the engines' padding and communication buffers and the
-    layers that ZeRO-3 gathers.  Activations are an estimate: the tensors that autograd keeps for the micro-batches in
-    flight, counted per layer from the shapes in the forward pass.  LFM-3B on one H200, with one row and with two a
-    micro-batch: 71.5 and 88.9 GiB estimated, 68.9 and 85.6 measured.
+    layers that ZeRO-3 gathers.  Activations, of LFM alone, are an estimate: the tensors that autograd keeps for the
+    micro-batches in flight, counted per layer from the shapes in the forward pass.  LFM-3B on one H200, with one row
+    and with two a micro-batch: 71.5 and 88.9 GiB estimated, 68.9 and 85.6 measured.
     """
-    if run.model.kind != "lfm":
-        return _one_process_memory(run)
     stages = (stage_memory(run, layout, rank) for rank in range(layout.pipeline))
     return max(stages, key=lambda memory: sum(_on_device(run, memory, layout).values()))
-
-
-def _one_process_memory(run: RunConfig) -> dict[str, float]:
-    """Weights, gradients and optimizer state; what activations take is not estimated for the smaller families."""
-    counts, half = run.model.count_parameters(), _half(run)
-    held = counts.trainable + counts.padding
-    return {
-        "weights": held * (2 if half else 4) + counts.frozen * 4,
-        "fp32 gradients": held * 4,
-        "fp32 masters": held * 4 if half else 0,
-        run.optimizer.state_title: held * run.optimizer.bytes_per_parameter,
-    }
 
 
 def _on_device(run: RunConfig, memory: dict[str, float], layout: Layout) -> dict[str, float]:
@@ -48,18 +34,17 @@ def _on_device(run: RunConfig, memory: dict[str, float], layout: Layout) -> dict
 
 def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     """Bytes by purpose for one process of pipeline stage `rank`, offloaded or not."""
-    m, t, tp = run.model, run.training, layout.tensor
-    assert isinstance(m, LFMConfig)
-    half = _half(run)
+    m, half = run.model, _half(run)
     size = 2 if half else 4
     first, last = rank == 0, rank == layout.pipeline - 1
-    D = m.hidden_size
 
-    layers = [m.layer_parameters(layer) for chunk in layout.stage_chunks(rank) for layer in chunk]
+    layers = [m.layer_cost(layer) for chunk in layout.stage_chunks(rank) for layer in chunk]
     # Tied weights are one matrix only where embedding and head are on the same stage.
-    vocabularies = 1 if first and last and not m.untie_embeddings_and_output_weights else first + last
-    dense = sum(layer.sharded / tp + layer.replicated for layer in layers)
-    dense += vocabularies * m.padded_vocab_size * D / tp + last * D
+    vocabularies = 1 if first and last and m.is_tied else first + last
+    dense = sum(layer.sharded / layout.tensor + layer.replicated for layer in layers)
+    dense += vocabularies * m.padded_vocab_size * m.hidden_size / layout.tensor + last * m.norm_parameters
+    if not m.is_tied:
+        dense += last * (m.head_parameters - m.vocab_size * m.hidden_size)  # a bias
     experts = sum(layer.experts for layer in layers) / (layout.expert * layout.expert_tensor)
 
     def held(sharding_stage: int) -> float:
@@ -67,6 +52,19 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
         split = layout.zero_stage >= sharding_stage
         return dense / layout.data + experts / layout.expert_data if split else dense + experts
 
+    memory = {
+        "weights": held(3) * size + sum(layer.frozen for layer in layers) * 4,
+        "fp32 gradients": held(2) * 4,
+        "fp32 masters": held(1) * 4 if half or layout.zero_stage else 0,
+        run.optimizer.state_title: held(1) * run.optimizer.bytes_per_parameter,
+    }
+    return memory | _activations(run, m, layout, rank) if isinstance(m, LFMConfig) else memory
+
+
+def _activations(run: RunConfig, m: LFMConfig, layout: Layout, rank: int) -> dict[str, float]:
+    t, tp, D, half = run.training, layout.tensor, m.hidden_size, _half(run)
+    size, last = 2 if half else 4, rank == layout.pipeline - 1
+    num_layers = sum(len(chunk) for chunk in layout.stage_chunks(rank))
     tokens = t.micro_batch_size * m.seq_length
     residual = 2 * D  # stream and norm output
     # Queries, keys and values of the projection, queries and keys rotated, attention's output, the projection's.
@@ -89,11 +87,7 @@ def stage_memory(run: RunConfig, layout: Layout, rank: int) -> dict[str, float]:
     chunk_logits = min(CHUNK_ELEMENTS["cuda" if half else "cpu"], tokens * m.vocab_size / tp)
     in_place = half and tp == 1  # else the softmax is formed beside the logits, in fp32
     return {
-        "weights": held(3) * size + sum(layer.frozen for layer in layers) * 4,
-        "fp32 gradients": held(2) * 4,
-        "fp32 masters": held(1) * 4 if half or layout.zero_stage else 0,
-        run.optimizer.state_title: held(1) * run.optimizer.bytes_per_parameter,
-        "activations (estimate)": tokens * size / tp * (kept * len(layers) * in_flight + again),
+        "activations (estimate)": tokens * size / tp * (kept * num_layers * in_flight + again),
         "loss (estimate)": last * (chunk_logits * (size if in_place else 4 + size) + m.vocab_size * D / tp * 4),
     }
 

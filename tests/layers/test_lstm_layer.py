@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lfm.layers.documents import Documents
-from lfm.layers.lstm import StackedLSTM, lstm_parameters, pack_documents
+from lfm.layers.lstm import StackedLSTM, lstm_cost, pack_documents
 from tests.comparison import assert_close
 
 
@@ -47,7 +47,9 @@ def test_equals_torch_lstm_with_every_gradient(tokens):
     want = outputs_and_grads(run_truth, truth, x, state)
     got = outputs_and_grads(lambda module, x, h, c: module(x, state=(h, c)), ours, x, state)
     assert_close(got, want, 1e-12)
-    assert sum(parameter.numel() for parameter in ours.parameters()) == lstm_parameters(5, 7, 3)
+    assert sum(parameter.numel() for parameter in ours.parameters()) == (
+        lstm_cost(5, 7).trainable + 2 * lstm_cost(7, 7).trainable
+    )
 
 
 @settings(deadline=None, max_examples=15)

@@ -467,8 +467,8 @@ def test_automatic_stages_of_the_flagship(stage_layers, want):
 
 
 def test_the_head_of_the_flagship_costs_as_much_as_five_layers():
-    assert round(FLAGSHIP.head_flops / FLAGSHIP.layer_flops(1), 1) == 5.2
-    assert FLAGSHIP.layer_flops(0) > FLAGSHIP.layer_flops(1), "layer 0 is liquid"
+    assert round(FLAGSHIP.head_flops / FLAGSHIP.layer_cost(1).flops, 1) == 5.2
+    assert FLAGSHIP.layer_cost(0).flops > FLAGSHIP.layer_cost(1).flops, "layer 0 is liquid"
 
 
 def test_balance_is_mean_over_largest():

@@ -146,8 +146,8 @@ def test_exact_counts_of_the_flagship():
     # By hand: attention projections, attention of 4096.5 keys, two experts, router; a liquid layer's projections and
     # its recurrence, whose frozen weights have no gradient; the head.
     plain = 3 * (50_331_648 + 50_337_792 + 51_904_512 + 49_152)
-    assert config.layer_flops(1) == plain
-    assert config.layer_flops(4) == plain + 3 * 18_874_368 + 2 * 1_572_864
+    assert config.layer_cost(1).flops == plain
+    assert config.layer_cost(4).flops == plain + 3 * 18_874_368 + 2 * 1_572_864
     assert config.head_flops == 6 * 128_256 * 3072
 
 
@@ -160,7 +160,7 @@ def test_counts_equal_the_built_model(variant):
     assert sum(p.numel() for p in model.parameters()) == counts.trainable + counts.padding
     assert sum(b.numel() for n, b in model.named_buffers() if n.endswith("reservoirs")) == counts.frozen
     for number, layer in enumerate(model.layers.values()):
-        assert sum(p.numel() for p in layer.parameters()) == config.layer_parameters(number).trainable
+        assert sum(p.numel() for p in layer.parameters()) == config.layer_cost(number).trainable
 
 
 def test_experts_and_reservoirs_have_global_names_of_their_own():

@@ -100,14 +100,9 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch):
         require_packages()
 
 
-def certify_command(*words: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        str(ROOT / "launch/certify.py"),
-        "--config",
-        str(ROOT / "configs/lfm_debug.yaml"),
-        *words,
-    ]
+def certify_command(*words: str, kind: str = "lfm") -> subprocess.CompletedProcess:
+    config = str(ROOT / f"configs/{kind}_debug.yaml")
+    command = [sys.executable, str(ROOT / "launch/certify.py"), "--config", config, *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -137,6 +132,16 @@ def test_a_bad_request_is_refused_in_one_sentence(words, said):
     found = certify_command(*words)
     assert found.returncode == 2
     assert found.stderr.count("error:") == 1 and said in found.stderr
+
+
+@pytest.mark.slow
+def test_another_family_is_certified_under_what_it_has_with_dropout():
+    small = ["model.hidden_size=16", "model.reservoir_size=32", "model.seq_length=32", "model.vocab_size=128"]
+    found = certify_command("--steps", "1", "model.hidden_dropout=0.4", *small, kind="liquidlm")
+    assert found.returncode == 0, found.stderr
+    assert [line.split(":")[0] for line in found.stdout.splitlines() if line.startswith("ok")] == [
+        *("ok     DP2 Z1", "ok     DP2 Z2", "ok     DP2 Z3", "ok     DP2 Z2+offload", "ok     DP2 Z3+offload"),
+    ]
 
 
 STEP = {"loss": 2.0, "cross_entropy": 1.5, "balance_loss": 1.0, "z_loss": 0.5, "norm": 3.0, "clip": 1 / 3}

@@ -45,10 +45,10 @@ EVERY = {
 
 
 def problem(kind: str, recompute="none") -> Problem:
-    layers = {"num_layers": 4} if kind == "transformer" else {}
+    layers = {"num_layers": 4} if kind in ("transformer", "lfm") else {}
     model = parse({"kind": kind, **SIZES, **MODELS[kind], **layers}, source="a test")
     optimizer = AdamWConfig(lr=1e-2, clip_grad=0.5)
-    return Problem(model, optimizer, seed=5, rows=8, micro_batch_size=2, steps=2, recompute=recompute)
+    return Problem(model, optimizer, seed=5, rows=8, micro_batch_size=1, steps=2, recompute=recompute)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,6 @@ def test_a_layout_of_a_family_computes_what_one_process_computes(kind, name, exp
     asked = problem(kind, recompute)
     if kind not in expected:
         expected[kind] = in_one_process(problem(kind), "cpu")
-    layout = check_layout(asked.model, parallel, world, global_batch_size=8, micro_batch_size=2)
+    layout = check_layout(asked.model, parallel, world, global_batch_size=8, micro_batch_size=1)
     found = certify(layout, asked, expected[kind], device_type="cpu")
     assert found.beyond == []

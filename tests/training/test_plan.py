@@ -88,6 +88,18 @@ def test_offloaded_optimizer_state_is_counted_on_the_host():
     assert f"on the host {host / 2**30:.1f} GiB" in text
 
 
+@pytest.mark.parametrize("kind", ["transformer", "laerc", "liquidlm", "liquidnn", "lstm"])
+def test_other_families_hold_what_zero_leaves_them(kind):
+    run, layout = planned(
+        "parallel.zero_stage=1", "training.dtype=bfloat16", "training.micro_batch_size=1", config=f"{kind}_debug"
+    )
+    counts, memory = run.model.count_parameters(), memory_estimate(run, layout)
+    held = counts.trainable + counts.padding
+    assert memory["weights"] == 2 * held + 4 * counts.frozen and memory["fp32 gradients"] == 4 * held
+    assert memory["AdamW moments"] == 2 * memory["fp32 masters"] == 8 * held / 4
+    assert "GiB and activations\n" in plan(run, layout)
+
+
 def test_the_plan_of_a_small_run_names_its_layout():
     run, layout = planned(config="lfm_debug", world=1)
     assert plan(run, layout).startswith("layout DP1 Z0: world 1, local engine, 1 micro-batch\n")
