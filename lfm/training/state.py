@@ -137,12 +137,7 @@ class TrainState:
         """Engine, progress and place in the data as they were saved.  Raises UserError for a checkpoint of others."""
         path, manifest = found.path, found.manifest
         self.engine.load_state_tensors(lambda targets: load_tensors(path, manifest, targets))
-        try:
-            self.engine.load_state_values(manifest["counters"])
-        except KeyError as error:
-            raise UserError(
-                f"checkpoint {path} has counters of {error}, which its model has not; use another"
-            ) from None
+        self.engine.load_state_values(manifest["counters"])
         self.progress = Progress.of(manifest["progress"])
         self.position = resume_row(manifest["data"], self.data.rows, seed=self.run.seed)
         self.stream.seek(self.position)
