@@ -41,8 +41,10 @@ def from_2(tree: Tree) -> Tree:
 
 
 def nested(model: Tree) -> Tree:
-    """A model's config with the keys of its parts in sections of their own."""
+    """A model's config with the keys of its parts in sections of their own, and factors that it had not."""
     model = dict(model)
+    if model["kind"] in ("lfm", "transformer"):
+        model |= {"embedding_multiplier": 1.0, "logit_multiplier": 1.0}
 
     def taken(*keys: str) -> Tree:
         return {key: model.pop(key) for key in keys if key in model}

@@ -13,7 +13,7 @@ from lfm.layers.stored import Stored
 
 
 class Head(nn.Module):
-    """`hidden weight^T + bias` over `vocab_size` ids, with a weight of its own or an embedding's.
+    """`multiplier * hidden weight^T + bias` over `vocab_size` ids, with a weight of its own or an embedding's.
 
     Rows of the weight past `vocab_size` are padding, which has no logits at all.  Where tensor-parallel processes share
     the vocabulary, each has its rows of it.
@@ -27,11 +27,13 @@ class Head(nn.Module):
         stored_rows: int | None = None,
         tied_to: nn.Embedding | None = None,
         bias: bool = False,
+        multiplier: float = 1.0,
         parts: Parts = PLAIN,
     ) -> None:
         """`stored_rows`: those of the weight on all processes together, by default `vocab_size`."""
         super().__init__()
         self.vocab_size, self.stored_rows, self.parts = vocab_size, stored_rows or vocab_size, parts
+        self.multiplier = multiplier
         # In a tuple, where it is no submodule: the weight is the embedding's and has its name.
         self._tied_to = () if tied_to is None else (tied_to,)
         if tied_to is None:
@@ -58,7 +60,10 @@ class Head(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Of all ids, where one process has them all."""
-        return F.linear(hidden, self.projection, self.bias)
+        return F.linear(self._scaled(hidden), self.projection, self.bias)
+
+    def _scaled(self, hidden: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+        return hidden if self.multiplier == 1.0 else hidden * self.multiplier
 
     def cross_entropy(
         self,
@@ -70,7 +75,7 @@ class Head(nn.Module):
         """As `linear_cross_entropy`."""
         weights = token_weights.flatten() if token_weights is not None else None
         return linear_cross_entropy(
-            hidden.flatten(0, -2),
+            self._scaled(hidden).flatten(0, -2),
             self.projection,
             labels.flatten(),
             token_weights=weights,
@@ -81,7 +86,7 @@ class Head(nn.Module):
     def token_losses(self, hidden: Float[Tensor, "*shape D"], labels: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """As `linear_token_losses`."""
         losses = linear_token_losses(
-            hidden.flatten(0, -2), self.projection, labels.flatten(), bias=self.bias, shard=self.shard
+            self._scaled(hidden).flatten(0, -2), self.projection, labels.flatten(), bias=self.bias, shard=self.shard
         )
         return losses.view(labels.shape)
 

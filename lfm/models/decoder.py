@@ -104,6 +104,7 @@ class Decoder(LanguageModel):
                 config.vocab_size,
                 stored_rows=config.padded_vocab_size,
                 tied_to=self.embedding if config.is_tied else None,
+                multiplier=getattr(config, "logit_multiplier", 1.0),
                 parts=parts,
             )
 
@@ -158,7 +159,8 @@ class Decoder(LanguageModel):
 
     def embed(self, ids: Int[Tensor, "B whole_T"]) -> Float[Tensor, "B T D"]:
         """What the first layer takes."""
-        return self.embedding(ids)
+        x, multiplier = self.embedding(ids), getattr(self.config, "embedding_multiplier", 1.0)
+        return x if multiplier == 1.0 else x * multiplier
 
     def context(self, rows: Rows, dtype: torch.dtype, *, recompute: Recompute = "none") -> Context:
         """Of whole rows, whose hidden states are of this dtype."""

@@ -4,7 +4,7 @@ import abc
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,13 @@ class FamilyConfig(Config, abc.ABC):
     """Base of every family's configuration, which adds `kind` and its dimensions, `seq_length` and `vocab_size` among
     them.
     """
+
+    if TYPE_CHECKING:  # fields of every family's own, with its help texts and defaults
+        kind: Any
+        hidden_size: Any
+        num_layers: Any
+        seq_length: Any
+        vocab_size: Any
 
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none",)
     """Values of training.recompute that the family knows."""

@@ -54,6 +54,10 @@ class LFMConfig(FamilyConfig):
     untie_embeddings_and_output_weights: bool = False
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     init_method_std: float = Field(default=0.02, gt=0)
+    embedding_multiplier: float = Field(default=1.0, gt=0)
+    """Factor on the embeddings that the first layer takes."""
+    logit_multiplier: float = Field(default=1.0, gt=0)
+    """Factor on the logits."""
     attention: AttentionConfig | None
     """null: no attention; tokens then meet in liquid layers alone."""
     liquid: LiquidConfig | None = ReservoirConfig()

@@ -123,6 +123,8 @@ class PhaseReservoir(nn.Module):
 class LiquidLM(LanguageModel):
     """Embedding, reservoir, LSTMs, LayerNorm, and a head of its own with a bias."""
 
+    config: LiquidLMConfig
+
     def __init__(self, config: LiquidLMConfig) -> None:
         super().__init__()
         self.config = config

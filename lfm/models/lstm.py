@@ -50,6 +50,8 @@ class LSTMState(State):
 class LSTM(LanguageModel):
     """Embedding, LSTMs, RMSNorm; the head is the embedding."""
 
+    config: LSTMConfig
+
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__()
         self.config = config

@@ -1,37 +1,40 @@
 """Model families by `model.kind`."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, cast
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, Union, cast, get_type_hints
 
 from pydantic import Field
 
 from lfm.config import Config
 from lfm.layers.parts import PLAIN, Parts
 from lfm.models.decoder import Decoder
-from lfm.models.laerc import LAERC, LAERCConfig
-from lfm.models.language_model import LanguageModel
-from lfm.models.lfm import LFM, LFMConfig
-from lfm.models.liquidlm import LiquidLM, LiquidLMConfig
-from lfm.models.liquidnet import LiquidNet, LiquidNetConfig
-from lfm.models.liquidnn import LiquidNNConfig, MiniLiquidGPT
-from lfm.models.lstm import LSTM, LSTMConfig
-from lfm.models.transformer import Transformer, TransformerConfig
+from lfm.models.language_model import FamilyConfig, LanguageModel
 
-FAMILIES: dict[type, type[LanguageModel]] = {
-    LFMConfig: LFM,
-    LAERCConfig: LAERC,
-    LiquidLMConfig: LiquidLM,
-    LiquidNNConfig: MiniLiquidGPT,
-    LiquidNetConfig: LiquidNet,
-    TransformerConfig: Transformer,
-    LSTMConfig: LSTM,
+_CLASSES = {
+    "lfm": "LFM",
+    "laerc": "LAERC",
+    "liquidlm": "LiquidLM",
+    "liquidnn": "MiniLiquidGPT",
+    "liquidnet": "LiquidNet",
+    "transformer": "Transformer",
+    "lstm": "LSTM",
 }
+"""Kind, which is the name of the family's module here too -> its model class, whose `config` names the config class."""
+
+
+def _families() -> dict[type[FamilyConfig], type[LanguageModel]]:
+    models = [getattr(import_module(f"lfm.models.{kind}"), name) for kind, name in _CLASSES.items()]
+    return {get_type_hints(model)["config"]: model for model in models}
+
+
+FAMILIES = _families()
 """Configuration class -> model class, which is built from it alone."""
 
-ModelConfig = Annotated[
-    LFMConfig | LAERCConfig | LiquidLMConfig | LiquidNNConfig | LiquidNetConfig | TransformerConfig | LSTMConfig,
-    Field(discriminator="kind"),
-]
+if TYPE_CHECKING:
+    ModelConfig = FamilyConfig
+else:
+    ModelConfig = Annotated[Union[tuple(FAMILIES)], Field(discriminator="kind")]  # noqa: UP007
 
 
 class _Tree(Config):

@@ -39,6 +39,10 @@ class TransformerConfig(FamilyConfig):
     """The embedding is stored with its rows padded to this multiple."""
     layernorm_epsilon: float = Field(default=1e-6, gt=0)
     init_method_std: float = Field(default=0.02, gt=0)
+    embedding_multiplier: float = Field(default=1.0, gt=0)
+    """Factor on the embeddings that the first layer takes."""
+    logit_multiplier: float = Field(default=1.0, gt=0)
+    """Factor on the logits."""
 
     @model_validator(mode="after")
     def _check(self) -> "TransformerConfig":

@@ -19,7 +19,7 @@ def rotated(x: Tensor, position: int, base: float) -> Tensor:
 def document_forward(w: dict[str, Tensor], config, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits `[T, V]` of one document and, per layer, the router probabilities' logits `[T, E]`."""
     c, T = config, len(ids)
-    x = w["embedding.weight"][ids]
+    x = c.embedding_multiplier * w["embedding.weight"][ids]
     router_logits = []
     for i in range(c.num_layers):
         p = f"layers.{i}."
@@ -41,7 +41,7 @@ def document_forward(w: dict[str, Tensor], config, ids: Tensor) -> tuple[Tensor,
             rows.append(y)
         x = x + torch.stack(rows)
     head = w["head.weight" if c.untie_embeddings_and_output_weights else "embedding.weight"][: c.vocab_size]
-    return rms(x, w["final_norm.weight"], c.layernorm_epsilon) @ head.T, router_logits
+    return c.logit_multiplier * rms(x, w["final_norm.weight"], c.layernorm_epsilon) @ head.T, router_logits
 
 
 def attention(w: dict[str, Tensor], c, u: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ VARIANTS = {
     "no_liquid": {"liquid": None},
     "trained_reservoir": {"liquid": {"train_reservoir": True}},
     "scaled_input": {"liquid": {"input_scaling": 0.3}},
+    "multipliers": {"embedding_multiplier": 3.0, "logit_multiplier": 0.5},
     "top1_mha": {"moe_router_topk": 1, "num_query_groups": 4},
 }
 

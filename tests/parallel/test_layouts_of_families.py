@@ -13,9 +13,12 @@ from tests.nested import nested
 
 SIZES = {"hidden_size": 16, "seq_length": 32, "vocab_size": 90}
 FFN = {"num_layers": 3, "ffn_hidden_size": 24, "vocab_size_multiple": 32}
+FACTORS = {"embedding_multiplier": 3.0, "logit_multiplier": 0.5}
 CHUNKED = {"backend": "chunked", "chunk_length": 8, "warmup": 32}
 MODELS = {
-    "transformer": nested(**FFN, num_attention_heads=4, num_query_groups=2),
+    "transformer": nested(
+        **FFN, embedding_multiplier=3.0, logit_multiplier=0.5, num_attention_heads=4, num_query_groups=2
+    ),
     "lfm": nested(**FFN, attention=None, liquid={"kind": "diagonal", "interval": 2}),
     "liquidnet": nested(**FFN),
     "laerc": {"num_layers": 3, **CHUNKED},
