@@ -67,6 +67,9 @@ class Config(BaseModel):
     A value is of its field's type or refused: true is not 1, "yes" is not true and 1.5 is no integer, though 1e3 is.
     """
 
+    moved: typing.ClassVar[dict[str, str]] = {}
+    """Keys that earlier versions had here -> where they are now, dotted; the error that refuses them says so."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -85,9 +88,13 @@ class Config(BaseModel):
         """
         path = expanded(path)
         tree = _read(path, cls, seen=())
+        # Merged with each other first: which kind a section is counts, in whatever order its keys are given.
         on_top: dict[str, Any] = {}
         for override in overrides:
-            on_top = _merge(on_top, _parse_override(override), [cls])
+            new = _parse_override(override)
+            for keys in _set_anew(on_top, new):
+                _remove(tree, keys)
+            on_top = _merge(on_top, new, [cls])
         tree = _merge(tree, on_top, [cls])
         file = shown(path)
         return cls.from_tree(tree, source=f"{file} with the command line" if overrides else file)
@@ -333,6 +340,23 @@ def _merge(old: dict[str, Any], new: dict[str, Any], configs: Sequence[type[Conf
     return merged
 
 
+def _set_anew(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Paths of mappings of `new` in whose place `old` has a null, or another value."""
+    for key, value in new.items():
+        if isinstance(value, dict) and key in old:
+            if isinstance(old[key], dict):
+                yield from ((key, *path) for path in _set_anew(old[key], value))
+            else:
+                yield (key,)
+
+
+def _remove(tree: dict[str, Any], path: tuple[str, ...]) -> None:
+    for key in path[:-1]:
+        tree = tree.get(key, {})
+    if isinstance(tree, dict):
+        tree.pop(path[-1], None)
+
+
 def _is_another_kind(old: dict[str, Any], new: dict[str, Any], choices: Sequence[type[Config]]) -> bool:
     """A kind that was left out is not another: whether its keys fit is found out when they are checked."""
     return len(choices) > 1 and "kind" in old and "kind" in new and old["kind"] != new["kind"]
@@ -355,7 +379,9 @@ def _keys(config: type[Config], prefix: str, kinds: Sequence[int | str] = ()) ->
             of_kind = f"[kind: {_kind(inner)}] " if len(nested) > 1 and _kind(inner) else ""
             for key, kind, default, help_text in _keys(inner, path + ".", kinds):
                 yield key, kind, default, of_kind + help_text
-        if nested and field.default is not None:
+        if nested and type(None) in typing.get_args(field.annotation):
+            yield path, "null", "null" if field.default is None else "(the keys above)", "null: without it."
+        if nested:
             continue
         if field.is_required():
             default = "(required)"
@@ -444,7 +470,8 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         sentence = f"unknown key {path} (value {value}) in {source}; {way_out}"
     elif problem["type"] == "union_tag_invalid":
         context = problem.get("ctx", {})
-        sentence = f"{path}.kind = {_short(context['tag'])} in {source} is not one of {context['expected_tags']}"
+        tag = "null" if context["tag"] == "None" else _short(context["tag"])
+        sentence = f"{path}.kind = {tag} in {source} is not one of {context['expected_tags']}"
     elif problem["type"] == "union_tag_not_found":
         sentence = f"key {path}.kind is missing in {source}; add it (--help describes every key)"
     elif problem["type"] == "missing":
@@ -469,11 +496,26 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
     return sentence + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
+def _at(root: type[Config], path: str) -> list[type[Config]]:
+    """The configs that may stand at a dotted path."""
+    here = [root]
+    for part in filter(None, path.split(".")):
+        fields = [config.model_fields[part] for config in here if part in config.model_fields]
+        here = [inner for field in fields for inner in _configs_in(field.annotation)]
+    return here
+
+
 def _nearest(root: type[Config], path: str, location: Sequence[int | str]) -> str:
     """Words that point from an unknown dotted key to the legal one it resembles most."""
     legal = [key for key, *_ in _keys(root, "", location)]
     sections = sorted({".".join(key.split(".")[: i + 1]) for key in legal for i in range(key.count("."))})
     parent, _, name = path.rpartition(".")
+    of_kinds = [re.findall(r"\[kind: (\w+)\]", text) for key, _, _, text in _keys(root, "") if key == path]
+    if of_kinds and of_kinds[0]:
+        return f"it is a key of {parent}.kind={of_kinds[0][-1]}"
+    moved = [config.moved[name] for config in _at(root, parent) if name in config.moved]
+    if moved:
+        return f"it is {parent + '.' if parent else ''}{moved[0]} now"
     candidates = legal + sections
     # The same name elsewhere, or words of one key that are now a section and a key.
     same_name = [key for key in candidates if key.rpartition(".")[2] == name]

@@ -12,6 +12,8 @@ from pydantic import Field, PositiveInt
 from lfm.config import Config, Count, Tokens, _parse_override, _yaml, add_flags, from_flags
 from lfm.errors import UserError
 from lfm.inference.sampling import SamplingConfig
+from lfm.layers.liquid import ReservoirConfig
+from lfm.layers.mlp import SwiGLUConfig
 from lfm.training.run import RunConfig
 from tests.training.tiny_run import PYTHON, ROOT
 
@@ -91,7 +93,7 @@ class Drawing(Config):
     "shape, sentence",
     [
         ("{kind: circle, radus: 2}", "unknown key shape.radus (value 2) in {file}; did you mean shape.radius?"),
-        ("{kind: square, radius: 2}", "unknown key shape.radius (value 2) in {file}; did you mean shape.side?"),
+        ("{kind: square, radius: 2}", "unknown key shape.radius (value 2) in {file}; it is a key of shape.kind=circle"),
         ("{kind: square, side: x}", "shape.side = 'x' in {file} is not legal"),
         ("{kind: ring}", "shape.kind = 'ring' in {file} is not one of 'circle', 'square'"),
         ("{side: 2}", "key shape.kind is missing in {file}"),
@@ -347,3 +349,41 @@ def test_every_shipped_data_config_loads(path):
 def test_shipped_models_have_their_exact_sizes(name, total, active):
     counts = RunConfig.load(ROOT / f"configs/{name}.yaml").model.count_parameters()
     assert (counts.total, counts.active) == (total, active)
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["model.moe_aux_loss_coeff=0.1"], "it is model.ffn.balance.coeff now"),
+        (["model.ffn.moe_aux_loss_scope=batch"], "it is model.ffn.balance.scope now"),
+        (["model.num_query_groups=1"], "did you mean model.attention.num_query_groups?"),
+        (["model.ffn.ffn_hidden_size=64"], "it is a key of model.ffn.kind=swiglu"),
+        (["model.liquid.kind=diagonal", "model.liquid.reservoir_size=2"], "it is a key of model.liquid.kind=reservoir"),
+        (["optimizer.kind=lion", "optimizer.eps=1e-8"], "it is a key of optimizer.kind=adamw"),
+        (
+            ["model.attention=null", "model.attention.backend=sdpa"],
+            "key model.attention.num_attention_heads is missing",
+        ),
+        (["model.attention=null", "model.liquid=null"], "attention and liquid are both null"),
+        (["model.liquid.kind=null"], "model.liquid.kind = null"),
+    ],
+)
+def test_keys_of_a_models_parts_are_found_where_they_are(overrides, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        RunConfig.load(ROOT / "configs/lfm_debug.yaml", overrides)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_another_kind_replaces_a_section_whole_in_whatever_order_its_keys_come(order):
+    overrides = ["model.ffn.kind=swiglu", "model.ffn.ffn_hidden_size=64"][::order]
+    assert RunConfig.load(ROOT / "configs/lfm_debug.yaml", overrides).model.ffn == SwiGLUConfig(ffn_hidden_size=64)
+
+
+def test_the_same_kind_keeps_the_keys_of_the_file():
+    run = RunConfig.load(ROOT / "configs/lfm_debug.yaml", ["model.liquid.kind=reservoir", "schedule.kind=cosine"])
+    assert run.model.liquid.reservoir_size == 32 and run.schedule.warmup_steps == 40
+
+
+def test_a_section_that_was_set_to_null_starts_anew():
+    run = RunConfig.load(ROOT / "configs/lfm_debug.yaml", ["model.liquid=null", "model.liquid.interval=2"])
+    assert run.model.liquid == ReservoirConfig(interval=2)

@@ -108,8 +108,8 @@ class Manifest(_Part):
             raise ValueError("config.model has no kind")
         if (self.checksum is None) != (self.format == 1):
             raise ValueError("the checksum is that of another format")
-        if self.format == FORMAT and self.rng is not None:
-            raise ValueError("rng is that of another format")
+        if self.format == FORMAT and (self.rng is not None or self.counters.late_parameters):
+            raise ValueError("rng or counters.late_parameters is that of another format")
         for name in self.files:
             # Names of this folder alone: a path would lead out of it.
             if not re.fullmatch(r"\.metadata|tokenizer\.json|__\d+_\d+\.distcp", name):
@@ -150,7 +150,8 @@ def read_manifest(checkpoint: Path, *, warn: bool = True) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        what = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        said = first["msg"].removeprefix("Value error, ")
+        what = f"{where}: {said}" if where else said
         raise UserError(f"{damaged}: {what}; {way_out(checkpoint)}") from None
     named = re.fullmatch(r"step_(\d{8,})", Path(os.path.realpath(checkpoint)).name)
     if named is not None and int(named[1]) != tree["step"]:

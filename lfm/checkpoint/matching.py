@@ -1,5 +1,6 @@
 """Whether a checkpoint is of the model that a config describes."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,45 @@ from lfm.errors import UserError
 from lfm.models.registry import ModelConfig
 
 
-def check_architecture(checkpoint: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
+def check_architecture(
+    checkpoint: Path,
+    manifest: dict[str, Any],
+    model: ModelConfig,
+    *,
+    way_out: str,
+) -> None:
     """Raises UserError, naming the first key that differs, unless `model` has the tensors of the checkpoint."""
-    stored, wanted = _flatten(manifest["config"]["model"]), _flatten(model.model_dump(mode="json"))
+    stored, wanted = manifest["config"]["model"], model.model_dump(mode="json")
     if stored["kind"] != wanted["kind"]:
         raise UserError(
             f"checkpoint {checkpoint} is of family {stored['kind']} and the config of family {wanted['kind']}; "
-            "give a checkpoint of the same family, or start a new run (name=NAME)"
+            f"give a checkpoint of the same family, or {way_out}"
         )
-    for key in sorted(stored.keys() | wanted.keys()):
-        if key not in model.changeable and stored.get(key) != wanted.get(key):
+    for key, there, here in _differences(stored, wanted):
+        if key not in model.changeable:
             raise UserError(
-                f"checkpoint {checkpoint} is of another architecture: model.{key} is {stored.get(key)!r} there and "
-                f"{wanted.get(key)!r} in the config; set it alike, or start a new run (name=NAME)"
+                f"checkpoint {checkpoint} is of another architecture: model.{key} is {_said(there)} there and "
+                f"{_said(here)} in the config; set it alike, or {way_out}"
             )
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key and both values; of sections of two kinds the kind alone, and the section where one side has none."""
+    for key in sorted(stored.keys() | wanted.keys(), key=lambda key: (key != "kind", key)):
+        there, here = stored.get(key), wanted.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            if there.get("kind") != here.get("kind"):
+                yield f"{prefix}{key}.kind", there.get("kind"), here.get("kind")
+            else:
+                yield from _differences(there, here, f"{prefix}{key}.")
+        elif there != here:
+            yield f"{prefix}{key}", there, here
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return "set" if "kind" not in value else f"of kind {value['kind']}"
+    return "null" if value is None else repr(value)
 
 
 def check_optimizer(checkpoint: Path, manifest: dict[str, Any], kind: str) -> None:
@@ -42,10 +68,3 @@ def check_layers(checkpoint: Path, manifest: dict[str, Any], model: ModelConfig)
             f"{checkpoint / MANIFEST_NAME} has counters of reservoir layers {stored} and its model has "
             f"{sorted(model.reservoir_layers)}; {way_out(checkpoint)}"
         )
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

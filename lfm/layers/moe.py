@@ -1,6 +1,6 @@
 """Top-k mixture of SwiGLU experts with balance and z losses."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,7 @@ def count(values: Int[Tensor, " m"], num: int) -> Int[Tensor, " num"]:
 
 
 class MoEConfig(Config):
+    moved: ClassVar[dict[str, str]] = {"moe_aux_loss_coeff": "balance.coeff", "moe_aux_loss_scope": "balance.scope"}
     kind: Literal["moe"] = "moe"
     """A mixture of experts, of which a router chooses a few for each token."""
     num_moe_experts: Width = 8

@@ -42,6 +42,11 @@ class LFMConfig(FamilyConfig):
             *("liquid.backend", "liquid.chunk_length", "liquid.warmup", "liquid.tolerance"),
         }
     )
+    moved: ClassVar[dict[str, str]] = {
+        "moe_aux_loss_coeff": "ffn.balance.coeff",
+        "moe_aux_loss_scope": "ffn.balance.scope",
+        "attention_backend": "attention.backend",
+    }
     kind: Literal["lfm"] = "lfm"
     """Model family."""
     hidden_size: Width

@@ -247,13 +247,14 @@ def starting_weights(run: RunConfig, ranks: Ranks) -> Checkpoint | None:
     """The verified checkpoint of `checkpoint.init_from`, if that is set.  Raises UserError."""
     if run.checkpoint.init_from is None:
         return None
-    return verified(checkpoint.find(Path(run.checkpoint.init_from)), run, ranks)
+    way_out = "leave checkpoint.init_from out"
+    return verified(checkpoint.find(Path(run.checkpoint.init_from)), run, ranks, way_out=way_out)
 
 
-def verified(path: Path, run: RunConfig, ranks: Ranks) -> Checkpoint:
+def verified(path: Path, run: RunConfig, ranks: Ranks, *, way_out: str = "start a new run (name=NAME)") -> Checkpoint:
     """The checkpoint, of which each process has verified its part of the files.  Raises UserError."""
     manifest = read_manifest(path, warn=ranks.is_main)
-    check_architecture(path, manifest, run.model)
+    check_architecture(path, manifest, run.model, way_out=way_out)
     check_layers(path, manifest, run.model)
     ranks.together(lambda: checkpoint.verify(path, manifest, rank=ranks.rank, world_size=ranks.world_size))
     return Checkpoint(path, manifest)

@@ -159,12 +159,14 @@ def test_lines_of_the_standard_input_are_read_alike(tmp_path, monkeypatch):
     [
         ({"text": "a"}, "has neither messages nor prompt (its keys: text)"),
         ({"prompt": "a", "answer": "b"}, "has neither messages nor completion (its keys: prompt, answer)"),
-        ({"prompt": "a", "completion": 3}, "has a int under completion, which takes text"),
-        ({"messages": "a"}, "has a str under messages, which takes a list"),
+        ({"prompt": "a", "completion": 3}, "has a number under completion, which takes text"),
+        ({"messages": "a"}, "has text under messages, which takes a list"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "has no text under role or content of message 1"),
         ({"messages": [{"role": "assistant", "content": "a"}, "b"]}, "has no text under role or content of message 2"),
         ({"messages": [{"role": "user", "content": "a"}]}, "has no message of the role assistant"),
         ([1], "holds a list"),
+        ({"prompt": None, "completion": "a"}, "has null under prompt, which takes text"),
+        ({"prompt": "a", "completion": "b", "messages": []}, "has messages and a prompt or completion"),
     ],
     ids=str,
 )

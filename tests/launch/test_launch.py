@@ -118,7 +118,7 @@ BAD_RUNS = {
     "endless": (["parallel.hang_timeout_seconds=1e30"], r"hang_timeout_seconds = '?1e\+?30'? .* less than or equal to"),
     "post_scaling": (
         ["model.liquid.norm=post", "model.liquid.input_scaling=2"],
-        "input_scaling=2.0 needs liquid.norm=pre",
+        "input_scaling=2.0 needs norm: pre",
     ),
 }
 

@@ -1,5 +1,6 @@
 """Which parameters are updated alike: matrices decay, vectors do not, and `optimizer.groups` says otherwise by name."""
 
+import difflib
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,21 +44,24 @@ class Found:
     """Of the pipeline."""
     groups: tuple[tuple[bool, bool, float, float], ...]
     matched: frozenset[str]
-    first: str
-    """Name of a parameter, as an example."""
+    names: tuple[str, ...]
+    """Of parameters, as examples."""
 
 
 def found_groups(config: OptimizerKind, groups: Sequence[Group], names: Sequence[str], *, stage: int = 0) -> Found:
     matched = (e.match for e in config.groups if any(fnmatchcase(name, e.match) for name in names))
-    return Found(stage, tuple(group.key for group in groups), frozenset(matched), names[0])
+    return Found(stage, tuple(group.key for group in groups), frozenset(matched), tuple(names))
 
 
 def check_groups(config: OptimizerKind, found: Sequence[Found]) -> None:
     """Raises UserError for an exception that matches nothing on any process, and for a group that a stage lacks."""
     for exception in config.groups:
         if not any(exception.match in process.matched for process in found):
+            names = sorted({name for process in found for name in process.names})
+            near = difflib.get_close_matches(exception.match, names, n=3, cutoff=0.3) or names[:3]
             raise UserError(
-                f"optimizer.groups: match={exception.match} is the name of no parameter; the first is {found[0].first}"
+                f"optimizer.groups: match={exception.match} is the name of no parameter; some are {', '.join(near)} "
+                "(query, key and value, or gate and up, are one parameter; experts of a process are one too)"
             )
     for key in sorted({key for process in found for key in process.groups}):
         lacking = next((process for process in found if key not in process.groups), None)

@@ -18,7 +18,7 @@ class ParameterGroup(Config):
     """An exception for the parameters whose names it matches."""
 
     match: str
-    """Name of a parameter, such as layers.0.gate.weight, where * stands for anything."""
+    """Name of a parameter in memory, such as layers.0.attention.qkv.weight, where * stands for anything."""
     lr_multiple: float = Field(default=1.0, ge=0)
     """Factor on the learning rate, at every step."""
     weight_decay: float | None = Field(default=None, ge=0)
