@@ -17,8 +17,8 @@ class Cost:
     """Not trained, fp32, whole on every tensor rank."""
     idle: int = 0
     """Trained, and not used by any one token: they are in the counts above too."""
-    forward: float = 0
-    backward: float = 0
+    forward: int | float = 0
+    backward: int | float = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -28,7 +28,7 @@ class Cost:
         return self.sharded + self.experts + self.replicated
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> int | float:
         """Forward and backward."""
         return self.forward + self.backward
 
