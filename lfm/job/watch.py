@@ -38,14 +38,16 @@ def watched(
     without a sign of life (a minute before its first); the job is taken to hang when no rank has begun a phase for
     `hang_timeout_seconds` (a minute before its first).  Rank 0, which may host the store, leaves when all have left.
     """
-    watch = Watch(
+    exchange = Exchange(
         rank=rank,
         world_size=world_size,
         address=address,
         heartbeat_timeout_seconds=heartbeat_timeout_seconds,
         hang_timeout_seconds=hang_timeout_seconds,
         report=report,
+        main_thread=MainThread(own_files=(__file__, contextlib.__file__)),
     )
+    watch = Watch(exchange, hang_timeout_seconds)
     if world_size == 1:
         yield watch
         return
@@ -63,26 +65,8 @@ def watched(
 class Watch:
     """What the training loop tells about itself; made by `watched`."""
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        world_size: int,
-        address: tuple[str, int],
-        heartbeat_timeout_seconds: float,
-        hang_timeout_seconds: float,
-        report: Path | None,
-    ) -> None:
-        self._hang_timeout = hang_timeout_seconds
-        self._exchange = Exchange(
-            rank=rank,
-            world_size=world_size,
-            address=address,
-            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
-            hang_timeout_seconds=hang_timeout_seconds,
-            report=report,
-            main_thread=MainThread(own_files=(__file__, contextlib.__file__)),
-        )
+    def __init__(self, exchange: Exchange, hang_timeout_seconds: float) -> None:
+        self._exchange, self._hang_timeout = exchange, hang_timeout_seconds
 
     def phase(self, name: str, *, allow_seconds: float | None = None) -> None:
         """Say what begins now: this is progress.  `allow_seconds` raises the hang timeout for this phase.

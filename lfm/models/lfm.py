@@ -45,7 +45,6 @@ class LFMConfig(FamilyConfig):
     moved: ClassVar[dict[str, str]] = {
         "moe_aux_loss_coeff": "ffn.balance.coeff",
         "moe_aux_loss_scope": "ffn.balance.scope",
-        "attention_backend": "attention.backend",
     }
     kind: Literal["lfm"] = "lfm"
     """Model family."""

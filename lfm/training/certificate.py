@@ -83,9 +83,8 @@ class Numbers:
     """Of the first step, after clipping, by global name."""
 
 
-def reference(problem: Problem, device: torch.device) -> Numbers:
-    """The local engine's numbers."""
-    engine = LocalEngine(
+def local_engine(problem: Problem, device: torch.device) -> LocalEngine:
+    return LocalEngine(
         problem.model,
         problem.optimizer,
         seed=problem.seed,
@@ -95,6 +94,26 @@ def reference(problem: Problem, device: torch.device) -> Numbers:
         recompute=problem.recompute,
         objective=problem.objective,
     )
+
+
+def parallel_engine(
+    problem: Problem, groups: process_groups.Groups, engine_type: type[ParallelEngine] = ParallelEngine
+) -> ParallelEngine:
+    return engine_type(
+        problem.model,
+        problem.optimizer,
+        groups,
+        seed=problem.seed,
+        dtype=problem.dtype,
+        micro_batch_size=problem.micro_batch_size,
+        recompute=problem.recompute,
+        objective=problem.objective,
+    )
+
+
+def reference(problem: Problem, device: torch.device) -> Numbers:
+    """The local engine's numbers."""
+    engine = local_engine(problem, device)
     gradients: dict[str, np.ndarray] = {}
 
     def keep(*_: Any) -> None:
@@ -140,16 +159,7 @@ def run_layout(
         torch.cuda.set_device(device)
     process_groups.join(process, device, timeout_seconds=120)
     groups = process_groups.make_groups(layout, device)
-    engine = engine_type(
-        problem.model,
-        problem.optimizer,
-        groups,
-        seed=problem.seed,
-        dtype=problem.dtype,
-        micro_batch_size=problem.micro_batch_size,
-        recompute=problem.recompute,
-        objective=problem.objective,
-    )
+    engine = parallel_engine(problem, groups, engine_type)
     flat_gradients: dict[int, Tensor] = {}
     first = True
 

@@ -13,37 +13,11 @@ from lfm.models.lfm import initial_tensor
 from lfm.parallel import groups as process_groups
 from lfm.training.certificate import Problem
 from lfm.training.engine import Engine
-from lfm.training.local_engine import LocalEngine
-from lfm.training.parallel_engine import ParallelEngine
 
 CPU = torch.device("cpu")
 
 Slice = tuple[int, int, int, np.ndarray]
 """Of a tensor: number of this part, number of parts, dimension, values."""
-
-
-def local_engine(problem: Problem) -> LocalEngine:
-    return LocalEngine(
-        problem.model,
-        problem.optimizer,
-        seed=problem.seed,
-        device=CPU,
-        dtype=problem.dtype,
-        micro_batch_size=problem.micro_batch_size,
-        recompute=problem.recompute,
-    )
-
-
-def parallel_engine(problem: Problem, groups: process_groups.Groups) -> ParallelEngine:
-    return ParallelEngine(
-        problem.model,
-        problem.optimizer,
-        groups,
-        seed=problem.seed,
-        dtype=problem.dtype,
-        micro_batch_size=problem.micro_batch_size,
-        recompute=problem.recompute,
-    )
 
 
 def join(process: Any, layout: Layout) -> process_groups.Groups:

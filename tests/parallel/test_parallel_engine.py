@@ -19,15 +19,14 @@ from lfm.layers.liquid import ReservoirConfig
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout, check_layout
 from lfm.models.lfm import LFMConfig
-from lfm.training.certificate import Problem
+from lfm.training.certificate import Problem, local_engine, parallel_engine
 from lfm.training.optimizer.adamw import AdamWConfig
 from lfm.training.optimizer.lion import LionConfig
 from tests.nested import nested
 from tests.parallel.engine_numbers import (
+    CPU,
     deviations,
     join,
-    local_engine,
-    parallel_engine,
     read_initial,
     state,
     train,
@@ -91,7 +90,7 @@ def _expected(problem: Problem, edit: Any = None) -> dict[str, Any]:
 
 
 def _local(process: Process, problem: Problem, edit: Any = None) -> dict[str, Any]:
-    engine = local_engine(problem)
+    engine = local_engine(problem, CPU)
     if edit is not None:
         engine.load_state_tensors(read_initial(problem, problem.seed, edit), kinds=("master",))
     return train(engine, problem)
@@ -164,7 +163,7 @@ def test_reservoirs_that_no_longer_forget_are_scaled_alike(name):
         chunk_length=8,
     )
     problem = _problem(liquid=liquid)
-    expected = _hundredth_update(local_engine(problem), problem)
+    expected = _hundredth_update(local_engine(problem, CPU), problem)
     ranks = run_ranks(_parallel_hundredth_update, 2, _layout(problem, name), problem, timeout_seconds=60)
     found = deviations(ranks, expected)
     assert not {key: value for key, value in found.items() if not value <= 1e-4}
@@ -218,7 +217,7 @@ def _with_groups(*groups: dict[str, Any]) -> Problem:
 )
 def test_groups_of_parameters_have_their_rates_and_decays_under_every_layout(name):
     problem = _with_groups(*EXCEPTIONS)
-    start, expected = {"state": state(local_engine(problem))}, _expected(problem)
+    start, expected = {"state": state(local_engine(problem, CPU))}, _expected(problem)
     ranks = run_ranks(_parallel, 2, _layout(problem, name), problem, timeout_seconds=60)
     assert not {key: value for key, value in deviations(ranks, expected, start).items() if not value <= 1e-4}
 
@@ -226,7 +225,7 @@ def test_groups_of_parameters_have_their_rates_and_decays_under_every_layout(nam
 @pytest.mark.parametrize("name", ["dp2_z3", *(pytest.param(n, marks=slow) for n in ("dp2", "dp2_z2_offload", "tp2"))])
 def test_another_kind_of_optimizer_is_the_local_engines(name):
     problem = _problem(steps=2, optimizer=LionConfig(lr=1e-3, betas=(0.5, 0.9), weight_decay=1.0, clip_grad=0.3))
-    start, expected = {"state": state(local_engine(problem))}, _expected(problem)
+    start, expected = {"state": state(local_engine(problem, CPU))}, _expected(problem)
     ranks = run_ranks(_parallel, 2, _layout(problem, name), problem, timeout_seconds=60)
     found = deviations(ranks, expected, start)
     assert any(key.startswith("exp_avg.") for key in found) and not any("exp_avg_sq" in key for key in found)
@@ -310,7 +309,7 @@ def test_nan_on_one_rank_ends_every_rank_without_an_update(name, dtype):
 
 
 def _evaluate(process: Process, layout: Layout | None, problem: Problem) -> list[tuple[float, int]]:
-    engine = local_engine(problem) if layout is None else parallel_engine(problem, join(process, layout))
+    engine = local_engine(problem, CPU) if layout is None else parallel_engine(problem, join(process, layout))
     found = []
     for rows in (1, 3, 6):
         found.append(engine.evaluate(dataclasses.replace(problem, rows=rows, unlabelled_rows=rows // 3).batch(7)))

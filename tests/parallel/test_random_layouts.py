@@ -21,11 +21,11 @@ from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout, check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.objectives.next_token import NEXT_TOKEN
-from lfm.training.certificate import Problem, certify, in_one_process
+from lfm.training.certificate import Problem, certify, in_one_process, local_engine, parallel_engine
 from lfm.training.local_engine import LocalEngine
 from lfm.training.optimizer.adamw import AdamWConfig
 from tests.nested import nested
-from tests.parallel.engine_numbers import CPU, deviations, join, local_engine, parallel_engine, train
+from tests.parallel.engine_numbers import CPU, deviations, join, train
 
 pytestmark = pytest.mark.slow
 
@@ -181,7 +181,7 @@ class Margins:
 
 def _margin_at_start(problem: Problem) -> float:
     """Of the first step and of the held-out rows, which are what is certified."""
-    engine = local_engine(problem)
+    engine = local_engine(problem, CPU)
     margins = Margins(engine)
     with torch.no_grad():
         for step in (-1, 0):
@@ -201,7 +201,7 @@ def test_one_step_is_within_the_certificate_bounds(example):
 
 
 def _train_local(process: Process, problem: Problem) -> tuple[dict[str, Any], float]:
-    engine = local_engine(problem)
+    engine = local_engine(problem, CPU)
     margins = Margins(engine)
     return train(engine, problem), margins.smallest
 
