@@ -1,6 +1,6 @@
 """Stacked LSTM over packed rows, with a functional state."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,16 +76,16 @@ class StackedLSTM(nn.Module):
         return y.to(x.dtype), (torch.stack(ends_h, 1), torch.stack(ends_c, 1))
 
     def _weights(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
-        weights = _in_order(self.get_parameter(name) for name in _names(layer))
+        weights = [self.get_parameter(name) for name in _names(layer)]
         if not weights[0].is_cuda:
-            return [weight.to(dtype) for weight in weights]
-        # cuDNN wants a layer's weights in one piece of memory, in this order.
+            return [weight.to(dtype) for weight in _in_order(weights)]
+        # cuDNN wants a layer's weights in one piece of memory, in this order; so their gradients come in one piece too.
         whole = torch.cat([weight.flatten() for weight in weights]).to(dtype)
         parts = whole.split([weight.numel() for weight in weights])
         return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
 
 
-def _in_order(weights: Iterable[Tensor]) -> list[Tensor]:
+def _in_order(weights: Sequence[Tensor]) -> list[Tensor]:
     """The same, whose gradients come in the reverse order, however a row is computed.
 
     Packed and whole rows have graphs of their own, and the processes of ZeRO-2 and 3 add up gradients as they come.
