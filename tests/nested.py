@@ -3,7 +3,7 @@
 from typing import Any
 
 _SECTIONS = {
-    "attention": ("num_attention_heads", "num_query_groups", "rotary_base"),
+    "attention": ("num_attention_heads", "num_query_groups", "rotary_base", "qk_norm"),
     "ffn": (
         *("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_capacity_factor", "moe_z_loss_coeff"),
         *("balance", "ffn_hidden_size"),

@@ -18,7 +18,7 @@ from lfm.errors import UserError
 from lfm.files import json_checksum, read_file, shown
 from lfm.talk import complain
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -86,7 +86,7 @@ class StoredFile(_Part):
 
 
 class Manifest(_Part):
-    format: Literal[1, 2, 3]
+    format: Literal[1, 2, 3, 4]
     step: Count
     config: StoredConfig
     progress: StoredProgress
@@ -108,7 +108,7 @@ class Manifest(_Part):
             raise ValueError("config.model has no kind")
         if (self.checksum is None) != (self.format == 1):
             raise ValueError("the checksum is that of another format")
-        if self.format == FORMAT and (self.rng is not None or self.counters.late_parameters):
+        if self.format > 2 and (self.rng is not None or self.counters.late_parameters):
             raise ValueError("rng or counters.late_parameters is that of another format")
         for name in self.files:
             # Names of this folder alone: a path would lead out of it.

@@ -1,7 +1,8 @@
 """Manifests of older formats, as this version writes them: one pure function a format, each to the next.
 
 Format 1 has no checksum.  Format 2 has one; the keys of a model's parts are the model's own, states of generators are
-kept, and so are counts of updates of the parameters that had fewer than the others.  A key that changes what a model
+kept, and so are counts of updates of the parameters that had fewer than the others.  Format 3 knows the published
+initialization alone.  A key that changes what a model
 computes never gets a default here: what the older version computed is written out.
 """
 
@@ -23,6 +24,8 @@ def migrated(tree: Tree) -> Tree:
         tree = from_1(tree)
     if tree["format"] == 2:
         tree = from_2(tree)
+    if tree["format"] == 3:
+        tree = from_3(tree)
     return tree
 
 
@@ -38,6 +41,18 @@ def from_2(tree: Tree) -> Tree:
     counters = {key: value for key, value in tree["counters"].items() if key != "late_parameters"}
     rest = {key: value for key, value in tree.items() if key not in ("rng", "checksum")}
     return {**rest, "format": 3, "config": config, "counters": counters}
+
+
+def from_3(tree: Tree) -> Tree:
+    model = dict(tree["config"]["model"])
+    if model["kind"] in ("lfm", "transformer"):
+        factors = (model.get("embedding_multiplier", 1.0), model.get("logit_multiplier", 1.0))
+        # With factors the published initialization is no choice any more; both compute the same from here on.
+        model["initialization"] = "published" if factors == (1.0, 1.0) else "unit"
+        model.setdefault("untie_embeddings_and_output_weights", False)
+        if isinstance(model.get("attention"), dict):
+            model["attention"] = {**model["attention"], "qk_norm": False}
+    return {**tree, "format": 4, "config": {**tree["config"], "model": model}}
 
 
 def nested(model: Tree) -> Tree:

@@ -27,6 +27,7 @@ Backend = Literal["auto", "reference", "sdpa", "flex", "flash"]
 # With a cache, queries go in blocks of this many, so that the mask is [block, keys] and never [T, T].
 _QUERY_BLOCK = 512
 _FLEX_BLOCK = 128
+_QK_NORM_EPSILON = 1e-6
 
 
 class AttentionConfig(Config):
@@ -34,6 +35,8 @@ class AttentionConfig(Config):
     num_query_groups: Width
     """Key/value heads."""
     rotary_base: float = Field(default=10_000.0, gt=1)
+    qk_norm: bool = False
+    """Queries and keys of RMS 1 in each head, without a gain: no attention logit passes sqrt(head size)."""
     backend: Backend = "auto"
     """auto: the fastest one for the rows at hand.  flash: the package flash-attn 4, else flash-attn 2.  flex applies on
     a GPU to rows that 128 divides, elsewhere it means sdpa.  reference is dense, for tests."""
@@ -102,6 +105,7 @@ class Attention(nn.Module):
         widths = (hidden_size, width, width)
         self.widths = tuple(width // parts.tensor_size for width in widths)
         self.backend: Backend = config.backend
+        self.qk_norm = config.qk_norm
         self.qkv = parts.column_linear(hidden_size, sum(widths))
         self.out = parts.row_linear(hidden_size, hidden_size)
 
@@ -127,6 +131,8 @@ class Attention(nn.Module):
         B, T, _ = qkv.shape
         num_groups = self.widths[1] // self.head_size
         q, k, v = rotated_heads(qkv, *rotary, head_size=self.head_size, num_groups=num_groups)
+        if self.qk_norm:  # a rotation keeps the norm: after it is as before
+            q, k = _normalized(q), _normalized(k)
         if cache is None:
             y = attend(q, k, v, documents or Documents.whole_rows(B, T, x.device), backend=self.backend)
             new_cache = KeyValueCache(k, v, torch.zeros(B, dtype=torch.int64, device=x.device)) if keep_cache else None
@@ -134,6 +140,12 @@ class Attention(nn.Module):
             new_cache = cache.append(k, v)
             y = _attend_cached(q, new_cache)
         return self.out(y.transpose(1, 2).reshape(B, T, -1)), new_cache
+
+
+def _normalized(heads: Float[Tensor, "B H T K"]) -> Float[Tensor, "B H T K"]:
+    """Henry et al. 2020 (arXiv 2010.04245), with the RMS as the norm.  Memory stays in the order B, T, H, K."""
+    x = heads.transpose(1, 2)
+    return F.rms_norm(x, x.shape[-1:], eps=_QK_NORM_EPSILON).transpose(1, 2)
 
 
 def choose_backend(

@@ -94,6 +94,10 @@ class FamilyConfig(Config, abc.ABC):
         """What layers are measured by while they train."""
         return ()
 
+    def lr_multiple(self, name: str) -> float:
+        """Of the parameter with this run-time name: its learning rate over `optimizer.lr`."""
+        return 1.0
+
     @property
     def run_name(self) -> str:
         """What `name: auto` means."""

@@ -23,9 +23,10 @@ from lfm.layers.residual import ResidualStream
 from lfm.layers.router import Routing
 from lfm.models.decoder import Block, Context, Decoder, Memory, checkpointed, plain
 from lfm.models.initialization import generator_of
-from lfm.models.language_model import FamilyConfig, Recompute
+from lfm.models.language_model import Recompute
 from lfm.models.losses import Measured, Term, reservoir_measured
 from lfm.models.state import State
+from lfm.models.unit_scale import UnitScaleConfig, unit_std
 
 LiquidConfig = Annotated[
     Annotated[ReservoirConfig | DiagonalConfig, Field(discriminator="kind")], default_kind("reservoir")
@@ -33,7 +34,7 @@ LiquidConfig = Annotated[
 FFNConfig = Annotated[Annotated[MoEConfig | SwiGLUConfig, Field(discriminator="kind")], default_kind("moe")]
 
 
-class LFMConfig(FamilyConfig):
+class LFMConfig(UnitScaleConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "selective", "full")
     changeable: ClassVar[frozenset[str]] = frozenset(
         {
@@ -55,13 +56,7 @@ class LFMConfig(FamilyConfig):
     vocab_size: Vocabulary = 128_256
     vocab_size_multiple: Width = 1024
     """The embedding is stored with its rows padded to this multiple, so that every layout can split it."""
-    untie_embeddings_and_output_weights: bool = False
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
-    init_method_std: float = Field(default=0.02, gt=0)
-    embedding_multiplier: float = Field(default=1.0, gt=0)
-    """Factor on the embeddings that the first layer takes."""
-    logit_multiplier: float = Field(default=1.0, gt=0)
-    """Factor on the logits."""
     attention: AttentionConfig | None
     """null: no attention; tokens then meet in liquid layers alone."""
     liquid: LiquidConfig | None = ReservoirConfig()
@@ -124,8 +119,9 @@ class LFMConfig(FamilyConfig):
         return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
 
     @property
-    def is_tied(self) -> bool:
-        return not self.untie_embeddings_and_output_weights
+    def num_parts(self) -> int:
+        attends = 1 if self.attention is not None else 0
+        return (1 + attends) * self.num_layers + len(self.liquid_layers)
 
     @property
     def context_limit(self) -> int | None:
@@ -323,10 +319,11 @@ def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int
     | gains | 1 |
     | biases | 0 |
     | bias of delta (diagonal) | half-lives at z = 0 log-spaced from 1 to 4096 tokens over the channels |
-    | attention o, expert and mlp down, liquid output | N(0, init_method_std / sqrt(2 num_layers)) |
-    | liquid input | N(0, 1 / sqrt(hidden_size)): a drive of RMS about 1 |
     | reservoirs | sparse normal, scaled to the spectral radius |
-    | every other matrix, embedding | N(0, init_method_std) |
+    | liquid input | N(0, 1 / sqrt(hidden_size)): a drive of RMS about 1 |
+    | every other matrix, embedding; unit | normal, of `unit_std` |
+    | attention o, expert and mlp down, liquid output; published | N(0, init_method_std / sqrt(2 num_layers)) |
+    | every other matrix, embedding; published | N(0, init_method_std) |
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape)
@@ -343,7 +340,9 @@ def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int
         weight = make_reservoir(c.reservoir_size, c.connectivity, c.spectral_radius, generator)
         return (weight != 0) if name.endswith(".connections") else weight.float()
     std = config.init_method_std
-    if name.endswith(("attention.o.weight", "down.weight", "liquid.output.weight")):
+    if config.initialization == "unit":
+        std = unit_std(name, shape, config)
+    elif name.endswith(("attention.o.weight", "down.weight", "liquid.output.weight")):
         std /= (2 * config.num_layers) ** 0.5
     elif name.endswith("liquid.input.weight"):
         std = config.hidden_size**-0.5

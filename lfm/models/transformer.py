@@ -19,11 +19,12 @@ from lfm.layers.parts import Parts
 from lfm.layers.residual import ResidualStream
 from lfm.models.decoder import Block, Context, Decoder, Memory
 from lfm.models.initialization import generator_of
-from lfm.models.language_model import FamilyConfig, Recompute
+from lfm.models.language_model import Recompute
 from lfm.models.state import State
+from lfm.models.unit_scale import UnitScaleConfig, unit_std
 
 
-class TransformerConfig(FamilyConfig):
+class TransformerConfig(UnitScaleConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "full")
     changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "attention.backend"})
     kind: Literal["transformer"] = "transformer"
@@ -38,11 +39,6 @@ class TransformerConfig(FamilyConfig):
     vocab_size_multiple: Width = 256
     """The embedding is stored with its rows padded to this multiple."""
     layernorm_epsilon: float = Field(default=1e-6, gt=0)
-    init_method_std: float = Field(default=0.02, gt=0)
-    embedding_multiplier: float = Field(default=1.0, gt=0)
-    """Factor on the embeddings that the first layer takes."""
-    logit_multiplier: float = Field(default=1.0, gt=0)
-    """Factor on the logits."""
 
     @model_validator(mode="after")
     def _check(self) -> "TransformerConfig":
@@ -117,7 +113,7 @@ class TransformerBlock(Block):
 
 
 class Transformer(Decoder):
-    """Blocks over an embedding that is also the output projection; positions by rotation."""
+    """Blocks over an embedding, which may be the output projection too; positions by rotation."""
 
     config: TransformerConfig
 
@@ -155,12 +151,15 @@ class Transformer(Decoder):
         | tensor | distribution |
         | --- | --- |
         | gains | 1 |
-        | attention o, mlp down | N(0, init_method_std / sqrt(2 num_layers)) |
-        | every other matrix, embedding | N(0, init_method_std) |
+        | matrices, embedding; unit | normal, of `unit_std` |
+        | attention o, mlp down; published | N(0, init_method_std / sqrt(2 num_layers)) |
+        | every other matrix, embedding; published | N(0, init_method_std) |
         """
         if name.endswith("norm.weight"):
             return torch.ones(*shape)
         std = self.config.init_method_std
-        if name.endswith(("attention.o.weight", "mlp.down.weight")):
+        if self.config.initialization == "unit":
+            std = unit_std(name, shape, self.config)
+        elif name.endswith(("attention.o.weight", "mlp.down.weight")):
             std /= (2 * self.config.num_layers) ** 0.5
         return torch.empty(*shape).normal_(0, std, generator=generator_of(seed, name))

@@ -58,7 +58,7 @@ class LocalEngine(Engine):
         initialize(self.model, seed, self._views(self.masters))
         self.publish_masters()
         self._accumulate_in_fp32()
-        groups = parameter_groups(optimizer, self.masters.items())
+        groups = parameter_groups(optimizer, self.masters.items(), multiple=model.lr_multiple)
         check_groups(optimizer, [found_groups(optimizer, groups, [*self.masters])])
         self.optimizer = optimizer.build(groups)
         self.optimizer.state.update({master: optimizer.new_state(master) for master in self.masters.values()})

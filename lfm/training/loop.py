@@ -154,7 +154,7 @@ def _update(run: RunConfig, state: TrainState, batch: Batch, watch: Watch) -> _U
 
 
 def _lr(run: RunConfig, step: int) -> float:
-    return run.optimizer.lr * lr_factor(run.schedule, step, run.training.steps)
+    return run.optimizer.peak_lr(run.model.hidden_size) * lr_factor(run.schedule, step, run.training.steps)
 
 
 def _log(run: RunConfig, state: TrainState, saves: Saves, update: _Update) -> None:

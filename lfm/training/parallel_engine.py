@@ -137,7 +137,8 @@ class ParallelEngine(Engine):
         """Alike on every process.  Collective; raises UserError on all of them."""
         config, named = self.optimizer_config, ((w.name, w.parameter) for w in self.weights)
         experts, wide = ({w.name for w in self.weights if of(w)} for of in (lambda w: w.is_expert, lambda w: w.is_wide))
-        groups = parameter_groups(config, named, experts=experts, wide=wide)
+        multiple = self.config.lr_multiple
+        groups = parameter_groups(config, named, multiple=multiple, experts=experts, wide=wide)
         here = found_groups(config, groups, [w.name for w in self.weights], stage=self.groups.pipeline.rank())
         found: list[Any] = [None] * self.layout.world
         dist.all_gather_object(found, here)

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from lfm.checkpoint.manifest import Manifest, manifest_bytes, read_manifest
+from lfm.checkpoint.older_formats import migrated
 from lfm.errors import UserError
 from lfm.files import json_checksum
 from tests.training.tiny_run import manifest_fields
@@ -91,17 +92,17 @@ def test_format_1_is_read_with_one_warning(folder, capsys):
     write(folder, {"format": 1, "rng": {"cpu": "AAAA"}, **FIELDS})
     found = read_manifest(folder)
     assert Manifest.model_validate({**found, "checksum": "made when it is written"}).progress.step == 3
-    assert found["format"] == 3 and "rng" not in found
+    assert found["format"] == 4 and "rng" not in found
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "manifest.json is of format 1, which has no checksum" in warning
     read_manifest(folder, warn=False)
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("number", [0, 4, 10**30])
+@pytest.mark.parametrize("number", [0, 5, 10**30])
 def test_another_format_is_named(number, folder):
     write(folder, {"format": number, **FIELDS})
-    with pytest.raises(UserError, match=f"step_00000003 has format {number}; this version reads 1 to 3"):
+    with pytest.raises(UserError, match=f"step_00000003 has format {number}; this version reads 1 to 4"):
         read_manifest(folder)
 
 
@@ -133,7 +134,21 @@ def test_what_older_formats_kept_and_nobody_goes_on_from_is_left_out(folder):
 
 
 def test_a_key_of_an_older_format_in_a_new_manifest_is_damage(folder):
-    new = {"format": 3, "rng": {"cpu": "AAAA"}, **FIELDS}
+    new = {"format": 4, "rng": {"cpu": "AAAA"}, **FIELDS}
     write(folder, {**new, "checksum": json_checksum(new)})
     with pytest.raises(UserError, match=r"rng or .* is that of another format"):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize("factors, initialization", [((1.0, 1.0), "published"), ((3.0, 0.5), "unit")])
+def test_what_format_3_left_to_defaults_is_written_out(factors, initialization):
+    model = {"kind": "lfm", "attention": {"num_attention_heads": 2}, "liquid": None}
+    model |= dict(zip(("embedding_multiplier", "logit_multiplier"), factors, strict=True))
+    tree = migrated({"format": 3, "config": {"name": "old", "model": model}})
+    assert tree["format"] == 4
+    found = tree["config"]["model"]
+    assert found["initialization"] == initialization and found["attention"]["qk_norm"] is False
+    assert found["untie_embeddings_and_output_weights"] is False and found["logit_multiplier"] == factors[1]
+    assert migrated({"format": 3, "config": {"name": "old", "model": {"kind": "lstm"}}})["config"]["model"] == {
+        "kind": "lstm"
+    }

@@ -28,7 +28,8 @@ def checked(**changes) -> None:
         ({"attention": None}, "model.attention is set there and null"),
         ({"attention": {"num_attention_heads": 4, "num_query_groups": 1}}, "model.attention.num_attention_heads is 2"),
         ({"hidden_size": 32}, "model.hidden_size is 16 there and 32 in the config"),
-        ({"embedding_multiplier": 2.0}, "model.embedding_multiplier is 1.0 there and 2.0"),
+        ({"initialization": "unit"}, "model.initialization is 'published' there and 'unit'"),
+        ({"initialization": "unit", "embedding_multiplier": 2.0}, "model.initialization is 'published' there"),
     ],
 )
 def test_the_first_difference_is_named_with_the_way_out(changes, words):

@@ -48,6 +48,8 @@ def attention(w: dict[str, Tensor], c, u: Tensor) -> Tensor:
     T, K = len(u), c.head_size
     q, k, v = (torch.stack([(w[n] @ u[t]).view(-1, K) for t in range(T)]) for n in "qkv")
     q, k = (torch.stack([rotated(x[t], t, c.attention.rotary_base) for t in range(T)]) for x in (q, k))
+    if c.attention.qk_norm:
+        q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
     group = c.attention.num_attention_heads // c.attention.num_query_groups
     rows = []
     for t in range(T):

@@ -21,30 +21,35 @@ def rotated(x: Tensor, position: int, base: float) -> Tensor:
 def document_forward(w: dict[str, Tensor], config, ids: Tensor) -> Tensor:
     """Logits `[T, V]` of one document."""
     c, K = config, config.hidden_size // config.attention.num_attention_heads
-    E = w["embedding.weight"]
+    E, m = w["embedding.weight"], c.embedding_multiplier
+    head = w["head.weight"] if c.untie_embeddings_and_output_weights else E
     keys: list[list[list[Tensor]]] = [[[] for _ in range(c.attention.num_query_groups)] for _ in range(c.num_layers)]
     values: list[list[list[Tensor]]] = [[[] for _ in range(c.attention.num_query_groups)] for _ in range(c.num_layers)]
     rows = []
+
+    def normed(x: Tensor) -> Tensor:
+        return x / (x.square().mean() + 1e-6).sqrt() if c.attention.qk_norm else x
+
     for t, token in enumerate(ids):
-        x = E[token]
+        x = m * E[token]
         for i in range(c.num_layers):
             p = f"layers.{i}.attention."
             u = rms(x, w[f"layers.{i}.attention_norm.weight"], c.layernorm_epsilon)
             k, v = (w[f"{p}{n}.weight"] @ u for n in "kv")
             for g in range(c.attention.num_query_groups):
-                keys[i][g].append(rotated(k.split(K)[g], t, c.attention.rotary_base))
+                keys[i][g].append(normed(rotated(k.split(K)[g], t, c.attention.rotary_base)))
                 values[i][g].append(v.split(K)[g])
             heads = []
             for h, q in enumerate((w[p + "q.weight"] @ u).split(K)):
                 g = h // (c.attention.num_attention_heads // c.attention.num_query_groups)
-                scores = torch.stack(keys[i][g]) @ rotated(q, t, c.attention.rotary_base) / K**0.5
+                scores = torch.stack(keys[i][g]) @ normed(rotated(q, t, c.attention.rotary_base)) / K**0.5
                 heads.append(scores.exp() / scores.exp().sum() @ torch.stack(values[i][g]))
             x = x + w[p + "o.weight"] @ torch.cat(heads)
             p = f"layers.{i}.mlp."
             u = rms(x, w[f"layers.{i}.mlp_norm.weight"], c.layernorm_epsilon)
             gate = w[p + "gate.weight"] @ u
             x = x + w[p + "down.weight"] @ (gate / (1 + (-gate).exp()) * (w[p + "up.weight"] @ u))
-        rows.append(E[: c.vocab_size] @ rms(x, w["final_norm.weight"], c.layernorm_epsilon))
+        rows.append(c.logit_multiplier * head[: c.vocab_size] @ rms(x, w["final_norm.weight"], c.layernorm_epsilon))
     return torch.stack(rows)
 
 

@@ -557,7 +557,7 @@ def test_a_few_updates_bring_text_below_its_unigram_entropy(kind):
         optimizer.zero_grad()
     assert losses[0] > 4.5 and losses[-1] < (2.0 if text is REPETITIONS else entropy - 0.2), losses
     if kind == "transformer":
-        assert abs(losses[0] - math.log(128)) < 0.1
+        assert abs(losses[0] - math.log(128)) < 0.4
 
 
 @pytest.mark.parametrize(

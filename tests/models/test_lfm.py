@@ -39,7 +39,7 @@ def small_config(**changes) -> LFMConfig:
 
 def small_model(dtype=torch.float64, **changes) -> LFM:
     """Initialised with larger weights than for training, so that every part of the function shows in the logits."""
-    config = small_config(init_method_std=0.4, **changes)
+    config = small_config(**{"initialization": "published", "init_method_std": 0.4} | changes)
     model = LFM(config)
     initialize(model, seed=3)
     generator = torch.Generator().manual_seed(4)
@@ -49,6 +49,7 @@ def small_model(dtype=torch.float64, **changes) -> LFM:
     return model.to(dtype)
 
 
+UNIT = {"initialization": "unit", "init_method_std": 0.02}
 VARIANTS = {
     "default": {},
     "post_norm": {"liquid": {"norm": "post"}},
@@ -56,7 +57,9 @@ VARIANTS = {
     "no_liquid": {"liquid": None},
     "trained_reservoir": {"liquid": {"train_reservoir": True}},
     "scaled_input": {"liquid": {"input_scaling": 0.3}},
-    "multipliers": {"embedding_multiplier": 3.0, "logit_multiplier": 0.5},
+    "unit": UNIT,
+    "multipliers": {**UNIT, "embedding_multiplier": 3.0, "logit_multiplier": 0.5},
+    "qk_norm": {"qk_norm": True},
     "top1_mha": {"moe_router_topk": 1, "num_query_groups": 4},
 }
 

@@ -22,7 +22,7 @@ def small_config(**changes) -> TransformerConfig:
 
 def small_model(dtype=torch.float64, **changes) -> Transformer:
     """Initialised with larger weights than for training, so that every part shows in the logits."""
-    model = Transformer(small_config(**{"init_method_std": 0.4} | changes))
+    model = Transformer(small_config(**{"initialization": "published", "init_method_std": 0.4} | changes))
     initialize(model, seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, parameter in model.named_parameters():
@@ -36,9 +36,21 @@ def gradients_of(model) -> dict[str, torch.Tensor]:
     return global_views(model, lambda name, _: parameters[name].grad)
 
 
-@pytest.mark.parametrize("num_query_groups", [1, 2, 4])
-def test_logits_loss_and_every_gradient_equal_the_equations(num_query_groups):
-    model = small_model(num_query_groups=num_query_groups)
+VARIANTS = {
+    "mqa": {"num_query_groups": 1},
+    "gqa": {"num_query_groups": 2},
+    "mha": {"num_query_groups": 4},
+    "qk_norm": {"qk_norm": True},
+    "unit": {
+        **{"initialization": "unit", "init_method_std": 0.02, "untie_embeddings_and_output_weights": True},
+        **{"embedding_multiplier": 3.0, "logit_multiplier": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_loss_and_every_gradient_equal_the_equations(variant):
+    model = small_model(**VARIANTS[variant])
     ids, lengths = torch.randint(0, V, (2, 14)), [[14], [5, 1, 8]]
     w = {n: t.clone().requires_grad_() for n, t in global_views(model, lambda _, t: t).items()}
     want = torch.cat([document_forward(w, model.config, part) for part in ids[1].split(lengths[1])])
@@ -70,7 +82,7 @@ def test_the_empty_state_is_a_position_and_a_padding_a_layer():
 
 
 def test_initial_distributions():
-    model = Transformer(small_config(hidden_size=128, num_layers=8, ffn_hidden_size=256))
+    model = Transformer(small_config(initialization="published", hidden_size=128, num_layers=8, ffn_hidden_size=256))
     initialize(model, seed=0)
     for name, tensor in global_views(model, lambda _, t: t).items():
         if name.endswith("norm.weight"):

@@ -26,7 +26,12 @@ PRESET = ROOT / "configs/lfm_debug.yaml"
 def test_lion_is_the_papers_program_1():
     config = LionConfig(lr=1e-3, weight_decay=0.5, clip_grad=0)
     engine = LocalEngine(
-        small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float64, micro_batch_size=4
+        small_config(initialization="published"),
+        config,
+        seed=7,
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+        micro_batch_size=4,
     )
     expected = {name: master.detach().clone() for name, master in engine.masters.items()}
     moments = {name: torch.zeros_like(master) for name, master in expected.items()}
@@ -80,8 +85,11 @@ def test_a_checkpoint_whose_config_names_no_optimizer_is_adamws(tmp_path, text_d
 @pytest.mark.parametrize(
     ("overrides", "found"),
     [
-        ([], AdamWConfig(lr=1e-3)),
-        (["optimizer.kind=lion", "optimizer.betas=[0.95, 0.98]"], LionConfig(lr=1e-3, betas=(0.95, 0.98))),
+        ([], AdamWConfig(lr=1e-3, lr_at_width=1024)),
+        (
+            ["optimizer.kind=lion", "optimizer.betas=[0.95, 0.98]"],
+            LionConfig(lr=1e-3, lr_at_width=1024, betas=(0.95, 0.98)),
+        ),
     ],
 )
 def test_the_kind_is_adamw_where_none_is_named(overrides, found):

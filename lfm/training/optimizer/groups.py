@@ -1,7 +1,7 @@
 """Which parameters are updated alike: matrices decay, vectors do not, and `optimizer.groups` says otherwise by name."""
 
 import difflib
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -15,12 +15,14 @@ def parameter_groups(
     config: OptimizerKind,
     named: Iterable[tuple[str, Tensor]],
     *,
+    multiple: Callable[[str], float] = lambda name: 1.0,
     experts: Container[str] = (),
     wide: Container[str] = (),
 ) -> list[Group]:
     """The groups of (name, parameter) pairs, sorted by `Group.key`: in the same order on every pipeline stage.
 
-    `experts`, `wide`: names of those whose groups say so.
+    `multiple`: of a parameter's name, what the model makes of the learning rate; it leaves what decays at a step as it
+    is.  `experts`, `wide`: names of those whose groups say so.
     """
     members: dict[tuple[bool, bool, float, float], dict[str, Tensor]] = {}
     for name, parameter in named:
@@ -29,6 +31,7 @@ def parameter_groups(
         if exception is not None:
             lr_multiple = exception.lr_multiple
             decay = decay if exception.weight_decay is None else exception.weight_decay
+        lr_multiple, decay = lr_multiple * multiple(name), decay / multiple(name)
         members.setdefault((name in experts, name in wide, -decay, lr_multiple), {})[name] = parameter
     return [
         Group(members[key], weight_decay=-key[2], lr_multiple=key[3], is_expert=key[0], is_wide=key[1])

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from lfm.config import Config
+from lfm.config import Config, Width
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -47,6 +47,8 @@ class OptimizerKind(Config, abc.ABC):
 
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
+    lr_at_width: Width | None = None
+    """hidden_size that lr is for: a model n times as wide takes 1/n of it.  null: lr is for every width."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled; not on gains and biases."""
     clip_grad: float = Field(default=1.0, ge=0)
@@ -58,6 +60,10 @@ class OptimizerKind(Config, abc.ABC):
     """What `--dry-run` calls its state."""
     state_keys: ClassVar[tuple[str, ...]]
     """What it keeps beside each parameter: tensors of its shape, which a checkpoint holds under these names."""
+
+    def peak_lr(self, hidden_size: int) -> float:
+        """Of a model of this width."""
+        return self.lr * (self.lr_at_width / hidden_size if self.lr_at_width is not None else 1.0)
 
     @property
     def bytes_per_parameter(self) -> int:
