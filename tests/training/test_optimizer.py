@@ -26,7 +26,12 @@ PRESET = ROOT / "configs/lfm_debug.yaml"
 def test_lion_is_the_papers_program_1():
     config = LionConfig(lr=1e-3, weight_decay=0.5, clip_grad=0)
     engine = LocalEngine(
-        small_config(), config, seed=7, device=torch.device("cpu"), dtype=torch.float64, micro_batch_size=4
+        small_config(balance={"kind": "bias"}),
+        config,
+        seed=7,
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+        micro_batch_size=4,
     )
     expected = {name: master.detach().clone() for name, master in engine.masters.items()}
     moments = {name: torch.zeros_like(master) for name, master in expected.items()}
