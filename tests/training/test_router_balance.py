@@ -114,6 +114,21 @@ def test_a_refused_step_moves_and_counts_nothing():
     assert engine.guards[-1].state() == counters
 
 
+def test_evaluation_and_streaming_see_the_bias_that_training_moved():
+    engine = engine_of(BIAS | {"update_rate": 0.5})
+    model, ids = engine.model, batch().ids[:1]
+    start = model.eval()(ids)[0]
+    for _ in range(4):
+        engine.forward_backward(batch())
+        engine.step(0.0)
+    whole, _ = model.eval()(ids)
+    assert not torch.allclose(whole, start, atol=1e-3)
+    first, state = model(ids[:, :7])
+    rest, _ = model(ids[:, 7:], state)
+    assert torch.allclose(torch.cat((first, rest), 1), whole, rtol=0, atol=1e-12)
+    assert torch.allclose(model.train()(ids)[0], whole, rtol=0, atol=1e-12)
+
+
 def test_what_is_handed_to_a_saver_does_not_move():
     engine = engine_of(BIAS)
     handed = moving(engine)
