@@ -366,11 +366,21 @@ def test_shipped_models_have_their_exact_sizes(name, total, active):
         ),
         (["model.attention=null", "model.liquid=null"], "attention and liquid are both null"),
         (["model.liquid.kind=null"], "model.liquid.kind = null"),
+        (["model.ffn.balance.update_rate=0.1"], "it is a key of model.ffn.balance.kind=bias"),
     ],
 )
 def test_keys_of_a_models_parts_are_found_where_they_are(overrides, words):
     with pytest.raises(UserError, match=re.escape(words)):
         RunConfig.load(ROOT / "configs/lfm_debug.yaml", overrides)
+
+
+@pytest.mark.parametrize("rate", ["0", "1", "-0.1", "2"])
+def test_a_rate_by_which_no_router_is_balanced_is_one_sentence(rate):
+    overrides = ["model.ffn.balance.kind=bias", f"model.ffn.balance.update_rate={rate}"]
+    with pytest.raises(UserError) as error:
+        RunConfig.load(ROOT / "configs/lfm_debug.yaml", overrides)
+    sentence = f"model.ffn.balance.update_rate: update_rate={float(rate)} is not between 0 and 1: "
+    assert str(error.value).startswith(sentence) and "try 0.02" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("order", [1, -1])

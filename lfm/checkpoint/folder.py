@@ -1,7 +1,7 @@
 """Checkpoints: torch.distributed.checkpoint with global names, never half-written, always verified.
 
     checkpoints/step_00000100/
-        __R_*.distcp, .metadata tensors `master.* frozen.*` and the optimizer's, one global tensor a name
+        __R_*.distcp, .metadata tensors `master.* moving.* frozen.*` and the optimizer's, one global tensor a name
         tokenizer.json          so that a checkpoint generates text on its own
         manifest.json           step, resolved config, counters; size and xxh3-64 of every file above; a checksum
 

@@ -62,6 +62,10 @@ class StoredCounters(_Part):
     optimizer_step: Count
     reservoir_warmup: dict[Layer, Annotated[int, Field(ge=0, le=2**20)]]
     reservoir_calm_steps: dict[Layer, Count]
+    router_idle_steps: dict[Layer, list[Count]] = {}
+    """Steps since each expert had a token."""
+    router_uneven_steps: dict[Layer, Count] = {}
+    """Steps since the layer's load was even enough."""
     late_parameters: dict[str, Count] = {}
     """Of formats 1 and 2: updates of those parameters that had fewer than `optimizer_step`, by name."""
 
@@ -69,6 +73,8 @@ class StoredCounters(_Part):
     def _check(self) -> Self:
         if self.reservoir_warmup.keys() != self.reservoir_calm_steps.keys():
             raise ValueError("the counters are of different reservoir layers")
+        if self.router_idle_steps.keys() != self.router_uneven_steps.keys():
+            raise ValueError("the counters are of different routers")
         return self
 
 

@@ -31,13 +31,22 @@ _HASHED = (torch.float32, torch.bool, torch.int32)
 """Dtypes in which frozen tensors are stored: one that was asked for in another cannot be compared with its hash."""
 
 
-def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[str, Tensor]) -> None:
+def load_tensors(
+    checkpoint: Path, manifest: dict[str, Any], targets: Mapping[str, Tensor], *, may_lack: str | None = None
+) -> list[str]:
     """Fill `targets` (key -> tensor, any dtype and device) in place; of a DTensor, this rank's shard.
 
+    Of a kind that the checkpoint `may_lack`, those that it lacks are left alone: their keys are returned.
     Not collective: every rank may ask for other keys.  Whole frozen tensors are checked against their hashes.  Raises
     NonFiniteError for a NaN or an infinity, whose consequences a resumed run would take for those of its data.
     """
-    stored_tensors.load(checkpoint, stored_tensors.read_metadata(checkpoint, manifest["files"]), targets)
+    metadata = stored_tensors.read_metadata(checkpoint, manifest["files"])
+    lacking = []
+    if may_lack is not None:
+        there = metadata.state_dict_metadata
+        lacking = [key for key in targets if key.startswith(f"{may_lack}.") and key not in there]
+        targets = {key: target for key, target in targets.items() if key not in lacking}
+    stored_tensors.load(checkpoint, metadata, targets)
     for name, expected in manifest["frozen"].items():
         target = targets.get(name)
         if target is None or isinstance(target, DTensor) or target.dtype not in _HASHED:
@@ -47,6 +56,7 @@ def load_tensors(checkpoint: Path, manifest: dict[str, Any], targets: Mapping[st
     bad = not_finite(targets)
     if bad is not None:
         raise NonFiniteError(f"checkpoint {checkpoint}: {bad} is not finite; use an earlier checkpoint")
+    return lacking
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -11,7 +11,7 @@ from lfm.checkpoint.matching import check_layers
 from lfm.checkpoint.tensors import load_tensors
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
-from lfm.models.global_names import global_views
+from lfm.models.global_names import global_views, moving_names
 from lfm.models.initialization import materialize
 from lfm.models.language_model import LanguageModel
 from lfm.models.registry import build, parse
@@ -27,8 +27,9 @@ def load_model(
     config = parse(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))
     model = materialize(lambda: build(config), device=device, dtype=dtype)
     views = global_views(model, lambda _, tensor: tensor)
-    frozen = {name.removeprefix("frozen.") for name in manifest["frozen"]}
-    keys = {f"{'frozen' if name in frozen else 'master'}.{name}": tensor for name, tensor in views.items()}
+    kinds = {name.removeprefix("frozen."): "frozen" for name in manifest["frozen"]}
+    kinds |= dict.fromkeys(moving_names(model), "moving")
+    keys = {f"{kinds.get(name, 'master')}.{name}": tensor for name, tensor in views.items()}
     load_tensors(checkpoint, manifest, keys)
     check_layers(checkpoint, manifest, config)
     for layer, warmup in manifest["counters"]["reservoir_warmup"].items():

@@ -14,7 +14,7 @@ from lfm.kernels.router import router_logits
 from lfm.kernels.swiglu import swiglu
 from lfm.layers.cost import Cost, matrices
 from lfm.layers.parts import PLAIN, Parts
-from lfm.layers.router import LossBalance, Routing, route
+from lfm.layers.router import Balance, BalanceConfig, BalanceScope, LossBalance, Routing, observe, route
 from lfm.layers.stored import Stored
 
 
@@ -34,7 +34,7 @@ class MoEConfig(Config):
     """Width of one expert."""
     moe_capacity_factor: float | None = Field(default=None, gt=0, le=1 << 20)
     """null: dropless; else an expert takes at most ceil(factor * topk * seq_length / experts) tokens of a row."""
-    balance: LossBalance = LossBalance()
+    balance: BalanceConfig = LossBalance()
     moe_z_loss_coeff: float = Field(default=1e-3, ge=0)
 
     @model_validator(mode="after")
@@ -60,7 +60,9 @@ class MoE(nn.Module):
     def __init__(self, hidden_size: int, config: MoEConfig, parts: Parts = PLAIN) -> None:
         super().__init__()
         self.top_k, self.capacity_factor = config.moe_router_topk, config.moe_capacity_factor
-        self.balance_over, self.parts = config.balance.scope, parts
+        self.balance_over: BalanceScope = config.balance.scope
+        self.parts = parts
+        self.balance = Balance(config.num_moe_experts, config.balance)
         self.router = nn.Linear(hidden_size, config.num_moe_experts, bias=False)
         self.dispatcher = parts.token_dispatcher(config.num_moe_experts)
         width = config.moe_ffn_hidden_size // self.dispatcher.width_parts
@@ -84,7 +86,16 @@ class MoE(nn.Module):
         logits = self.parts.whole_sequence(logits, partial_gradients=False)
         # Dropping is a training device: evaluation and streaming are dropless, or they would depend on the split.
         capacity_factor = self.capacity_factor if self.training else None
-        routing = route(logits, top_k=self.top_k, capacity_factor=capacity_factor, balance_over=self.balance_over)
+        routing = route(
+            logits,
+            top_k=self.top_k,
+            capacity_factor=capacity_factor,
+            balance_over=self.balance_over,
+            bias=self.balance.bias(),
+            shares=self.balance.shares if self.balance.has_shares else None,
+        )
+        if torch.is_grad_enabled():  # evaluation and generation ask for nothing
+            routing.observed = observe(x, logits, mean_logit=self.balance.follows_logits)
         x, experts, weights = self.dispatcher.prepare(x, routing.experts, routing.weights)
         flat, E = experts.flatten(), self.dispatcher.num_experts
         if capacity_factor is not None:

@@ -20,7 +20,7 @@ from lfm.layers.rotary import rotary_tables
 from lfm.layers.router import Routing
 from lfm.layers.stored import Stored
 from lfm.models.language_model import LanguageModel, Recompute
-from lfm.models.losses import Losses, Measurements, Objective, reservoir_measurements
+from lfm.models.losses import Losses, Measurements, Objective, reservoir_measurements, router_measurements
 from lfm.models.state import State
 
 Memory = Any
@@ -62,8 +62,8 @@ class Diagnostics:
 
     def measure(self) -> Measurements:
         """Of this pass and its backward."""
-        load = {layer: routing.load for layer, routing in self.routing.items()}
-        return ({"expert_load": load} if load else {}) | reservoir_measurements(self.recurrence)
+        routers = router_measurements(self.routing) if self.routing else {}
+        return routers | reservoir_measurements(self.recurrence)
 
 
 class Block(nn.Module):

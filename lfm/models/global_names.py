@@ -31,6 +31,16 @@ def stored(model: nn.Module, *, must_declare: bool = False) -> dict[str, Stored]
     return found
 
 
+def moving_names(model: nn.Module) -> set[str]:
+    """Of the buffers that training moves between steps: those that their modules list in `moving_buffers`."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if name in getattr(module, "moving_buffers", ())
+    }
+
+
 def global_views(model: nn.Module, pick: Callable[[str, Tensor], Tensor | None]) -> dict[str, Tensor]:
     """Views, by global name, of the tensors that `pick(run-time name, parameter or buffer)` returns.
 

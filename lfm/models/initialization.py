@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lfm.errors import UserError
-from lfm.models.global_names import global_views
+from lfm.models.global_names import global_views, moving_names
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
@@ -22,6 +22,8 @@ def generator_of(seed: int, name: str) -> torch.Generator:
 def initialize(model: nn.Module, seed: int, targets: dict[str, Tensor] | None = None) -> None:
     """Fill `targets` (global name -> tensor; by default the language model's own) with their initial values.
 
+    Buffers that move are the model's own, as before the first step.
+
     Threads draw several tensors at once; each has its own generator, so the result does not depend on them.
     """
     views = global_views(model, lambda _, tensor: tensor) if targets is None else targets
@@ -30,8 +32,17 @@ def initialize(model: nn.Module, seed: int, targets: dict[str, Tensor] | None = 
     def fill(name: str) -> None:
         views[name].copy_(initial_tensor(name, views[name].shape, seed))
 
+    moving = moving_names(model)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(fill, views))
+        list(pool.map(fill, [name for name in views if name not in moving]))
+    start_moving(model)
+
+
+def start_moving(model: nn.Module) -> None:
+    """Buffers that training moves between steps, as before the first one."""
+    for module in model.modules():
+        if hasattr(module, "moving_buffers"):
+            cast(Any, module).start()
 
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)

@@ -194,9 +194,10 @@ class LanguageModel(nn.Module, metaclass=_Initialized):
     """A next-token model with functional state.
 
     Parameters are made on whatever device is current (the meta device included); `initialize` fills them, and every
-    buffer, from (seed, name), as building a model does with seed 0.  A buffer is a frozen tensor: never trained, saved
-    with every checkpoint.  What is derived from parameters or buffers is neither, and is not kept on the module across
-    steps.
+    buffer, from (seed, name), as building a model does with seed 0.  A buffer is a frozen tensor, never trained and
+    saved with every checkpoint; or one of those that its module lists in `moving_buffers`, which training moves between
+    steps without a gradient, and which the module's `start()` fills.  What is derived from parameters or buffers is
+    neither, and is not kept on the module across steps.
     """
 
     config: Any
@@ -241,6 +242,11 @@ class LanguageModel(nn.Module, metaclass=_Initialized):
     @property
     def liquids(self) -> dict[int, Any]:
         """Modules of `config.reservoir_layers` by layer; their `warmup` is set between steps."""
+        return {}
+
+    @property
+    def balances(self) -> dict[int, Any]:
+        """What routers are balanced by, by layer; their buffers move between steps."""
         return {}
 
     def start_step(self, step: int, total_steps: int) -> None:

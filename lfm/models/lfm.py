@@ -20,11 +20,11 @@ from lfm.layers.moe import MoE, MoEConfig
 from lfm.layers.norm import RMSNorm
 from lfm.layers.parts import Parts
 from lfm.layers.residual import ResidualStream
-from lfm.layers.router import Routing
+from lfm.layers.router import Balance, Routing
 from lfm.models.decoder import Block, Context, Decoder, Memory, checkpointed, plain
 from lfm.models.initialization import generator_of
 from lfm.models.language_model import Recompute
-from lfm.models.losses import Measured, Term, reservoir_measured
+from lfm.models.losses import Measured, Term, reservoir_measured, router_measured
 from lfm.models.state import State
 from lfm.models.unit_scale import UnitScaleConfig, unit_std
 
@@ -40,6 +40,7 @@ class LFMConfig(UnitScaleConfig):
         {
             *("seq_length", "attention.backend", "ffn.moe_capacity_factor", "ffn.moe_z_loss_coeff"),
             *("ffn.balance.kind", "ffn.balance.coeff", "ffn.balance.scope"),
+            *("ffn.balance.update_rate", "ffn.balance.mean_decay"),
             *("liquid.backend", "liquid.chunk_length", "liquid.warmup", "liquid.tolerance"),
         }
     )
@@ -149,8 +150,7 @@ class LFMConfig(UnitScaleConfig):
         reservoirs = reservoir_measured(self.reservoir_layers)
         if self.moe is None:
             return reservoirs
-        load = Measured("expert_load", "sum", tuple(range(self.num_layers)), width=self.moe.num_moe_experts)
-        return (load, *reservoirs)
+        return (*router_measured(tuple(range(self.num_layers)), self.moe), *reservoirs)
 
     @property
     def liquid_layers(self) -> tuple[int, ...]:
@@ -271,6 +271,11 @@ class LFM(Decoder):
     def liquids(self) -> dict[int, Liquid]:
         here = {int(name): cast(Any, block) for name, block in self.layers.items()}
         return {layer: block.liquid for layer, block in here.items() if layer in self.config.reservoir_layers}
+
+    @property
+    def balances(self) -> dict[int, Balance]:
+        blocks = {int(name): cast(Any, block) for name, block in self.layers.items()}
+        return {layer: block.moe.balance for layer, block in blocks.items()} if self.config.moe is not None else {}
 
     def make_block(self, layer: int) -> LFMBlock:
         return LFMBlock(self.config, layer, self.parts)

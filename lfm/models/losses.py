@@ -16,6 +16,8 @@ from torch import Tensor
 from lfm.kernels.reservoir import RecurrenceStats
 from lfm.layers.documents import Counts, Rows, Unit
 from lfm.layers.head import Head, Hidden
+from lfm.layers.moe import MoEConfig
+from lfm.layers.router import BiasBalance, Routing, fixed_point
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Measured:
     layers: tuple[int, ...]
     width: int = 1
     """Numbers of one layer."""
+    is_shown: bool = True
+    """Whether records hold it; else it is for guards alone."""
 
 
 Measurements = dict[str, dict[int, Tensor]]
@@ -95,6 +99,37 @@ def combined(measured: Sequence[Measured], found: Sequence[Measurements]) -> dic
         over = {"sum": values.sum, "mean": values.mean, "max": values.amax}[measure.over]
         table[measure.name] = layers, over(1).double()
     return table
+
+
+def router_measured(layers: tuple[int, ...], moe: MoEConfig) -> tuple[Measured, ...]:
+    """What routers are watched by: how many tokens chose each expert, before any is dropped; entropy of a token's
+    probabilities, in nats; mean cosine between a row's inputs (of tensor-parallel processes, the first's part of it);
+    sums of logits in fixed point, where the balance follows them."""
+    found = (
+        Measured("expert_load", "sum", layers, width=moe.num_moe_experts),
+        Measured("router_entropy", "mean", layers),
+        Measured("router_input_cosine", "mean", layers),
+    )
+    if isinstance(moe.balance, BiasBalance) and moe.balance.mean_decay is not None:
+        found += (Measured("router_logits", "sum", layers, width=moe.num_moe_experts, is_shown=False),)
+    return found
+
+
+def router_measurements(routing: Mapping[int, Routing]) -> Measurements:
+    """Of one forward pass that a backward pass may follow, by layer."""
+    observed = {layer: each.observed for layer, each in routing.items() if each.observed is not None}
+    found = {
+        "expert_load": {layer: each.chosen for layer, each in routing.items()},
+        "router_entropy": {layer: each.entropy for layer, each in observed.items()},
+        "router_input_cosine": {layer: each.input_cosine for layer, each in observed.items()},
+    }
+    logits = {layer: each.mean_logit for layer, each in observed.items() if each.mean_logit is not None}
+    if logits:  # all layers at once: a few kernels
+        num_tokens = next(iter(observed.values())).num_tokens
+        found["router_logits"] = dict(
+            zip(logits, fixed_point(torch.stack([*logits.values()]), num_tokens), strict=True)
+        )
+    return found
 
 
 def reservoir_measured(layers: tuple[int, ...]) -> tuple[Measured, ...]:

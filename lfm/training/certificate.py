@@ -1,8 +1,8 @@
 """The certificate: what a layout computes, number by number, next to what one process computes.
 
 One optimizer step at equal weights and data under a layout and under the local engine: loss, auxiliary losses, gradient
-norm, the gradient of every parameter as the update takes it (after clipping), held-out loss.  Then further steps, whose
-drift is reported and not bounded, because rounding alone grows.
+norm, the gradient of every parameter as the update takes it (after clipping), held-out loss, and what guards moved by
+the step.  Then further steps, whose drift is reported and not bounded, because rounding alone grows.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from lfm.data.batch import Batch
 from lfm.files import write_durably
 from lfm.job.fork import run_ranks
 from lfm.job.process import Process
+from lfm.layers.router import MEAN_GRID
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout
 from lfm.models.language_model import Recompute
@@ -35,8 +36,20 @@ from lfm.training.local_engine import LocalEngine
 from lfm.training.optimizer.kind import OptimizerKind
 from lfm.training.parallel_engine import ParallelEngine
 
-BOUNDS = {"loss": 1e-5, "auxiliary": 1e-5, "norm": 1e-5, "clip": 1e-5, "gradient": 1e-4, "held_out": 1e-5}
-"""Largest relative deviations in fp32; a gradient's is the norm of the difference over the norm of the tensor."""
+BOUNDS = {
+    "loss": 1e-5,
+    "auxiliary": 1e-5,
+    "norm": 1e-5,
+    "clip": 1e-5,
+    "gradient": 1e-4,
+    "held_out": 1e-5,
+    "balance": MEAN_GRID,
+}
+"""Largest relative deviations in fp32; a gradient's is the norm of the difference over the norm of the tensor.
+
+That of the routers' balance is absolute: a mean logit near the middle of two numbers of its grid may be rounded to
+either.  What else moves is made of counts, and must be equal.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,8 @@ class Numbers:
     """`loss`, the mean of every term by name, `norm`, `clip` by step."""
     gradients: dict[str, np.ndarray]
     """Of the first step, after clipping, by global name."""
+    moving: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Buffers that the first step moved, by global name."""
 
 
 def local_engine(problem: Problem, device: torch.device) -> LocalEngine:
@@ -122,27 +137,24 @@ def reference(problem: Problem, device: torch.device) -> Numbers:
             gradients.update({n: g.cpu().numpy().copy() for n, g in engine._views(found).items()})
 
     engine.optimizer.register_step_pre_hook(keep)
-    held_out, steps = _run(engine, problem)
-    frozen = {key.removeprefix("frozen.") for key in engine.tensors() if key.startswith("frozen.")}
-    return Numbers(held_out, steps, {n: g for n, g in gradients.items() if n not in frozen})
-
-
-def _run(engine: Engine, problem: Problem) -> tuple[float, list[dict[str, float]]]:
     nats, labels = engine.evaluate(problem.batch(-1))
-    steps = []
-    for step in range(problem.steps):
-        result = engine.forward_backward(problem.batch(step)[engine.rows_of_step(problem.rows)])
-        norm = engine.step(problem.optimizer.lr)
-        limit = problem.optimizer.clip_grad
-        steps.append(
-            {
-                "loss": result.loss,
-                **result.terms,
-                "norm": norm,
-                "clip": min(1.0, limit / norm) if limit else 1.0,
-            }
-        )
-    return nats / labels, steps
+    steps = [_step(engine, problem, 0)]
+    moving = _moving(engine.state_tensors())
+    steps += [_step(engine, problem, step) for step in range(1, problem.steps)]
+    buffers = {key.partition(".")[2] for key in engine.tensors() if key.startswith(("frozen.", "moving."))}
+    return Numbers(nats / labels, steps, {n: g for n, g in gradients.items() if n not in buffers}, moving)
+
+
+def _step(engine: Engine, problem: Problem, step: int) -> dict[str, float]:
+    result = engine.forward_backward(problem.batch(step)[engine.rows_of_step(problem.rows)])
+    norm = engine.step(problem.optimizer.lr)
+    limit = problem.optimizer.clip_grad
+    return {"loss": result.loss, **result.terms, "norm": norm, "clip": min(1.0, limit / norm) if limit else 1.0}
+
+
+def _moving(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Copies, by global name, of those that guards move."""
+    return {k.partition(".")[2]: t.cpu().numpy().copy() for k, t in tensors.items() if k.startswith("moving.")}
 
 
 def run_layout(
@@ -170,14 +182,13 @@ def run_layout(
                     flat_gradients[id(flat)] = flat.grad.clone()
 
     inner_optimizer(engine.deepspeed).register_step_pre_hook(keep)
-    problem_of_one = dataclasses.replace(problem, steps=1)
-    held_out, steps = _run(engine, problem_of_one)
+    nats, labels = engine.evaluate(problem.batch(-1))
+    steps = [_step(engine, problem, 0)]
     first = False
     deviations = _gradient_deviations(engine, flat_gradients, expected.gradients)
-    for step in range(1, problem.steps):
-        result = engine.forward_backward(problem.batch(step)[engine.rows_of_step(problem.rows)])
-        steps.append({"loss": result.loss, "norm": engine.step(problem.optimizer.lr)})
-    found = {"held_out": held_out, "steps": steps, "gradients": deviations}
+    moving = _moving(engine.buffers(["moving"]))
+    steps += [_step(engine, problem, step) for step in range(1, problem.steps)]
+    found = {"held_out": nats / labels, "steps": steps, "gradients": deviations, "moving": moving}
     dist.barrier()
     process_groups.leave()
     return found
@@ -253,8 +264,26 @@ def compare(name: str, expected: Numbers, ranks: list[dict[str, Any]]) -> Findin
         for key, value in deviations.items()
         if not value <= BOUNDS[key]
     ]
+    if expected.moving:
+        deviations["balance"], sentences = _compare_moving(expected.moving, [rank["moving"] for rank in ranks])
+        beyond += sentences
     drift = [_relative(ranks[0]["steps"][i]["loss"], step["loss"]) for i, step in enumerate(expected.steps)]
     return Finding(name, deviations, worst, drift, beyond)
+
+
+def _compare_moving(expected: Mapping[str, np.ndarray], ranks: list[dict[str, np.ndarray]]) -> tuple[float, list[str]]:
+    """Largest absolute difference of what guards moved, on any rank, and what is out of bounds, in one sentence."""
+    largest, wrong = 0.0, []
+    for name, tensor in expected.items():
+        found = [rank[name] for rank in ranks if name in rank]
+        difference = max((_sortable(float(np.abs(each - tensor).max())) for each in found), default=math.inf)
+        bound = BOUNDS["balance"] if name.endswith(".mean") else 0.0
+        largest = max(largest, difference)
+        if difference > bound:
+            wrong.append((difference, name))
+    named = ", ".join(name for _, name in sorted(wrong, reverse=True)[:3])
+    sentence = f"balance deviates by {largest:.2e} in {len(wrong)} tensors, which only means may, worst {named}"
+    return largest, [sentence] if wrong else []
 
 
 def _names_beyond(gradients: Mapping[str, float]) -> str:

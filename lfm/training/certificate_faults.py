@@ -41,8 +41,17 @@ class DoubledExpertGradient(ParallelEngine):
             hook.remove()
 
 
+class BalanceOfOwnRows(ParallelEngine):
+    """Every process balances its routers by its own rows alone."""
+
+    def _over_all(self, operation: Any, **named: Tensor) -> dict[str, Tensor]:
+        own = {name: tensor for name, tensor in named.items() if name in ("expert_load", "router_logits")}
+        return super()._over_all(operation, **named) | own
+
+
 FAULTS: dict[str, type[ParallelEngine]] = {
     "expert_as_dense": ExpertAsDense,
     "unreduced_replicated_weight": UnreducedReplicatedWeight,
     "doubled_expert_gradient": DoubledExpertGradient,
+    "balance_of_own_rows": BalanceOfOwnRows,
 }

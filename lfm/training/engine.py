@@ -13,6 +13,7 @@ from torch import Tensor
 from lfm.data.batch import Batch
 from lfm.layers.documents import Counts
 from lfm.layers.liquid import Liquid
+from lfm.layers.router import Balance
 from lfm.models.losses import Measured, Objective, Term, weighted
 from lfm.training.draws import seed_of_draws
 from lfm.training.guards import Guard
@@ -87,12 +88,15 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def load_state_tensors(self, read: Read, kinds: Iterable[str] | None = None) -> None:
-        """Take the named kinds of state, or all, from a checkpoint of any engine and layout."""
+        """Take the named kinds of state, or all, from a checkpoint of any engine and layout.
+
+        Moving tensors that `read` leaves alone are then as before the first step.
+        """
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
         """What a checkpoint holds of an engine: keys are these, a dot, and a global name."""
-        return ("master", *self.optimizer_config.state_keys, "frozen")
+        return ("master", *self.optimizer_config.state_keys, "moving", "frozen")
 
     @property
     @abc.abstractmethod
@@ -107,6 +111,11 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def liquids(self) -> Mapping[int, Liquid]:
         """Liquid layers of this process by layer number."""
+
+    @property
+    @abc.abstractmethod
+    def balances(self) -> Mapping[int, Balance]:
+        """What the routers of this process are balanced by, by layer number."""
 
     @property
     def evaluation_modes(self) -> Sequence[str]:
@@ -132,6 +141,13 @@ class Engine(abc.ABC):
     def _start_micro_batch(self, first_row: int) -> None:
         """Called before the forward pass of the micro-batch that begins with this row of the whole step."""
         torch.manual_seed(seed_of_draws(self.seed, self._step, first_row))
+
+    def record(self) -> dict[str, Any]:
+        """What records hold of the guards, after an update."""
+        found: dict[str, Any] = {}
+        for guard in self.guards:
+            found |= guard.record()
+        return found
 
     def state_values(self) -> dict[str, Any]:
         """Everything else of the engine's state, as JSON values."""
@@ -159,9 +175,11 @@ class Engine(abc.ABC):
         """All summands of the loss, the objective's first."""
         return (*self.objective.terms, *self.config.terms)
 
-    def _after_backward(self, measured: Mapping[str, Mapping[int, Any]]) -> None:
+    def _after_backward(self, measured: Mapping[str, dict[int, Any]]) -> dict[str, dict[int, Any]]:
+        """Hand what a step measured to the guards; what records show of it."""
         for guard in self.guards:
             guard.after_backward(measured)
+        return {measure.name: measured[measure.name] for measure in self.config.measured if measure.is_shown}
 
     def _after_update(self) -> bool:
         """Whether a guard changed a master."""

@@ -29,6 +29,10 @@ class Guard(Protocol):
         """Called after the update of this number, counted from 1; whether it changed a master."""
         ...
 
+    def record(self) -> dict[str, Any]:
+        """What records of a step hold of it, after the update."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""
         ...

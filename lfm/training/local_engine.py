@@ -12,8 +12,9 @@ from lfm.errors import NonFiniteError
 from lfm.evaluation.held_out import score
 from lfm.kernels.accumulation import accumulate_
 from lfm.layers.liquid import Liquid
-from lfm.models.global_names import global_views
-from lfm.models.initialization import initialize, materialize
+from lfm.layers.router import Balance
+from lfm.models.global_names import global_views, moving_names
+from lfm.models.initialization import initialize, materialize, start_moving
 from lfm.models.language_model import Recompute
 from lfm.models.losses import Measurements, Objective, combined, weighted
 from lfm.models.registry import ModelConfig, build
@@ -30,6 +31,7 @@ from lfm.training.engine import (
 from lfm.training.optimizer.groups import check_groups, found_groups, parameter_groups
 from lfm.training.optimizer.kind import OptimizerKind
 from lfm.training.reservoirs import ReservoirGuard
+from lfm.training.router_balance import RouterBalance
 
 
 class LocalEngine(Engine):
@@ -62,11 +64,15 @@ class LocalEngine(Engine):
         check_groups(optimizer, [found_groups(optimizer, groups, [*self.masters])])
         self.optimizer = optimizer.build(groups)
         self.optimizer.state.update({master: optimizer.new_state(master) for master in self.masters.values()})
-        self.guards = [ReservoirGuard(model, self.liquids)]
+        self.guards = [ReservoirGuard(model, self.liquids), RouterBalance(model, self.balances)]
 
     @property
     def liquids(self) -> Mapping[int, Liquid]:
         return self.model.liquids
+
+    @property
+    def balances(self) -> Mapping[int, Balance]:
+        return self.model.balances
 
     @property
     def evaluation_modes(self) -> Sequence[str]:
@@ -87,7 +93,7 @@ class LocalEngine(Engine):
         return slice(0, global_batch_size)
 
     def _views(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Global views of `tensors` (by run-time parameter name), frozen buffers included."""
+        """Global views of `tensors` (by run-time parameter name), buffers included."""
         return global_views(
             self.model, lambda name, tensor: tensors.get(name, None if isinstance(tensor, nn.Parameter) else tensor)
         )
@@ -137,8 +143,8 @@ class LocalEngine(Engine):
         bad = first_bad_micro_batch(table, names, self.micro_batch_size, first=0)
         if bad is not None:
             raise NonFiniteError(bad)
-        self._after_backward(by_layer := measurements(self.config.measured, measured))
-        return step_result(self.terms, table.sum(0), counts, rows.documents.attended_pairs, by_layer, digest)
+        shown = self._after_backward(measurements(self.config.measured, measured))
+        return step_result(self.terms, table.sum(0), counts, rows.documents.attended_pairs, shown, digest)
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -180,18 +186,20 @@ class LocalEngine(Engine):
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint stores as tensors, by layout-free key; views, so that loading fills them in place."""
-        frozen = {n: t for n, t in self._views({}).items()}
-        found = {f"frozen.{name}": tensor for name, tensor in frozen.items()}
+        buffers, moving = self._views({}), moving_names(self.model)
+        found = {f"{'moving' if name in moving else 'frozen'}.{name}": tensor for name, tensor in buffers.items()}
         for key in self.optimizer_config.state_keys:
             kept = {name: self.optimizer.state[master][key] for name, master in self.masters.items()}
-            found |= {f"{key}.{n}": t for n, t in self._views(kept).items() if n not in frozen}
-        return {**found, **{f"master.{n}": t for n, t in self._views(self.masters).items() if n not in frozen}}
+            found |= {f"{key}.{n}": t for n, t in self._views(kept).items() if n not in buffers}
+        return {**found, **{f"master.{n}": t for n, t in self._views(self.masters).items() if n not in buffers}}
 
     def state_tensors(self) -> Mapping[str, Tensor]:
-        return self.tensors()
+        return {key: tensor.clone() if key.startswith("moving.") else tensor for key, tensor in self.tensors().items()}
 
     def load_state_tensors(self, read: Read, kinds: Iterable[str] | None = None) -> None:
         chosen = tuple(f"{kind}." for kind in kinds or self.state_kinds)
+        if "moving." in chosen:
+            start_moving(self.model)
         read({key: tensor for key, tensor in self.tensors().items() if key.startswith(chosen)})
         self.publish_masters()
 

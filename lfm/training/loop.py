@@ -172,6 +172,7 @@ def _log(run: RunConfig, state: TrainState, saves: Saves, update: _Update) -> No
         "next_lr": _lr(run, min(progress.step, steps - 1)),
         "data_wait_seconds": waited / len(state.losses),
         **training_record(update.result),
+        **state.engine.record(),
         **state.speed.measure((steps - progress.step) * state.tokens_per_step, memory),
     }
     if saves.stalls:  # how long training was held, and the last save that is whole took

@@ -17,8 +17,10 @@ from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.layers.documents import Counts, Documents, Rows
 from lfm.layers.liquid import Liquid
+from lfm.layers.router import Balance
 from lfm.models.decoder import Decoder
-from lfm.models.initialization import materialize
+from lfm.models.global_names import moving_names
+from lfm.models.initialization import materialize, start_moving
 from lfm.models.language_model import LanguageModel, Recompute
 from lfm.models.losses import Measured, Objective, Term, combined
 from lfm.models.registry import ModelConfig, build
@@ -49,6 +51,7 @@ from lfm.training.engine import (
 from lfm.training.optimizer.groups import check_groups, found_groups, parameter_groups
 from lfm.training.optimizer.kind import Group, OptimizerKind
 from lfm.training.reservoirs import ReservoirGuard
+from lfm.training.router_balance import RouterBalance
 
 _BATCH_BYTES = 2**30
 """Host memory for tensors on their way from a checkpoint into the partitions."""
@@ -113,8 +116,12 @@ class ParallelEngine(Engine):
         )
         self._sum_tied_embedding_gradients(config)
         speaks = groups.data.rank() == 0 and groups.tensor.rank() == 0
-        self.guards = [ReservoirGuard(model, self.liquids, speaks=speaks)]
+        self.guards = [
+            ReservoirGuard(model, self.liquids, speaks=speaks),
+            RouterBalance(model, self.balances, speaks=speaks),
+        ]
         self._host: dict[str, Tensor] = {}
+        self._start_moving()
         self.load_state_tensors(lambda targets: self._initialize(targets, seed), kinds=("master", "frozen"))
 
     # What each process holds, by global name.
@@ -145,9 +152,20 @@ class ParallelEngine(Engine):
         check_groups(config, found)
         return groups
 
-    @property
-    def _buffers(self) -> dict[str, Tensor]:
-        return {name: buffer for piece in self.pieces for name, buffer in piece.named_buffers()}
+    def buffers(self, kinds: Iterable[str] = ("moving", "frozen")) -> dict[str, Tensor]:
+        """Views of this process's buffers by checkpoint key."""
+        found = {}
+        for piece in self.pieces:
+            moving = moving_names(piece)
+            for name, buffer in piece.named_buffers():
+                kind = "moving" if name in moving else "frozen"
+                if kind in kinds:
+                    found |= {f"{kind}.{part.name}": part.of(buffer) for part in self.global_parts[name]}
+        return found
+
+    def _start_moving(self) -> None:
+        for piece in self.pieces:
+            start_moving(piece)
 
     def _data_group(self, weight: Weight) -> dist.ProcessGroup:
         return self.groups.expert_data if weight.is_expert else self.groups.data
@@ -191,8 +209,9 @@ class ParallelEngine(Engine):
                 }
             if sum(whole.numel() * 4 for _, _, whole in batch) > _BATCH_BYTES:
                 flush()
-        if "frozen" in kinds:
-            targets |= {f"frozen.{p.name}": p.of(b) for name, b in self._buffers.items() for p in parts[name]}
+        if "moving" in kinds:
+            self._start_moving()
+        targets |= self.buffers(kinds)
         flush()
         publish_masters(self.deepspeed, self.weights, self.fragments)
 
@@ -224,7 +243,9 @@ class ParallelEngine(Engine):
                     f"{kind}.{p.name}": p.as_global(self._host[key], self.groups.tensor) for p in parts[weight.name]
                 }
         if self.groups.data.rank() == 0 and self.groups.tensor.rank() == 0:
-            found |= {f"frozen.{p.name}": p.of(b).cpu() for name, b in self._buffers.items() for p in parts[name]}
+            found |= {key: buffer.cpu() for key, buffer in self.buffers(["frozen"]).items()}
+            # Copies: training moves them while a save is under way.
+            found |= {key: buffer.cpu().clone() for key, buffer in self.buffers(["moving"]).items()}
         return found
 
     def _shape(self, weight: Weight) -> torch.Size:
@@ -308,9 +329,9 @@ class ParallelEngine(Engine):
         mine = self.groups.tensor.rank() == 0
         sums = self._over_all(dist.ReduceOp.SUM, **{name: value * mine for name, value in sums.items()})
         over_all = {m.name: (list(m.layers), (largest if m.over == "max" else sums)[m.name]) for m in measured}
-        self._after_backward(by_layer := measurements(measured, over_all))
+        shown = self._after_backward(measurements(measured, over_all))
         digest = sum(int(p) << bits for p, bits in zip(sums["digest"].tolist(), _PIECES, strict=True)) % 2**64
-        return step_result(self.terms, sums["terms"], counts, int(sums["pairs"]), by_layer, digest)
+        return step_result(self.terms, sums["terms"], counts, int(sums["pairs"]), shown, digest)
 
     def _over_all(self, operation: Any, **named: Tensor) -> dict[str, Tensor]:
         """Small host tensors reduced over all processes, in one message."""
@@ -399,6 +420,10 @@ class ParallelEngine(Engine):
     @property
     def liquids(self) -> Mapping[int, Liquid]:
         return {layer: liquid for piece in self.pieces for layer, liquid in piece.liquids.items()}
+
+    @property
+    def balances(self) -> Mapping[int, Balance]:
+        return {layer: balance for piece in self.pieces for layer, balance in piece.balances.items()}
 
     @property
     def evaluation_modes(self) -> Sequence[str]:

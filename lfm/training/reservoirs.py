@@ -64,6 +64,9 @@ class ReservoirGuard:
             return False
         return any([self._contract(layer, trained[layer], update, masters) for layer in must_forget])
 
+    def record(self) -> dict[str, Any]:
+        return {}
+
     def state(self) -> dict[str, Any]:
         return {
             "reservoir_warmup": {str(layer): warmup for layer, warmup in self.warmups.items()},

@@ -22,7 +22,7 @@ from lfm.files import refusing
 from lfm.inference.sampling import check_prompts
 from lfm.job.ranks import Ranks
 from lfm.talk import say
-from lfm.training.engine import Engine, StepResult
+from lfm.training.engine import Engine, Read, StepResult
 from lfm.training.metrics import Metrics, Speed
 from lfm.training.run import RunConfig
 
@@ -65,6 +65,20 @@ class Checkpoint:
 
     path: Path
     manifest: dict[str, Any]
+
+    def reader(self, ranks: Ranks) -> Read:
+        """Fills an engine's tensors from it; rank 0 says which it lacks because routers were balanced otherwise."""
+
+        def read(targets: Mapping[str, Tensor]) -> None:
+            lacking = load_tensors(self.path, self.manifest, targets, may_lack="moving")
+            if lacking and ranks.is_main:
+                more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+                say(
+                    f"the balance of the routers starts afresh: {self.path} has no {lacking[0]}{more}, because its "
+                    "model.ffn.balance is another"
+                )
+
+        return read
 
 
 @dataclass(frozen=True)
@@ -135,8 +149,8 @@ class TrainState:
 
     def restore(self, found: Checkpoint) -> None:
         """Engine, progress and place in the data as they were saved.  Raises UserError for a checkpoint of others."""
-        path, manifest = found.path, found.manifest
-        self.engine.load_state_tensors(lambda targets: load_tensors(path, manifest, targets))
+        manifest = found.manifest
+        self.engine.load_state_tensors(found.reader(self.ranks))
         self.engine.load_state_values(manifest["counters"])
         self.progress = Progress.of(manifest["progress"])
         self.position = resume_row(manifest["data"], self.data.rows, seed=self.run.seed)
@@ -198,10 +212,9 @@ def make_state(
         if ranks.is_main:
             say(f"resuming from {start.path} at step {state.progress.step}")
     elif weights is not None:
-        path, manifest = weights.path, weights.manifest
-        engine.load_state_tensors(lambda targets: load_tensors(path, manifest, targets), kinds=("master", "frozen"))
+        engine.load_state_tensors(weights.reader(ranks), kinds=("master", "moving", "frozen"))
         if ranks.is_main:
-            say(f"starting from the weights of {path}")
+            say(f"starting from the weights of {weights.path}")
     if ranks.is_main:
         step, chain, config = state.progress.step, state.progress.chain, run.model_dump(mode="json")
         state.metrics = Metrics(run.logging, run.folder, name=run.folder.name, resumed_step=step, run_config=config)

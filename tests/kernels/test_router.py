@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from lfm.kernels.backend import disagreement
 from lfm.kernels.router import Choice, choose_experts, router_logits
+from lfm.kernels.router.op import _choice_comparison
 from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
 from lfm.layers.router import route
 from tests.comparison import assert_close
@@ -54,10 +56,11 @@ def _choice_and_grad(choose, logits, top_k):
     return choice, torch.autograd.grad(outputs, logits, grads)[0]
 
 
-def _compare_choice(shape, top_k):
+def _compare_choice(shape, top_k, *, biased=False):
     logits = torch.randn(shape, device=DEVICE).mul(2)
-    got, grad = _choice_and_grad(lambda x, k: choose_experts(x, k, backend="triton"), logits, top_k)
-    want, right = _choice_and_grad(choose_experts_reference, logits.double(), top_k)
+    bias = torch.randn(shape[-1], device=DEVICE).mul(4) if biased else None
+    got, grad = _choice_and_grad(lambda x, k: choose_experts(x, k, bias, backend="triton"), logits, top_k)
+    want, right = _choice_and_grad(lambda x, k: choose_experts_reference(x, k, bias), logits.double(), top_k)
     assert torch.equal(got.experts, want.experts) and torch.equal(got.load, want.load)
     found = {"weights": got.weights, "probability": got.probability, "z": got.z, "logits": grad}
     right = {"weights": want.weights, "probability": want.probability, "z": want.z, "logits": right}
@@ -66,10 +69,41 @@ def _compare_choice(shape, top_k):
     assert_close(found, right, 1e-5)  # fp32, through exponentials of differences up to ten
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 40, 8), (3, 700, 11)], ids=str)
-def test_the_choice_equals_the_definition(shape, top_k):
-    _compare_choice(shape, top_k)
+def test_the_choice_equals_the_definition(shape, top_k, biased):
+    _compare_choice(shape, top_k, biased=biased)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_bias_chooses_and_weighs_nothing(backend):
+    logits = torch.randn(2, 30, 6, device=DEVICE)
+    bias = torch.tensor([0.0, 0, 50, 0, 60, 0], device=DEVICE)
+    got = choose_experts(logits, 2, bias, backend=backend)
+    assert got.experts.tolist() == [[[4, 2]] * 30] * 2
+    assert torch.allclose(got.weights, logits[..., [4, 2]].softmax(-1))
+    unbiased = choose_experts(logits, 2, backend=backend)
+    assert torch.equal(got.probability, unbiased.probability) and torch.equal(got.z, unbiased.z)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_bias_of_zero_is_none(backend):
+    logits = torch.randn(2, 30, 6, device=DEVICE)
+    got = choose_experts(logits, 2, torch.zeros(6, device=DEVICE), backend=backend)
+    want = choose_experts(logits, 2, backend=backend)
+    assert torch.equal(got.experts, want.experts) and torch.allclose(got.weights, want.weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_experts_whose_probabilities_round_to_zero_have_weights_and_gradients(backend):
+    logits = torch.tensor([[[0.0, -201.0, -200.0, -300.0]]], device=DEVICE).requires_grad_()
+    got = choose_experts(logits, 2, torch.tensor([0.0, 500, 500, 0], device=DEVICE), backend=backend)
+    assert got.experts.tolist() == [[[2, 1]]] and got.probability[0, 1] == 0
+    want = torch.tensor([1.0, 0.0], device=DEVICE).softmax(-1)
+    assert torch.allclose(got.weights[0, 0], want)
+    (grad,) = torch.autograd.grad(got.weights[..., 0].sum(), logits)
+    assert torch.allclose(grad[0, 0, 2], want.prod()) and torch.allclose(grad[0, 0, 1], -want.prod())
 
 
 @pytest.mark.parametrize("only", [0, 3, 7])
@@ -88,6 +122,9 @@ def test_of_equal_logits_the_first_experts_win(backend):
     logits = torch.tensor([rows], device=DEVICE)
     chosen = choose_experts(logits, 4, backend=backend).experts
     assert chosen.tolist() == [[[0, 1, 2, 3], [1, 3, 5, 0], [2, 0, 1, 3], [2, 4, 1, 3]]]
+    bias = torch.tensor([0.0, 0, 0, 0, 0, 9], device=DEVICE)
+    chosen = choose_experts(logits, 4, bias, backend=backend).experts
+    assert chosen.tolist() == [[[5, 0, 1, 2], [5, 1, 3, 0], [2, 0, 1, 3], [2, 4, 5, 1]]]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -121,6 +158,12 @@ def test_wrong_shapes_are_named():
         router_logits(torch.zeros(2, 3), torch.zeros(4, 5))
     with pytest.raises(ValueError, match="top_k=9"):
         choose_experts(torch.zeros(1, 2, 8), 9)
+    with pytest.raises(ValueError, match=r"bias has shape \[1, 8\]; logits of 8 experts take \[8\]"):
+        choose_experts(torch.zeros(1, 2, 8), 2, torch.zeros(1, 8))
+
+
+def test_the_kernels_agree_with_the_definition_by_their_own_comparison():
+    assert disagreement(_choice_comparison, torch.device(DEVICE), torch.float32, 6, 2) is None
 
 
 @pytest.mark.gpu
@@ -131,9 +174,10 @@ def test_large_logits_equal_float64(shape, num_experts):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", [(1, 8192, 8), (4, 2048, 64)], ids=str)
-def test_large_choices_equal_float64(shape):
-    _compare_choice(shape, 2)
+def test_large_choices_equal_float64(shape, biased):
+    _compare_choice(shape, 2, biased=biased)
 
 
 @pytest.mark.gpu

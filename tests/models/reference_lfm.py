@@ -33,7 +33,8 @@ def document_forward(w: dict[str, Tensor], config, ids: Tensor) -> tuple[Tensor,
         rows = []
         for t in range(T):
             probability = logits[t].softmax(0)
-            top, experts = probability.topk(c.ffn.moe_router_topk)
+            experts = (logits[t] + bias_of(w, i)).topk(c.ffn.moe_router_topk).indices
+            top = probability[experts]
             y = torch.zeros_like(u[t])
             for weight, e in zip(top / top.sum(), experts.tolist(), strict=True):
                 gate, up, down = (w[f"{p}moe.experts.{e}.{n}.weight"] for n in ("gate", "up", "down"))
@@ -42,6 +43,12 @@ def document_forward(w: dict[str, Tensor], config, ids: Tensor) -> tuple[Tensor,
         x = x + torch.stack(rows)
     head = w["head.weight" if c.untie_embeddings_and_output_weights else "embedding.weight"][: c.vocab_size]
     return c.logit_multiplier * rms(x, w["final_norm.weight"], c.layernorm_epsilon) @ head.T, router_logits
+
+
+def bias_of(w: dict[str, Tensor], layer: int) -> Tensor:
+    """What the choice of experts adds to the router's logits."""
+    drift, mean = (w.get(f"layers.{layer}.moe.balance.{name}", torch.zeros(())) for name in ("drift", "mean"))
+    return (drift - mean).detach()
 
 
 def attention(w: dict[str, Tensor], c, u: Tensor) -> Tensor:
@@ -86,11 +93,13 @@ def step_loss(w: dict[str, Tensor], config, rows: Tensor, lengths: list[list[int
             labels += len(document) - 1
             for layer, found in enumerate(router_logits):
                 router[layer].append(found)
-        for found in map(torch.cat, router):
+        for layer, found in enumerate(map(torch.cat, router)):
             probability = found.softmax(-1)
             share = torch.zeros(c.ffn.num_moe_experts, dtype=torch.float64)
-            for expert in probability.topk(c.ffn.moe_router_topk).indices.flatten().tolist():
+            for expert in (found + bias_of(w, layer)).topk(c.ffn.moe_router_topk).indices.flatten().tolist():
                 share[expert] += 1 / (len(row) * c.ffn.moe_router_topk)
+            if c.ffn.balance.scope == "step":
+                share = w[f"layers.{layer}.moe.balance.shares"].detach()
             balance = balance + c.ffn.num_moe_experts * (share * probability.mean(0)).sum() / c.num_layers
             z = z + found.logsumexp(-1).square().mean() / c.num_layers
     return nats / labels + (c.ffn.balance.coeff * balance + c.ffn.moe_z_loss_coeff * z) / len(rows)

@@ -8,7 +8,7 @@ from lfm.data.batch import Batch
 from lfm.evaluation.held_out import score
 from lfm.inference.sampling import prefill
 from lfm.layers.documents import Documents, Rows
-from lfm.models.global_names import global_views, stored
+from lfm.models.global_names import global_views, moving_names, stored
 from lfm.models.initialization import initialize
 from lfm.models.lfm import LFM, LFMConfig, initial_tensor
 from lfm.models.losses import weighted
@@ -46,6 +46,9 @@ def small_model(dtype=torch.float64, **changes) -> LFM:
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    for name in sorted(moving_names(model)):
+        buffer = model.get_buffer(name)
+        buffer.copy_(torch.randn(buffer.shape, generator=generator).softmax(0))
     return model.to(dtype)
 
 
@@ -60,6 +63,9 @@ VARIANTS = {
     "unit": UNIT,
     "multipliers": {**UNIT, "embedding_multiplier": 3.0, "logit_multiplier": 0.5},
     "qk_norm": {"qk_norm": True},
+    "bias": {"balance": {"kind": "bias", "coeff": 0.1}},
+    "bias_and_loss_of_the_step": {"balance": {"kind": "bias", "mean_decay": None, "coeff": 0.1, "scope": "step"}},
+    "loss_of_the_step": {"balance": {"coeff": 0.1, "scope": "step"}},
     "top1_mha": {"moe_router_topk": 1, "num_query_groups": 4},
 }
 

@@ -1,6 +1,7 @@
 """The certificate on a small model: layouts that must pass, silent mistakes that it must name."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from lfm.job.process import require_packages
 from lfm.layers.attention import AttentionConfig
 from lfm.layers.liquid import ReservoirConfig
 from lfm.layers.moe import MoEConfig
+from lfm.layers.router import BiasBalance
 from lfm.layout.layout import check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, compare, in_one_process
@@ -40,9 +42,26 @@ SMALL = LFMConfig(
 )
 
 
-def problem(recompute="none") -> Problem:
+# Weights larger than for training, so that logits are far enough apart for their means to move the bias; and capacity.
+LARGE = SMALL.model_copy(update={"init_method_std": 0.3})
+BALANCES = {
+    "bias": LARGE.model_copy(update={"ffn": SMALL.ffn.model_copy(update={"balance": BiasBalance()})}),
+    "step": LARGE.model_copy(
+        update={
+            "ffn": MoEConfig(
+                num_moe_experts=4,
+                moe_ffn_hidden_size=32,
+                moe_capacity_factor=1.0,
+                balance=BiasBalance(mean_decay=None, coeff=0.1, scope="step"),
+            )
+        }
+    ),
+}
+
+
+def problem(recompute="none", model=SMALL) -> Problem:
     optimizer = AdamWConfig(lr=1e-2, clip_grad=0.5)
-    return Problem(SMALL, optimizer, seed=5, rows=8, micro_batch_size=1, steps=2, recompute=recompute)
+    return Problem(model, optimizer, seed=5, rows=8, micro_batch_size=1, steps=2, recompute=recompute)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +69,39 @@ def expected() -> Numbers:
     return in_one_process(problem(), "cpu")
 
 
-def finding(name: str, expected: Numbers, fault=None):
+def finding(name: str, expected: Numbers, fault=None, model=SMALL):
     world, parallel, recompute = LAYOUTS[name]
-    layout = check_layout(SMALL, parallel, world, global_batch_size=8, micro_batch_size=1)
+    layout = check_layout(model, parallel, world, global_batch_size=8, micro_batch_size=1)
     engine_type = FAULTS[fault] if fault else ParallelEngine
-    return certify(layout, problem(recompute), expected, device_type="cpu", engine_type=engine_type)
+    return certify(layout, problem(recompute, model), expected, device_type="cpu", engine_type=engine_type)
+
+
+@functools.cache
+def expected_of_balance(name: str) -> Numbers:
+    return in_one_process(problem(model=BALANCES[name]), "cpu")
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dp2_z1", "tp2_ep2", "pp2_interleaved", "dp2_z3_recompute"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2_pp2_recompute", "ep2_world4", "dp2_z2")),
+    ],
+)
+def test_a_layout_balances_routers_as_one_process_does(name, balance):
+    expected = expected_of_balance(balance)
+    found = finding(name, expected, model=BALANCES[balance])
+    assert found.beyond == []
+    moved = {name.rpartition(".")[2] for name, tensor in expected.moving.items() if tensor.std() > 1e-3}
+    assert moved == ({"drift", "mean"} if balance == "bias" else {"drift", "shares"})
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_a_process_that_balances_by_its_own_rows_alone_is_found(balance):
+    found = finding("dp2_z1", expected_of_balance(balance), "balance_of_own_rows", BALANCES[balance])
+    assert len(found.beyond) == 1 and found.beyond[0].startswith("balance deviates by")
+    assert "layers." in found.beyond[0]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +192,8 @@ def test_another_family_is_certified_under_what_it_has_with_dropout():
 
 
 STEP = {"loss": 2.0, "cross_entropy": 1.5, "balance_loss": 1.0, "z_loss": 0.5, "norm": 3.0, "clip": 1 / 3}
-ALL_ONE = Numbers(held_out=1.25, steps=[STEP], gradients={"a": np.ones(4), "b": np.ones(4)})
+MOVING = {"c.drift": np.ones(4, np.float32), "c.mean": np.ones(4, np.float32)}
+ALL_ONE = Numbers(held_out=1.25, steps=[STEP], gradients={"a": np.ones(4), "b": np.ones(4)}, moving=MOVING)
 
 
 def rank(**changes):
@@ -154,6 +202,7 @@ def rank(**changes):
         "held_out": changes.get("held_out", 1.25),
         "steps": [{key: changes.get(key, value) for key, value in STEP.items()}],
         "gradients": {"a": (changes.get("a", 0.0), 4.0, False), "b": (changes.get("b", 0.0), 2.0, True)},
+        "moving": {name: tensor * np.float32(changes.get(name, 1)) for name, tensor in MOVING.items()},
     }
 
 
@@ -162,12 +211,23 @@ def test_equal_numbers_are_certified():
 
 
 @pytest.mark.parametrize("bad_rank", [0, 1])
-@pytest.mark.parametrize("name", ["held_out", *STEP, "a", "b"])
+@pytest.mark.parametrize("name", ["held_out", *STEP, "a", "b", *MOVING])
 @pytest.mark.parametrize("value", [math.nan, 1.1], ids=["nan", "wrong"])
 def test_one_wrong_number_on_any_rank_is_found(name, bad_rank, value):
     ranks = [rank(), rank()]
     ranks[bad_rank] = rank(**{name: value})
     assert len(compare("layout", ALL_ONE, ranks).beyond) == 1
+
+
+@pytest.mark.parametrize(("name", "is_beyond"), [("c.mean", False), ("c.drift", True)])
+def test_means_may_be_a_step_of_their_grid_away_and_what_is_counted_may_not(name, is_beyond):
+    found = compare("layout", ALL_ONE, [rank(), rank(**{name: 1 + 2**-8})])
+    assert bool(found.beyond) == is_beyond and found.deviations["balance"] == 2**-8
+
+
+def test_a_balance_that_no_rank_has_is_found():
+    expected = dataclasses.replace(ALL_ONE, moving={**MOVING, "d.mean": np.ones(4)})
+    assert "d.mean" in compare("layout", expected, [rank(), rank()]).beyond[0]
 
 
 def test_a_gradient_that_no_rank_has_is_found():

@@ -17,6 +17,7 @@ from lfm.job.fork import run_ranks
 from lfm.layers.attention import AttentionConfig
 from lfm.layers.liquid import ReservoirConfig
 from lfm.layers.moe import MoEConfig
+from lfm.layers.router import BiasBalance
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import check_layout
 from lfm.models.lfm import LFMConfig
@@ -33,7 +34,7 @@ SMALL = LFMConfig(
     vocab_size=100,
     vocab_size_multiple=64,
     attention=AttentionConfig(num_attention_heads=4, num_query_groups=2),
-    ffn=MoEConfig(num_moe_experts=4, moe_ffn_hidden_size=32),
+    ffn=MoEConfig(num_moe_experts=4, moe_ffn_hidden_size=32, balance=BiasBalance(coeff=0.1, scope="step")),
     liquid=ReservoirConfig(interval=3, num_reservoirs=3, reservoir_size=16),
 )
 PROBLEM = Problem(SMALL, AdamWConfig(lr=3e-3, clip_grad=0.5), seed=3, rows=8, micro_batch_size=1, steps=1)
@@ -137,7 +138,8 @@ def the_same_steps_in_one_process(process, folder, steps: int) -> list[tuple[flo
 
 @pytest.mark.parametrize("chain", [SHORT_CHAIN, pytest.param(CHAIN, marks=pytest.mark.slow)], ids=["short", "long"])
 def test_a_run_that_changes_its_layout_at_every_step_is_the_same_run(chain, tmp_path):
-    """Weights, moments, step count and warm-ups move through ordered pairs of layouts and ZeRO stages, in fp32.
+    """Weights, moments, step count, warm-ups and what balances routers move through ordered pairs of layouts and ZeRO
+    stages, in fp32.
 
     The long chain has 17 pairs.  Step by step, because rounding alone grows over many: what each layout loads, computes
     and saves is what one process makes of the same checkpoint.

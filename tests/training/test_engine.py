@@ -217,11 +217,13 @@ def test_ids_that_may_be_no_label_are_given_and_not_asked_for():
 
 
 def test_evaluation_does_not_drop_tokens():
-    engine = _engine(moe_capacity_factor=0.5)
-    assert sum(map(sum, engine.forward_backward(Batch(_rows(), LENGTHS)).measured["expert_load"].values())) < 3 * 2 * 80
-    nats, labels = engine.evaluate(Batch(_rows(), LENGTHS))
-    dropless = _engine()
-    assert (nats, labels) == pytest.approx(dropless.evaluate(Batch(_rows(), LENGTHS)), rel=1e-12)
+    engine, dropless, batch = _engine(moe_capacity_factor=0.5), _engine(), Batch(_rows(), LENGTHS)
+    assert engine.evaluate(batch) == pytest.approx(dropless.evaluate(batch), rel=1e-12)
+    dropped, kept = engine.forward_backward(batch), dropless.forward_backward(batch)
+    assert dropped.loss != pytest.approx(kept.loss, rel=1e-6)
+    # The load is of the choices, before any is dropped: those of the first layer are alike.
+    assert dropped.measured["expert_load"][0] == kept.measured["expert_load"][0]
+    assert all(sum(load) == 2 * 80 for load in dropped.measured["expert_load"].values())
 
 
 def test_warmup_rises_when_the_residual_does():

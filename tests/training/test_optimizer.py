@@ -26,7 +26,7 @@ PRESET = ROOT / "configs/lfm_debug.yaml"
 def test_lion_is_the_papers_program_1():
     config = LionConfig(lr=1e-3, weight_decay=0.5, clip_grad=0)
     engine = LocalEngine(
-        small_config(initialization="published"),
+        small_config(initialization="published", balance={"kind": "bias"}),
         config,
         seed=7,
         device=torch.device("cpu"),

@@ -95,7 +95,7 @@ def _probabilities(logits, token, expert, T, E: tl.constexpr):
 
 @triton.jit
 def _choose_fwd_kernel(
-    logits, experts, weights, sums, T, num_blocks,
+    logits, bias, experts, weights, sums, T, num_blocks, HAS_BIAS: tl.constexpr,
     E: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     b, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
@@ -103,23 +103,32 @@ def _choose_fwd_kernel(
     expert = tl.arange(0, WIDTH)[None, :]
     here = token < T
     x, p, log_normalizer = _probabilities(logits + b * T * E, token, expert, T, E)
+    score = x
+    if HAS_BIAS:
+        score = x + tl.load(bias + expert, expert < E, other=0).to(tl.float32)
     # A NaN compares with nothing: lanes would disagree on the winner.
-    x = tl.where(x == x, x, float("inf"))
+    score = tl.where(score == score, score, float("inf"))
     left = expert < E
     chosen = tl.zeros([TOKENS, WIDTH], tl.float32)
     total = tl.zeros([TOKENS, 1], tl.float32)
     row = (b * T + token) * K  # [TOKENS, 1]
     for i in tl.static_range(K):
-        largest = tl.max(tl.where(left, x, -float("inf")), 1)[:, None]
-        index = tl.min(tl.where(left & (x == largest), expert, WIDTH), 1)[:, None]
+        largest = tl.max(tl.where(left, score, -float("inf")), 1)[:, None]
+        index = tl.min(tl.where(left & (score == largest), expert, WIDTH), 1)[:, None]
         this = expert == index
         total += tl.sum(tl.where(this, p, 0.0), 1)[:, None]
         tl.store(experts + row + i, index.to(tl.int64), here)
         left = left & (expert != index)
         chosen += tl.where(this, 1.0, 0.0)
+    part = p
+    if HAS_BIAS:
+        # What a bias lets in may be so improbable that all its probabilities round to 0.
+        of_chosen = tl.where(chosen > 0, x, -float("inf"))
+        part = tl.exp(of_chosen - tl.max(of_chosen, 1)[:, None])
+        total = tl.sum(part, 1)[:, None]
     for i in tl.static_range(K):
         index = tl.load(experts + row + i, here, other=0)
-        share = tl.div_rn(tl.sum(tl.where(expert == index, p, 0.0), 1)[:, None], total)  # of one expert exactly 1
+        share = tl.div_rn(tl.sum(tl.where(expert == index, part, 0.0), 1)[:, None], total)  # of one expert exactly 1
         tl.store(weights + row + i, share, here)
     at = sums + (b * num_blocks + block) * (2 * E + 1) + tl.arange(0, WIDTH)
     exists = tl.arange(0, WIDTH) < E
@@ -184,17 +193,17 @@ def logits_backward(grad: Tensor, grad_passed: Tensor | None, x: Tensor, weight:
     return grad_x, shares.sum(0).to(weight.dtype)
 
 
-def choose_forward(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `op.Choice`, of contiguous logits with at least one token a row."""
+def choose_forward(logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `op.Choice`, of contiguous logits with at least one token a row, and a contiguous bias if there is one."""
     B, T, E = logits.shape
     experts = torch.empty(B, T, top_k, dtype=torch.int64, device=logits.device)
     weights = logits.new_empty(B, T, top_k)
     width, tokens, num_blocks = _choice_blocks(T, E)
     sums = torch.empty(B, num_blocks, 2 * E + 1, dtype=torch.float32, device=logits.device)
     if B:
-        _choose_fwd_kernel[(B * num_blocks,)](
-            logits, experts, weights, sums, T, num_blocks, E, top_k, width, tokens, num_warps=NUM_WARPS
-        )
+        arguments = (logits, logits if bias is None else bias, experts, weights, sums)
+        sizes = (T, num_blocks, bias is not None, E, top_k, width, tokens)
+        _choose_fwd_kernel[(B * num_blocks,)](*arguments, *sizes, num_warps=NUM_WARPS)
     probability, load, z = sums.sum(1).split((E, E, 1), dim=-1)
     return experts, weights, (probability / T).to(logits.dtype), load.long(), (z[:, 0] / T).to(logits.dtype)
 

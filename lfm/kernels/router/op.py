@@ -18,9 +18,9 @@ class Choice(NamedTuple):
     """Which experts the tokens of `[B, T, E]` logits go to, and what the losses need; at least fp32."""
 
     experts: Tensor
-    """int64 `[B, T, k]`, by falling logit; of equal ones the first expert first.  A NaN counts as the largest."""
+    """int64 `[B, T, k]`, by falling logit + bias; of equal ones the first expert first.  A NaN counts as largest."""
     weights: Tensor
-    """`[B, T, k]`, their probabilities over their sum."""
+    """`[B, T, k]`, their probabilities over their sum, in which no bias is."""
     probability: Tensor
     """`[B, E]`, the mean over the row's tokens."""
     load: Tensor
@@ -41,15 +41,20 @@ def router_logits(x: Tensor, weight: Tensor, *, backend: Backend = "auto") -> tu
     return router_logits_reference(x, weight), x
 
 
-def choose_experts(logits: Tensor, top_k: int, *, backend: Backend = "auto") -> Choice:
-    """The `top_k` most probable of softmax(`logits [B, T, E]`).  Weights, probability and z carry gradients."""
+def choose_experts(logits: Tensor, top_k: int, bias: Tensor | None = None, *, backend: Backend = "auto") -> Choice:
+    """The `top_k` most probable of softmax(`logits [B, T, E]`), or those of the largest logit + `bias [E]`.
+
+    Weights, probability and z are of the logits alone, and carry gradients to them; the bias gets none.
+    """
     num_experts = logits.shape[-1]
     if logits.dim() != 3 or not 1 <= top_k <= num_experts:
         raise ValueError(f"logits has shape {list(logits.shape)}: no [B, T, E] with top_k={top_k} of E")
+    if bias is not None and bias.shape != (num_experts,):
+        raise ValueError(f"bias has shape {list(bias.shape)}; logits of {num_experts} experts take [{num_experts}]")
     held = num_experts <= _MOST_EXPERTS and logits.shape[1] > 0
     if held and runs_triton(logits, backend, _choice_comparison, num_experts, top_k):
-        return Choice(*_ChooseExperts.apply(logits, top_k))
-    return Choice(*choose_experts_reference(logits, top_k))
+        return Choice(*_ChooseExperts.apply(logits, top_k, bias))
+    return Choice(*choose_experts_reference(logits, top_k, None if bias is None else bias.detach()))
 
 
 class _RouterLogits(torch.autograd.Function):
@@ -75,22 +80,23 @@ class _RouterLogits(torch.autograd.Function):
 
 class _ChooseExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, ...]:
         from lfm.kernels.router.kernel import choose_forward
 
         logits = logits.contiguous()
-        experts, weights, probability, load, z = choose_forward(logits, top_k)
+        bias = bias.contiguous() if bias is not None else None
+        experts, weights, probability, load, z = choose_forward(logits, top_k, bias)
         ctx.save_for_backward(logits, experts, weights)
         ctx.mark_non_differentiable(experts, load)
         return experts, weights, probability, load, z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         from lfm.kernels.router.kernel import choose_backward
 
         _, grad_weights, grad_probability, _, grad_z = (grad.contiguous() for grad in grad_outputs)
-        return choose_backward(grad_weights, grad_probability, grad_z, *ctx.saved_tensors), None
+        return choose_backward(grad_weights, grad_probability, grad_z, *ctx.saved_tensors), None, None
 
 
 def _logits_comparison(
@@ -114,8 +120,10 @@ def _choice_comparison(
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     leaf = draw(0, 2, 40, num_experts, device=device, dtype=dtype).requires_grad_()
     wide = leaf.detach().float().requires_grad_()
-    got, want = choose_experts(leaf, top_k, backend="triton"), Choice(*choose_experts_reference(wide, top_k))
-    yield from zip(Choice._fields, got, want, strict=True)
-    grads = [draw(i, *got[i].shape, device=device, dtype=got[i].dtype) for i in (1, 2, 4)]
-    (right,) = torch.autograd.grad([want[i] for i in (1, 2, 4)], wide, [grad.float() for grad in grads])
-    yield "the gradient", torch.autograd.grad([got[i] for i in (1, 2, 4)], leaf, grads)[0], right
+    for said, bias in (("", None), (" with a bias", draw(5, num_experts, device=device, dtype=torch.float32))):
+        got = choose_experts(leaf, top_k, bias, backend="triton")
+        want = Choice(*choose_experts_reference(wide, top_k, bias))
+        yield from zip((field + said for field in Choice._fields), got, want, strict=True)
+        grads = [draw(i, *got[i].shape, device=device, dtype=got[i].dtype) for i in (1, 2, 4)]
+        (right,) = torch.autograd.grad([want[i] for i in (1, 2, 4)], wide, [grad.float() for grad in grads])
+        yield f"the gradient{said}", torch.autograd.grad([got[i] for i in (1, 2, 4)], leaf, grads)[0], right

@@ -10,12 +10,16 @@ def router_logits_reference(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.to(wide), weight.to(wide))
 
 
-def choose_experts_reference(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def choose_experts_reference(
+    logits: Tensor, top_k: int, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Experts, weights, probability, load and z as in `op.Choice`."""
     probabilities = logits.softmax(-1)
+    scores = logits if bias is None else logits + bias
     # Logits, of which no exponential can make two equal; stable, because which of equal ones `topk` takes is open.
-    experts = logits.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-    top = probabilities.gather(-1, experts)
+    experts = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    # What a bias lets in may be so improbable that all its probabilities round to 0: a softmax of the chosen alone.
+    top = probabilities.gather(-1, experts) if bias is None else logits.gather(-1, experts).softmax(-1)
     load = F.one_hot(experts, logits.shape[-1]).sum((1, 2))
     return (
         experts,
