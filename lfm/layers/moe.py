@@ -14,7 +14,7 @@ from lfm.kernels.router import router_logits
 from lfm.kernels.swiglu import swiglu
 from lfm.layers.cost import Cost, matrices
 from lfm.layers.parts import PLAIN, Parts
-from lfm.layers.router import Balance, BalanceConfig, BalanceScope, LossBalance, Routing, observe, route
+from lfm.layers.router import Balance, BalanceConfig, BalanceScope, BiasBalance, Routing, observe, route
 from lfm.layers.stored import Stored
 
 
@@ -34,7 +34,7 @@ class MoEConfig(Config):
     """Width of one expert."""
     moe_capacity_factor: float | None = Field(default=None, gt=0, le=1 << 20)
     """null: dropless; else an expert takes at most ceil(factor * topk * seq_length / experts) tokens of a row."""
-    balance: BalanceConfig = LossBalance()
+    balance: BalanceConfig = BiasBalance()
     moe_z_loss_coeff: float = Field(default=1e-3, ge=0)
 
     @model_validator(mode="after")
