@@ -2,8 +2,8 @@
 
 Shows whether the best rate of a small model is that of a large one, and whether losses of the small ones foretell that
 of the large one.  Each run is `configs/lfm_350m.yaml` at another width: heads of 64, half as many key/value heads,
-experts of 7/8 of the width, 4 layers and one more for each 128 of width.  Runs are appended to the file of --out as they
-end; --report makes the table of all that are there, and docs/ladder.png.
+experts of 7/8 of the width, 4 layers and one more for each 128 of width.  Runs are appended to the file of --out as
+they end; --report makes the table of all that are there, and docs/ladder.png.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def report(runs: list[dict], plot: Path | None) -> str:
     by_size = {size: [run for run in runs if run["hidden_size"] == size] for size in sizes}
     rates = sorted({run["rate"] for run in runs})
     lines = [
-        "| width, layers | active, of it non-embedding | " + " | ".join(f"lr {rate:g}" for rate in rates) + " | best lr |",
+        f"| width, layers | active, of it non-embedding | {' | '.join(f'lr {rate:g}' for rate in rates)} | best lr |",
         "| --- " * (len(rates) + 3) + "|",
     ]
     best = {size: best_rate(by_size[size]) for size in sizes}

@@ -339,11 +339,11 @@ def test_every_shipped_data_config_loads(path):
 @pytest.mark.parametrize(
     "name, total, active",
     [
-        ("lfm_3b", 3_025_273_344, 1_464_205_824),
-        ("lfm_3b_untied", 3_041_788_416, 1_763_836_416),
+        ("lfm_3b", 3_041_788_416, 1_763_836_416),
+        ("lfm_3b_tied", 3_025_273_344, 1_464_205_824),
         ("lfm_tiny", 9_356_096, 9_352_000),
         ("lfm_debug", 4_631_296, 3_054_336),
-        ("lfm_350m", 340_198_656, 141_427_968),
+        ("lfm_350m", 372_966_656, 174_195_968),
     ],
 )
 def test_shipped_models_have_their_exact_sizes(name, total, active):
@@ -366,7 +366,10 @@ def test_shipped_models_have_their_exact_sizes(name, total, active):
         ),
         (["model.attention=null", "model.liquid=null"], "attention and liquid are both null"),
         (["model.liquid.kind=null"], "model.liquid.kind = null"),
-        (["model.ffn.balance.update_rate=0.1"], "it is a key of model.ffn.balance.kind=bias"),
+        (
+            ["model.ffn.balance.kind=loss", "model.ffn.balance.update_rate=0.1"],
+            "it is a key of model.ffn.balance.kind=bias",
+        ),
     ],
 )
 def test_keys_of_a_models_parts_are_found_where_they_are(overrides, words):

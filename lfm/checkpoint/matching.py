@@ -34,10 +34,10 @@ def check_architecture(
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Dotted key and both values; of sections of two kinds the kind alone, and the section where one side has none.
 
-    First those that decide over others: of kind and initialization other keys are consequences.
+    First those that decide over others, and last the one that follows from others where it is not set.
     """
-    first = ("kind", "initialization")
-    for key in sorted(stored.keys() | wanted.keys(), key=lambda key: (key not in first, key)):
+    rank = {"kind": 0, "initialization": 0, "embedding_multiplier": 2}
+    for key in sorted(stored.keys() | wanted.keys(), key=lambda key: (rank.get(key, 1), key)):
         there, here = stored.get(key), wanted.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
             if there.get("kind") != here.get("kind"):

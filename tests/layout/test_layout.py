@@ -430,7 +430,7 @@ def test_interleaved_chunks_are_never_worse_than_the_largest_chunks_made_small(p
 
 
 @pytest.mark.parametrize(
-    "stages, chunks, least", [(2, 2, 0.97), (2, 3, 0.96), (4, 2, 0.90)], ids=["PP2/VP2", "PP2/VP3", "PP4/VP2"]
+    "stages, chunks, least", [(2, 2, 0.97), (2, 3, 0.96), (4, 2, 0.87)], ids=["PP2/VP2", "PP2/VP3", "PP4/VP2"]
 )
 def test_the_flagship_is_balanced_when_interleaved(stages, chunks, least):
     keys = dict(pipeline=stages, virtual_pipeline=chunks, zero_stage=1)
@@ -439,11 +439,11 @@ def test_the_flagship_is_balanced_when_interleaved(stages, chunks, least):
 
 # Balance of LFM-3B over pipeline stages, from the FLOPs of its layers and head.
 BALANCE = {
-    "2 equal": ((10, 10), 0.84),
-    "2 by hand": ((12, 8), 0.96),
-    "4 equal": ((5, 5, 5, 5), 0.63),
-    "4 by hand": ((7, 6, 6, 1), 0.89),
-    "5 equal": ((4, 4, 4, 4, 4), 0.56),
+    "2 equal": ((10, 10), 0.83),
+    "2 by hand": ((12, 8), 0.95),
+    "4 equal": ((5, 5, 5, 5), 0.62),
+    "4 by hand": ((7, 6, 6, 1), 0.90),
+    "5 equal": ((4, 4, 4, 4, 4), 0.54),
 }
 
 
@@ -456,7 +456,7 @@ def test_balance_of_given_stages(case):
     assert tuple(len(chunk) for chunk in found.chunk_layers) == stage_layers
 
 
-@pytest.mark.parametrize("stage_layers, want", [((12, 8), 0.96), ((6, 6, 6, 2), 0.90), ((4, 5, 5, 5, 1), 0.84)])
+@pytest.mark.parametrize("stage_layers, want", [((13, 7), 0.97), ((6, 6, 7, 1), 0.90), ((4, 5, 5, 5, 1), 0.81)])
 def test_automatic_stages_of_the_flagship(stage_layers, want):
     stages = len(stage_layers)
     found = check(FLAGSHIP, stages, rows=20, pipeline=stages, zero_stage=1)
@@ -466,8 +466,8 @@ def test_automatic_stages_of_the_flagship(stage_layers, want):
     assert f"| {stages} | " in page and f"{', '.join(map(str, stage_layers))} + head: {want:.2f} |" in page
 
 
-def test_the_head_of_the_flagship_costs_as_much_as_five_layers():
-    assert round(FLAGSHIP.head_flops / FLAGSHIP.layer_cost(1).flops, 1) == 5.2
+def test_the_head_of_the_flagship_costs_as_much_as_five_and_a_half_layers():
+    assert round(FLAGSHIP.head_flops / FLAGSHIP.layer_cost(1).flops, 1) == 5.5
     assert FLAGSHIP.layer_cost(0).flops > FLAGSHIP.layer_cost(1).flops, "layer 0 is liquid"
 
 
@@ -481,12 +481,12 @@ def test_a_layout_says_what_it_is():
     assert found.name == "TP2+SP x PP2 x DP2 EP2 Z1"
     assert found.describe() == (
         "world 8 = tensor 2 x pipeline 2 x data 2, sequence parallel, expert 2 (expert-data 2), ZeRO-1, "
-        "256 micro-batches; stages 12 | 8 + head, balance 0.96"
+        "256 micro-batches; stages 13 | 7 + head, balance 0.97"
     )
     assert (found.expert_tensor, found.expert_data) == (1, 2)
     interleaved = check(FLAGSHIP, 2, pipeline=2, virtual_pipeline=2, zero_stage=1)
     assert interleaved.name == "PP2/VP2 Z1"
-    assert "stages 6+6 | 6+2 + head" in interleaved.describe()
+    assert "stages 7+6 | 6+1 + head" in interleaved.describe()
     assert check(FLAGSHIP, 1).describe() == "world 1, local engine, 24 micro-batches"
     assert check(FLAGSHIP, 2, zero_stage=3, offload_optimizer=True).name == "DP2 Z3+offload"
 

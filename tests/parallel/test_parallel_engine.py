@@ -374,7 +374,7 @@ def test_copies_of_a_weight_stay_bitwise_alike(name, kind, count, dtype):
     ],
 )
 def test_bf16_gradients_at_equal_weights_are_the_local_engines(name, bound):
-    problem = _problem(dtype=BF16)
+    problem = _problem(dtype=BF16, initialization="published")
     expected = _expected(problem)
     ranks = run_ranks(_parallel, 2, _layout(problem, name), problem, timeout_seconds=60)
     [(want, wanted_norm)] = expected["steps"]
@@ -395,7 +395,7 @@ def _refill(process: Process, layout: Layout, problem: Problem) -> bool:
     engine.evaluate(problem.batch(-1))
 
     def read(targets: dict[str, torch.Tensor]) -> None:
-        moments = {key: target for key, target in targets.items() if key.startswith("exp_avg")}
+        moments = {key: target for key, target in targets.items() if key.startswith(("exp_avg", "moving"))}
         read_initial(problem, other_seed.seed)({k: t for k, t in targets.items() if k not in moments})
         for target in moments.values():
             getattr(target, "to_local", lambda target=target: target)().zero_()

@@ -24,7 +24,7 @@ LENGTHS = [[20], [3, 17], [1] * 20, [9, 11]]
 
 def _engine(micro_batch_size=4, dtype=torch.float64, recompute="none", **changes) -> LocalEngine:
     return LocalEngine(
-        small_config(**changes),
+        small_config(**({"initialization": "published"} | changes)),
         AdamWConfig(lr=1e-2),
         seed=7,
         device=torch.device("cpu"),

@@ -26,7 +26,7 @@ BIASED = ("model.ffn.balance.kind=bias", "model.ffn.balance.coeff=0.1", "model.f
 
 def engine_of(balance, *, micro_batch_size=4, recompute="none", **changes) -> LocalEngine:
     return LocalEngine(
-        small_config(balance=balance, init_method_std=0.4, **changes),
+        small_config(balance=balance, initialization="published", init_method_std=0.4, **changes),
         AdamWConfig(lr=1e-2),
         seed=7,
         device=torch.device("cpu"),
@@ -257,7 +257,8 @@ def last_tensors(run) -> dict[str, torch.Tensor]:
 
 
 def test_another_kind_of_balance_starts_afresh_and_says_so(tmp_path, text_data, capsys):
-    train(tiny_run(tmp_path, text_data, "training.steps=2"))
+    loss = "model.ffn.balance.kind=loss"
+    train(tiny_run(tmp_path, text_data, "training.steps=2", loss))
     capsys.readouterr()
     biased = tiny_run(tmp_path, text_data, "training.steps=4", *BIASED)
     train(biased)
@@ -267,7 +268,7 @@ def test_another_kind_of_balance_starts_afresh_and_says_so(tmp_path, text_data, 
     assert drift.abs().max() <= 2 * 0.02 + 1e-6 and (drift != 0).any()
 
     # And back: what the new kind lacks is left unread.
-    train(back := tiny_run(tmp_path, text_data, "training.steps=6"))
+    train(back := tiny_run(tmp_path, text_data, "training.steps=6", loss))
     assert "afresh" not in capsys.readouterr().out
     assert not any(key.startswith("moving.") for key in last_tensors(back))
 

@@ -33,6 +33,7 @@ TINY = [
     "training.steps=6",
     "training.global_batch_size=4",
     "training.micro_batch_size=2",
+    "optimizer.lr_at_width=null",
     "schedule.warmup_steps=2",
     "validation.every_steps=3",
     "validation.max_rows=8",
