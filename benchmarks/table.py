@@ -29,11 +29,13 @@ def table() -> str:
         if known is None or row["forward_backward_ms"] < known["forward_backward_ms"]:
             best[row["documents"]] = row
     slow, fast = big["tokens_per_second_range"]
+    recipe = load("recipe")
+    published, unit = (dict(map(tuple, arm["validation"])) for arm in recipe["full"][:2])
     fused_slow, fused_fast = fused["tokens_per_second_range"]
     lines = [
         "| what | result | on |",
         "| --- | --- | --- |",
-        f"| LFM-3B, {fused['parameters']:,} parameters, 8192 context, packed real text, {fused['steps']} steps of "
+        f"| LFM-3B tied, {fused['parameters']:,} parameters, 8192 context, packed real text, {fused['steps']} steps of "
         f"{fused['tokens_per_step']:,} tokens, with the kernels of [kernels](docs/kernels.md) | "
         f"{fused['tokens_per_second']:,.0f} tokens/s ({fused_slow:,.0f} to {fused_fast:,.0f}), MFU "
         f"{fused['mfu_attended']:.1%} of 989 TFLOP/s counting attended pairs, peak {fused['peak_memory_gib']:.1f} GiB "
@@ -46,6 +48,9 @@ def table() -> str:
         f"| that run, resumed from step 100 in a new process | loss after 110 steps "
         f"{big['resumed_in_a_new_process']['loss'][-1][1]:.4f}, uninterrupted "
         f"{big['resumed_in_a_new_process']['uninterrupted'][-1][1]:.4f} | {_where(big)} |",
+        f"| LFM-3B, from its first step, by the [recipe](docs/recipe.md) | held out {unit[40]:.2f} nats after 40 steps, "
+        f"{unit[80]:.2f} after 80, {unit[300]:.2f} after 300 of {recipe['tokens_per_step']['full']:,} tokens; with "
+        f"the published initialization {published[40]:.2f} and {published[80]:.2f} | {_where(recipe)} each |",
         f"| `lfm_debug` (the demo), {demo['parameters']:,} parameters, {demo['steps']} steps of "
         f"{demo['tokens_per_step']:,} tokens | held out {demo['bits_per_byte']['LFM, held out']:.3f} bits per byte "
         f"(unigram {demo['bits_per_byte']['unigram entropy of the same tokens']:.3f}, gzip -9 "
@@ -256,6 +261,90 @@ def prepare_table() -> str:
     return "\n".join([*lines, "", note])
 
 
+def recipe_table() -> str:
+    """LFM-3B, published and unit, step by step."""
+    result = load("recipe")
+    arms = {"published": result["full"][0], "unit": result["full"][1]}
+    steps = (1, 4, 10, 25, 40, 60, 80, 120, 200, 300)
+    lines = [
+        "| step | published: loss | norm | load: mean, worst | validation "
+        "| unit: loss | norm | load: mean, worst | validation |",
+        "| --- " * 9 + "|",
+    ]
+    for step in steps:
+        cells = []
+        for arm in arms.values():
+            validation = dict(map(tuple, arm["validation"])).get(step)
+            if step > len(arm["loss"]):
+                cells += [""] * 4
+                continue
+            mean, worst = arm["load"][step - 1]
+            cells += [f"{arm['loss'][step - 1]:.2f}", f"{arm['norm'][step - 1]:.1f}", f"{mean:.2f}, {worst:.2f}"]
+            cells.append("" if validation is None else f"{validation:.3f}")
+        lines.append(f"| {step} | {' | '.join(cells)} |")
+    data, env = result["data"]["full"]["train"], result["environment"]
+    late = arms["unit"]["load"][49:]
+    over_mean, over_worst = (sum(load[i] > bound for load in late) for i, bound in ((0, 1.5), (1, 2.0)))
+    note = (
+        f"On one {env['gpu']} each, torch {env['versions']['torch']}, {result['date']}, one run an arm, on two "
+        f"machines; {result['tokens_per_step']['full']:,} tokens a step of {data['num_tokens']:,} ids of Python source "
+        f"(300 steps are {300 * result['tokens_per_step']['full'] / data['num_tokens']:.1f} passes), data set "
+        f"{data['checksum'][:16]}. Of the unit arm's steps from 50 on, {over_mean} of {len(late)} have a mean load "
+        f"above 1.5 (largest {max(load[0] for load in late):.2f}) and {over_worst} a worst layer above 2 (largest "
+        f"{max(load[1] for load in late):.2f}); the largest norm after step 3 is {max(arms['unit']['norm'][3:]):.1f}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def recipe_study_table() -> str:
+    """Every variant of the study, at width 1024 and at full size."""
+    result = load("recipe")
+    lines = [
+        "| variant | first loss | largest loss after it | largest norm after step 3, at step | "
+        "load at step 50: mean, worst | validation by step |",
+        "| --- " * 6 + "|",
+    ]
+    for title, rows in (("width 1024", result["study"]), ("full size", [*result["full"][:1], *result["full"][2:]])):
+        lines.append(f"| **{title}** | | | | | |")
+        for row in rows:
+            norm = max(row["norm"][3:])
+            mean, worst = row["load"][min(49, len(row["load"]) - 1)]
+            at = "" if len(row["load"]) >= 50 else f" (step {len(row['load'])})"
+            validation = ", ".join(f"{step}: {loss:.3f}" for step, loss in row["validation"])
+            lines.append(
+                f"| {row['run']} | {row['loss'][0]:.2f} | {max(row['loss'][1:]):.2f} | {norm:.1f}, "
+                f"{row['norm'].index(norm) + 1} | {mean:.2f}, {worst:.2f}{at} | {validation} |"
+            )
+    return "\n".join(lines)
+
+
+def plot_recipe(path: Path) -> None:
+    """Loss, gradient norm and load of LFM-3B, published and unit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    published, unit = load("recipe")["full"][:2]
+    figure, (loss, norm, balance) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for arm, colour in ((published, "#c0504d"), (unit, "#2f6db5")):
+        steps = range(1, len(arm["loss"]) + 1)
+        loss.plot(steps, arm["loss"], color=colour, alpha=0.35, linewidth=1)
+        held_out = f"{arm['run']}, held out"
+        loss.plot(*zip(*arm["validation"], strict=True), "o-", color=colour, markersize=3, label=held_out)
+        norm.plot(steps, arm["norm"], color=colour, label=arm["run"])
+        for index, style in ((0, "-"), (1, ":")):
+            values = [each[index] for each in arm["load"]]
+            name = f"{arm['run']}, {('mean of layers', 'worst layer')[index]}"
+            balance.plot(steps, values, style, color=colour, linewidth=1, label=name)
+    loss.set(xlabel="step of 65,536 tokens", ylabel="cross entropy (nats)")
+    norm.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    balance.set(xlabel="step", ylabel="load of the fullest expert / mean", ylim=(1, 4.1))
+    for axes in (loss, norm, balance):
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
 def plot_scaling(path: Path) -> None:
     """How a step of each layout on four GPUs is spent, scaled to its share of one GPU's speed."""
     import matplotlib
@@ -322,6 +411,7 @@ PAGES = {
     "docs/scaling.md": {"scaling": scaling_table},
     "docs/kernels.md": {"kernels": kernels_table, "attention": attention_table},
     "docs/data.md": {"tokenizers": tokenizers_table, "prepare": prepare_table},
+    "docs/recipe.md": {"recipe": recipe_table, "study": recipe_study_table},
     "docs/families/README.md": {"families": families_table, "streaming": streaming_table},
 }
 """Page -> name of the mark around a table -> what writes it."""
@@ -341,6 +431,7 @@ def main() -> None:
         page.write_text(wanted, encoding="utf-8")
     if "--check" not in sys.argv:
         plot_scaling(ROOT / "docs/scaling.png")
+        plot_recipe(ROOT / "docs/recipe.png")
 
 
 if __name__ == "__main__":
