@@ -48,9 +48,10 @@ def table() -> str:
         f"| that run, resumed from step 100 in a new process | loss after 110 steps "
         f"{big['resumed_in_a_new_process']['loss'][-1][1]:.4f}, uninterrupted "
         f"{big['resumed_in_a_new_process']['uninterrupted'][-1][1]:.4f} | {_where(big)} |",
-        f"| LFM-3B, from its first step, by the [recipe](docs/recipe.md) | held out {unit[40]:.2f} nats after 40 steps, "
-        f"{unit[80]:.2f} after 80, {unit[300]:.2f} after 300 of {recipe['tokens_per_step']['full']:,} tokens; with "
-        f"the published initialization {published[40]:.2f} and {published[80]:.2f} | {_where(recipe)} each |",
+        f"| LFM-3B, from its first step, by the [recipe](docs/recipe.md); steps of "
+        f"{recipe['tokens_per_step']['full']:,} tokens | held out {unit[40]:.2f} nats after 40 steps, {unit[80]:.2f} "
+        f"after 80, {unit[300]:.2f} after 300; with the published initialization {published[40]:.2f} and "
+        f"{published[80]:.2f} | {_where(recipe)} each |",
         f"| `lfm_debug` (the demo), {demo['parameters']:,} parameters, {demo['steps']} steps of "
         f"{demo['tokens_per_step']:,} tokens | held out {demo['bits_per_byte']['LFM, held out']:.3f} bits per byte "
         f"(unigram {demo['bits_per_byte']['unigram entropy of the same tokens']:.3f}, gzip -9 "
