@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Hashable, Iterator, Sequence
@@ -86,7 +87,7 @@ class Config(BaseModel):
         Raises UserError, in one sentence, for a missing or malformed file, an unknown key (with its full path and the
         nearest legal name), a wrong type and a value out of range.
         """
-        path = expanded(path)
+        path = _found(expanded(path))
         tree = _read(path, cls, seen=())
         # Merged with each other first: which kind a section is counts, in whatever order its keys are given.
         on_top: dict[str, Any] = {}
@@ -128,21 +129,40 @@ def parse_command_line(
 ) -> tuple[AnyConfig, argparse.Namespace]:
     """Parse `--config FILE [key.path=value ...]` plus `flags` (name -> argparse keywords).
 
-    Returns `(config.load(...), namespace)`.  `--help` lists every key of `config`.  The `--local_rank` that the
-    deepspeed launcher adds is accepted.
+    A key may be set as `--key.path value` and `--key.path=value` too.  Returns `(config.load(...), namespace)`.
+    `--help` lists every key of `config`.  The `--local_rank` that the deepspeed launcher adds is accepted.
     """
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys (set them in the YAML file or as key.path=value on the command line):\n" + config.describe(),
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, or the name of a shipped one")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     for name, keywords in flags.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides, applied in order")
-    namespace = parser.parse_intermixed_args(argv)
+    given = _with_overrides(config, sys.argv[1:] if argv is None else argv, flags={"config", "local_rank", *flags})
+    namespace = parser.parse_intermixed_args(given)
     return config.load(namespace.config, namespace.overrides), namespace
+
+
+def _with_overrides(config: type[Config], arguments: Sequence[str], *, flags: set[str]) -> list[str]:
+    """The arguments with `--key.path value` as `key.path=value`, where that is no flag."""
+    found, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        dotted, equals, value = argument.removeprefix("--").partition("=")
+        is_key = argument.startswith("--") and dotted.replace("-", "_").partition(".")[0] in config.model_fields
+        if not is_key or dotted.replace("-", "_") in flags:
+            found.append(argument)
+            continue
+        if not equals:
+            if not rest:
+                raise UserError(f"{argument} has no value; write {argument} VALUE or {dotted}=VALUE")
+            value = rest.pop(0)
+        found.append(f"{dotted.replace('-', '_')}={value}")
+    return found
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
@@ -262,6 +282,21 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 def _short(value: Any) -> str:
     """`repr`, of no more than a few hundred characters."""
     return _SHORT.repr(value)
+
+
+def shipped_configs() -> Path:
+    """The folder of the configs that come with the code: of the installed package, or of its checkout."""
+    package = Path(__file__).parent
+    return package / "configs" if exists(package / "configs") else package.parent / "configs"
+
+
+def _found(path: Path) -> Path:
+    """The file, else the shipped one of that name: lfm_debug, lfm_debug.yaml and configs/lfm_debug.yaml are one."""
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    if exists(path) or path.is_absolute() or not parts:
+        return path
+    shipped = shipped_configs().joinpath(*parts)
+    return next((each for each in (shipped, shipped.with_name(shipped.name + ".yaml")) if exists(each)), path)
 
 
 def _read(path: Path, root: type[Config], *, seen: tuple[Path, ...]) -> dict[str, Any]:

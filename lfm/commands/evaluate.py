@@ -1,0 +1,61 @@
+"""Evaluate: `python launch/evaluate.py --checkpoint runs/NAME --data DIR`: held-out loss and bits per byte."""
+
+import argparse
+import functools
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from lfm.config import Config, add_flags, from_flags, path_flag
+from lfm.exits import command
+
+
+class EvaluateConfig(Config):
+    split: Literal["train", "validation"] = "validation"
+    """Which rows: those that were trained on, or held out."""
+    max_rows: int = Field(default=0, ge=0, lt=1 << 31)
+    """Only the first so many rows; 0: all."""
+    batch_rows: int = Field(default=8, gt=0, le=1 << 16)
+    """Rows scored at once."""
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Score a split of a data set with a trained model.")
+    parser.add_argument(
+        "--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="run or step_* folder"
+    )
+    parser.add_argument(
+        "--data", type=path_flag, metavar="DIR", help="data set folder; default: the run's own data.path"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_flags(parser, EvaluateConfig)
+    flags = parser.parse_args()
+    config = from_flags(EvaluateConfig, flags)
+    from lfm.checkpoint.manifest import read_manifest
+    from lfm.data.stream import DataConfig, open_split
+    from lfm.errors import UserError
+    from lfm.evaluation.held_out import evaluate, score
+    from lfm.inference.load import open_model
+
+    model, _, checkpoint = open_model(flags.checkpoint, device=flags.device)
+    path = flags.data or read_manifest(checkpoint, warn=False)["config"].get("data", {}).get("path")
+    if path is None:
+        raise UserError(f"{checkpoint} was trained on several data sets; name one with --data DIR")
+    c = model.config
+    data = DataConfig(path=str(path), allow_smaller_tokenizer=True)
+    rows = open_split(data, config.split, seq_length=c.seq_length, vocab_size=c.vocab_size)
+    found = evaluate(
+        functools.partial(score, model), rows, max_rows=config.max_rows or None, batch_rows=config.batch_rows
+    )
+    print(
+        f"{checkpoint}: {config.split} split of {path}, {min(config.max_rows or len(rows), len(rows)):,} of {len(rows):,} rows"
+    )
+    print(f"loss {found.loss:.4f} nats over {found.labels:,} labels, perplexity {math.exp(min(found.loss, 700)):.2f}")
+    if read == len(rows) and rows.index.text_bytes and not found.masked:
+        bits = found.bits_per_byte(rows.index.text_bytes, c.vocab_size)
+        unigram = found.unigram_bits_per_byte(rows.index.text_bytes)
+        print(f"{bits:.4f} bits per byte of text (unigram entropy of the same tokens {unigram:.4f})")
+    elif found.masked:
+        print("no bits per byte: a mask leaves parts of the text out of the loss")
