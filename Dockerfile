@@ -23,7 +23,7 @@ RUN apt-get update \
 WORKDIR /home/lfm/lfm
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 
-# Dependencies alone, in a layer that only other versions make anew.  torch is named so that its exact build is taken;
+# Dependencies alone, of a package without code, in a layer that only other versions make anew.  torch is named so that its exact build is taken;
 # torchvision, which mosaicml-streaming asks for, is never imported.
 ARG CONSTRAINTS=gpu
 ARG GPU_EXTRAS=,cuda,flash-attn
@@ -32,10 +32,11 @@ COPY constraints ./constraints
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /opt/venv \
     && torch=$(grep -i '^torch==' "constraints/$CONSTRAINTS.txt") \
+    && mkdir lfm data_pipeline configs && echo '__version__ = "0"' >lfm/__init__.py && touch README.md LICENSE \
     && pip install --no-cache-dir --disable-pip-version-check --constraint "constraints/$CONSTRAINTS.txt" \
         "$torch" ".[parallel,datasets,fast-tokenizer,dedup,wandb$GPU_EXTRAS]" \
-    && pip uninstall --yes torchvision lfm \
-    && rm -rf build ./*.egg-info
+    && pip uninstall --yes torchvision lfm-training \
+    && rm -rf lfm data_pipeline configs README.md LICENSE
 
 # The project's own files by a path, not a copy: a checkout on PYTHONPATH goes before it.
 COPY --chown=lfm:lfm . .

@@ -19,5 +19,5 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     except ImportError:
         package = module.partition(".")[0].replace("_", "-")
         raise UserError(
-            f"{purpose} needs the package {package}; install it with `pip install 'lfm[{extra}]'`"
+            f"{purpose} needs the package {package}; install it with `pip install 'lfm-training[{extra}]'`"
         ) from None

@@ -55,7 +55,7 @@ class FastEncoder:
     def make(cls, tokenizer: Tokenizer) -> "FastEncoder | str":
         """The fast twin of `tokenizer`, or why there is none."""
         if not extras.has("tiktoken"):
-            return "tiktoken is not installed (`pip install 'lfm[fast-tokenizer]'`)"
+            return "tiktoken is not installed (`pip install 'lfm-training[fast-tokenizer]'`)"
         definition = json.loads(tokenizer.definition)
         pattern = _pattern(definition)
         if pattern is None:

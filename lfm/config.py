@@ -299,6 +299,14 @@ def _found(path: Path) -> Path:
     return next((each for each in (shipped, shipped.with_name(shipped.name + ".yaml")) if exists(each)), path)
 
 
+def _shipped_hint(path: Path) -> str:
+    names = [other.stem for other in listed(shipped_configs()) if other.suffix == ".yaml"]
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    return (
+        f"did you mean {near[0]}, which is shipped?" if near else f"{shown(shipped_configs())} holds the shipped ones"
+    )
+
+
 def _read(path: Path, root: type[Config], *, seen: tuple[Path, ...]) -> dict[str, Any]:
     real = Path(os.path.realpath(path))
     if real in seen:
@@ -312,7 +320,7 @@ def _read(path: Path, root: type[Config], *, seen: tuple[Path, ...]) -> dict[str
     if text is None:
         names = [other.stem for other in listed(path.parent) if other.suffix == ".yaml"]
         near = difflib.get_close_matches(path.stem, names, n=1)
-        hint = f"did you mean {shown(path.parent / near[0])}.yaml?" if near else "configs/ holds the shipped ones"
+        hint = f"did you mean {shown(path.parent / near[0])}.yaml?" if near else _shipped_hint(path)
         raise UserError(f"config file {shown(path)} does not exist; {hint}")
     try:
         own = _yaml(text)

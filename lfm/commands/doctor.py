@@ -70,7 +70,8 @@ def _gpus() -> Iterator[str]:
             yield f"{package.name} {metadata.version(package.name)} is installed, for attention."
             break
     else:
-        yield "No flash-attn is installed: attention takes cuDNN or flex_attention; `pip install 'lfm[flash-attn]'`."
+        how = "`pip install 'lfm-training[flash-attn]'` brings it"
+        yield f"No flash-attn is installed, and attention takes cuDNN or flex_attention; {how}."
     try:
         yield f"nvcc is {find_nvcc()}: the reservoir's kernel is compiled with it."
     except Unavailable as lack:
@@ -83,4 +84,4 @@ def _package(package: str, extra: str, purpose: str) -> str:
     except metadata.PackageNotFoundError:
         if importlib.util.find_spec(package.replace("-", "_")) is not None:
             return f"{package} is there, for {purpose}; its version is not recorded."
-        return f"{package}, for {purpose}, is not installed; `pip install 'lfm[{extra}]'` brings it."
+        return f"{package}, for {purpose}, is not installed; `pip install 'lfm-training[{extra}]'` brings it."

@@ -49,9 +49,8 @@ def main() -> None:
     found = evaluate(
         functools.partial(score, model), rows, max_rows=config.max_rows or None, batch_rows=config.batch_rows
     )
-    print(
-        f"{checkpoint}: {config.split} split of {path}, {min(config.max_rows or len(rows), len(rows)):,} of {len(rows):,} rows"
-    )
+    read = min(config.max_rows or len(rows), len(rows))
+    print(f"{checkpoint}: {config.split} split of {path}, {read:,} of {len(rows):,} rows")
     print(f"loss {found.loss:.4f} nats over {found.labels:,} labels, perplexity {math.exp(min(found.loss, 700)):.2f}")
     if read == len(rows) and rows.index.text_bytes and not found.masked:
         bits = found.bits_per_byte(rows.index.text_bytes, c.vocab_size)

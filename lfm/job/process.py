@@ -59,7 +59,7 @@ def require_packages() -> None:
         except metadata.PackageNotFoundError:
             raise UserError(
                 f"layouts with parallel.zero_stage >= 1 need {package}, which is not installed: "
-                "pip install 'lfm[parallel]'"
+                "pip install 'lfm-training[parallel]'"
             ) from None
 
 

@@ -82,6 +82,6 @@ def find_nvcc() -> str:
         where = f"under CUDA_HOME={home}" if home else "on the PATH"
         raise Unavailable(
             f"there is no nvcc {where}; install the CUDA toolkit of torch's CUDA version (13.0: `pip install "
-            "'lfm[cuda]'`), or set CUDA_HOME"
+            "'lfm-training[cuda]'`), or set CUDA_HOME"
         )
     return found

@@ -29,7 +29,7 @@ class LoggingConfig(Config):
     every_steps: Count = 10
     tensorboard: bool = True
     wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases; needs `pip install 'lfm[wandb]'`."""
+    """Weights & Biases; needs `pip install 'lfm-training[wandb]'`."""
     wandb_project: str = "lfm"
     steps_per_epoch: CountOrZero = 0
     """Write loss_log.csv too, counting this many steps as an epoch; 0: no such file."""
@@ -173,7 +173,7 @@ class Metrics:
         try:
             import wandb
         except ImportError:
-            raise ImportError("wandb is not installed: pip install 'lfm[wandb]'") from None
+            raise ImportError("wandb is not installed: pip install 'lfm-training[wandb]'") from None
         run = wandb.init(
             project=config.wandb_project,
             name=name,

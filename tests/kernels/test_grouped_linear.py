@@ -66,7 +66,7 @@ def _backends():
         importlib.metadata.version("quack-kernels")
         without = ()
     except importlib.metadata.PackageNotFoundError:
-        without = (pytest.mark.skip("needs quack-kernels: pip install 'lfm[flash-attn]'"),)
+        without = (pytest.mark.skip("needs quack-kernels: pip install 'lfm-training[flash-attn]'"),)
     return ["torch", pytest.param("quack", marks=without)]
 
 

@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_in_one_sentence(text_da
 )
 def test_one_process_trains_under_each_launcher(launcher, tmp_path, text_data):
     if "deepspeed" in launcher[1]:
-        pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'lfm[parallel]'")
+        pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'lfm-training[parallel]'")
     shared = shared_memory.names()
     found = run(*launcher, *pretrain_command(tmp_path, text_data, "training.steps=1")[1:])
     assert found.returncode == 0, found.stderr

@@ -21,6 +21,7 @@ from data_pipeline.prepare import prepare
 from data_pipeline.prepare_config import PrepareConfig
 from lfm.checkpoint import folder as checkpoint
 from lfm.checkpoint.saver import Saver
+from lfm.config import shipped_configs
 from lfm.data.order import row_order
 from lfm.data.reader import ShardReader
 from lfm.training.loop import train
@@ -352,7 +353,7 @@ def test_before_the_ranks_meet_the_one_that_fails_speaks_and_a_signal_ends_the_o
         assert time.monotonic() - signalled < 20
     for job in (bare_ranks, torchrun_ranks, slurm_rank):
         assert errors_in(job) == [
-            "error: rank 1: config file /none.yaml does not exist; configs/ holds the shipped ones"
+            f"error: rank 1: config file /none.yaml does not exist; {shipped_configs()} holds the shipped ones"
         ]
         assert "lfm/" not in job.output and "Error" not in job.output.replace("ChildFailedError", "")
     assert "stopped by SIGTERM while the ranks met; the run stands at step 0" in alone.output

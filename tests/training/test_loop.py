@@ -215,7 +215,7 @@ def test_a_failing_logger_never_stops_training(tmp_path, text_data, monkeypatch,
 
 @pytest.mark.slow
 def test_wandb_writes_an_offline_run(tmp_path, text_data):
-    pytest.importorskip("wandb", reason="needs wandb: pip install 'lfm[wandb]'")
+    pytest.importorskip("wandb", reason="needs wandb: pip install 'lfm-training[wandb]'")
     run = tiny_run(tmp_path, text_data, "logging.wandb=offline", "training.steps=2")
     train(run)
     (written,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
