@@ -61,7 +61,7 @@ def test_a_config_and_its_bases_may_lie_in_the_home_folder(file, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "path, sentence", [("", "'' is no path"), ("bse", "mean .*/base.yaml"), ("x", "configs/ holds the shipped")]
+    "path, sentence", [("", "'' is no path"), ("bse", "mean .*/base.yaml"), ("x", "configs holds the shipped")]
 )
 def test_a_config_that_is_not_there_is_one_sentence(file, path, sentence):
     with pytest.raises(UserError, match=sentence):

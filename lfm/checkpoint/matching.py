@@ -65,10 +65,19 @@ def check_optimizer(checkpoint: Path, manifest: dict[str, Any], kind: str) -> No
 
 
 def check_layers(checkpoint: Path, manifest: dict[str, Any], model: ModelConfig) -> None:
-    """Raises UserError unless the manifest's counters are of the reservoir layers of `model`."""
+    """Raises UserError unless the manifest's counters are of the reservoir layers and routers of `model`."""
     stored = sorted(map(int, manifest["counters"]["reservoir_warmup"]))
     if stored != sorted(model.reservoir_layers):
         raise UserError(
             f"{checkpoint / MANIFEST_NAME} has counters of reservoir layers {stored} and its model has "
             f"{sorted(model.reservoir_layers)}; {way_out(checkpoint)}"
+        )
+    moe = getattr(model, "moe", None)
+    wanted = {str(layer): moe.num_moe_experts for layer in range(model.num_layers)} if moe is not None else {}
+    idle = manifest["counters"].get("router_idle_steps", {})
+    if {layer: len(steps) for layer, steps in idle.items()} != wanted:
+        has = f"{len(wanted)} layers of {moe.num_moe_experts} experts" if moe is not None else "no routers"
+        raise UserError(
+            f"{checkpoint / MANIFEST_NAME} has router counters that are not of its model, which has {has}; "
+            f"{way_out(checkpoint)}"
         )

@@ -47,12 +47,20 @@ def from_3(tree: Tree) -> Tree:
     model = dict(tree["config"]["model"])
     if model["kind"] in ("lfm", "transformer"):
         factors = (model.get("embedding_multiplier", 1.0), model.get("logit_multiplier", 1.0))
-        # With factors the published initialization is no choice any more; both compute the same from here on.
+        # With factors the published initialization is no choice any more; how tensors were drawn is past.
         model["initialization"] = "published" if factors == (1.0, 1.0) else "unit"
+        if model["initialization"] == "unit":
+            model["init_method_std"] = 0.02
+        model["depth_rate"] = 1.0
         model.setdefault("untie_embeddings_and_output_weights", False)
         if isinstance(model.get("attention"), dict):
             model["attention"] = {**model["attention"], "qk_norm": False}
-    return {**tree, "format": 4, "config": {**tree["config"], "model": model}}
+    ffn, counters = model.get("ffn"), tree.get("counters", {})
+    if isinstance(ffn, dict) and "num_moe_experts" in ffn and "num_layers" in model:
+        layers = [str(layer) for layer in range(model["num_layers"])]
+        idle = {layer: [0] * ffn["num_moe_experts"] for layer in layers}
+        counters = {**counters, "router_idle_steps": idle, "router_uneven_steps": dict.fromkeys(layers, 0)}
+    return {**tree, "format": 4, "config": {**tree["config"], "model": model}, "counters": counters}
 
 
 def nested(model: Tree) -> Tree:

@@ -38,7 +38,7 @@ class LFMConfig(UnitScaleConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "selective", "full")
     changeable: ClassVar[frozenset[str]] = frozenset(
         {
-            *("seq_length", "attention.backend", "ffn.moe_capacity_factor", "ffn.moe_z_loss_coeff"),
+            *("seq_length", "depth_rate", "attention.backend", "ffn.moe_capacity_factor", "ffn.moe_z_loss_coeff"),
             *("ffn.balance.kind", "ffn.balance.coeff", "ffn.balance.scope"),
             *("ffn.balance.update_rate", "ffn.balance.mean_decay"),
             *("liquid.backend", "liquid.chunk_length", "liquid.warmup", "liquid.tolerance"),

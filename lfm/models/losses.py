@@ -40,6 +40,8 @@ class Measured:
     layers: tuple[int, ...]
     width: int = 1
     """Numbers of one layer."""
+    is_list: bool = False
+    """Whether a layer has a list of them, be it of one."""
     is_shown: bool = True
     """Whether records hold it; else it is for guards alone."""
 
@@ -106,12 +108,12 @@ def router_measured(layers: tuple[int, ...], moe: MoEConfig) -> tuple[Measured, 
     probabilities, in nats; mean cosine between a row's inputs (of tensor-parallel processes, the first's part of it);
     sums of logits in fixed point, where the balance follows them."""
     found = (
-        Measured("expert_load", "sum", layers, width=moe.num_moe_experts),
+        Measured("expert_load", "sum", layers, width=moe.num_moe_experts, is_list=True),
         Measured("router_entropy", "mean", layers),
         Measured("router_input_cosine", "mean", layers),
     )
     if isinstance(moe.balance, BiasBalance) and moe.balance.mean_decay is not None:
-        found += (Measured("router_logits", "sum", layers, width=moe.num_moe_experts, is_shown=False),)
+        found += (Measured("router_logits", "sum", layers, width=moe.num_moe_experts, is_list=True, is_shown=False),)
     return found
 
 

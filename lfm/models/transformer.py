@@ -26,7 +26,7 @@ from lfm.models.unit_scale import UnitScaleConfig, unit_std
 
 class TransformerConfig(UnitScaleConfig):
     recompute_choices: ClassVar[tuple[Recompute, ...]] = ("none", "full")
-    changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "attention.backend"})
+    changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "depth_rate", "attention.backend"})
     kind: Literal["transformer"] = "transformer"
     """Model family."""
     hidden_size: Width = 384

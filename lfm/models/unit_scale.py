@@ -19,15 +19,17 @@ EMBEDDING_WIDTH = 3.0
 multiplied too, keeps its own."""
 
 DEPTH_RATE = 3.0
-"""Of the matrices through which a part writes to the stream, times the number of parts: their learning rate over the
-others'.  At the full rate all layers together amplify what all tokens have in common, in a step or two from nothing to
-most of the stream, and its sign is left to chance."""
+"""`depth_rate` times the number of parts that write to the stream.  At the full rate all layers together amplify what
+all tokens have in common, in a step or two from nothing to most of the stream, and its sign is left to chance."""
 
 LOGIT_STD = 0.25
 """Of the first logits of an output projection that is not the embedding: they add 0.03 to the first loss."""
 
 ROUTER_STD = 1.0
 """Of a router's first logits."""
+
+_SMALLEST, _LARGEST = 1e-6, 1e6
+"""Between which multipliers are: bf16 and fp32 hold what they scale."""
 
 _WRITING = ("attention.out.weight", "attention.o.weight", "moe.down", "down.weight", "liquid.output.weight")
 """Ends of the names of matrices through which a part writes to the stream, in memory and in checkpoints."""
@@ -40,19 +42,25 @@ class UnitScaleConfig(FamilyConfig):
     """unit: residual stream of RMS 1, a first loss near that of guessing.  published: N(0, init_method_std)."""
     init_method_std: float = Field(default=PUBLISHED_STD, gt=0)
     """Of initialization: published."""
-    embedding_multiplier: float | None = Field(default=None, gt=0)
+    embedding_multiplier: float | None = Field(default=None, gt=_SMALLEST, lt=_LARGEST)
     """Factor on the embeddings that the first layer takes.  null: hidden_size / 3, or 1 where published."""
-    logit_multiplier: float = Field(default=1.0, gt=0)
+    logit_multiplier: float = Field(default=1.0, gt=_SMALLEST, lt=_LARGEST)
     """Factor on the logits."""
+    depth_rate: float | None = Field(default=None, gt=0, le=1)
+    """Learning rate of the matrices through which parts write to the stream, over that of the others.  null: 3 / number
+    of such parts, at most 1; or 1 where published."""
     untie_embeddings_and_output_weights: bool = False
+    """An output projection of its own, in place of the embedding."""
 
     @model_validator(mode="after")
     def _settle(self) -> "UnitScaleConfig":
-        """The embedding's multiplier is a number from here on, and in every checkpoint."""
+        """The embedding's multiplier and the depth rate are numbers from here on, and in every checkpoint."""
         published = self.initialization == "published"
         if self.embedding_multiplier is None:
             multiplier = 1.0 if published else self.hidden_size / EMBEDDING_WIDTH
             object.__setattr__(self, "embedding_multiplier", multiplier)  # frozen from here on
+        if self.depth_rate is None:
+            object.__setattr__(self, "depth_rate", 1.0 if published else min(1.0, DEPTH_RATE / self.num_parts))
         for key in ("embedding_multiplier", "logit_multiplier"):
             if published and getattr(self, key) != 1.0:
                 raise ValueError(
@@ -76,9 +84,8 @@ class UnitScaleConfig(FamilyConfig):
         return 2 * self.num_layers
 
     def lr_multiple(self, name: str) -> float:
-        if self.initialization == "published" or not name.endswith(_WRITING):
-            return 1.0
-        return min(1.0, DEPTH_RATE / self.num_parts)
+        assert self.depth_rate is not None
+        return self.depth_rate if name.endswith(_WRITING) else 1.0
 
 
 def unit_std(name: str, shape: Sequence[int], config: UnitScaleConfig) -> float:

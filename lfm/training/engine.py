@@ -226,7 +226,7 @@ def measurements(
     for measure in measured:
         layers, values = table[measure.name]
         rows = (values.long() if measure.over == "sum" else values).tolist()
-        found[measure.name] = {i: row if measure.width > 1 else row[0] for i, row in zip(layers, rows, strict=True)}
+        found[measure.name] = {i: row if measure.is_list else row[0] for i, row in zip(layers, rows, strict=True)}
     return found
 
 

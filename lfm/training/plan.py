@@ -128,6 +128,17 @@ def _worst_routing(run: RunConfig, layout: Layout) -> str:
     return f"under the worst routing, every token to the experts of one process: {more / _GIB:.1f} GiB more"
 
 
+def _rates(run: RunConfig) -> list[str]:
+    """The learning rates that are reached, where they are not `optimizer.lr` alone."""
+    optimizer, depth_rate = run.optimizer, getattr(run.model, "depth_rate", 1.0)
+    if optimizer.lr_at_width is None and depth_rate == 1.0:
+        return []
+    peak = optimizer.peak_lr(run.model.hidden_size)
+    width = "" if optimizer.lr_at_width is None else f" (lr {optimizer.lr:g} at width {optimizer.lr_at_width})"
+    depth = "" if depth_rate == 1.0 else f", {depth_rate * peak:.3g} of the matrices that write to the stream"
+    return [f"peak learning rate: {peak:.3g}{width}{depth}"]
+
+
 def plan(run: RunConfig, layout: Layout) -> str:
     """The text of `--dry-run`."""
     m, t = run.model, run.training
@@ -145,6 +156,7 @@ def plan(run: RunConfig, layout: Layout) -> str:
         f"FLOPs: {flops / 1e9:.2f} GFLOP per token at {m.seq_length} (forward + backward, causal attention)",
         f"work: {tokens:,} tokens per optimizer step, {tokens * t.steps:,} in {t.steps:,} steps, "
         f"{flops * tokens * t.steps:.3g} FLOP",
+        *_rates(run),
         f"memory of {where}, weights in {'bfloat16, as on a GPU' if _half(run) else 'float32'}: "
         + ", ".join(f"{name} {value / _GIB:.1f}" for name, value in device.items()),
         f"memory in all: {sum(device.values()) / _GIB:.1f} GiB{'' if m.kind == 'lfm' else ' and activations'}"

@@ -13,8 +13,13 @@ from lfm.training.guards import Masters
 DEAD_AFTER_STEPS = 100
 """An expert without a token for so many steps counts as dead."""
 UNEVEN_ABOVE = 2.0
-"""Load of the fullest expert over the mean of its layer."""
+"""Load of the fullest expert over the mean of its layer; less where so much is not possible, see `uneven_above`."""
 UNEVEN_STEPS_TO_WARN = 100
+
+
+def uneven_above(num_experts: int, top_k: int) -> float:
+    """Where a load counts as uneven: half of what is possible over the mean, num_experts / top_k, at most 2."""
+    return min(UNEVEN_ABOVE, 1 + 0.5 * (num_experts / top_k - 1))
 
 
 class RouterBalance:
@@ -62,23 +67,25 @@ class RouterBalance:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        # Older checkpoints have no such counters.
-        idle, uneven = (state.get(name, {}) for name in ("router_idle_steps", "router_uneven_steps"))
-        for layer, steps in self.idle_steps.items():
-            stored = idle.get(str(layer), [])
-            self.idle_steps[layer] = list(stored) if len(stored) == len(steps) else [0] * len(steps)
-            self.uneven_steps[layer] = uneven.get(str(layer), 0)
+        for layer in self.idle_steps:
+            self.idle_steps[layer] = list(state["router_idle_steps"][str(layer)])
+            self.uneven_steps[layer] = state["router_uneven_steps"][str(layer)]
 
     def _count(self, update: int, layer: int, counts: Sequence[int]) -> None:
         idle = self.idle_steps[layer]
         self.idle_steps[layer] = [0 if count else steps + 1 for count, steps in zip(counts, idle, strict=True)]
         uneven = max(counts) * len(counts) / max(1, sum(counts))
-        self.uneven_steps[layer] = self.uneven_steps[layer] + 1 if uneven > UNEVEN_ABOVE else 0
+        self.uneven_steps[layer] = self.uneven_steps[layer] + 1 if uneven > self._above else 0
         if self.uneven_steps[layer] == UNEVEN_STEPS_TO_WARN and self.speaks and layer in self.balances:
             complain(
                 f"update {update}: for {UNEVEN_STEPS_TO_WARN} steps one expert of layer {layer} has had more than "
-                f"{UNEVEN_ABOVE:g} times the mean load of the layer's experts (now {uneven:.2f}); {self._way_out()}"
+                f"{self._above:g} times the mean load of the layer's experts (now {uneven:.2f}); {self._way_out()}"
             )
+
+    @property
+    def _above(self) -> float:
+        assert self.moe is not None
+        return uneven_above(self.moe.num_moe_experts, self.moe.moe_router_topk)
 
     def _way_out(self) -> str:
         assert self.moe is not None

@@ -66,11 +66,13 @@ class Checkpoint:
     path: Path
     manifest: dict[str, Any]
 
-    def reader(self, ranks: Ranks) -> Read:
-        """Fills an engine's tensors from it; rank 0 says which it lacks because routers were balanced otherwise."""
+    def reader(self, ranks: Ranks, model: Mapping[str, Any]) -> Read:
+        """Fills tensors of an engine of this `model` from it; rank 0 says which it lacks because routers were balanced
+        otherwise."""
 
         def read(targets: Mapping[str, Tensor]) -> None:
-            lacking = load_tensors(self.path, self.manifest, targets, may_lack="moving")
+            kept, wanted = (balance_of(tree) for tree in (self.manifest["config"]["model"], model))
+            lacking = load_tensors(self.path, self.manifest, targets, may_lack="moving" if kept != wanted else None)
             if lacking and ranks.is_main:
                 more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
                 say(
@@ -79,6 +81,15 @@ class Checkpoint:
                 )
 
         return read
+
+
+def balance_of(model: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What decides which tensors the balance of a model's routers keeps; None without routers."""
+    ffn = model.get("ffn") or {}
+    balance = ffn.get("balance")
+    if balance is None:
+        return None
+    return balance["kind"], balance["scope"] == "step", balance.get("mean_decay") is not None
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,7 @@ class TrainState:
     def restore(self, found: Checkpoint) -> None:
         """Engine, progress and place in the data as they were saved.  Raises UserError for a checkpoint of others."""
         manifest = found.manifest
-        self.engine.load_state_tensors(found.reader(self.ranks))
+        self.engine.load_state_tensors(found.reader(self.ranks, self.run.model.model_dump(mode="json")))
         self.engine.load_state_values(manifest["counters"])
         self.progress = Progress.of(manifest["progress"])
         self.position = resume_row(manifest["data"], self.data.rows, seed=self.run.seed)
@@ -212,7 +223,8 @@ def make_state(
         if ranks.is_main:
             say(f"resuming from {start.path} at step {state.progress.step}")
     elif weights is not None:
-        engine.load_state_tensors(weights.reader(ranks), kinds=("master", "moving", "frozen"))
+        reader = weights.reader(ranks, run.model.model_dump(mode="json"))
+        engine.load_state_tensors(reader, kinds=("master", "moving", "frozen"))
         if ranks.is_main:
             say(f"starting from the weights of {weights.path}")
     if ranks.is_main:

@@ -142,13 +142,16 @@ def test_a_key_of_an_older_format_in_a_new_manifest_is_damage(folder):
 
 @pytest.mark.parametrize("factors, initialization", [((1.0, 1.0), "published"), ((3.0, 0.5), "unit")])
 def test_what_format_3_left_to_defaults_is_written_out(factors, initialization):
-    model = {"kind": "lfm", "attention": {"num_attention_heads": 2}, "liquid": None}
+    model = {"kind": "lfm", "attention": {"num_attention_heads": 2}, "liquid": None, "init_method_std": 0.03}
+    model |= {"num_layers": 2, "ffn": {"kind": "moe", "num_moe_experts": 3}}
     model |= dict(zip(("embedding_multiplier", "logit_multiplier"), factors, strict=True))
     tree = migrated({"format": 3, "config": {"name": "old", "model": model}})
     assert tree["format"] == 4
     found = tree["config"]["model"]
     assert found["initialization"] == initialization and found["attention"]["qk_norm"] is False
     assert found["untie_embeddings_and_output_weights"] is False and found["logit_multiplier"] == factors[1]
+    assert found["init_method_std"] == (0.03 if initialization == "published" else 0.02) and found["depth_rate"] == 1.0
+    assert tree["counters"]["router_idle_steps"] == {"0": [0] * 3, "1": [0] * 3}
     assert migrated({"format": 3, "config": {"name": "old", "model": {"kind": "lstm"}}})["config"]["model"] == {
         "kind": "lstm"
     }

@@ -11,7 +11,7 @@ from lfm.errors import UserError
 from lfm.training.local_engine import LocalEngine
 from lfm.training.loop import train
 from lfm.training.optimizer.adamw import AdamWConfig
-from lfm.training.optimizer.groups import parameter_groups
+from lfm.training.optimizer.groups import Found, check_groups, parameter_groups
 from lfm.training.optimizer.lion import LionConfig
 from lfm.training.plan import memory_estimate
 from lfm.training.run import RunConfig
@@ -142,3 +142,12 @@ def test_groups_are_in_the_same_order_whatever_comes_first():
             (["we"], 0.1, 1.0, True, False),
         ]
     )
+
+
+def test_a_stage_without_matrices_that_learn_more_slowly_is_refused_by_the_key_that_makes_them():
+    everywhere, slow = (False, False, -0.1, 1.0), (False, False, -1.0, 0.1)
+    stages = [Found(0, (everywhere, slow), frozenset(), ()), Found(1, (everywhere,), frozenset(), ())]
+    with pytest.raises(
+        UserError, match=r"stage 1 has no matrix that learns at 0\.1 of the rate.*set model\.depth_rate=1"
+    ):
+        check_groups(AdamWConfig(), stages)

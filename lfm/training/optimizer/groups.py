@@ -70,6 +70,11 @@ def check_groups(config: OptimizerKind, found: Sequence[Found]) -> None:
         lacking = next((process for process in found if key not in process.groups), None)
         if lacking is not None:
             _, _, decay, lr_multiple = key
+            if not config.groups:
+                raise UserError(
+                    f"pipeline stage {lacking.stage} has no matrix that learns at {lr_multiple:g} of the rate, and "
+                    "another stage has; set model.depth_rate=1, or parallel.pipeline=1"
+                )
             raise UserError(
                 f"optimizer.groups: pipeline stage {lacking.stage} has no parameter of weight_decay={-decay:g} and "
                 f"lr_multiple={lr_multiple:g}, and another stage has; match names of every stage, or set "
