@@ -143,7 +143,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch):
         raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(metadata, "version", version)
-    with pytest.raises(UserError, match=r"need megatron-core.*pip install 'lfm\[parallel\]'"):
+    with pytest.raises(UserError, match=r"need megatron-core.*pip install 'lfm-training\[parallel\]'"):
         require_packages()
 
 

@@ -183,8 +183,8 @@ def test_the_best_checkpoint_stays_whatever_comes_after(tmp_path, text_data):
     run = tiny_run(
         tmp_path,
         text_data,
-        *("optimizer.lr=3", "training.steps=9", "validation.every_steps=1", "checkpoint.every_steps=1"),
-        *("checkpoint.keep=1", "checkpoint.keep_best=true"),
+        *("optimizer.lr=0.3", "schedule.kind=constant", "training.steps=9", "validation.every_steps=1"),
+        *("checkpoint.every_steps=1", "checkpoint.keep=1", "checkpoint.keep_best=true"),
     )
     train(run)
     records = read_metrics(run.folder / "metrics.jsonl")
