@@ -2,8 +2,8 @@
 
 Format 1 has no checksum.  Format 2 has one; the keys of a model's parts are the model's own, states of generators are
 kept, and so are counts of updates of the parameters that had fewer than the others.  Format 3 knows the published
-initialization alone.  A key that changes what a model
-computes never gets a default here: what the older version computed is written out.
+initialization alone.  A key that changes what a model computes never gets a default here: what the older version
+computed is written out.
 """
 
 from typing import Any

@@ -26,7 +26,7 @@ from lfm.models.initialization import generator_of
 from lfm.models.language_model import Recompute
 from lfm.models.losses import Measured, Term, reservoir_measured, router_measured
 from lfm.models.state import State
-from lfm.models.unit_scale import UnitScaleConfig, unit_std
+from lfm.models.unit_scale import UnitScaleConfig, initial_std
 
 LiquidConfig = Annotated[
     Annotated[ReservoirConfig | DiagonalConfig, Field(discriminator="kind")], default_kind("reservoir")
@@ -326,9 +326,7 @@ def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int
     | bias of delta (diagonal) | half-lives at z = 0 log-spaced from 1 to 4096 tokens over the channels |
     | reservoirs | sparse normal, scaled to the spectral radius |
     | liquid input | N(0, 1 / sqrt(hidden_size)): a drive of RMS about 1 |
-    | every other matrix, embedding; unit | normal, of `unit_std` |
-    | attention o, expert and mlp down, liquid output; published | N(0, init_method_std / sqrt(2 num_layers)) |
-    | every other matrix, embedding; published | N(0, init_method_std) |
+    | every other matrix, embedding | normal, of `initial_std` |
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape)
@@ -344,11 +342,6 @@ def initial_tensor(name: str, shape: Sequence[int], config: LFMConfig, seed: int
         assert c is not None
         weight = make_reservoir(c.reservoir_size, c.connectivity, c.spectral_radius, generator)
         return (weight != 0) if name.endswith(".connections") else weight.float()
-    std = config.init_method_std
-    if config.initialization == "unit":
-        std = unit_std(name, shape, config)
-    elif name.endswith(("attention.o.weight", "down.weight", "liquid.output.weight")):
-        std /= (2 * config.num_layers) ** 0.5
-    elif name.endswith("liquid.input.weight"):
-        std = config.hidden_size**-0.5
+    # The drive of a reservoir has an RMS of about 1 however the model begins.
+    std = config.hidden_size**-0.5 if name.endswith("liquid.input.weight") else initial_std(name, shape, config)
     return torch.empty(*shape).normal_(0, std, generator=generator)

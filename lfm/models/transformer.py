@@ -21,7 +21,7 @@ from lfm.models.decoder import Block, Context, Decoder, Memory
 from lfm.models.initialization import generator_of
 from lfm.models.language_model import Recompute
 from lfm.models.state import State
-from lfm.models.unit_scale import UnitScaleConfig, unit_std
+from lfm.models.unit_scale import UnitScaleConfig, initial_std
 
 
 class TransformerConfig(UnitScaleConfig):
@@ -151,15 +151,9 @@ class Transformer(Decoder):
         | tensor | distribution |
         | --- | --- |
         | gains | 1 |
-        | matrices, embedding; unit | normal, of `unit_std` |
-        | attention o, mlp down; published | N(0, init_method_std / sqrt(2 num_layers)) |
-        | every other matrix, embedding; published | N(0, init_method_std) |
+        | matrices, embedding | normal, of `initial_std` |
         """
         if name.endswith("norm.weight"):
             return torch.ones(*shape)
-        std = self.config.init_method_std
-        if self.config.initialization == "unit":
-            std = unit_std(name, shape, self.config)
-        elif name.endswith(("attention.o.weight", "mlp.down.weight")):
-            std /= (2 * self.config.num_layers) ** 0.5
+        std = initial_std(name, shape, self.config)
         return torch.empty(*shape).normal_(0, std, generator=generator_of(seed, name))

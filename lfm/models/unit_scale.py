@@ -88,17 +88,21 @@ class UnitScaleConfig(FamilyConfig):
         return self.depth_rate if name.endswith(_WRITING) else 1.0
 
 
-def unit_std(name: str, shape: Sequence[int], config: UnitScaleConfig) -> float:
+def initial_std(name: str, shape: Sequence[int], config: UnitScaleConfig) -> float:
     """Standard deviation of the matrix with this global name.
 
-    | matrix | |
-    | --- | --- |
-    | embedding | 1 / embedding_multiplier: a stream of RMS 1 |
-    | output projection that is not the embedding | first logits of LOGIT_STD |
-    | attention o, expert and mlp down, liquid output | 1 / sqrt(inputs x parts): all parts together add at most 1 |
-    | router | first logits of ROUTER_STD |
-    | every other | 1 / sqrt(inputs) |
+    | matrix | unit | published |
+    | --- | --- | --- |
+    | embedding | 1 / embedding_multiplier: a stream of RMS 1 | init_method_std |
+    | output projection that is not the embedding | first logits of LOGIT_STD | init_method_std |
+    | attention o, downs, liquid output | 1 / sqrt(inputs x parts) | init_method_std / sqrt(2 num_layers) |
+    | router | first logits of ROUTER_STD | init_method_std |
+    | every other | 1 / sqrt(inputs) | init_method_std |
+
+    With unit, what all parts together add to the stream has an RMS of at most 1.
     """
+    if config.initialization == "published":
+        return config.init_method_std / ((2 * config.num_layers) ** 0.5 if name.endswith(_WRITING) else 1)
     assert config.embedding_multiplier is not None
     if name == "embedding.weight":
         return 1 / config.embedding_multiplier
