@@ -147,7 +147,7 @@ def read_manifest(checkpoint: Path, *, warn: bool = True) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise UserError(f"{damaged}: it is not valid JSON; {way_out(checkpoint)}") from None
     number = tree.get("format") if isinstance(tree, dict) else None
-    if type(number) is int and not 1 <= number <= FORMAT:
+    if type(number) in (int, float) and (type(number) is float or not 1 <= number <= FORMAT):
         raise UserError(f"checkpoint {shown(checkpoint)} has format {number}; this version reads 1 to {FORMAT}")
     if number in range(2, FORMAT + 1) and tree.get("checksum") != json_checksum(tree):
         raise UserError(f"{damaged}: its checksum does not match its contents; {way_out(checkpoint)}")

@@ -146,8 +146,9 @@ def _update(run: RunConfig, state: TrainState, batch: Batch, watch: Watch) -> _U
         grad_norm = engine.step(lr)
     except NonFiniteError as error:
         numbers = state.data.rows.order(run.seed, state.position, run.training.global_batch_size).tolist()
+        made_by = f"; the updates before it were made with optimizer.lr={run.optimizer.lr:g}" if step > 0 else ""
         raise NonFiniteError(
-            f"step {step + 1}: {error}; no update was made; the batch is data rows {numbers}"
+            f"step {step + 1}: {error}; no update was made; the batch is data rows {numbers}{made_by}"
         ) from None
     state.advance(result)
     return _Update(result, lr, grad_norm)
