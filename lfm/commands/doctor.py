@@ -61,7 +61,7 @@ def _gpus() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
-        narrow = "in bfloat16" if properties.major >= 8 else "in float32: bfloat16 needs compute capability 8.0"
+        narrow = "in bfloat16" if properties.major >= 8 else "in float16: bfloat16 needs compute capability 8.0"
         memory = properties.total_memory / 2**30
         what = f"{properties.name}, {memory:.0f} GiB, compute capability {capability}"
         yield f"GPU {index} is {what}; it trains {narrow}."

@@ -18,6 +18,13 @@ Comparison = Callable[..., Iterator[tuple[str, Tensor, Tensor]]]
 is called, what it is, and what it must be."""
 
 
+def working_dtype(device: torch.device) -> torch.dtype:
+    """What weights and activations are in on this device where nobody says otherwise."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
 def runs_triton(x: Tensor, backend: Backend, comparison: Comparison, *sizes: int) -> bool:
     """Whether the kernels run on `x`; on "auto" a process's first call with these sizes waits for `comparison`."""
     if backend == "auto":

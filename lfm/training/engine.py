@@ -75,7 +75,8 @@ class Engine(abc.ABC):
     def step(self, lr: float) -> float:
         """Clip, update, publish; returns the norm of the whole gradient before clipping.
 
-        Raises NonFiniteError, without an update, when that norm is not finite.
+        inf: gradients of float16 overflowed, and the update was skipped.  Raises NonFiniteError, without an update,
+        when the norm is not finite for another reason.
         """
 
     @abc.abstractmethod

@@ -167,7 +167,8 @@ def _log(run: RunConfig, state: TrainState, saves: Saves, update: _Update) -> No
         "step": progress.step,
         "tokens": progress.tokens,
         "lr": update.lr,
-        "grad_norm": update.grad_norm,
+        # An update whose float16 gradients overflowed has no norm.
+        **({"grad_norm": update.grad_norm} if math.isfinite(update.grad_norm) else {}),
         "mean_cross_entropy": statistics.mean(state.losses),
         # After the last step the rate is that of the last, as schedules end there.
         "next_lr": _lr(run, min(progress.step, steps - 1)),

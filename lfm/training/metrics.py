@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import socket
 import time
@@ -280,9 +281,11 @@ def show(bar: tqdm, record: dict[str, Any], world_size: int) -> None:
     speed = f"{record['tokens_per_second']:,.0f} tok/s{each}" if "tokens_per_second" in record else ""
     mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") else ""
     memory = f"  {record['memory_gib']:.1f} GiB" if "memory_gib" in record else ""
-    text = f"loss {record['cross_entropy']:.4f}  norm {record['grad_norm']:.2f}  {speed}{mfu}{memory}"
+    text = f"loss {record['cross_entropy']:.4f}  norm {record.get('grad_norm', math.inf):.2f}  {speed}{mfu}{memory}"
     if record.get("reservoir_fallbacks"):
         text += f"  {record['reservoir_fallbacks']} sequential fallbacks"
+    if record.get("skipped_updates"):
+        text += f"  {record['skipped_updates']} updates skipped"
     bar.set_postfix_str(text)
     if bar.disable:
         say(f"step {record['step']}/{bar.total}  {text}  ETA {_minutes(record.get('eta_seconds'))}")

@@ -119,6 +119,7 @@ def _local_engine(run: RunConfig, device: torch.device) -> Engine:
         micro_batch_size=run.training.micro_batch_size,
         recompute=run.training.recompute,
         objective=run.objective,
+        initial_loss_scale=run.training.initial_loss_scale,
     )
 
 
