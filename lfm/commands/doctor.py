@@ -52,6 +52,8 @@ def _gpus() -> Iterator[str]:
     from lfm.kernels.nvcc import Unavailable, find_nvcc
     from lfm.layers.flash_attention import PACKAGES
 
+    if torch.backends.mps.is_available():
+        yield "There is an Apple GPU: training.device=mps takes it, in float32, and has not been tested."
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         yield "No GPU is visible" + (

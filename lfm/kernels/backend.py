@@ -25,6 +25,15 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+WITHOUT_FLOAT64 = {"mps"}
+"""Types of devices."""
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, of sums and angles that fp32 is too coarse for; float32 on a device that has nothing better."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
 def runs_triton(x: Tensor, backend: Backend, comparison: Comparison, *sizes: int) -> bool:
     """Whether the kernels run on `x`; on "auto" a process's first call with these sizes waits for `comparison`."""
     if backend == "auto":

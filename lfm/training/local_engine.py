@@ -12,6 +12,7 @@ from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.evaluation.held_out import score
 from lfm.kernels.accumulation import accumulate_
+from lfm.kernels.backend import widest
 from lfm.layers.liquid import Liquid
 from lfm.layers.router import Balance
 from lfm.models.global_names import global_views, moving_names
@@ -140,7 +141,7 @@ class LocalEngine(Engine):
         for start in range(0, len(batch), self.micro_batch_size):
             self._start_micro_batch(start)
             part = rows.slice(start, start + self.micro_batch_size)
-            summed = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+            summed = torch.zeros(len(names), dtype=widest(self.device), device=self.device)
             for losses in self.model.loss_parts(part, self.objective, recompute=self.recompute):
                 loss = weighted(self.terms, losses.sums, counts)
                 (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
@@ -158,7 +159,7 @@ class LocalEngine(Engine):
     def step(self, lr: float) -> float:
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
         # In fp64: over a million elements the fp32 sum of a CPU is off in the fifth digit.
-        norms = torch._foreach_norm(grads, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm(grads, dtype=widest(self.device))  # pyright: ignore[reportPrivateImportUsage]
         unscale = 1.0 if self.loss_scale is None else 1 / self.loss_scale.value
         value = unscale * float(torch.stack(norms).norm())
         if self.loss_scale is not None and not self.loss_scale.after(value):

@@ -39,7 +39,8 @@ class TrainingConfig(Config):
     """Rows of one forward and backward pass."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations made again in backward: none; those of liquid and MoE; those of whole layers."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA or ROCm GPU where one is visible, else the CPU; mps, of Apple's chips, has not been tested."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Working weights and activations; auto: bfloat16 (with fp32 masters) on a GPU, float16 on one that has no
     bfloat16 (compute capability below 8.0), float32 on a CPU."""
@@ -97,6 +98,11 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.recompute={self.training.recompute} is not for model.kind={kind}; "
                 f"choose from {', '.join(choices)}"
+            )
+        if self.training.device == "mps" and self.parallel.zero_stage > 0:
+            raise ValueError(
+                f"training.device=mps does not go with parallel.zero_stage={self.parallel.zero_stage}: several "
+                "processes need CUDA or CPUs"
             )
         if self.training.dtype == "float16" and self.parallel.zero_stage > 0:
             raise ValueError(
