@@ -208,9 +208,14 @@ def _validate(run: RunConfig, state: TrainState) -> dict[str, Any]:
         progress.best_validation, progress.validations_without_gain = loss, 0
     else:
         progress.validations_without_gain += 1
+    bits: dict[str, float] = {}
+    if found.text_bytes and not found.masked:
+        bits["validation_bits_per_byte"] = found.bits_per_byte(found.text_bytes, run.model.vocab_size)
     if ranks.is_main:
         modes = ", ".join(f"{mode.replace('_', ' ')} {other.loss:.4f}" for mode, other in by_mode.items() if mode)
         perplexity = f"perplexity {math.exp(min(loss, 700)):.2f}"
+        if bits:
+            perplexity += f", {bits['validation_bits_per_byte']:.3f} bits per byte"
         say(f"step {progress.step}: validation loss {loss:.4f} ({'; '.join(filter(None, (perplexity, modes)))})")
     return {
         "step": progress.step,
@@ -218,6 +223,7 @@ def _validate(run: RunConfig, state: TrainState) -> dict[str, Any]:
         "validation_loss": loss,
         "validation_perplexity": math.exp(min(loss, 700)),
         "validation_labels": found.labels,
+        **bits,
         **{f"validation_loss_{mode}": other.loss for mode, other in by_mode.items() if mode},
         **{f"validation_loss_of_{name}": part.loss for name, part in by_stream.items()},
     }
