@@ -58,7 +58,7 @@ def main() -> None:
     flags = parser.parse_args()
     sampling = from_flags(SamplingConfig, flags)
     if flags.prompts is None:
-        requests = [Request(text, seeded(sampling, i), "--prompt") for i, text in enumerate(flags.prompt)]
+        requests = [Request(text, sampling.of_prompt(i), "--prompt") for i, text in enumerate(flags.prompt)]
     else:
         requests = read_requests(flags.prompts, sampling)
     from lfm.inference.load import open_model
@@ -93,11 +93,6 @@ def stream(request: Request, ids: Sequence[int], tokenizer: Tokenizer, model: La
     print()
 
 
-def seeded(sampling: SamplingConfig, number: int) -> SamplingConfig:
-    """What the prompt of this number is continued with: a seed of its own, so that equal prompts differ."""
-    return sampling.model_copy(update={"seed": (sampling.seed + number) % 2**40})
-
-
 def read_requests(file: str, sampling: SamplingConfig) -> list[Request]:
     """The prompts of a file (-: of the standard input), with the settings of their lines over `sampling`.
 
@@ -116,7 +111,7 @@ def read_requests(file: str, sampling: SamplingConfig) -> list[Request]:
             text = line.decode()
         except UnicodeDecodeError:
             raise UserError(f"{place} is not valid UTF-8; give it in UTF-8") from None
-        own = seeded(sampling, number)
+        own = sampling.of_prompt(number)
         requests.append(json_request(text, own, place) if is_json else Request(text, own, place))
     return requests
 

@@ -46,6 +46,10 @@ class SamplingConfig(Config):
             raise ValueError(f"top_p={self.top_p} keeps no token; for the most likely token use greedy")
         return self
 
+    def of_prompt(self, number: int) -> "SamplingConfig":
+        """What prompt `number` of several is continued with: a seed of its own, so that equal prompts differ."""
+        return self.model_copy(update={"seed": (self.seed + number) % 2**40})
+
 
 PREFILL_TOKENS = 2048
 """A long prompt is read this many tokens at a time, so that its memory does not grow with it."""
