@@ -44,19 +44,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for: torch, which all but the error needs, takes seconds."""
-    import importlib
+if not TYPE_CHECKING:  # which knows the names without it, and that there are no others
 
-    if name not in __all__:
-        import difflib
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for: torch, which all but the error needs, takes seconds."""
+        import importlib
 
-        near = difflib.get_close_matches(name, __all__, n=1)
-        there = f"did you mean {near[0]}?" if near else f"there are {', '.join(__all__)}"
-        raise AttributeError(f"module 'lfm' has no attribute {name!r}; {there}")
-    value = getattr(importlib.import_module("lfm.errors" if name == "UserError" else "lfm.library"), name)
-    globals()[name] = value
-    return value
+        if name not in __all__:
+            import difflib
+
+            near = difflib.get_close_matches(name, __all__, n=1)
+            there = f"did you mean {near[0]}?" if near else f"there are {', '.join(__all__)}"
+            raise AttributeError(f"module 'lfm' has no attribute {name!r}; {there}")
+        value = getattr(importlib.import_module("lfm.errors" if name == "UserError" else "lfm.library"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

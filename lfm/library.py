@@ -48,6 +48,7 @@ class PublishedConfig(FamilyConfig):
     """Values, by dotted key, in place of the family's own defaults."""
 
     def __init__(self, **arguments: Any) -> None:
+        """Each class below repeats this: type checkers would take its fields for the arguments otherwise."""
         super().__init__(**self._tree(arguments))
 
     def __getattr__(self, name: str) -> Any:
@@ -166,6 +167,9 @@ class LFM3BConfig(PublishedConfig, lfm_family.LFMConfig):
         "medical_safety_threshold": None,
     }
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+
     @property
     def use_liquid_layers(self) -> bool:
         return self.liquid is not None
@@ -196,6 +200,9 @@ class LiquidNetConfig(PublishedConfig, liquidnet.LiquidNetConfig):
         "max_seq_len": "seq_length",
     }
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+
 
 class LAERCConfig(PublishedConfig, laerc.LAERCConfig):
     own: ClassVar[type[FamilyConfig]] = laerc.LAERCConfig
@@ -212,9 +219,15 @@ class LAERCConfig(PublishedConfig, laerc.LAERCConfig):
         "no_reservoir": "not use_reservoir",
     }
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+
 
 class LiquidLMConfig(PublishedConfig, liquidlm.LiquidLMConfig):
     own: ClassVar[type[FamilyConfig]] = liquidlm.LiquidLMConfig
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
 
 
 class LiquidNNConfig(PublishedConfig, liquidnn.LiquidNNConfig):
@@ -226,6 +239,9 @@ class LiquidNNConfig(PublishedConfig, liquidnn.LiquidNNConfig):
         "phase_split": "plastic_from",
     }
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+
 
 class TransformerConfig(PublishedConfig, transformer.TransformerConfig):
     own: ClassVar[type[FamilyConfig]] = transformer.TransformerConfig
@@ -235,9 +251,15 @@ class TransformerConfig(PublishedConfig, transformer.TransformerConfig):
         "ffn_hidden_size": "ffn.ffn_hidden_size",
     }
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+
 
 class LSTMConfig(PublishedConfig, lstm.LSTMConfig):
     own: ClassVar[type[FamilyConfig]] = lstm.LSTMConfig
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
 
 
 class CausalLM(nn.Module):
@@ -485,15 +507,16 @@ class Loaded:
         return found[0] if is_one else found
 
 
-def load(path: Path | str, device: str = "auto") -> Loaded:
+def load(path: Path | str, device: str | torch.device = "auto") -> Loaded:
     """The model of a run's newest checkpoint, or of a checkpoint: `load("runs/NAME")`; bf16 on a GPU, fp32 on a CPU.
 
     `device` is auto (a GPU if one is visible), cpu or cuda.  Raises UserError, naming the file, for a folder without a
     checkpoint or one that is damaged.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device={device!r} is none of auto, cpu, cuda")
-    model, tokenizer, checkpoint = open_model(path, device=device)
+    name = str(device)
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={name!r} is none of auto, cpu, cuda")
+    model, tokenizer, checkpoint = open_model(path, device=name)
     (family,) = [family for family in _CLASSES if isinstance(model.config, family.config_class.own)]
     holder = family.holding(model)
     holder.eos_token_id = tokenizer.eod_id
