@@ -508,10 +508,10 @@ class Loaded:
 
 
 def load(path: Path | str, device: str | torch.device = "auto") -> Loaded:
-    """The model of a run's newest checkpoint, or of a checkpoint: `load("runs/NAME")`; bf16 on a GPU, fp32 on a CPU.
+    """The model of a run's newest checkpoint, or of a checkpoint: `load("runs/NAME")`.
 
-    `device` is auto (a GPU if one is visible), cpu or cuda.  Raises UserError, naming the file, for a folder without a
-    checkpoint or one that is damaged.
+    `device` is auto (a GPU if one is visible), cpu or cuda; weights are in `working_dtype` of it.  Raises UserError,
+    naming the file, for a folder without a checkpoint or one that is damaged.
     """
     name = str(device)
     if name not in ("auto", "cpu", "cuda"):
