@@ -11,6 +11,7 @@ from lfm.checkpoint.matching import check_layers
 from lfm.checkpoint.tensors import load_tensors
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
+from lfm.files import expanded
 from lfm.kernels.backend import working_dtype
 from lfm.models.global_names import global_views, moving_names
 from lfm.models.initialization import materialize
@@ -22,7 +23,7 @@ def load_model(
     path: Path | str, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[LanguageModel, dict[str, Any], Path]:
     """A verified checkpoint's model in evaluation mode, its manifest, and the checkpoint's path."""
-    checkpoint = find(Path(path))
+    checkpoint = find(expanded(path))
     manifest = read_manifest(checkpoint)
     verify(checkpoint, manifest)
     config = parse(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))

@@ -14,7 +14,7 @@ from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.evaluation.held_out import HeldOut, evaluate, together
 from lfm.files import reason, refusing, write_durably
-from lfm.inference.sampling import generate
+from lfm.inference.text import continuations
 from lfm.job.process import Process
 from lfm.job.rendezvous import Stopped
 from lfm.job.watch import Watch
@@ -275,12 +275,10 @@ def _sample(run: RunConfig, state: TrainState) -> None:
     engine, tokenizer, prompts = state.engine, state.data.tokenizer, state.data.prompts
     if not prompts or not isinstance(engine, LocalEngine):
         return
-    texts = [list(prompt) for prompt in prompts]
     engine.model.eval()
-    for tokens in generate(engine.model, prompts, run.samples.sampling, end_of_document=tokenizer.eod_id):
-        for text, token in zip(texts, tokens, strict=True):
-            text += [] if token is None else [token]
-    whole = "\n\n--------\n\n".join(tokenizer.decode(text) for text in texts) + "\n"
+    *_, found = continuations(engine.model, tokenizer, prompts, run.samples.sampling)
+    texts = [tokenizer.decode(prompt) + made.text for prompt, made in zip(prompts, found, strict=True)]
+    whole = "\n\n--------\n\n".join(texts) + "\n"
     path = run.folder / "samples" / f"step_{state.progress.step:08d}.txt"
     try:
         path.parent.mkdir(exist_ok=True)
