@@ -49,7 +49,7 @@ class HeldOut:
         """Mean cross entropy, nats per label."""
         return self.nats / max(1, self.labels)
 
-    def bits_per_byte(self, text_bytes: int, vocab_size: int) -> float:
+    def bits_per_byte(self, text_bytes: float, vocab_size: int) -> float:
         """Total code length over the UTF-8 bytes of the text.
 
         A token without a label (the first of each document piece) is charged log2(vocab_size) bits, as if sent raw:

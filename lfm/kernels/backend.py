@@ -22,7 +22,8 @@ def working_dtype(device: torch.device) -> torch.dtype:
     """What weights and activations are in on this device where nobody says otherwise."""
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if is_old else torch.bfloat16
 
 
 WITHOUT_FLOAT64 = {"mps"}
