@@ -11,13 +11,15 @@ from pathlib import Path
 from lfm.exits import command
 
 EXTRAS = {
-    "triton": ("parallel", "the fast kernels on a GPU"),
+    "triton": ("triton", "the fast kernels on a GPU"),
     "megatron-core": ("parallel", "several processes with one model"),
     "deepspeed": ("parallel", "ZeRO"),
     "tiktoken": ("fast-tokenizer", "faster tokenization"),
     "datasets": ("datasets", "data of the Hugging Face hub"),
     "rensa": ("dedup", "dropping nearly equal documents"),
     "wandb": ("wandb", "Weights & Biases"),
+    "s3fs": ("remote", "shards in S3"),
+    "mosaicml-streaming": ("streaming", "comparing shards with its own"),
 }
 """Optional package -> extra that has it, what it is for."""
 

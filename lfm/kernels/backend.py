@@ -90,5 +90,11 @@ def draw(seed: int, *shape: int, device: torch.device, dtype: torch.dtype) -> Te
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """CUDA's; None for a CPU, and for an AMD GPU, whose numbers count other things."""
+    is_cuda = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if is_cuda else None
+
+
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

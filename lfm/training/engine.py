@@ -1,6 +1,7 @@
 """What an engine is: it turns rows into updates, and gives and takes the state of a checkpoint."""
 
 import abc
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -195,7 +196,7 @@ class Engine(abc.ABC):
             return torch.mps.driver_allocated_memory()
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def synchronize(self) -> float:
         """Wait for the device; the time, in seconds, of a monotonic clock."""
