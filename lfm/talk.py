@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import select
 import sys
@@ -108,8 +109,47 @@ def say(line: str) -> None:
 
 def warn(line: str) -> None:
     """Print a line to stderr at once, beside a progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(_coloured(line), file=sys.stderr)
     sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """While it is entered, show at a terminal that `text` goes on, and for how long, in a line that then goes away.
+
+    Set NO_COLOR, and nothing moves.
+    """
+    if not _is_lively(sys.stderr):
+        yield
+        return
+    done = threading.Event()
+    with tqdm(bar_format="{desc} ({elapsed})", desc=text, leave=False, file=sys.stderr) as line:
+
+        def turn() -> None:
+            for hand in itertools.cycle("|/-\\"):
+                if done.wait(0.2):
+                    return
+                line.set_description_str(f"{hand} {text}")
+
+        turning = threading.Thread(target=turn, daemon=True)
+        turning.start()
+        try:
+            yield
+        finally:
+            done.set()
+            turning.join()
+
+
+def _is_lively(stream: TextIO) -> bool:
+    """Whether it is a terminal of somebody who has not asked for plain text (the NO_COLOR convention)."""
+    return stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _coloured(line: str) -> str:
+    """The line for stderr, its first word in red or yellow where it is an error or a warning at a terminal."""
+    word, colon, rest = line.partition(":")
+    colour = {"error": 31, "warning": 33}.get(word)
+    return f"\033[{colour}m{word}:\033[0m{rest}" if colon and colour and _is_lively(sys.stderr) else line
 
 
 def _voice(stream: TextIO | None, patience: float | None, strict: bool = False) -> Any:

@@ -4,13 +4,15 @@ import fcntl
 import io
 import logging
 import os
+import struct
 import sys
+import termios
 import time
 
 import pytest
 from tqdm import tqdm
 
-from lfm.talk import Voice, say, talking, warn
+from lfm.talk import Voice, say, talking, waiting, warn
 
 
 def full_pipe() -> tuple[int, int]:
@@ -78,3 +80,29 @@ def test_a_stream_that_is_not_the_process_s_own_is_left_alone(monkeypatch):
     with talking():
         say("a line")
     assert notebook.getvalue() == "a line\n"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_terminal_sees_colours_and_that_work_goes_on_unless_it_is_to_be_plain(plain, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if plain:
+        monkeypatch.setenv("NO_COLOR", "1")
+    main, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    monkeypatch.setattr(sys, "stderr", open(terminal, "w", encoding="utf-8"))
+    with talking(), waiting("building"):
+        time.sleep(0.5)
+        warn("warning: watch: out")
+        warn("error: no")
+    sys.stderr.close()
+    seen = os.read(main, 1 << 16).decode()
+    assert ("building (00:00)" in seen) is not plain and ("\033[33mwarning:\033[0m watch: out" in seen) is not plain
+    assert ("\033[31merror:\033[0m no" in seen) is not plain and ("warning: watch: out" in seen) is plain
+
+
+def test_nothing_moves_or_shines_in_a_file(tmp_path, monkeypatch):
+    with open(tmp_path / "log", "w", encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        with waiting("building"):
+            warn("error: no")
+    assert (tmp_path / "log").read_text() == "error: no\n"

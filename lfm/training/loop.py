@@ -19,7 +19,7 @@ from lfm.job.process import Process
 from lfm.job.rendezvous import Stopped
 from lfm.job.watch import Watch
 from lfm.layout.layout import Layout
-from lfm.talk import complain, say, talking
+from lfm.talk import complain, say, talking, waiting
 from lfm.training.engine import StepResult
 from lfm.training.local_engine import LocalEngine
 from lfm.training.metrics import show, training_record
@@ -58,7 +58,9 @@ def train(run: RunConfig, process: Process | None = None, layout: Layout | None 
 
 
 def _train(run: RunConfig, start: Started) -> Progress:
-    state, ranks = open_state(run, start), start.ranks
+    ranks = start.ranks
+    with waiting("opening data, checkpoint and model") if ranks.is_main else nullcontext():
+        state = open_state(run, start)
     with state.metrics or nullcontext(), progress_bar(state) as bar, Saves(state, start, bar) as saves:
         stopped = train_steps(run, start, state, saves) or ranks.largest(start.why_stop() is not None) > 0
         if stopped and ranks.is_main:
@@ -101,7 +103,10 @@ def train_steps(run: RunConfig, start: Started, state: TrainState, saves: Saves)
             saves.settle()
         with saves.before_damage_ends_the_run():
             batch = ranks.together(state.stream.next)
-        update = _update(run, state, batch, watch)
+        # Kernels are compiled in the first step; a full-size model on a GPU takes a minute for it.
+        is_first = state.speed.is_new and ranks.is_main
+        with waiting("the first step, which compiles what it needs") if is_first else nullcontext():
+            update = _update(run, state, batch, watch)
         saves.bar.update(state.progress.step - saves.bar.n)
 
         step = state.progress.step

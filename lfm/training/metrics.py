@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from lfm.config import Config, Count, CountOrZero
 from lfm.errors import UserError
-from lfm.files import exists, read_lines, write_durably
+from lfm.files import exists, read_file, read_lines, shown, write_durably
 from lfm.models.registry import ModelConfig
 from lfm.talk import say, warn
 from lfm.training.engine import Engine, StepResult
@@ -84,7 +85,7 @@ class Metrics:
         if config.steps_per_epoch:
             self._open("loss_log.csv", lambda: self._open_csv(config.steps_per_epoch))
         if config.tensorboard:
-            self._open("tensorboard", lambda: self._open_tensorboard(resumed_step))
+            self._open("tensorboard", lambda: self._open_tensorboard(resumed_step, run_config))
         if config.wandb != "off":
             self._open("wandb", lambda: self._open_wandb(config, name, run_config))
         self.truncate(resumed_step)
@@ -165,11 +166,13 @@ class Metrics:
 
         return _Writer(write, truncate)
 
-    def _open_tensorboard(self, resumed_step: int) -> _Writer:
+    def _open_tensorboard(self, resumed_step: int, run_config: dict[str, Any]) -> _Writer:
         # Not its SummaryWriter, whose thread prints the traceback of a full disk and tells nobody.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
+
+        from lfm.training.tensorboard_config import as_hparams, as_text
 
         folder = self.folder / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,6 +194,7 @@ class Metrics:
             file.flush()
 
         write_event(resumed_step + 1, file_version="brain.Event:2")
+        write_event(resumed_step, summary=Summary(value=[as_text(run_config), as_hparams(run_config)]))
         return _Writer(write, truncate, file.close)
 
     def _open_wandb(self, config: LoggingConfig, name: str, run_config: dict[str, Any]) -> _Writer:
@@ -201,7 +205,7 @@ class Metrics:
         run = wandb.init(
             project=config.wandb_project,
             name=name,
-            id=name,
+            id=_wandb_id(self.folder, name),
             resume="allow",
             dir=str(self.folder),
             mode=config.wandb if config.wandb == "online" else "offline",
@@ -209,6 +213,17 @@ class Metrics:
             allow_val_change=True,  # a run may go on with other settings
         )
         return _Writer(lambda record: run.log(_scalars(record), step=record["step"]), close=run.finish)
+
+
+def _wandb_id(folder: Path, name: str) -> str:
+    """The same at every start of the run of this folder, and no other's: drawn once, and kept there."""
+    file = folder / "wandb_id.txt"
+    if not exists(file):
+        write_durably(file, f"{re.sub('[^A-Za-z0-9_-]', '-', name)[:64]}-{secrets.token_hex(4)}\n".encode())
+    found = read_file(file).decode(errors="replace").strip()
+    if not re.fullmatch("[A-Za-z0-9_-]{1,128}", found):
+        raise UserError(f"{shown(file)} holds no id of a run; remove it, and the run begins anew there")
+    return found
 
 
 def _cause(error: Exception) -> str:
@@ -270,7 +285,13 @@ class Speed:
         self.model, self.engine, self.world_size = model, engine, world_size
         device = engine.device
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._is_new = True
         self.restart()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was added yet."""
+        return self._is_new
 
     def restart(self) -> None:
         self.start, self.tokens, self.pairs = self.engine.synchronize(), 0, 0
@@ -278,6 +299,7 @@ class Speed:
     def add(self, tokens: int, attended_pairs: int) -> None:
         self.tokens += tokens
         self.pairs += attended_pairs
+        self._is_new = False
 
     def measure(self, remaining_tokens: int, memory_bytes: int) -> dict[str, Any]:
         """Of the whole run, but MFU and TFLOP/s of one process; `memory_bytes` is the fullest process's."""

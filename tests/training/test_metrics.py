@@ -1,8 +1,10 @@
 import json
+import re
 
 import pytest
 
-from lfm.training.metrics import PEAK_FLOPS, LoggingConfig, Metrics, peak_flops
+from lfm.errors import UserError
+from lfm.training.metrics import PEAK_FLOPS, LoggingConfig, Metrics, _wandb_id, peak_flops
 
 
 def logged(step, loss):
@@ -29,6 +31,33 @@ def test_records_that_are_cut_back_are_replaced_in_every_file(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("mean_cross_entropy")] == want
+
+
+def test_the_configuration_is_in_tensorboard_as_text_and_as_hyperparameters(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.plugins.hparams import metadata
+
+    run_config = {"name": "a", "optimizer": {"lr": 0.5, "betas": [1, 2]}, "model": {"is_tied": True, "liquid": None}}
+    with Metrics(LoggingConfig(), tmp_path, name="a", resumed_step=0, run_config=run_config):
+        pass
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("config/text_summary")
+    assert b'"lr": 0.5' in text.tensor_proto.string_val[0]
+    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    found = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert found["optimizer.lr"].number_value == 0.5 and found["model.is_tied"].bool_value is True
+    assert found["name"].string_value == "a" and set(found) == {"name", "optimizer.lr", "model.is_tied"}
+
+
+def test_a_run_of_wandb_is_one_folder_s(tmp_path):
+    (tmp_path / "other").mkdir()
+    found = _wandb_id(tmp_path, "my run: ü")
+    assert found == _wandb_id(tmp_path, "renamed") != _wandb_id(tmp_path / "other", "my run: ü")
+    assert re.fullmatch("my-run---[0-9a-f-]+", found), found
+    (tmp_path / "wandb_id.txt").write_text("../x\n")
+    with pytest.raises(UserError, match=r"wandb_id\.txt holds no id of a run; remove it"):
+        _wandb_id(tmp_path, "a")
 
 
 def test_a_file_that_cannot_be_cut_back_is_dropped_with_one_message(tmp_path, capsys):
