@@ -53,6 +53,7 @@ def table() -> str:
         f"{recipe['tokens_per_step']['full']:,} tokens | held out {unit[40]:.2f} nats after 40 steps, {unit[80]:.2f} "
         f"after 80, {unit[300]:.2f} after 300; with the published initialization {published[40]:.2f} and "
         f"{published[80]:.2f} | {_where(recipe)} each |",
+        _float16(load("float16_h200")),
         f"| `lfm_debug` (the demo), {demo['parameters']:,} parameters, {demo['steps']} steps of "
         f"{demo['tokens_per_step']:,} tokens | held out {demo['bits_per_byte']['LFM, held out']:.3f} bits per byte "
         f"(unigram {demo['bits_per_byte']['unigram entropy of the same tokens']:.3f}, gzip -9 "
@@ -69,6 +70,25 @@ def table() -> str:
     lines += _data(load("prepare"), load("reader"))
     lines += _scaling(load("scale_out_4xh200"), load("certificate_cpu"))
     return "\n".join(lines)
+
+
+def _float16(result: dict) -> str:
+    """float16 with its loss scale beside bfloat16, which differs from itself by the order of sums on a GPU."""
+    runs, steps = result["runs"], len(result["runs"]["fp16"]["loss"])
+
+    def apart(one: str, other: str) -> float:
+        pairs = zip(runs[one]["loss"], runs[other]["loss"], strict=True)
+        return statistics.mean((a - b) ** 2 for a, b in pairs) ** 0.5
+
+    held_out = {name: dict(map(tuple, run["validation"]))[steps] for name, run in runs.items() if name != "fp32"}
+    return (
+        f"| `lfm_350m` in float16, loss scale 65,536, {steps} steps of 32,768 tokens | held out {held_out['fp16']:.4f}, in "
+        f"bfloat16 {held_out['bf16']:.4f} and {held_out['bf16_again']:.4f}; losses of a step differ by "
+        f"{apart('fp16', 'bf16'):.4f} (RMS), of the two in bfloat16 by {apart('bf16', 'bf16_again'):.4f}; from a scale of "
+        f"2^40, {runs['fp16_overflow']['skipped_updates']} updates are skipped and training goes on from there | one "
+        f"{result['environment']['gpu']}, torch {result['environment']['versions']['torch']}, {result['date']}, "
+        "1 run each |"
+    )
 
 
 def _data(preparing: dict, reading: dict) -> list[str]:
