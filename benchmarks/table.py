@@ -81,13 +81,13 @@ def _float16(result: dict) -> str:
         return statistics.mean((a - b) ** 2 for a, b in pairs) ** 0.5
 
     held_out = {name: dict(map(tuple, run["validation"]))[steps] for name, run in runs.items() if name != "fp32"}
+    env, skipped = result["environment"], runs["fp16_overflow"]["skipped_updates"]
     return (
         f"| `lfm_350m` in float16, loss scale 65,536, {steps} steps of 32,768 tokens | held out "
-        f"{held_out['fp16']:.4f}, in bfloat16 {held_out['bf16']:.4f} and {held_out['bf16_again']:.4f}; losses of a step differ by "
-        f"{apart('fp16', 'bf16'):.4f} (RMS), of the two in bfloat16 by {apart('bf16', 'bf16_again'):.4f}; from a "
-        f"scale of 2^40, {runs['fp16_overflow']['skipped_updates']} updates are skipped and training goes on from there | one "
-        f"{result['environment']['gpu']}, torch {result['environment']['versions']['torch']}, {result['date']}, "
-        "1 run each |"
+        f"{held_out['fp16']:.4f}, in bfloat16 {held_out['bf16']:.4f} and {held_out['bf16_again']:.4f}; losses of a "
+        f"step differ by {apart('fp16', 'bf16'):.4f} (RMS), of the two in bfloat16 by "
+        f"{apart('bf16', 'bf16_again'):.4f}; from a scale of 2^40, {skipped} updates are skipped and training goes on "
+        f"from there | one {env['gpu']}, torch {env['versions']['torch']}, {result['date']}, 1 run each |"
     )
 
 
