@@ -8,7 +8,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -88,7 +88,11 @@ class Config(BaseModel):
         nearest legal name), a wrong type and a value out of range.
         """
         path = _found(expanded(path))
-        tree = _read(path, cls, seen=())
+        return cls.with_overrides(_read(path, cls, seen=()), overrides, source=shown(path))
+
+    @classmethod
+    def with_overrides(cls, tree: dict[str, Any], overrides: Sequence[str], *, source: str) -> Self:
+        """Apply `a.b=value` overrides to a nested dict in order, validate once.  Raises UserError as `load` does."""
         # Merged with each other first: which kind a section is counts, in whatever order its keys are given.
         on_top: dict[str, Any] = {}
         for override in overrides:
@@ -97,8 +101,7 @@ class Config(BaseModel):
                 _remove(tree, keys)
             on_top = _merge(on_top, new, [cls])
         tree = _merge(tree, on_top, [cls])
-        file = shown(path)
-        return cls.from_tree(tree, source=f"{file} with the command line" if overrides else file)
+        return cls.from_tree(tree, source=f"{source} with the command line" if overrides else source)
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any], *, source: str) -> Self:
@@ -125,11 +128,17 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def parse_command_line(
-    config: type[AnyConfig], description: str, argv: Sequence[str] | None = None, **flags: dict[str, Any]
+    config: type[AnyConfig],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    without_config: Callable[[argparse.Namespace], AnyConfig] | None = None,
+    **flags: dict[str, Any],
 ) -> tuple[AnyConfig, argparse.Namespace]:
     """Parse `--config FILE [key.path=value ...]` plus `flags` (name -> argparse keywords).
 
-    A key may be set as `--key.path value` and `--key.path=value` too.  Returns `(config.load(...), namespace)`.
+    A key may be set as `--key.path value` and `--key.path=value` too.  Returns `(config.load(...), namespace)`; where
+    no `--config` is given, what `without_config` makes of the namespace, whose `overrides` are all other words.
     `--help` lists every key of `config`.  The `--local_rank` that the deepspeed launcher adds is accepted.
     """
     parser = argparse.ArgumentParser(
@@ -137,13 +146,18 @@ def parse_command_line(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys (set them in the YAML file or as key.path=value on the command line):\n" + config.describe(),
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, or the name of a shipped one")
+    parser.add_argument(
+        "--config", required=without_config is None, metavar="FILE", help="a YAML file, or the name of a shipped one"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     for name, keywords in flags.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides, applied in order")
     given = _with_overrides(config, sys.argv[1:] if argv is None else argv, flags={"config", "local_rank", *flags})
     namespace = parser.parse_intermixed_args(given)
+    if without_config is not None and namespace.config is None:
+        return without_config(namespace), namespace
+    assert namespace.config is not None
     return config.load(namespace.config, namespace.overrides), namespace
 
 
@@ -288,6 +302,14 @@ def shipped_configs() -> Path:
     """The folder of the configs that come with the code: of the installed package, or of its checkout."""
     package = Path(__file__).parent
     return package / "configs" if exists(package / "configs") else package.parent / "configs"
+
+
+def shipped_data_config(output: str) -> str | None:
+    """Name of the shipped data config that prepares the folder `output`, as configs/data/NAME.yaml; None: none does."""
+    for path in listed(shipped_configs() / "data"):
+        if path.suffix == ".yaml" and _read(path, Config, seen=()).get("output") == output:
+            return f"configs/data/{path.name}"
+    return None
 
 
 def _found(path: Path) -> Path:
