@@ -6,6 +6,7 @@ import os
 import re
 import reprlib
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -110,6 +111,19 @@ class Config(BaseModel):
             return cls.model_validate(tree)
         except ValidationError as error:
             raise UserError(_one_sentence(cls, error, source)) from None
+
+    @classmethod
+    def commented_yaml(cls, path: Path | str, overrides: Sequence[str] = ()) -> Iterator[str]:
+        """Lines of YAML: each key that the file at `path`, its bases and `overrides` set, below its help text.
+
+        `load` reads from them what it reads from the file.
+        """
+        tree = _read(_found(expanded(path)), cls, seen=())
+        for override in overrides:
+            tree = _merge(tree, _parse_override(override), [cls])
+        help_texts = {key: text for key, _, _, text in _keys(cls, "", _kinds(tree))}
+        in_order = {name: tree[name] for name in cls.model_fields if name in tree}
+        yield from _commented({**in_order, **tree}, "", help_texts)
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load` reads back to an equal config."""
@@ -455,6 +469,25 @@ def _keys(config: type[Config], prefix: str, kinds: Sequence[int | str] = ()) ->
         else:
             default = yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
         yield path, _type_name(field.annotation) + _bounds(field.metadata), default, text
+
+
+def _kinds(tree: dict[str, Any]) -> list[str]:
+    """The values of `kind` in a tree."""
+    inner = [kind for value in tree.values() if isinstance(value, dict) for kind in _kinds(value)]
+    return [*inner, *([tree["kind"]] if isinstance(tree.get("kind"), str) else [])]
+
+
+def _commented(tree: dict[str, Any], path: str, help_texts: dict[str, str]) -> Iterator[str]:
+    indent = "  " * path.count(".")
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}:"
+            yield from _commented(value, f"{path}{key}.", help_texts)
+        else:
+            text = re.sub(r"^(\[kind: \w+\] )+", "", help_texts.get(path + key, ""))
+            yield from (f"{indent}# {line}" for line in textwrap.wrap(text, 112 - len(indent)))
+            inline = yaml.dump({key: value}, Dumper=_Dumper, default_flow_style=True, width=1 << 20, sort_keys=False)
+            yield indent + inline.strip()[1:-1]
 
 
 def _is_bound(rule: Any) -> bool:

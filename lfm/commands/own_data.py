@@ -45,7 +45,7 @@ _MOST_READINGS = 30
 """Of the training text; after more it is known by heart and the rest of the text no better."""
 _SHARE_OF_TIME = 0.9
 """What is planned for; a machine is not always as fast as when it was measured."""
-_MEASURING_SHARE, _MEASURING_SECONDS = 0.04, 10.0
+_MEASURING_SHARE, _MEASURING_SECONDS = 0.04, 15.0
 _SHARE_OF_MEMORY = 0.7
 _ROWS_OF_BINS = 256
 """Length of rows that are cut out of .bin files."""
@@ -88,7 +88,9 @@ def own_run(wish: Wish, *, started: float, measure: bool = True) -> tuple[RunCon
     One whose folder holds what was chosen before goes on with that.  `started`: when the minutes began, by
     `time.monotonic`.  Without `measure`, the smallest preset, for its folder.  Raises UserError.
     """
-    _check(wish)
+    check_family(wish.family)
+    if not 0 < wish.minutes < math.inf:
+        raise UserError(f"--minutes {wish.minutes:g} is no time to train for; give a number above 0, such as 5")
     smallest = _preset(wish, PRESETS[wish.family][0], _open(wish), steps=1)
     folder = smallest.folder
     if exists(folder / CHOSEN):
@@ -111,15 +113,12 @@ def _headline(wish: Wish) -> str:
     return f"# lfm train {wish.words}"
 
 
-def _check(wish: Wish) -> None:
-    if wish.family not in PRESETS:
-        near = difflib.get_close_matches(wish.family, PRESETS, n=1)
-        raise UserError(
-            f"--family {shown(wish.family)} is none; "
-            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}")
-        )
-    if not 0 < wish.minutes < math.inf:
-        raise UserError(f"--minutes {wish.minutes:g} is no time to train for; give a number above 0, such as 5")
+def check_family(family: str) -> None:
+    """Raises UserError for one that there is not."""
+    if family not in PRESETS:
+        near = difflib.get_close_matches(family, PRESETS, n=1)
+        way_out = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
+        raise UserError(f"--family {shown(family)} is none; {way_out}")
 
 
 def _open(wish: Wish) -> _Data:

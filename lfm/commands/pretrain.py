@@ -32,7 +32,7 @@ def main() -> None:
 
     def chosen(flags: argparse.Namespace) -> RunConfig:
         nonlocal wish
-        wish = _wish(flags)
+        wish = wish_of(flags)
         run, lines = own_run(wish, started=begun, measure=not flags.folder)
         said.extend(lines)
         return run
@@ -85,7 +85,8 @@ def main() -> None:
             say(line)
 
 
-def _wish(flags: argparse.Namespace) -> Wish:
+def wish_of(flags: argparse.Namespace) -> Wish:
+    """What is asked for in place of a config.  Raises UserError."""
     if flags.data is None:
         raise UserError("there is nothing to train; give --config FILE, or a data set by --data DIR")
     processes = Process.from_environment().world_size

@@ -1,5 +1,7 @@
 """How fast a run would go on this device: a few of its updates, whose model is then thrown away."""
 
+import statistics
+
 from lfm.data.stream import BatchStream
 from lfm.training.run import RunConfig
 from lfm.training.start import local_engine
@@ -7,11 +9,11 @@ from lfm.training.state import open_data
 
 PLACES = 3
 """Of the whole run at which an update is timed: a family may do more in a later phase of it."""
-_MOST_ROUNDS = 20
+_MOST_ROUNDS = 100
 
 
 def seconds_per_step(run: RunConfig, *, limit_seconds: float) -> float:
-    """Mean time of an update of `run` by this process alone, at places spread over it.
+    """Time of an update of `run` by this process alone, the mean over places spread over it of the median at each.
 
     Takes `limit_seconds` or a round over all places, whichever is longer, after two updates that are not counted.
     """
@@ -25,12 +27,16 @@ def seconds_per_step(run: RunConfig, *, limit_seconds: float) -> float:
         engine.forward_backward(stream.next())
         engine.step(0.0)
 
+    def timed(place: int) -> float:
+        started = engine.synchronize()
+        update(place)
+        return engine.synchronize() - started
+
     update(places[0])
     update(places[-1])
-    started, seconds, rounds = engine.synchronize(), 0.0, 0
-    while rounds == 0 or (seconds < limit_seconds and rounds < _MOST_ROUNDS):
-        for place in places:
-            update(place)
-        seconds, rounds = engine.synchronize() - started, rounds + 1
+    times: list[list[float]] = []
+    while not times or (sum(map(sum, times)) < limit_seconds and len(times) < _MOST_ROUNDS):
+        times.append([timed(place) for place in places])
     stream.close()
-    return seconds / rounds / PLACES
+    # Medians: other work on the machine comes in spells.
+    return statistics.mean(statistics.median(of_place) for of_place in zip(*times, strict=True))
