@@ -24,7 +24,6 @@ WORKDIR /home/lfm/lfm
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 
 # Dependencies alone, of a package without code, in a layer that only other versions make anew.  torch is named so that its exact build is taken;
-# torchvision, which mosaicml-streaming asks for, is never imported.
 ARG CONSTRAINTS=gpu
 ARG GPU_EXTRAS=,cuda,flash-attn
 COPY pyproject.toml ./
@@ -34,8 +33,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && torch=$(grep -i '^torch==' "constraints/$CONSTRAINTS.txt") \
     && mkdir lfm data_pipeline configs && echo '__version__ = "0"' >lfm/__init__.py && touch README.md LICENSE \
     && pip install --no-cache-dir --disable-pip-version-check --constraint "constraints/$CONSTRAINTS.txt" \
-        "$torch" ".[parallel,datasets,fast-tokenizer,dedup,wandb$GPU_EXTRAS]" \
-    && pip uninstall --yes torchvision lfm-training \
+        "$torch" ".[parallel,datasets,fast-tokenizer,dedup,wandb,remote$GPU_EXTRAS]" \
+    && pip uninstall --yes lfm-training \
     && rm -rf lfm data_pipeline configs README.md LICENSE
 
 # The project's own files by a path, not a copy: a checkout on PYTHONPATH goes before it.

@@ -1,4 +1,4 @@
-"""Four LFMs of one shape rule, each at four learning rates: `python benchmarks/ladder.py --data DIR [--sizes 256,512]`.
+"""Four LFMs of one shape rule, each at four learning rates: `python benchmarks/ladder.py --data DIR [--sizes 384,640]`.
 
 Shows whether the best rate of a small model is that of a large one, and whether losses of the small ones foretell that
 of the large one.  Each run is `configs/lfm_350m.yaml` at another width: heads of 64, half as many key/value heads,
@@ -22,7 +22,8 @@ from lfm.training.metrics_file import read_metrics
 from lfm.training.run import RunConfig, environment
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = (256, 512, 768, 1024)
+RESULTS = ROOT / "benchmarks/results/ladder.jsonl"
+SIZES = (384, 640, 896, 1152)
 RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
 TOKENS, ROWS, LENGTH = 10_000_000, 32, 2048
 
@@ -65,6 +66,10 @@ def summarise(run: RunConfig, rate: float) -> dict:
     }
 
 
+def recorded(path: Path = RESULTS) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def best_rate(runs: list[dict]) -> tuple[float, float]:
     """Rate and loss of the parabola, in the logarithm of the rate, through the best run and its neighbours."""
     runs = sorted(runs, key=lambda run: run["rate"])
@@ -101,7 +106,7 @@ def report(runs: list[dict], plot: Path | None) -> str:
     ratio = max(rate for rate, _ in best.values()) / min(rate for rate, _ in best.values())
     lines += [
         "",
-        f"Best rates of all widths are within a factor of {ratio:.2f}.  The power law through the best losses of the "
+        f"Best rates of all widths are within a factor of {ratio:.2f}. The power law through the best losses of the "
         f"{len(small)} smaller models, {math.exp(start):.2f} x N^{slope:.4f}, gives {predicted:.3f} for the largest; "
         f"measured {measured:.3f} ({measured - predicted:+.3f}).",
     ]
@@ -129,13 +134,13 @@ def _plot(by_size: dict, best: dict, count: dict, law: tuple[float, float], path
     right.plot(grid, law[0] * grid ** law[1], "--", label="power law of the smaller ones")
     right.set(xscale="log", xlabel="active parameters without embeddings", ylabel="validation loss (nats)")
     right.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="data/python_2048_32k", help="rows of 2048 ids of a vocabulary of 32,000")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/ladder.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     parser.add_argument("--rates", default=",".join(map(str, RATES)))
     parser.add_argument("--report", action="store_true", help="table and plot of what --out holds")
@@ -143,8 +148,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     flags = parser.parse_args()
     if flags.report:
-        lines = flags.out.read_text(encoding="utf-8").splitlines()
-        print(report([json.loads(line) for line in lines], flags.plot))
+        print(report(recorded(flags.out), flags.plot))
         return
     with tempfile.TemporaryDirectory() as folder:
         for size in map(int, flags.sizes.split(",")):

@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 import numpy as np
 import yaml
 
+from benchmarks.mosaic import stand_in_for_torchvision
 from data_pipeline import extras
 from data_pipeline.prepare import prepare
 from data_pipeline.prepare_config import PrepareConfig
 from data_pipeline.sources import DebianConfig, find_files
-from lfm.data import streaming_shim
 from lfm.data.tokenizer import Tokenizer, from_tiktoken
 
 SEQ_LENGTH = 2048
@@ -82,9 +82,11 @@ def datasets_map(text: Path, tokenizer: Path, folder: Path, workers: int) -> int
     rows = rows.filter(is_new, load_from_cache_file=False)
     columns = rows.column_names
     rows = rows.map(encode, batched=True, num_proc=workers, remove_columns=columns, load_from_cache_file=False)
-    writer = streaming_shim.make_writer(
-        folder / "mds", {"ids": f"ndarray:uint16:{SEQ_LENGTH}"}, compression=None, hashes=["xxh64"], shard_bytes=1 << 26
-    )
+    stand_in_for_torchvision()
+    from streaming import MDSWriter
+
+    columns = {"ids": f"ndarray:uint16:{SEQ_LENGTH}"}
+    writer = MDSWriter(out=str(folder / "mds"), columns=columns, hashes=["xxh64"], size_limit=1 << 26)
     held, tokens = np.empty(0, np.uint16), 0
     for batch in rows.with_format("numpy").iter(batch_size=256):
         held = np.concatenate([held, *batch["ids"]]).astype(np.uint16)

@@ -7,7 +7,6 @@ epoch is timed, which for MDS includes the start of its workers.
 """
 
 import argparse
-import importlib.machinery
 import json
 import statistics
 import sys
@@ -15,13 +14,13 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 import numpy as np
 
+from benchmarks.mosaic import stand_in_for_torchvision
 from lfm.data.format import RowWriter
 from lfm.data.reader import RowReader, ShardReader
 from lfm.data.stream import BatchStream
@@ -80,7 +79,7 @@ def waiting(reader: RowReader, threads: int, tokens_per_second: float, steps: in
 def peer(folder: Path, shuffle: bool, workers: int) -> float:
     """Tokens/s of StreamingDataset behind torch's DataLoader, ids to int64."""
     if "torchvision" not in sys.modules:
-        _stand_in_for_torchvision()
+        stand_in_for_torchvision()
     import torch
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
@@ -96,22 +95,6 @@ def peer(folder: Path, shuffle: bool, workers: int) -> float:
     start = time.perf_counter()
     tokens = sum(ids.numel() for ids in loader)
     return tokens / (time.perf_counter() - start)
-
-
-def _stand_in_for_torchvision() -> None:
-    """The package imports two names of it, for images, which no row here is."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        return
-    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
-    for name in names:
-        sys.modules[name] = ModuleType(name)
-        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
-    sys.modules["torchvision.datasets"].VisionDataset = object  # type: ignore[attr-defined]
-    sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
+from benchmarks import ladder
 from benchmarks.ops.case import rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -286,15 +287,36 @@ def recipe_table() -> str:
     data, env = result["data"]["full"]["train"], result["environment"]
     late = arms["unit"]["load"][49:]
     over_mean, over_worst = (sum(load[i] > bound for load in late) for i, bound in ((0, 1.5), (1, 2.0)))
+    rates = {name: f"{statistics.median(arm['tokens_per_second']):,.0f}" for name, arm in arms.items()}
+    norm = max(arms["unit"]["norm"][3:])
     note = (
-        f"On one {env['gpu']} each, torch {env['versions']['torch']}, {result['date']}, one run an arm, on two "
-        f"machines; {result['tokens_per_step']['full']:,} tokens a step of {data['num_tokens']:,} ids of Python source "
+        f"On one {env['gpu']}, one arm after the other, torch {env['versions']['torch']}, {result['date']}, one run an "
+        f"arm; {result['tokens_per_step']['full']:,} tokens a step of {data['num_tokens']:,} ids of Python source "
         f"(300 steps are {300 * result['tokens_per_step']['full'] / data['num_tokens']:.1f} passes), data set "
         f"{data['checksum'][:16]}. Of the unit arm's steps from 50 on, {over_mean} of {len(late)} have a mean load "
         f"above 1.5 (largest {max(load[0] for load in late):.2f}) and {over_worst} a worst layer above 2 (largest "
-        f"{max(load[1] for load in late):.2f}); the largest norm after step 3 is {max(arms['unit']['norm'][3:]):.1f}."
+        f"{max(load[1] for load in late):.2f}); the largest norm after step 3 is {norm:.1f}. With flash-attn 4 "
+        f"and quack-kernels, logging every step, {rates['unit']} tokens/s (published, of wider experts: "
+        f"{rates['published']})."
     )
     return "\n".join([*lines, "", note])
+
+
+def recipe_speed_table() -> str:
+    """What the bias and the telemetry of the routers cost, by windows of one process."""
+    speed = load("recipe")["speed"]
+    lines = ["| windows of a run | tokens/s, median | range |", "| --- | --- | --- |"]
+    for name, rates in speed["tokens_per_second"].items():
+        lines.append(
+            f"| {len(rates)} of {speed['window_steps']} steps, {name} | {statistics.median(rates):,.0f} | "
+            f"{min(rates):,} to {max(rates):,} |"
+        )
+    return "\n".join(lines)
+
+
+def ladder_table() -> str:
+    """Four widths at four learning rates each."""
+    return ladder.report(ladder.recorded(), None)
 
 
 def recipe_study_table() -> str:
@@ -412,7 +434,12 @@ PAGES = {
     "docs/scaling.md": {"scaling": scaling_table},
     "docs/kernels.md": {"kernels": kernels_table, "attention": attention_table},
     "docs/data.md": {"tokenizers": tokenizers_table, "prepare": prepare_table},
-    "docs/recipe.md": {"recipe": recipe_table, "study": recipe_study_table},
+    "docs/recipe.md": {
+        "recipe": recipe_table,
+        "speed": recipe_speed_table,
+        "study": recipe_study_table,
+        "ladder": ladder_table,
+    },
     "docs/families/README.md": {"families": families_table, "streaming": streaming_table},
 }
 """Page -> name of the mark around a table -> what writes it."""
@@ -433,6 +460,7 @@ def main() -> None:
     if "--check" not in sys.argv:
         plot_scaling(ROOT / "docs/scaling.png")
         plot_recipe(ROOT / "docs/recipe.png")
+        ladder.report(ladder.recorded(), ROOT / "docs/ladder.png")
 
 
 if __name__ == "__main__":

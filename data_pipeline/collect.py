@@ -241,7 +241,9 @@ def _num_workers(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) ->
     if config.num_workers is not None:
         return config.num_workers
     size = _input_bytes(found)
-    return 0 if size is not None and size < _SMALL_INPUT_BYTES else len(os.sched_getaffinity(0))
+    if size is not None and size < _SMALL_INPUT_BYTES:
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
 
 
 def _input_bytes(found: Sequence[Sequence[InputFile]]) -> int | None:

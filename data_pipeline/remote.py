@@ -8,12 +8,14 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lfm.data.remote import options
 from lfm.errors import UserError
 from lfm.files import exists, expanded, refusing, shown
 
 CACHE = "~/.cache/lfm/fetched"
 """What has been fetched; an entry is of a file by its address, size and, where the server tells, version."""
-_PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+_PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs"}
+"""Of the extra `remote`."""
 _CONNECTION_SECONDS = 30.0
 
 
@@ -32,7 +34,10 @@ def fetched(url: str, suffixes: tuple[str, ...], exclude: Sequence[str]) -> list
     try:
         system, path = fsspec.url_to_fs(url, **_options(scheme))
     except ImportError:
-        package, install = _PACKAGES.get(scheme, f"of {scheme}://"), "pip install 'lfm-training[remote]'"
+        if scheme in ("gs", "gcs"):
+            package, install = "gcsfs", "pip install gcsfs"
+        else:
+            package, install = _PACKAGES.get(scheme, f"of {scheme}://"), "pip install 'lfm-training[remote]'"
         raise UserError(f"source path {shown(url)} needs the package {package}; install it with `{install}`") from None
     try:
         names = _names(system, path, suffixes, exclude)
@@ -55,7 +60,7 @@ def fetched(url: str, suffixes: tuple[str, ...], exclude: Sequence[str]) -> list
 
 def _options(scheme: str) -> dict[str, Any]:
     if scheme not in ("http", "https"):
-        return {}
+        return options(scheme)
     import aiohttp
 
     # The whole may take long, but not to begin or to go on.

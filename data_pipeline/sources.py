@@ -63,7 +63,7 @@ class _Packed(_Source):
 class _Files(_Packed):
     paths: Annotated[tuple[PathText, ...], Field(min_length=1)]
     """Folders (searched through), globs or files; ~, {stdlib} and {site-packages} (of this Python) are filled in.  With
-    https://, s3:// or gs:// (extra `remote`), they are fetched first and kept in ~/.cache/lfm/fetched.  Files that end
+    https://, s3:// (extra `remote`) or gs://, they are fetched first and kept in ~/.cache/lfm/fetched.  Files that end
     in .gz, .dz, .bz2, .xz or .zst are unpacked."""
     exclude: tuple[str, ...] = ()
     """Globs on the path below the folder, where * also matches /; matching files are left out."""

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from data_pipeline.report import REPORT_NAME, check_file, check_report, found_report, labels_in_words
 from lfm.data.bins import BIN_NAMES, BINS_NAME, BinsRecord, hash_blocks, read_record
 from lfm.data.cache import fetch
-from lfm.data.format import HASH, INDEX_NAME, SPLITS, TOKENIZER_NAME, read_index, read_layout
+from lfm.data.format import INDEX_NAME, SPLITS, TOKENIZER_NAME, read_index, read_layout
+from lfm.data.mds import HASH
 from lfm.data.reader import hash_file
 from lfm.errors import UserError
 from lfm.exits import command

@@ -199,15 +199,19 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
         flag, help_text = "--" + name.replace("_", "-"), " ".join((field.description or "").split())
         if field.annotation is bool:
             parser.add_argument(flag, action="store_true", help=help_text)
+        elif field.annotation == tuple[str, ...]:
+            parser.add_argument(flag, action="append", metavar="TEXT", help=help_text)
         else:
             parser.add_argument(flag, default=field.default, help=f"{help_text} (default {field.default})".strip())
 
 
 def from_flags(config: type[AnyConfig], flags: argparse.Namespace) -> AnyConfig:
-    """What the flags of `add_flags` say.  Raises UserError naming the key."""
+    """What the flags of `add_flags` say; texts are taken as they are.  Raises UserError naming the key."""
     tree = {}
     for name in config.model_fields:
         value = getattr(flags, name)
+        if value is None:  # a list of texts, none of which was given
+            continue
         tree |= _parse_override(f"{name}={value}") if isinstance(value, str) else {name: value}
     return config.from_tree(tree, source="the command line")
 

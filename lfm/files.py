@@ -131,15 +131,16 @@ def write_out(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Replace `path` by `data` in one step: after a crash the file is the old one or the new one, whole.
 
-    Where `path` is a link, the file that it leads to is replaced, and the link stays.
+    Where `path` is a link, the file that it leads to is replaced, and the link stays.  `mode` is of the new file,
+    less what the process's umask takes away.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -14,6 +14,9 @@ from tqdm import tqdm
 PATIENCE_SECONDS = 1.0
 """How long a line waits for a full pipe or a stopped terminal, while there is other work, before it is dropped."""
 
+_ERRORS = "backslashreplace"
+"""What becomes of characters that an encoding has not.  Without a name for it `input` would edit no lines."""
+
 
 class Voice(io.TextIOBase):
     """A text stream to a file descriptor whose writes never fail; what cannot be written is dropped.
@@ -33,6 +36,10 @@ class Voice(io.TextIOBase):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return self._encoding
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        return _ERRORS
 
     def fileno(self) -> int:
         return self._descriptor
@@ -55,7 +62,7 @@ class Voice(io.TextIOBase):
             self._send()
 
     def _send(self) -> None:
-        data = memoryview(self._pending.encode(self._encoding, "backslashreplace"))
+        data = memoryview(self._pending.encode(self._encoding, _ERRORS))
         self._pending = ""
         try:
             while data and self._has_room():

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from lfm.training.loop import train
+from tests.training.tiny_run import tiny_run
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "lfm").rglob("README.md")],
     key=lambda path: path.relative_to(ROOT).as_posix(),
 )
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+WITH_SNIPPETS = [page for page in PAGES if PYTHON_BLOCK.search(page.read_text(encoding="utf-8"))]
 FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SPAN = re.compile(r"`([^`\n]+)`")
@@ -103,3 +108,24 @@ def test_what_is_there_is_not():
     )
     text += "`lfm/models/X.py` `docs/families/KIND.md` `runs/NAME/` `data/lfm_3b` -m data_pipeline.prepare"
     assert gone(ROOT / "README.md", text) == []
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, text_data):
+    """A folder where somebody trained the debug run, of two layers here."""
+    folder = tmp_path_factory.mktemp("place")
+    train(tiny_run(folder / "runs", text_data, "training.steps=1", "validation.max_rows=1"))
+    return folder
+
+
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_snippets_of_a_page_run_one_after_the_other(page, place, monkeypatch):
+    monkeypatch.chdir(place)
+    text, names = page.read_text(encoding="utf-8"), {"__name__": "__main__"}
+    for block in PYTHON_BLOCK.finditer(text):
+        lines_before = text[: block.start()].count("\n") + 1  # so that an error names the page's own line
+        exec(compile("\n" * lines_before + block[1], str(page), "exec"), names)
+
+
+def test_there_are_snippets_to_run():
+    assert {page.name for page in WITH_SNIPPETS} >= {"README.md", "library.md"}

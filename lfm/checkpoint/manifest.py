@@ -66,6 +66,12 @@ class StoredCounters(_Part):
     """Steps since each expert had a token."""
     router_uneven_steps: dict[Layer, Count] = {}
     """Steps since the layer's load was even enough."""
+    loss_scale: Annotated[FiniteFloat, Field(ge=1)] | None = None
+    """Of runs in float16."""
+    calm_updates: Count = 0
+    """Since the loss scale changed last."""
+    skipped_updates: Count = 0
+    """Whose gradients overflowed."""
     late_parameters: dict[str, Count] = {}
     """Of formats 1 and 2: updates of those parameters that had fewer than `optimizer_step`, by name."""
 
@@ -147,7 +153,7 @@ def read_manifest(checkpoint: Path, *, warn: bool = True) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise UserError(f"{damaged}: it is not valid JSON; {way_out(checkpoint)}") from None
     number = tree.get("format") if isinstance(tree, dict) else None
-    if type(number) is int and not 1 <= number <= FORMAT:
+    if isinstance(number, float) or (type(number) is int and not 1 <= number <= FORMAT):
         raise UserError(f"checkpoint {shown(checkpoint)} has format {number}; this version reads 1 to {FORMAT}")
     if number in range(2, FORMAT + 1) and tree.get("checksum") != json_checksum(tree):
         raise UserError(f"{damaged}: its checksum does not match its contents; {way_out(checkpoint)}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lfm.commands.line_editing import is_terminal, remembering, typed
 from lfm.config import add_flags, from_flags, path_flag
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
@@ -22,7 +23,7 @@ from lfm.inference.conversation import Conversation
 from lfm.inference.sampling import SamplingConfig
 from lfm.models.liquidnn import MiniLiquidGPT, trace_norms, turn_plasticity_off
 
-HELP = "/reset forgets everything read; /state lists the state; /hebb the plastic traces; /quit ends, as does Ctrl-C"
+HELP = "/reset forgets everything read; /state lists the state; /hebb the plastic traces; /quit ends, as does Ctrl-D"
 
 
 @command
@@ -57,26 +58,42 @@ def main() -> None:
         ready_folder(flags.state.parent)
         if exists(flags.state):
             talk.load(flags.state, checkpoint=weights)
-    with _stop_signals() as stop:
+    with remembering() as lines, _stop_signals() as stop:
         try:
-            converse(talk, tokenizer, weights, stop)
+            converse(talk, tokenizer, weights, stop, lines)
         finally:  # also after an error, or when nobody reads what is printed
             stop.at_once = False
             if flags.state is not None:
                 keep(talk, flags.state, weights)
 
 
-def converse(talk: Conversation, tokenizer: Tokenizer, weights: str, stop: "_Stop") -> None:
-    """Read and reply until the input ends, /quit or a stop signal, which ends a reply after the token in hand."""
+def converse(talk: Conversation, tokenizer: Tokenizer, weights: str, stop: "_Stop", lines: list[str]) -> None:
+    """Read and reply until the input ends, /quit or a stop signal, which ends a reply after the token in hand.
+
+    Ctrl-C at a terminal ends a reply, or the line that is being typed; a second one at an empty prompt leaves.  What
+    is read is added to `lines`.
+    """
     print(f"{weights}, {talk.model.config.kind}; {describe(talk)}. {HELP}", flush=True)
     # Bytes that are no UTF-8 reach the tokenizer's check, which names them.
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    was_empty = False
     while not stop.asked:
         try:
             with stop.while_waiting():
                 line = input("> " if sys.stdin.isatty() else "")
+        except _Interrupted as interrupted:
+            is_empty = str(interrupted) == ""
+            print("\n(Ctrl-C again leaves)" if is_empty and not was_empty else "", flush=True)
+            if is_empty and was_empty:
+                return
+            was_empty = is_empty
+            continue
         except (EOFError, _Stopped):
+            if is_terminal():
+                print()
             return
+        was_empty = stop.enough = False
+        lines.append(line)
         if line == "/quit":
             return
         if line.startswith("/"):
@@ -85,12 +102,12 @@ def converse(talk: Conversation, tokenizer: Tokenizer, weights: str, stop: "_Sto
         try:
             turn = tokenizer.encode_prompt(line + "\n", begin=talk.num_tokens == 0)
             talk.read(turn)
-            decoder = tokenizer.stream_decoder(turn)
-            for token in talk.reply():
-                print(decoder.push(token), end="", flush=True)
-                if stop.asked:
-                    break
-            print(decoder.flush())
+            with contextlib.closing(talk.reply_text(tokenizer, turn)) as reply:
+                for text in reply:
+                    print(text, end="", flush=True)
+                    if stop.asked or stop.enough:
+                        break
+            print()
         except UserError as error:  # the conversation goes on without what could not be read
             print(f"error: {error}", file=sys.stderr)
         print(f"[{describe(talk)}]", flush=True)
@@ -108,9 +125,16 @@ class _Stopped(Exception):
     """A stop signal came while the program waited for its user."""
 
 
+class _Interrupted(Exception):
+    """Ctrl-C while a line was typed at a terminal; as text, the line as far as it was."""
+
+
 @dataclass
 class _Stop:
     asked: bool = False
+    """To end the conversation."""
+    enough: bool = False
+    """To end the reply."""
     at_once: bool = False
     """Whether nothing is in hand that a signal would tear."""
 
@@ -127,13 +151,20 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """Ctrl-C, TERM and HUP end the conversation, so that it is kept; those that were ignored stay ignored."""
+    """TERM, HUP and, where lines are not typed, Ctrl-C end the conversation, so that it is kept; those that were
+    ignored stay ignored.  At a terminal Ctrl-C ends what is in hand.
+    """
     stop = _Stop()
 
     def handle(number: int, frame: Any) -> None:
+        waiting, stop.at_once = stop.at_once, False
+        if number == signal.SIGINT and is_terminal():
+            stop.enough = True
+            if waiting:
+                raise _Interrupted(typed())
+            return
         stop.asked = True
-        if stop.at_once:
-            stop.at_once = False
+        if waiting:
             raise _Stopped
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

@@ -11,13 +11,15 @@ from pathlib import Path
 from lfm.exits import command
 
 EXTRAS = {
-    "triton": ("parallel", "the fast kernels on a GPU"),
+    "triton": ("triton", "the fast kernels on a GPU"),
     "megatron-core": ("parallel", "several processes with one model"),
     "deepspeed": ("parallel", "ZeRO"),
     "tiktoken": ("fast-tokenizer", "faster tokenization"),
     "datasets": ("datasets", "data of the Hugging Face hub"),
     "rensa": ("dedup", "dropping nearly equal documents"),
     "wandb": ("wandb", "Weights & Biases"),
+    "s3fs": ("remote", "shards in S3"),
+    "mosaicml-streaming": ("streaming", "comparing shards with its own"),
 }
 """Optional package -> extra that has it, what it is for."""
 
@@ -52,6 +54,8 @@ def _gpus() -> Iterator[str]:
     from lfm.kernels.nvcc import Unavailable, find_nvcc
     from lfm.layers.flash_attention import PACKAGES
 
+    if torch.backends.mps.is_available():
+        yield "There is an Apple GPU: training.device=mps takes it, in float32, and has not been tested."
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         yield "No GPU is visible" + (
@@ -61,7 +65,7 @@ def _gpus() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
-        narrow = "in bfloat16" if properties.major >= 8 else "in float32: bfloat16 needs compute capability 8.0"
+        narrow = "in bfloat16" if properties.major >= 8 else "in float16: bfloat16 needs compute capability 8.0"
         memory = properties.total_memory / 2**30
         what = f"{properties.name}, {memory:.0f} GiB, compute capability {capability}"
         yield f"GPU {index} is {what}; it trains {narrow}."

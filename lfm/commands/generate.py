@@ -1,46 +1,140 @@
-"""Generate: `python launch/generate.py --checkpoint runs/NAME --prompt "def " [--prompt ...]`, streaming text."""
+"""Generate: `python launch/generate.py --checkpoint runs/NAME --prompt "def " [--prompt ...]`, or `--prompts FILE`."""
 
 import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from lfm.config import add_flags, from_flags, path_flag
+from lfm.data.tokenizer import Tokenizer
+from lfm.errors import UserError
 from lfm.exits import command
-from lfm.inference.sampling import SamplingConfig, generate
+from lfm.files import expanded, read_file, shown
+from lfm.inference.sampling import SamplingConfig, check_prompts
+from lfm.inference.text import continuations
+from lfm.models.language_model import LanguageModel
 from lfm.models.liquidnn import turn_plasticity_off
+
+BATCH_PROMPTS = 16
+"""That are continued together."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how it is continued; `place` names it in errors."""
+
+    prompt: str
+    sampling: SamplingConfig
+    place: str
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Continue prompts with a trained model; text appears as it is made.")
+    parser = argparse.ArgumentParser(
+        description="Continue prompts with a trained model; the text of a single one appears as it is made.",
+        epilog="The second prompt is continued with the seed after --seed, the third with the one after that, and so "
+        "on: --prompt with the seed that --json gives repeats a continuation.",
+    )
     parser.add_argument(
         "--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="run or step_* folder"
     )
-    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    prompts.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line; or, where the first line begins with {, JSON lines with `prompt` and any of the keys of "
+        "sampling below, such as max_new_tokens; -: standard input",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="JSON lines: prompt, text, tokens, finish_reason, seed; in order"
+    )
     parser.add_argument("--no-plasticity", action="store_true", help="kind liquidnn: traces neither act nor change")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_flags(parser, SamplingConfig)
     flags = parser.parse_args()
     sampling = from_flags(SamplingConfig, flags)
+    if flags.prompts is None:
+        requests = [Request(text, sampling.of_prompt(i), "--prompt") for i, text in enumerate(flags.prompt)]
+    else:
+        requests = read_requests(flags.prompts, sampling)
     from lfm.inference.load import open_model
 
     model, tokenizer, _ = open_model(flags.checkpoint, device=flags.device)
     if flags.no_plasticity:
         turn_plasticity_off(model)
-    prompts = [tokenizer.encode_prompt(prompt) for prompt in flags.prompt]
-    decoders = [tokenizer.stream_decoder(prompt) for prompt in prompts]
-    # One prompt streams as it comes; several are collected, so that their texts do not mix.
-    texts = list(flags.prompt)
-    if len(prompts) == 1:
-        print(texts[0], end="", flush=True)
-    for tokens in generate(model, prompts, sampling, end_of_document=tokenizer.eod_id):
-        for i, token in enumerate(tokens):
-            if token is None or token == tokenizer.eod_id:
-                continue
-            text = decoders[i].push(token)
-            texts[i] += text
-            if len(prompts) == 1:
-                print(text, end="", flush=True)
-    rest = [decoder.flush() for decoder in decoders]
-    if len(prompts) == 1:
-        print(rest[0])
-    else:
-        print("\n--------\n".join(text + tail for text, tail in zip(texts, rest, strict=True)))
+    ids = encoded(requests, tokenizer, model)
+    if len(requests) == 1 and not flags.json:
+        stream(requests[0], ids[0], tokenizer, model)
+        return
+    for first in range(0, len(requests), BATCH_PROMPTS):
+        batch = slice(first, first + BATCH_PROMPTS)
+        *_, found = continuations(model, tokenizer, ids[batch], [request.sampling for request in requests[batch]])
+        for number, (request, made) in enumerate(zip(requests[batch], found, strict=True), start=first):
+            if flags.json:
+                line = {"prompt": request.prompt, **asdict(made), "seed": request.sampling.seed}
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+            else:
+                print(("\n--------\n" if number else "") + request.prompt + made.text, end="", flush=True)
+    if not flags.json:
+        print()
+
+
+def stream(request: Request, ids: Sequence[int], tokenizer: Tokenizer, model: LanguageModel) -> None:
+    """Print prompt and continuation as it comes."""
+    print(request.prompt, end="", flush=True)
+    length = 0
+    for (made,) in continuations(model, tokenizer, [ids], [request.sampling]):
+        print(made.text[length:], end="", flush=True)
+        length = len(made.text)
+    print()
+
+
+def read_requests(file: str, sampling: SamplingConfig) -> list[Request]:
+    """The prompts of a file (-: of the standard input), with the settings of their lines over `sampling`.
+
+    Raises UserError, naming the line, for one that is no prompt, and for a file without any.
+    """
+    data = sys.stdin.buffer.read() if file == "-" else read_file(expanded(file))
+    name = "the standard input" if file == "-" else shown(Path(file))
+    lines = [line.removesuffix(b"\r") for line in data.removesuffix(b"\n").split(b"\n")] if data else []
+    if not lines:
+        raise UserError(f"{name} has no prompts; write one a line")
+    is_json = lines[0].lstrip().startswith(b"{")
+    requests = []
+    for number, line in enumerate(lines):
+        place = f"line {number + 1} of {name}"
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{place} is not valid UTF-8; give it in UTF-8") from None
+        own = sampling.of_prompt(number)
+        requests.append(json_request(text, own, place) if is_json else Request(text, own, place))
+    return requests
+
+
+def json_request(text: str, sampling: SamplingConfig, place: str) -> Request:
+    """Of one JSON line.  Raises UserError naming the `place`."""
+    way_out = 'write {"prompt": "text"}, and keys of sampling beside it'
+    try:
+        tree: dict[str, Any] = json.loads(text)
+        prompt = tree.pop("prompt")
+        prompt.encode()
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError):  # no JSON, no object, no text in it
+        raise UserError(f"{place} is no JSON object with a text `prompt`; {way_out}") from None
+    return Request(prompt, SamplingConfig.from_tree(sampling.model_dump() | tree, source=place), place)
+
+
+def encoded(requests: Sequence[Request], tokenizer: Tokenizer, model: LanguageModel) -> list[list[int]]:
+    """The ids of all prompts.  Raises UserError, naming the place, for one that the model cannot continue."""
+    found = []
+    for request in requests:
+        try:
+            found.append(tokenizer.encode_prompt(request.prompt))
+            check_prompts(found[-1:], model.config.context_limit)
+        except UserError as error:
+            raise UserError(f"{request.place}: {error}") from None
+    return found

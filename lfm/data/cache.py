@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lfm.data import streaming_shim
+from lfm.data.remote import download
 from lfm.errors import UserError
 from lfm.files import exists, file_size, reason
 
@@ -25,6 +25,8 @@ LOCK_NAME = ".lock"
 _PAUSES = (0.5, 1.0, 2.0)
 """Seconds before another attempt to fetch a file."""
 _FINAL = (FileNotFoundError, PermissionError, ValueError, ImportError)
+_PASSING = (408, 429)
+"""Refusals over HTTP that another attempt may not meet: too slow, too often."""
 _ROOM = 2**40
 """The byte of the lock file that stands for all of the folder; shard i has byte i."""
 _ABANDONED_SECONDS = 86400.0
@@ -105,7 +107,7 @@ def fetch(
         for pause in (*_PAUSES, None):
             try:
                 local.parent.mkdir(parents=True, exist_ok=True)
-                streaming_shim.download(remote, temporary, timeout_seconds)
+                download(remote, temporary)
                 return
             except BaseException as error:
                 if pause is None or time.monotonic() + pause > deadline or _is_final(error):
@@ -156,7 +158,7 @@ def remove_abandoned(folder: Path) -> None:
             continue
         try:
             if found[1] == _host():
-                abandoned = not Path(f"/proc/{found[2]}").exists()
+                abandoned = not _runs(int(found[2]))
             else:
                 abandoned = time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
             if abandoned:
@@ -165,20 +167,43 @@ def remove_abandoned(folder: Path) -> None:
             continue  # gone already, or not ours to remove
 
 
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it runs, as another user
+    return True
+
+
 def _host() -> str:
     return socket.gethostname().replace(".", "-")
 
 
 def _is_final(error: BaseException) -> bool:
     """Whether another attempt would meet `error` again."""
-    status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)  # of S3
-    return isinstance(error, _FINAL) or not isinstance(error, Exception) or _is_full(error) or 400 <= status < 500
+    refused = any(400 <= status < 500 and status not in _PASSING for status in map(_http_status, _chain(error)))
+    return isinstance(error, _FINAL) or not isinstance(error, Exception) or _is_full(error) or refused
 
 
-def _is_full(error: BaseException | None) -> bool:
+def _http_status(error: BaseException) -> int:
+    """Of the answer that `error`, of botocore, aiohttp or httpx, is about; 0 if there is none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    status = getattr(error, "status", getattr(response, "status_code", 0))
+    return status if isinstance(status, int) else 0
+
+
+def _is_full(error: BaseException) -> bool:
     """Whether `error` is, or comes from, a disk or quota without room."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(isinstance(cause, OSError) and cause.errno in full for cause in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it comes from."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False

@@ -26,7 +26,7 @@ A document ends with the end-of-document id.  How documents become rows is the s
 The label of a position is the next id of the same piece, so padding (the end-of-document id, each position a piece of
 its own) has no labels and needs no mask.
 
-index.json is MDSWriter's, with one more top-level key, "lfm": a `SplitIndex`.
+index.json is MDS's, with one more top-level key, "lfm": a `SplitIndex`.
 """
 
 import json
@@ -39,7 +39,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lfm.data import streaming_shim
+from lfm.data.mds import VERSION, ShardWriter
 from lfm.errors import UserError
 from lfm.files import exists, json_checksum, read_file, sync, write_durably
 
@@ -49,7 +49,6 @@ FORMAT_VERSION_OF_COLUMNS = 2
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "validation")
-HASH = "xxh64"
 LABEL_MASK = "label_mask"
 COLUMN_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 """Of further columns: those that tensors have."""
@@ -181,8 +180,25 @@ class RowLayout:
     @property
     def encodings(self) -> dict[str, str]:
         """MDS's names of all columns, as a shard's table has them."""
-        found = {"doc_lengths": "ndarray:int32", **{name: column.encoding for name, column in self._fixed.items()}}
-        return dict(sorted(found.items()))
+        return {name: encoding for name, (encoding, _) in self.table.items()}
+
+    @property
+    def table(self) -> dict[str, tuple[str, int | None]]:
+        """MDS's names of all columns, and bytes of those that have as many in every row."""
+        fixed = {name: (column.encoding, column.num_bytes) for name, column in self._fixed.items()}
+        return dict(sorted({"doc_lengths": ("ndarray:int32", None), **fixed}.items()))
+
+    def join(self, ids: np.ndarray, lengths: np.ndarray, columns: Mapping[str, np.ndarray | np.generic]) -> bytes:
+        """The stored row that `split` takes apart: ids `[seq_length]`, document lengths, the other columns."""
+        values = {**columns, "ids": ids}
+        width = np.min_scalar_type(len(lengths)).itemsize
+        shape = bytes([1 << 2 | width.bit_length() - 1]) + len(lengths).to_bytes(width, "little")
+        stored = shape + lengths.astype("<i4").tobytes()
+        before, after = (
+            b"".join(values[name].astype(_little(self._fixed[name].dtype)).tobytes() for name in names)
+            for names in (self._before, self._after)
+        )
+        return len(stored).to_bytes(4, "little") + before + stored + after
 
     def split(self, data: bytes) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Ids `[seq_length]`, document lengths, and the other columns of one stored row, without a copy.
@@ -200,11 +216,14 @@ class RowLayout:
         for names, place in ((self._before, 4), (self._after, end)):
             for name in names:
                 column = self._fixed[name]
-                stored = np.dtype(column.dtype).newbyteorder("<")
-                values = np.frombuffer(data, stored, offset=place, count=math.prod(column.shape))
+                values = np.frombuffer(data, _little(column.dtype), offset=place, count=math.prod(column.shape))
                 found[name] = values.reshape(column.shape)
                 place += column.num_bytes
         return found.pop("ids"), lengths, found
+
+
+def _little(dtype: str) -> np.dtype:
+    return np.dtype(dtype).newbyteorder("<")
 
 
 def read_layout(folder: Path, index: SplitIndex, shards: Sequence[Mapping[str, Any]]) -> RowLayout:
@@ -264,7 +283,7 @@ class RowWriter:
     ) -> None:
         """`label_mask`: each row has one; `extras`: its further columns.
 
-        Raises UserError if `shard_bytes` (size of a raw shard file) does not hold one row.
+        Raises UserError if `shard_bytes` (size of a raw shard file) does not hold one row, and as `ShardWriter` does.
         """
         self.folder = folder
         columns = {**(extras or {}), **({LABEL_MASK: label_mask_column(seq_length)} if label_mask else {})}
@@ -280,9 +299,7 @@ class RowWriter:
                 f"shard_bytes={shard_bytes} does not hold a row of seq_length={seq_length}; set it to {longest_row} "
                 "or more (tens of millions are usual)"
             )
-        self._writer = streaming_shim.make_writer(
-            folder, self._layout.encodings, compression=compression, hashes=[HASH], shard_bytes=shard_bytes
-        )
+        self._writer = ShardWriter(folder, self._layout.table, compression=compression, shard_bytes=shard_bytes)
 
     def write(
         self,
@@ -307,7 +324,7 @@ class RowWriter:
         assert columns.keys() == self._layout.columns.keys(), columns.keys()
         for name, column in self._layout.columns.items():
             assert columns[name].dtype == column.dtype and columns[name].shape == column.shape, name
-        self._writer.write({"ids": ids.astype(self._dtype), "doc_lengths": lengths, **columns})
+        self._writer.write(self._layout.join(ids, lengths, columns))
 
     def finish(
         self,
@@ -322,9 +339,8 @@ class RowWriter:
         packing: Packing = "greedy",
     ) -> SplitIndex:
         """Write the last shard, force all shards to the disk, then write the index.  The folder is then a split."""
-        self._writer.finish()
         path = self.folder / INDEX_NAME
-        tree = json.loads(path.read_bytes())
+        tree: dict[str, Any] = {"version": VERSION, "shards": self._writer.finish()}
         record = {
             "format_version": FORMAT_VERSION_OF_COLUMNS if self._layout.columns else FORMAT_VERSION,
             "split": split,

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 import xxhash
 
-from lfm.data import streaming_shim
 from lfm.data.batch import Batch
 from lfm.data.cache import Cache, fetch, remove_abandoned, temporary_name
-from lfm.data.format import HASH, INDEX_NAME, LABEL_MASK, SplitIndex, read_index, read_layout
+from lfm.data.format import INDEX_NAME, LABEL_MASK, SplitIndex, read_index, read_layout
+from lfm.data.mds import HASH, decompressed
 from lfm.data.order import epoch_permutation, row_order
 from lfm.errors import UserError
 from lfm.files import exists, file_size, open_file, read_file
@@ -116,7 +116,7 @@ class _OpenFile:
 class ShardReader(RowReader):
     """The rows of the split in `folder`.  Safe to call from several threads, and from several processes on one folder.
 
-    With `remote` (a path or URL of the same split: s3://, gs://, hf://, ...), `folder` is a cache that shards are
+    With `remote` (a path or URL of the same split: s3://, https://, hf://, ...), `folder` is a cache that shards are
     fetched into when first needed; otherwise `folder` must hold all of them.
     """
 
@@ -306,7 +306,7 @@ class ShardReader(RowReader):
 
     def _decompress(self, shard: _Shard, zipped: _File) -> None:
         assert shard.compression is not None
-        data = streaming_shim.decompress(shard.compression, read_file(zipped.path))
+        data = decompressed(zipped.path, shard.compression)
         temporary = temporary_name(shard.raw.path)
         try:
             temporary.write_bytes(data)

@@ -41,13 +41,15 @@ class HeldOut:
     """How often each id occurs, padding left out."""
     masked: bool = False
     """Whether some ids may not be labels, so that the loss is not that of the text."""
+    text_bytes: float = 0.0
+    """Of the text in these rows: all of the split's, or in the proportion of their tokens; 0: not known."""
 
     @property
     def loss(self) -> float:
         """Mean cross entropy, nats per label."""
         return self.nats / max(1, self.labels)
 
-    def bits_per_byte(self, text_bytes: int, vocab_size: int) -> float:
+    def bits_per_byte(self, text_bytes: float, vocab_size: int) -> float:
         """Total code length over the UTF-8 bytes of the text.
 
         A token without a label (the first of each document piece) is charged log2(vocab_size) bits, as if sent raw:
@@ -83,6 +85,7 @@ def together(parts: Sequence[HeldOut]) -> HeldOut:
         tokens=sum(part.tokens for part in parts),
         token_counts=np.sum([part.token_counts for part in parts], axis=0),
         masked=any(part.masked for part in parts),
+        text_bytes=sum(part.text_bytes for part in parts) if all(part.text_bytes for part in parts) else 0.0,
     )
 
 
@@ -103,7 +106,8 @@ def evaluate(
             text = row_ids[: len(row_ids) - rows.num_padding(row, row_lengths)]
             tokens += len(text)
             np.add.at(histogram, text, 1)
-    return HeldOut(nats, labels, tokens, histogram, masked)
+    text_bytes = (rows.index.text_bytes or 0) * tokens / max(1, rows.index.num_tokens)
+    return HeldOut(nats, labels, tokens, histogram, masked, text_bytes)
 
 
 def compressor_bits_per_byte(text: bytes, found: HeldOut) -> dict[str, float]:

@@ -3,16 +3,18 @@
 import hashlib
 import io
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 from lfm.files import read_file, shown, write_durably
-from lfm.inference.sampling import SamplingConfig, choose, prefill
+from lfm.inference.sampling import SamplingConfig, choose, prefill, seen_of
+from lfm.inference.text import StopFilter
 from lfm.models.language_model import LanguageModel
 
 
@@ -33,6 +35,8 @@ class Conversation:
         self.hidden: Tensor | None = None
         """`[1, D]`, of the last token read; None before the first."""
         self.num_tokens = 0
+        self.seen = seen_of(self.model)
+        """Of each id, whether it was read: bool `[V]`, on the CPU; like the state replaced, never written into."""
 
     def read(self, ids: Sequence[int]) -> None:
         """Take `ids` into the state.  Raises UserError where the context has no room for them, and reads none."""
@@ -45,6 +49,7 @@ class Conversation:
         if ids:
             self.hidden, self.state = prefill(self.model, ids, self.state)
             self.num_tokens += len(ids)
+            self.seen = self.seen | seen_of(self.model, ids)
 
     def reply(self) -> Iterator[int]:
         """Sampled ids, each read into the state as it is given, until the end of a document, which is not read."""
@@ -54,11 +59,50 @@ class Conversation:
         for _ in range(self.sampling.max_new_tokens):
             if limit is not None and self.num_tokens + 1 >= limit:
                 return
-            token = choose(self.model.logits(self.hidden)[0].float().cpu(), self.sampling, self.generator)
+            logits = self.model.logits(self.hidden)[0].float().cpu()
+            token = choose(logits, self.sampling, self.generator, self.seen)
             if token == self.end_of_document:
                 return
             self.read([token])
             yield token
+
+    def reply_text(self, tokenizer: Tokenizer, after: Sequence[int]) -> Generator[str, None, None]:
+        """A reply as text, a piece (which may be empty) for each id; `after`: the ids that it follows.
+
+        A stop text ends it and is not given.  However it ends, by `close()` too, the state is then that of a reply
+        which was what has been given: ids of which nothing was shown are not read, and of one of which a part was
+        shown, that part, as the tokenizer encodes it.
+        """
+        decoder, stops = tokenizer.stream_decoder(after), StopFilter(self.sampling.stop)
+        decoded = given = ""
+        places = [(0, self._place())]
+        """Characters of the reply that are whole there, and what was read; from the last one on that is all given."""
+        try:
+            for token in self.reply():
+                piece = decoder.push(token)
+                decoded += piece
+                if piece:
+                    places.append((len(decoded), self._place()))
+                settled = stops.push(piece)
+                given += settled
+                yield settled
+                if stops.found:
+                    return
+                while len(places) > 1 and places[1][0] <= len(given):
+                    places.pop(0)
+            rest = decoder.flush()
+            places.append((len(decoded + rest), self._place()))
+            rest = stops.push(rest) + stops.flush()
+            given += rest
+            yield rest
+        finally:
+            length, place = [place for place in places if place[0] <= len(given)][-1]
+            self.state, self.hidden, self.num_tokens, self.seen = place
+            if length < len(given):
+                self.read(tokenizer.encode(given[length:]))
+
+    def _place(self) -> tuple[Any, Tensor | None, int, Tensor]:
+        return self.state, self.hidden, self.num_tokens, self.seen
 
     def save(self, path: Path, *, checkpoint: str) -> None:
         """Write the state to a file; `checkpoint` identifies the weights that it belongs to."""
@@ -68,6 +112,7 @@ class Conversation:
             "checkpoint": checkpoint,
             "num_tokens": self.num_tokens,
             "hidden": self.hidden.cpu(),
+            "seen": self.seen.nonzero()[:, 0],
             "state": {name: tensor.cpu() for name, tensor in self.state.tensors().items()},
         }
         buffer = io.BytesIO()
@@ -98,7 +143,7 @@ class Conversation:
                     raise ValueError  # compressed, as no saved state is: it may fill the memory
             content = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
             saved_by, num_tokens, hidden = content["checkpoint"], content["num_tokens"], content["hidden"]
-            tensors = content["state"]
+            tensors, seen = content["state"], content.get("seen")
             if (
                 type(num_tokens) is not int
                 or num_tokens < 1
@@ -112,10 +157,11 @@ class Conversation:
         try:
             _check_tensors(tensors, empty.tensors())
             _check_tensors({"hidden": hidden}, {"hidden": self.model.embedding.weight[:1]})
+            seen = _checked_ids(seen, self.seen)
             self.state = empty.filled(tensors)
         except ValueError as error:
             raise UserError(f"{shown(path)}: {error}; {other}") from None
-        self.hidden, self.num_tokens = hidden.to(self.model.embedding.weight), num_tokens
+        self.hidden, self.num_tokens, self.seen = hidden.to(self.model.embedding.weight), num_tokens, seen
 
 
 _STATE_HEADER = b"lfm state 2\n"
@@ -136,3 +182,14 @@ def _check_tensors(found: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> No
             raise ValueError(f"{name} is not finite")
         if not tensor.is_floating_point() and (tensor < 0).any():
             raise ValueError(f"{name} is a negative count")
+
+
+def _checked_ids(found: Any, seen: Tensor) -> Tensor:
+    """`seen` with what a file says; without a word of it, which repeats are penalized begins with this session."""
+    if found is None:
+        return torch.zeros_like(seen)
+    if not isinstance(found, Tensor) or found.dtype != torch.long or found.dim() != 1 or found.layout != torch.strided:
+        raise ValueError("seen is no list of ids")
+    if len(found) and not (0 <= int(found.min()) and int(found.max()) < len(seen)):
+        raise ValueError(f"seen has ids beyond the vocabulary of {len(seen)}")
+    return torch.zeros_like(seen).index_fill(0, found, True)

@@ -11,6 +11,8 @@ from lfm.checkpoint.matching import check_layers
 from lfm.checkpoint.tensors import load_tensors
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
+from lfm.files import expanded
+from lfm.kernels.backend import working_dtype
 from lfm.models.global_names import global_views, moving_names
 from lfm.models.initialization import materialize
 from lfm.models.language_model import LanguageModel
@@ -21,7 +23,7 @@ def load_model(
     path: Path | str, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[LanguageModel, dict[str, Any], Path]:
     """A verified checkpoint's model in evaluation mode, its manifest, and the checkpoint's path."""
-    checkpoint = find(Path(path))
+    checkpoint = find(expanded(path))
     manifest = read_manifest(checkpoint)
     verify(checkpoint, manifest)
     config = parse(manifest["config"]["model"], source=str(checkpoint / "manifest.json"))
@@ -38,10 +40,10 @@ def load_model(
 
 
 def open_model(path: Path | str, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
-    """A verified checkpoint's model, in bf16 on a GPU and fp32 on a CPU, its tokenizer, and the checkpoint's path."""
+    """A verified checkpoint's model, in `working_dtype` of the device, its tokenizer, and the checkpoint's path."""
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for and no GPU is visible; use --device cpu")
-    where, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    model, _, checkpoint = load_model(path, device=where, dtype=dtype)
+    where = torch.device("cuda" if cuda else "cpu")
+    model, _, checkpoint = load_model(path, device=where, dtype=working_dtype(where))
     return model, Tokenizer.from_file(checkpoint / TOKENIZER_NAME), checkpoint

@@ -1,10 +1,10 @@
 """Sampling from any model with functional state: prefill each prompt, then decode all of them one token at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from lfm.config import Config, Count, CountOrZero
@@ -15,14 +15,28 @@ from lfm.models.language_model import LanguageModel
 class SamplingConfig(Config):
     max_new_tokens: Count = 100
     greedy: bool = False
-    """Always the most likely token, of equal ones the first; the keys below are then unused."""
+    """Always the most likely token, of equal ones the first; temperature, top_k, top_p, min_p and seed are then
+    unused."""
     temperature: float = 1.0
     """At least 0.001; for the most likely token use greedy."""
     top_k: CountOrZero = 50
     """Sample among this many most likely tokens; 0: all."""
     top_p: float = Field(default=0.95, ge=0, le=1)
     """Sample among the fewest tokens that hold this much probability, which is above 0."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample among tokens of at least this share of the most likely one's probability; 0: all."""
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    """Of tokens that prompt or reply has: logits above 0 are divided by it, those below multiplied; 1: none."""
+    stop: tuple[str, ...] = ()
+    """Text that ends the continuation, which is given without it; may be given several times."""
     seed: int = Field(default=0, ge=0, lt=2**40)
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("a stop text is empty and would end every text before it begins; leave it out")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> "SamplingConfig":
@@ -31,6 +45,10 @@ class SamplingConfig(Config):
         if not self.greedy and self.top_p == 0:
             raise ValueError(f"top_p={self.top_p} keeps no token; for the most likely token use greedy")
         return self
+
+    def of_prompt(self, number: int) -> "SamplingConfig":
+        """What prompt `number` of several is continued with: a seed of its own, so that equal prompts differ."""
+        return self.model_copy(update={"seed": (self.seed + number) % 2**40})
 
 
 PREFILL_TOKENS = 2048
@@ -49,28 +67,42 @@ def prefill(model: LanguageModel, ids: Sequence[int], state: Any = None) -> tupl
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, end_of_document: int | None
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig | Sequence[SamplingConfig],
+    *,
+    end_of_document: int | None,
+    ends: Callable[[int, int], bool] = lambda row, token: False,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the next id of every prompt; None for one that has ended.
 
-    A prompt's continuation depends on (prompt, seed, its index) alone, not on the other prompts of the batch.
+    A prompt's continuation depends on (prompt, sampling) alone, not on the other prompts of the batch, where
+    `sampling` is one config for each; where it is one for all, also on the prompt's index, so that equal prompts
+    differ.  `ends(row, token)` is asked once of every id, and ends its row; it is what knows of stop texts.
+
     Raises UserError for an empty prompt, or one that leaves no room in the context.
     """
     limit = model.config.context_limit
     check_prompts(prompts, limit)
-    device = model.embedding.weight.device
-    generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in range(len(prompts))]
+    device, rows = model.embedding.weight.device, range(len(prompts))
+    each = [sampling for _ in rows] if isinstance(sampling, SamplingConfig) else list(sampling)
+    index = rows if isinstance(sampling, SamplingConfig) else [0 for _ in rows]
+    generators = [torch.Generator().manual_seed(s.seed * 1_000_003 + i) for s, i in zip(each, index, strict=True)]
     read = [prefill(model, prompt) for prompt in prompts]
     hidden, states = torch.cat([hidden for hidden, _ in read]), [state for _, state in read]
     state = type(states[0]).stack(states)
-    lengths, alive = [len(prompt) for prompt in prompts], [True] * len(prompts)
-    for _ in range(sampling.max_new_tokens):
+    seen = [seen_of(model, prompt) for prompt in prompts]
+    lengths, alive = [len(prompt) for prompt in prompts], [True for _ in rows]
+    for made in range(1, 1 + max(s.max_new_tokens for s in each)):
         logits = model.logits(hidden).float().cpu()
-        chosen = [choose(logits[i], sampling, generators[i]) if alive[i] else None for i in range(len(prompts))]
+        chosen = [choose(logits[i], each[i], generators[i], seen[i]) if alive[i] else None for i in rows]
         for i, token in enumerate(chosen):
-            lengths[i] += alive[i]
-            if token == end_of_document or (limit is not None and lengths[i] >= limit):
-                alive[i] = False
+            if token is None:
+                continue
+            lengths[i] += 1
+            seen[i][token] = True
+            full = made == each[i].max_new_tokens or (limit is not None and lengths[i] >= limit)
+            alive[i] = not (token == end_of_document or ends(i, token) or full)
         yield chosen
         if not any(alive):
             return
@@ -78,6 +110,13 @@ def generate(
         step = torch.tensor([[token if token is not None else 0] for token in chosen], device=device)
         out, state = model.advance(step, state)
         hidden = out[:, -1]
+
+
+def seen_of(model: LanguageModel, ids: Sequence[int] = ()) -> Tensor:
+    """Of each id of the vocabulary, whether it is among `ids`: bool `[V]`, on the CPU."""
+    seen = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    seen[torch.tensor(list(ids), dtype=torch.long)] = True
+    return seen
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context_limit: int | None) -> None:
@@ -92,8 +131,12 @@ def check_prompts(prompts: Sequence[Sequence[int]], context_limit: int | None) -
             )
 
 
-def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """One id from fp32 `logits [V]`: temperature, then top-k, then top-p (Holtzman et al. 2019, arXiv 1904.09751).
+def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator, seen: Tensor | None = None) -> int:
+    """One id from fp32 `logits [V]`: repetition penalty on those of `seen [V]`, temperature, top-k, top-p and min-p.
+
+    Top-p (Holtzman et al. 2019, arXiv 1904.09751) is of what top-k left; min-p (Nguyen et al. 2024, arXiv 2407.01082)
+    of the most likely token's probability.  The penalty is that of CTRL (Keskar et al. 2019, arXiv 1909.05858), which
+    divides; a logit below 0 is multiplied, so that it becomes less likely too.
 
     Raises NonFiniteError when the logits are no numbers to choose by.
     """
@@ -101,6 +144,9 @@ def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator)
         raise NonFiniteError(
             "the model's logits are not finite: its weights or its state are broken; use another checkpoint"
         )
+    if sampling.repetition_penalty != 1 and seen is not None:
+        penalized = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = torch.where(seen, penalized, logits)
     if sampling.greedy:
         return int(logits.argmax())
     probabilities, ids = (logits / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
@@ -109,4 +155,5 @@ def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator)
     # A token stays when the ones before it hold less than top_p of what top-k left: the first always does.
     before = probabilities.cumsum(0) - probabilities
     kept = probabilities * (before < sampling.top_p * probabilities.sum())
+    kept = kept * (probabilities >= sampling.min_p * probabilities[0])
     return int(ids[torch.multinomial(kept, 1, generator=generator)])

@@ -18,6 +18,23 @@ Comparison = Callable[..., Iterator[tuple[str, Tensor, Tensor]]]
 is called, what it is, and what it must be."""
 
 
+def working_dtype(device: torch.device) -> torch.dtype:
+    """What weights and activations are in on this device where nobody says otherwise."""
+    if device.type != "cuda":
+        return torch.float32
+    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if is_old else torch.bfloat16
+
+
+WITHOUT_FLOAT64 = {"mps"}
+"""Types of devices."""
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, of sums and angles that fp32 is too coarse for; float32 on a device that has nothing better."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
 def runs_triton(x: Tensor, backend: Backend, comparison: Comparison, *sizes: int) -> bool:
     """Whether the kernels run on `x`; on "auto" a process's first call with these sizes waits for `comparison`."""
     if backend == "auto":
@@ -71,6 +88,12 @@ def _own_saved_tensors() -> AbstractContextManager[None]:
 def draw(seed: int, *shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard normal numbers for a comparison; the process's own generators stay as they are."""
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """CUDA's; None for a CPU, and for an AMD GPU, whose numbers count other things."""
+    is_cuda = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if is_cuda else None
 
 
 def _name(device: torch.device) -> str:

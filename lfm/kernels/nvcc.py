@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from lfm.kernels.backend import compute_capability
+
 TIMEOUT_SECONDS = 300
 HOPPER_FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC")
 
@@ -22,7 +24,7 @@ class Unavailable(Exception):
 
 def require_hopper(device: torch.device) -> None:
     """Raise Unavailable on a GPU that does not run code for sm_90a."""
-    capability = torch.cuda.get_device_capability(device)
+    capability = compute_capability(device)
     if capability != (9, 0):
         raise Unavailable(f"{torch.cuda.get_device_name(device)} has compute capability {capability}, not (9, 0)")
 

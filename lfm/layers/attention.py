@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lfm.config import Config, Width
 from lfm.errors import UserError
+from lfm.kernels.backend import compute_capability
 from lfm.kernels.rotary import rotated_heads
 from lfm.layers.cost import Cost, matrices
 from lfm.layers.documents import Documents
@@ -236,8 +237,7 @@ def _flash_obstacle(package: FlashPackage, q: Tensor, k: Tensor) -> str | None:
     """Why `package` does not attend these heads, as words after its name; None: it does, and was seen to be right."""
     if not package.installed:
         return "is not installed"
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    lack = package.lack(capability, q.dtype, q.shape[3])
+    lack = package.lack(compute_capability(q.device), q.dtype, q.shape[3])
     return lack or _known_flash_failure(package, q.device, q.dtype, q.shape[3], q.shape[1] // k.shape[1])
 
 

@@ -32,10 +32,10 @@ class FlashPackage:
         return _is_installed(self.name)
 
     def lack(self, capability: tuple[int, int] | None, dtype: torch.dtype, head_size: int) -> str | None:
-        """Why it cannot attend such heads, as words after its name.  capability: of the GPU; None for a CPU."""
+        """Why it cannot attend such heads, as words after its name.  capability: of the GPU; None: no CUDA."""
         if capability is None or capability[0] not in self.capabilities:
             wanted = ", ".join(f"{major}.x" for major in self.capabilities)
-            found = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+            found = "one without CUDA" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
             return f"needs a GPU of compute capability {wanted}, not {found}"
         if dtype not in (torch.bfloat16, torch.float16):
             return f"computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"

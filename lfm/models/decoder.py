@@ -137,6 +137,13 @@ class Decoder(LanguageModel):
     def advance(
         self, ids: Int[Tensor, "B T"], state: Any = None, documents: Documents | None = None
     ) -> tuple[Float[Tensor, "B T D"], Any]:
+        hidden, state, _ = self.advance_and_diagnose(ids, state, documents)
+        return hidden, state
+
+    def advance_and_diagnose(
+        self, ids: Int[Tensor, "B T"], state: Any = None, documents: Documents | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Any, Diagnostics]:
+        """As `advance`, and what the layers found."""
         assert state is None or documents is None
         memories, positions = None, None
         if state is not None:
@@ -149,8 +156,8 @@ class Decoder(LanguageModel):
             positions = documents.positions
         x = self.embed(ids)
         context = Context(documents, self._rotary(positions, x.dtype), streaming=True)
-        x, memories, _ = self.run(x, context, memories)
-        return self.final_norm(x), self.state(memories, positions)
+        x, memories, found = self.run(x, context, memories)
+        return self.final_norm(x), self.state(memories, positions), found
 
     def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
         x = self.embed(rows.ids)

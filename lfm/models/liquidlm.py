@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
+from lfm.kernels.backend import widest
 from lfm.layers.cost import Cost, frozen_matrices
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
@@ -116,7 +117,8 @@ class PhaseReservoir(nn.Module):
         An angle of many turns has too few digits left in fp32.  In fp64 the product of an fp32 frequency and a
         position is exact.
         """
-        angle = self.phases.double() * positions[..., None].double()
+        wide = widest(positions.device)
+        angle = self.phases.to(wide) * positions[..., None].to(wide)
         return (angle.sin() + angle.cos()).to(self.phases.dtype)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lfm.config import Depth, DepthOrZero, Tokens, Vocabulary, Width
 from lfm.errors import UserError
+from lfm.kernels.backend import widest
 from lfm.layers.cost import Cost
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
@@ -287,7 +288,7 @@ class MiniLiquidGPT(LanguageModel):
         """Sines and cosines of wavelengths from 2 pi to 20,000 pi tokens, interleaved."""
         D = self.config.hidden_size
         # In fp64: fp32 angles of far positions would be wrong by more than rounding.
-        frequency = 10_000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64, device=positions.device) / D)
+        frequency = 10_000.0 ** (-torch.arange(0, D, 2, dtype=widest(positions.device), device=positions.device) / D)
         angle = positions[..., None] * frequency
         signal = torch.stack((angle.sin(), angle.cos()), -1).flatten(-2).to(dtype)
         if self.config.positions == "until_max":

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lfm.kernels.backend import widest
 from lfm.kernels.reservoir import RecurrenceStats
 from lfm.layers.documents import Counts, Rows, Unit
 from lfm.layers.head import Head, Hidden
@@ -99,7 +100,7 @@ def combined(measured: Sequence[Measured], found: Sequence[Measurements]) -> dic
         of_layers = [torch.stack([each[measure.name][i] for each in found if i in each[measure.name]]) for i in layers]
         values = torch.stack(of_layers).view(len(layers), -1, measure.width)  # of as many passes for each layer
         over = {"sum": values.sum, "mean": values.mean, "max": values.amax}[measure.over]
-        table[measure.name] = layers, over(1).double()
+        table[measure.name] = layers, over(1).to(widest(values.device))
     return table
 
 

@@ -1,6 +1,7 @@
 """What an engine is: it turns rows into updates, and gives and takes the state of a checkpoint."""
 
 import abc
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lfm.data.batch import Batch
+from lfm.kernels.backend import widest
 from lfm.layers.documents import Counts
 from lfm.layers.liquid import Liquid
 from lfm.layers.router import Balance
@@ -75,7 +77,8 @@ class Engine(abc.ABC):
     def step(self, lr: float) -> float:
         """Clip, update, publish; returns the norm of the whole gradient before clipping.
 
-        Raises NonFiniteError, without an update, when that norm is not finite.
+        inf: gradients of float16 overflowed, and the update was skipped.  Raises NonFiniteError, without an update,
+        when the norm is not finite for another reason.
         """
 
     @abc.abstractmethod
@@ -189,14 +192,18 @@ class Engine(abc.ABC):
         """Peak memory: the device's allocator on a GPU, the process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory()
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def synchronize(self) -> float:
         """Wait for the device; the time, in seconds, of a monotonic clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
 
@@ -253,6 +260,6 @@ def step_result(
 def on_host(**named: Tensor) -> dict[str, Tensor]:
     """Small tensors as fp64 on the host, read from the device in one message."""
     device = next(iter(named.values())).device
-    message = torch.cat([tensor.to(device, torch.float64).flatten() for tensor in named.values()]).cpu()
+    message = torch.cat([tensor.to(device, widest(device)).flatten() for tensor in named.values()]).cpu().double()
     pieces = message.split([tensor.numel() for tensor in named.values()])
     return {name: piece.view(tensor.shape) for (name, tensor), piece in zip(named.items(), pieces, strict=True)}

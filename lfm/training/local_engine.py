@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.evaluation.held_out import score
 from lfm.kernels.accumulation import accumulate_
+from lfm.kernels.backend import widest
 from lfm.layers.liquid import Liquid
 from lfm.layers.router import Balance
 from lfm.models.global_names import global_views, moving_names
@@ -28,6 +30,7 @@ from lfm.training.engine import (
     read_back,
     step_result,
 )
+from lfm.training.loss_scale import LossScale
 from lfm.training.optimizer.groups import check_groups, found_groups, parameter_groups
 from lfm.training.optimizer.kind import OptimizerKind
 from lfm.training.reservoirs import ReservoirGuard
@@ -35,7 +38,10 @@ from lfm.training.router_balance import RouterBalance
 
 
 class LocalEngine(Engine):
-    """Working weights in `dtype`; when that is bf16, masters, gradients and optimizer state in fp32 beside them."""
+    """Working weights in `dtype`; beside those in bf16 or fp16 masters, gradients and optimizer state in fp32.
+
+    With fp16 the loss is scaled, and `step` gives inf where the update was skipped: `lfm.training.loss_scale`.
+    """
 
     def __init__(
         self,
@@ -48,13 +54,14 @@ class LocalEngine(Engine):
         micro_batch_size: int,
         recompute: Recompute = "none",
         objective: Objective = NEXT_TOKEN,
+        initial_loss_scale: float = 2.0**16,
     ) -> None:
         self.config, self.optimizer_config, self.objective, self.seed = model, optimizer, objective, seed
         self.device, self.micro_batch_size, self.rows_a_round = device, micro_batch_size, micro_batch_size
         self.recompute: Recompute = recompute
         self.model = materialize(lambda: build(model), device=device, dtype=dtype)
         self.masters: dict[str, Tensor] = {
-            name: p if p.dtype != torch.bfloat16 else torch.empty_like(p, dtype=torch.float32, requires_grad=False)
+            name: p if p.dtype.itemsize > 2 else torch.empty_like(p, dtype=torch.float32, requires_grad=False)
             for name, p in self.model.named_parameters()
         }
         initialize(self.model, seed, self._views(self.masters))
@@ -64,6 +71,7 @@ class LocalEngine(Engine):
         check_groups(optimizer, [found_groups(optimizer, groups, [*self.masters])])
         self.optimizer = optimizer.build(groups)
         self.optimizer.state.update({master: optimizer.new_state(master) for master in self.masters.values()})
+        self.loss_scale = LossScale(initial_loss_scale) if dtype == torch.float16 else None
         self.guards = [ReservoirGuard(model, self.liquids), RouterBalance(model, self.balances)]
 
     @property
@@ -133,9 +141,10 @@ class LocalEngine(Engine):
         for start in range(0, len(batch), self.micro_batch_size):
             self._start_micro_batch(start)
             part = rows.slice(start, start + self.micro_batch_size)
-            summed = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+            summed = torch.zeros(len(names), dtype=widest(self.device), device=self.device)
             for losses in self.model.loss_parts(part, self.objective, recompute=self.recompute):
-                weighted(self.terms, losses.sums, counts).backward()
+                loss = weighted(self.terms, losses.sums, counts)
+                (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
                 summed += torch.stack([losses.sums[name].detach() for name in names])
                 found.append(losses.measure())
             sums.append(summed)
@@ -150,14 +159,19 @@ class LocalEngine(Engine):
     def step(self, lr: float) -> float:
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
         # In fp64: over a million elements the fp32 sum of a CPU is off in the fifth digit.
-        norms = torch._foreach_norm(grads, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
-        value = float(torch.stack(norms).norm())
+        norms = torch._foreach_norm(grads, dtype=widest(self.device))  # pyright: ignore[reportPrivateImportUsage]
+        unscale = 1.0 if self.loss_scale is None else 1 / self.loss_scale.value
+        value = unscale * float(torch.stack(norms).norm())
+        if self.loss_scale is not None and not self.loss_scale.after(value):
+            self.optimizer.zero_grad(set_to_none=False)
+            return math.inf
         if not math.isfinite(value):
             bad = [name for name, m in self.masters.items() if m.grad is not None and not m.grad.isfinite().all()]
             raise NonFiniteError(f"gradient norm is {value}; first non-finite gradient: {bad[0] if bad else 'none'}")
         # With DeepSpeed's epsilon, which tells only where the norm itself is tiny.
-        scale = self.optimizer_config.clip_grad / (value + 1e-6)
-        if 0 < scale < 1:
+        clip = self.optimizer_config.clip_grad / (value + 1e-6)
+        scale = unscale * clip if 0 < clip < 1 else unscale
+        if scale != 1:
             torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiple"]
@@ -170,6 +184,17 @@ class LocalEngine(Engine):
         self._after_update()
         self.publish_masters()
         return value
+
+    def record(self) -> dict[str, Any]:
+        return super().record() | (self.loss_scale.record() if self.loss_scale is not None else {})
+
+    def state_values(self) -> dict[str, Any]:
+        return super().state_values() | (self.loss_scale.state() if self.loss_scale is not None else {})
+
+    def load_state_values(self, counters: dict[str, Any]) -> None:
+        super().load_state_values(counters)
+        if self.loss_scale is not None:
+            self.loss_scale.load(counters)
 
     def master_of(self, parameter: Tensor) -> Tensor:
         return next(self.masters[name] for name, p in self.model.named_parameters() if p is parameter)

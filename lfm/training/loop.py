@@ -14,7 +14,7 @@ from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.evaluation.held_out import HeldOut, evaluate, together
 from lfm.files import reason, refusing, write_durably
-from lfm.inference.sampling import generate
+from lfm.inference.text import continuations
 from lfm.job.process import Process
 from lfm.job.rendezvous import Stopped
 from lfm.job.watch import Watch
@@ -146,8 +146,9 @@ def _update(run: RunConfig, state: TrainState, batch: Batch, watch: Watch) -> _U
         grad_norm = engine.step(lr)
     except NonFiniteError as error:
         numbers = state.data.rows.order(run.seed, state.position, run.training.global_batch_size).tolist()
+        made_by = f"; the updates before it were made with optimizer.lr={run.optimizer.lr:g}" if step > 0 else ""
         raise NonFiniteError(
-            f"step {step + 1}: {error}; no update was made; the batch is data rows {numbers}"
+            f"step {step + 1}: {error}; no update was made; the batch is data rows {numbers}{made_by}"
         ) from None
     state.advance(result)
     return _Update(result, lr, grad_norm)
@@ -166,7 +167,8 @@ def _log(run: RunConfig, state: TrainState, saves: Saves, update: _Update) -> No
         "step": progress.step,
         "tokens": progress.tokens,
         "lr": update.lr,
-        "grad_norm": update.grad_norm,
+        # An update whose float16 gradients overflowed has no norm.
+        **({"grad_norm": update.grad_norm} if math.isfinite(update.grad_norm) else {}),
         "mean_cross_entropy": statistics.mean(state.losses),
         # After the last step the rate is that of the last, as schedules end there.
         "next_lr": _lr(run, min(progress.step, steps - 1)),
@@ -206,9 +208,14 @@ def _validate(run: RunConfig, state: TrainState) -> dict[str, Any]:
         progress.best_validation, progress.validations_without_gain = loss, 0
     else:
         progress.validations_without_gain += 1
+    bits: dict[str, float] = {}
+    if found.text_bytes and not found.masked:
+        bits["validation_bits_per_byte"] = found.bits_per_byte(found.text_bytes, run.model.vocab_size)
     if ranks.is_main:
         modes = ", ".join(f"{mode.replace('_', ' ')} {other.loss:.4f}" for mode, other in by_mode.items() if mode)
         perplexity = f"perplexity {math.exp(min(loss, 700)):.2f}"
+        if bits:
+            perplexity += f", {bits['validation_bits_per_byte']:.3f} bits per byte"
         say(f"step {progress.step}: validation loss {loss:.4f} ({'; '.join(filter(None, (perplexity, modes)))})")
     return {
         "step": progress.step,
@@ -216,6 +223,7 @@ def _validate(run: RunConfig, state: TrainState) -> dict[str, Any]:
         "validation_loss": loss,
         "validation_perplexity": math.exp(min(loss, 700)),
         "validation_labels": found.labels,
+        **bits,
         **{f"validation_loss_{mode}": other.loss for mode, other in by_mode.items() if mode},
         **{f"validation_loss_of_{name}": part.loss for name, part in by_stream.items()},
     }
@@ -267,12 +275,10 @@ def _sample(run: RunConfig, state: TrainState) -> None:
     engine, tokenizer, prompts = state.engine, state.data.tokenizer, state.data.prompts
     if not prompts or not isinstance(engine, LocalEngine):
         return
-    texts = [list(prompt) for prompt in prompts]
     engine.model.eval()
-    for tokens in generate(engine.model, prompts, run.samples.sampling, end_of_document=tokenizer.eod_id):
-        for text, token in zip(texts, tokens, strict=True):
-            text += [] if token is None else [token]
-    whole = "\n\n--------\n\n".join(tokenizer.decode(text) for text in texts) + "\n"
+    *_, found = continuations(engine.model, tokenizer, prompts, run.samples.sampling)
+    texts = [tokenizer.decode(prompt) + made.text for prompt, made in zip(prompts, found, strict=True)]
+    whole = "\n\n--------\n\n".join(texts) + "\n"
     path = run.folder / "samples" / f"step_{state.progress.step:08d}.txt"
     try:
         path.parent.mkdir(exist_ok=True)

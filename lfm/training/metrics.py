@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -21,8 +23,30 @@ from lfm.talk import say, warn
 from lfm.training.engine import Engine, StepResult
 from lfm.training.metrics_file import parse_record
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12}
-"""Dense bf16 FLOP/s by the vendor's data sheet; MFU is a share of it."""
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
+    "H20": 148e12,
+    "B200": 2250e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 5090": 209e12,
+    "T4": 65e12,
+    "MI300X": 1307e12,
+}
+"""Dense bf16 FLOP/s (T4, which has none: float16) by words of a GPU's name; MFU is a share of it.
+
+From the vendors' data sheets, where half of what they give with sparsity; of RTX cards from NVIDIA's Ada and Blackwell
+architecture papers, summing in float32.
+"""
+_NOT_THE_CHIP = {"Laptop", "MIG", "D", "Max"}
+"""Words by which a name means a smaller chip, or a part of one."""
 
 
 class LoggingConfig(Config):
@@ -234,8 +258,9 @@ def training_record(result: StepResult) -> dict[str, Any]:
 
 def peak_flops(device_name: str | None) -> float | None:
     """Data-sheet FLOP/s of a GPU by its name; None where there is no figure, and then there is no MFU."""
-    matches = [flops for chip, flops in PEAK_FLOPS.items() if device_name and chip in device_name.split()]
-    return matches[0] if matches else None
+    words = set(re.split(r"[\s-]+", device_name or ""))
+    known = [chip for chip in PEAK_FLOPS if words.issuperset(chip.split()) and not words & _NOT_THE_CHIP]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 class Speed:
@@ -280,9 +305,11 @@ def show(bar: tqdm, record: dict[str, Any], world_size: int) -> None:
     speed = f"{record['tokens_per_second']:,.0f} tok/s{each}" if "tokens_per_second" in record else ""
     mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") else ""
     memory = f"  {record['memory_gib']:.1f} GiB" if "memory_gib" in record else ""
-    text = f"loss {record['cross_entropy']:.4f}  norm {record['grad_norm']:.2f}  {speed}{mfu}{memory}"
+    text = f"loss {record['cross_entropy']:.4f}  norm {record.get('grad_norm', math.inf):.2f}  {speed}{mfu}{memory}"
     if record.get("reservoir_fallbacks"):
         text += f"  {record['reservoir_fallbacks']} sequential fallbacks"
+    if record.get("skipped_updates"):
+        text += f"  {record['skipped_updates']} updates skipped"
     bar.set_postfix_str(text)
     if bar.disable:
         say(f"step {record['step']}/{bar.total}  {text}  ETA {_minutes(record.get('eta_seconds'))}")

@@ -13,7 +13,7 @@ _MOST_ROUNDS = 100
 
 
 def seconds_per_step(run: RunConfig, *, limit_seconds: float) -> float:
-    """Time of an update of `run` by this process alone, the mean over places spread over it of the lower quartile at each.
+    """Time of an update of `run` by this process alone: the lower quartile at each of some places in it, their mean.
 
     Takes `limit_seconds` or a round over all places, whichever is longer, after two updates that are not counted.
     """

@@ -10,9 +10,16 @@ _GIB = 2**30
 
 
 def _half(run: RunConfig) -> bool:
-    """Whether the plan is for bf16 weights: `auto` plans for a GPU, wherever the plan is made."""
+    """Whether the plan is for weights of two bytes: `auto` plans for a GPU, wherever the plan is made."""
     t = run.training
-    return t.dtype == "bfloat16" or (t.dtype == "auto" and t.device != "cpu")
+    return t.dtype in ("bfloat16", "float16") or (t.dtype == "auto" and t.device != "cpu")
+
+
+def _weights(run: RunConfig) -> str:
+    """The dtype of the plan, in words."""
+    if run.training.dtype == "float16":
+        return "float16"
+    return "bfloat16, as on a GPU" if _half(run) else "float32"
 
 
 def memory_estimate(run: RunConfig, layout: Layout) -> dict[str, float]:
@@ -157,7 +164,7 @@ def plan(run: RunConfig, layout: Layout) -> str:
         f"work: {tokens:,} tokens per optimizer step, {tokens * t.steps:,} in {t.steps:,} steps, "
         f"{flops * tokens * t.steps:.3g} FLOP",
         *_rates(run),
-        f"memory of {where}, weights in {'bfloat16, as on a GPU' if _half(run) else 'float32'}: "
+        f"memory of {where}, weights in {_weights(run)}: "
         + ", ".join(f"{name} {value / _GIB:.1f}" for name, value in device.items()),
         f"memory in all: {sum(device.values()) / _GIB:.1f} GiB{'' if m.kind == 'lfm' else ' and activations'}"
         + (f", on the host {host / _GIB:.1f} GiB" if host else ""),

@@ -1,18 +1,26 @@
-"""Loss curve of a run, drawn from its metrics.jsonl."""
+"""Curves of runs, drawn from their metrics.jsonl: the loss plot of a run folder, and the page of `lfm plot`."""
 
 import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from lfm.files import write_durably
 from lfm.training.metrics_file import read_metrics
 
 _TRAIN, _VALIDATION, _LR = "#3567a6", "#d1495b", "#9aa5b1"
+_RUNS = ("#3567a6", "#d1495b", "#3a8f5c", "#c98a1b", "#7a5aa6", "#5c6b73", "#a6446f", "#2c8f99")
+_MOST_POINTS = 2000
+"""Of a curve: a longer one is thinned, evenly."""
 
 
 def plot_loss(metrics: Path, image: Path) -> None:
@@ -44,20 +52,148 @@ def plot_loss(metrics: Path, image: Path) -> None:
         )
     axis.set_zorder(rate.get_zorder() + 1)
     axis.patch.set_visible(False)
-    axis.set_xlabel("tokens")
     axis.set_ylabel("cross entropy (nats per token)")
     axis.set_title(metrics.parent.name)
-    axis.grid(alpha=0.25)
     axis.legend(frameon=False)
-    axis.spines["top"].set_visible(False)
+    _over_tokens(axis)
     rate.spines["top"].set_visible(False)
-    axis.xaxis.set_major_formatter(EngFormatter())
     figure.tight_layout()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    plt.close(figure)
     image.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(image, drawn.getvalue())
+    write_durably(image, drawn(figure, "png"))
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A run's records, under the name that its curves have."""
+
+    name: str
+    records: list[dict[str, Any]]
+
+    def of(self, value: Callable[[dict[str, Any]], float | None]) -> tuple[list[float], list[float]]:
+        """Tokens, and what `value` gives of the records there; those of which it gives None are left out."""
+        found = [(r["tokens"], value(r)) for r in self.records if "tokens" in r]
+        points = [(tokens, y) for tokens, y in found if y is not None]
+        thinned = points[:: max(1, len(points) // _MOST_POINTS)]
+        return [tokens for tokens, _ in thinned], [y for _, y in thinned]
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    unit: str
+    draw: Callable[[Axes, Curves, str], bool]
+    """Draws a run in a colour; whether it had anything to draw."""
+
+
+def figures(runs: Sequence[Curves]) -> Iterator[tuple[str, Figure]]:
+    """A figure for each panel that any of the runs has something for, with its title.  Whoever takes it closes it."""
+    for panel in PANELS:
+        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+        colours = [_RUNS[i % len(_RUNS)] for i in range(len(runs))]
+        shown = [panel.draw(axes, run, colour) for run, colour in zip(runs, colours, strict=True)]
+        if not any(shown):
+            plt.close(figure)
+            continue
+        for run, colour, has in zip(runs, colours, shown, strict=True):
+            if has:
+                axes.plot([], [], color=colour, label=run.name)
+        axes.set(title=panel.title, ylabel=panel.unit)
+        _over_tokens(axes)
+        axes.legend(frameon=False, fontsize=8)
+        yield panel.title, figure
+
+
+def together(runs: Sequence[Curves]) -> bytes:
+    """All panels as one PNG image."""
+    images = [plt.imread(io.BytesIO(drawn(figure, "png"))) for _, figure in figures(runs)]
+    columns = min(2, len(images))
+    rows = -(-len(images) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(6.4 * columns, 3.8 * rows), squeeze=False, layout="constrained")
+    for axes, image in zip(grid.flat, [*images, *[None] * (rows * columns - len(images))], strict=True):
+        axes.axis("off")
+        if image is not None:
+            axes.imshow(image)
+    return drawn(figure, "png")
+
+
+def drawn(figure: Figure, kind: str) -> bytes:
+    """The figure as a file of this kind; it is closed."""
+    file = io.BytesIO()
+    # Letters stay letters in an SVG, and ids, which a page of several must not share, are the panel's.
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.axes[0].get_title()}):
+        figure.savefig(file, format=kind, metadata={"Software": None} if kind == "png" else {"Date": None})
+    plt.close(figure)
+    return file.getvalue()
+
+
+def _loss(axes: Axes, run: Curves, colour: str) -> bool:
+    tokens, losses = run.of(lambda r: r.get("cross_entropy"))
+    axes.plot(tokens, losses, color=colour, alpha=0.2, linewidth=1)
+    axes.plot(tokens, _smooth(losses), color=colour, linewidth=1.6)
+    held_out = run.of(lambda r: r.get("validation_loss"))
+    axes.plot(*held_out, "o", color=colour, markersize=4)
+    return bool(tokens or held_out[0])
+
+
+def _line(key: str, style: str = "-") -> Callable[[Axes, Curves, str], bool]:
+    def draw(axes: Axes, run: Curves, colour: str) -> bool:
+        tokens, values = run.of(lambda r: r.get(key))
+        axes.plot(tokens, values, style, color=colour, linewidth=1.3, markersize=4)
+        return bool(tokens)
+
+    return draw
+
+
+def _layers(key: str) -> Callable[[Axes, Curves, str], bool]:
+    """The mean over layers, within their range."""
+
+    def draw(axes: Axes, run: Curves, colour: str) -> bool:
+        def over(reduce: Callable[[list[float]], float]) -> tuple[list[float], list[float]]:
+            return run.of(lambda r: reduce([*r[key].values()]) if r.get(key) else None)
+
+        tokens, means = over(lambda values: sum(values) / len(values))
+        axes.plot(tokens, means, color=colour, linewidth=1.3)
+        axes.fill_between(tokens, over(min)[1], over(max)[1], color=colour, alpha=0.15, linewidth=0)
+        return bool(tokens)
+
+    return draw
+
+
+def _load(axes: Axes, run: Curves, colour: str) -> bool:
+    """Of the fullest expert over the mean of its layer: mean over layers, and the worst one."""
+
+    def uneven(record: dict[str, Any]) -> list[float]:
+        return [max(shares) * len(shares) / max(1e-12, sum(shares)) for shares in record["expert_load"]]
+
+    tokens, means = run.of(lambda r: sum(uneven(r)) / len(r["expert_load"]) if r.get("expert_load") else None)
+    axes.plot(tokens, means, color=colour, linewidth=1.3)
+    axes.plot(*run.of(lambda r: max(uneven(r)) if r.get("expert_load") else None), ":", color=colour, linewidth=1)
+    return bool(tokens)
+
+
+PANELS = (
+    Panel("loss: training (line) and held out (points)", "nats per token", _loss),
+    Panel("held-out bits per byte of text", "bits", _line("validation_bits_per_byte", "o-")),
+    Panel("throughput", "tokens/s", _line("tokens_per_second")),
+    Panel("MFU", "share of the data sheet", _line("mfu")),
+    Panel("gradient norm", "", _line("grad_norm")),
+    Panel("learning rate", "", _line("lr")),
+    Panel("load of the fullest expert over the mean: layers (line), worst layer (dots)", "", _load),
+    Panel("entropy of the routers: mean and range of layers", "nats", _layers("router_entropy")),
+    Panel("cosine between two inputs of a router: mean and range of layers", "", _layers("router_input_cosine")),
+    Panel("reservoirs: saturated units, mean and range of layers", "share", _layers("reservoir_saturation")),
+    Panel("reservoirs: residual of the chunks, mean and range of layers", "", _layers("reservoir_residual")),
+    Panel("reservoirs: mean gain, mean and range of layers", "", _layers("reservoir_gain")),
+    Panel("loss scale of float16", "", _line("loss_scale")),
+    Panel("memory of the fullest process", "GiB", _line("memory_gib")),
+)
+
+
+def _over_tokens(axes: Axes) -> None:
+    axes.set_xlabel("tokens")
+    axes.grid(alpha=0.25)
+    axes.spines["top"].set_visible(False)
+    axes.xaxis.set_major_formatter(EngFormatter())
 
 
 def _smooth(values: list[float]) -> list[float]:

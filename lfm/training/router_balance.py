@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfm.kernels.backend import widest
 from lfm.layers.router import LOGIT_GRID, MEAN_GRID, Balance, BiasBalance
 from lfm.talk import complain
 from lfm.training.guards import Masters
@@ -121,9 +122,10 @@ class RouterBalance:
         # Choices are as many as tokens times the experts of each.
         per_token = [total / self.moe.moe_router_topk / LOGIT_GRID for total in totals]
         means = [[n / tokens for n in logits[i]] for i, tokens in zip(here, per_token, strict=True)]
-        step = torch.tensor(means, dtype=torch.float64) * (1 - config.mean_decay)
         found = [balance.mean for balance in balances]
-        moved = torch.stack(found).double() * config.mean_decay + step.to(found[0].device, non_blocking=True)
+        device, wide = found[0].device, widest(found[0].device)
+        step = torch.tensor(means, dtype=wide) * (1 - config.mean_decay)
+        moved = torch.stack(found).to(wide) * config.mean_decay + step.to(device, non_blocking=True)
         rounded = (moved / MEAN_GRID).round() * MEAN_GRID
         torch._foreach_copy_(found, list(rounded.unbind()))  # pyright: ignore[reportPrivateImportUsage]
 

@@ -19,6 +19,7 @@ from lfm.config import Config, Count, CountOrZero, PathText, Rows
 from lfm.data.stream import DataConfig
 from lfm.files import expanded, held_alone, remove_temporaries, shown, write_durably
 from lfm.inference.sampling import SamplingConfig
+from lfm.kernels.backend import working_dtype
 from lfm.layout.config import ParallelConfig
 from lfm.models.registry import ModelConfig
 from lfm.objectives.next_token import NEXT_TOKEN
@@ -38,9 +39,14 @@ class TrainingConfig(Config):
     """Rows of one forward and backward pass."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations made again in backward: none; those of liquid and MoE; those of whole layers."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Working weights and activations; auto: bfloat16 (with fp32 masters) on a GPU, float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA or ROCm GPU where one is visible, else the CPU; mps, of Apple's chips, has not been tested."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Working weights and activations; auto: bfloat16 (with fp32 masters) on a GPU, float16 on one that has no
+    bfloat16 (compute capability below 8.0), float32 on a CPU."""
+    initial_loss_scale: float = Field(default=2.0**16, ge=1, le=2.0**60)
+    """Of float16: what the loss is multiplied by at the start.  It halves, and the update is skipped, when a gradient
+    overflows; it doubles after 2000 updates without."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -93,6 +99,16 @@ class RunConfig(Config):
                 f"training.recompute={self.training.recompute} is not for model.kind={kind}; "
                 f"choose from {', '.join(choices)}"
             )
+        if self.training.device == "mps" and self.parallel.zero_stage > 0:
+            raise ValueError(
+                f"training.device=mps does not go with parallel.zero_stage={self.parallel.zero_stage}: several "
+                "processes need CUDA or CPUs"
+            )
+        if self.training.dtype == "float16" and self.parallel.zero_stage > 0:
+            raise ValueError(
+                f"training.dtype=float16 does not go with parallel.zero_stage={self.parallel.zero_stage}: its loss "
+                "scale is one process's; set training.dtype=bfloat16 or parallel.zero_stage=0"
+            )
         return self
 
     @property
@@ -107,7 +123,7 @@ class RunConfig(Config):
     @property
     def dtype(self) -> torch.dtype:
         name = self.training.dtype
-        return getattr(torch, name if name != "auto" else "bfloat16" if self.device.type == "cuda" else "float32")
+        return getattr(torch, name) if name != "auto" else working_dtype(self.device)
 
 
 def write_run_files(run: RunConfig, step: int) -> None:

@@ -85,6 +85,8 @@ def started(
 
 
 def _device(run: RunConfig, process: Process) -> torch.device:
+    if run.device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("training.device=mps needs an Apple GPU, and none is visible; use training.device=cpu or auto")
     if run.device.type != "cuda":
         return run.device
     if process.local_rank >= torch.cuda.device_count():
@@ -120,6 +122,7 @@ def local_engine(run: RunConfig, device: torch.device) -> Engine:
         micro_batch_size=run.training.micro_batch_size,
         recompute=run.training.recompute,
         objective=run.objective,
+        initial_loss_scale=run.training.initial_loss_scale,
     )
 
 

@@ -67,11 +67,15 @@ class Checkpoint:
     manifest: dict[str, Any]
 
     def reader(self, ranks: Ranks, model: Mapping[str, Any]) -> Read:
-        """Fills tensors of an engine of this `model` from it; rank 0 says which it lacks because routers were balanced
-        otherwise."""
+        """Fills tensors of an engine of this `model` from it; rank 0 says what it lacks, and what of it is left out,
+        because routers were balanced otherwise."""
 
         def read(targets: Mapping[str, Tensor]) -> None:
             kept, wanted = (balance_of(tree) for tree in (self.manifest["config"]["model"], model))
+            if kept is not None and wanted is not None and kept[0] == "bias" != wanted[0] and ranks.is_main:
+                say(
+                    f"routers choose without the bias of {self.path} from here on: model.ffn.balance.kind=bias keeps it"
+                )
             lacking = load_tensors(self.path, self.manifest, targets, may_lack="moving" if kept != wanted else None)
             if lacking and ranks.is_main:
                 more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""

@@ -99,7 +99,7 @@ def test_format_1_is_read_with_one_warning(folder, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("number", [0, 5, 10**30])
+@pytest.mark.parametrize("number", [0, 5, 10**30, 4.0])
 def test_another_format_is_named(number, folder):
     write(folder, {"format": number, **FIELDS})
     with pytest.raises(UserError, match=f"step_00000003 has format {number}; this version reads 1 to 4"):

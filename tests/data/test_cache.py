@@ -79,8 +79,13 @@ def few_shards(tmp_path_factory):
 
 
 @pytest.fixture
-def s3(few_shards, monkeypatch):
-    pytest.importorskip("boto3")
+def s3(store):
+    pytest.importorskip("s3fs", reason="needs the extra `remote`")
+    return store
+
+
+@pytest.fixture
+def store(few_shards, monkeypatch):
     store = Store(few_shards)
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
@@ -96,20 +101,39 @@ def test_verify_hashes_a_data_set_in_s3(s3, few_shards):
     assert "s3://bucket/elsewhere/tokenizer.json cannot be fetched" in problem
 
 
-def test_a_store_that_is_busy_for_a_while_is_asked_again(s3, tmp_path):
+def test_what_s3_has_not_at_the_moment_is_asked_for_again_and_what_it_has_not_at_all_is_not(s3, tmp_path):
     s3.failures["index.json"] = 2
-    start = time.monotonic()
     fetch("s3://bucket/train/index.json", tmp_path / "index.json", timeout_seconds=60)
-    assert s3.failures["index.json"] == 0 and time.monotonic() - start > 1  # half a second, and then one
-    s3.failures["index.json"] = 99
-    with pytest.raises(UserError, match=r"s3://bucket/train/index\.json cannot be fetched"):
-        fetch("s3://bucket/train/index.json", tmp_path / "again.json", timeout_seconds=60)
-    assert s3.failures["index.json"] == 95
-    s3.failures["index.json"] = 0
+    assert s3.failures["index.json"] == 0
     start = time.monotonic()
     with pytest.raises(UserError, match=r"s3://bucket/train/nowhere\.json cannot be fetched"):
         fetch("s3://bucket/train/nowhere.json", tmp_path / "nowhere.json", timeout_seconds=60)
+    assert time.monotonic() - start < 5
+
+
+def test_a_store_that_is_busy_for_a_while_is_asked_again(store, tmp_path):
+    pytest.importorskip("aiohttp", reason="needs the extra `remote`")
+    url = f"{store.environment['S3_ENDPOINT_URL']}/bucket/train"
+    store.failures["index.json"] = 2
+    start = time.monotonic()
+    fetch(f"{url}/index.json", tmp_path / "index.json", timeout_seconds=60)
+    assert store.failures["index.json"] == 0 and time.monotonic() - start > 1  # half a second, and then one
+    store.failures["index.json"] = 99
+    with pytest.raises(UserError, match=rf"{url}/index\.json cannot be fetched"):
+        fetch(f"{url}/index.json", tmp_path / "again.json", timeout_seconds=60)
+    assert store.failures["index.json"] == 95
+    start = time.monotonic()
+    with pytest.raises(UserError, match=rf"{url}/nowhere\.json cannot be fetched"):
+        fetch(f"{url}/nowhere.json", tmp_path / "nowhere.json", timeout_seconds=60)
     assert time.monotonic() - start < 5  # what is not there is not asked for again
+    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+
+
+def test_a_protocol_whose_package_is_missing_is_said_at_once(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"oci://.* cannot be fetched \(oci:// needs a package: .*ocifs"):
+        fetch("oci://bucket/train/index.json", tmp_path / "index.json", timeout_seconds=60)
+    assert time.monotonic() - start < 2 and not list(tmp_path.iterdir())
 
 
 def epoch_on_a_rank(rank, config, turns, environment):

@@ -172,7 +172,8 @@ def _talk(chance: random.Random, world: World) -> list[str]:
 
 
 def generate(chance: random.Random, world: World) -> list[str]:
-    return [*_talk(chance, world), f"--prompt={value(chance)}", *extra_flags(chance)]
+    prompts = f"--prompt={value(chance)}" if chance.random() < 0.8 else f"--prompts={chance.choice(PATHS)}"
+    return [*_talk(chance, world), prompts, *(["--json"] if chance.random() < 0.2 else []), *extra_flags(chance)]
 
 
 def chat(chance: random.Random, world: World) -> list[str]:

@@ -3,7 +3,7 @@ import importlib
 import pytest
 import torch
 
-from lfm.kernels.backend import disagreement, runs_triton
+from lfm.kernels.backend import compute_capability, disagreement, runs_triton
 
 # The CPU interprets the kernels; its interpreter has no bf16.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,6 +67,7 @@ def test_a_kernel_that_does_not_compile_is_told_in_one_line():
 
 def test_a_cpu_takes_the_plain_path():
     assert not runs_triton(torch.zeros(2), "auto", _results())
+    assert compute_capability(torch.device("cpu")) is None
 
 
 def test_activation_checkpointing_does_not_see_the_tensors_of_a_self_test():

@@ -1,11 +1,16 @@
 """chat.py and plasticity.py as a user starts them, on runs of one step."""
 
 import contextlib
+import fcntl
 import io
 import json
+import os
 import re
+import select
 import signal
+import stat
 import subprocess
+import termios
 import time
 
 import pytest
@@ -101,6 +106,97 @@ def test_a_conversation_is_kept_on_every_way_out(folder, tmp_path):
         for pipe in (talk.stdin, talk.stdout, talk.stderr):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+class Terminal:
+    """A chat at a terminal of its own."""
+
+    def __init__(self, home, checkpoint, *flags):
+        self.end, user = os.openpty()
+        command = [PYTHON, "launch/chat.py", "--checkpoint", checkpoint, *flags]
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=user,
+            stdout=user,
+            stderr=user,
+            cwd=ROOT,
+            env=os.environ | {"XDG_STATE_HOME": str(home), "TERM": "dumb"},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(user, termios.TIOCSCTTY, 0),
+        )
+        os.close(user)
+        self.seen = ""
+
+    def type(self, text):
+        os.write(self.end, text.encode())
+
+    def wait_for(self, pattern):
+        """Until the pattern is printed; what stands before it and what it is, which are not seen again."""
+        until = time.monotonic() + 30
+        while not (found := re.search(pattern, self.seen, re.S)):
+            assert select.select([self.end], [], [], until - time.monotonic())[0], self.seen
+            self.seen += os.read(self.end, 4096).decode(errors="replace")
+        self.seen = self.seen[found.end() :]
+        return found
+
+    def leave(self):
+        code = self.process.wait(60)
+        os.close(self.end)
+        return code
+
+
+def test_at_a_terminal_ctrl_c_ends_the_reply_and_lines_are_edited_and_remembered(folder, tmp_path):
+    history = tmp_path / "home/lfm/chat_history"
+    talk = Terminal(tmp_path / "home", folder("lstm"), "--max-new-tokens", 10**9, "--state", tmp_path / "state")
+    talk.wait_for("0 tokens read.*> ")
+    talk.type("impart os\x1b[D\x1b[D\x1b[D\x1b[D\x1b[D\x7fo\r")  # the cursor goes left, to mend the word
+    talk.wait_for("impart os")
+    talk.wait_for("[^\n]*\n[^\n]+")  # a reply that would not end
+    talk.type("\x03")
+    first = int(talk.wait_for(r"\[state [^\n]* (\S+) tokens read\]")[1].replace(",", ""))
+    talk.wait_for("> ")
+    talk.type("dropped\x03")
+    talk.wait_for("> ")
+    talk.type("/state\r")
+    assert int(talk.wait_for(r" (\S+) tokens read")[1].replace(",", "")) == first > 0
+    talk.wait_for("> ")
+    talk.type("\x03")
+    talk.wait_for(r"\(Ctrl-C again leaves\)[^>]*> ")
+    talk.type("/hebb\r")
+    talk.wait_for("no plastic cells[^>]*> ")
+    talk.type("\x03")
+    talk.wait_for(r"again leaves\)[^>]*> ")
+    talk.type("\x03")
+    assert talk.leave() == 0
+    saved = torch.load(io.BytesIO((tmp_path / "state").read_bytes().split(b"\n", 2)[2]), weights_only=True)
+    assert saved["num_tokens"] == first
+    assert history.read_text() == "import os\n/state\n/hebb\n"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+    history.write_text("old\n" * 2000)
+    again = Terminal(tmp_path / "home", folder("lstm"), "--max-new-tokens", 2)
+    again.wait_for("> ")
+    again.type("\x1b[A\r")  # the line before
+    again.wait_for("tokens read\\][^>]*> ")
+    again.type("\x04")
+    assert again.leave() == 0
+    assert history.read_text() == "old\n" * 1000
+
+    (tmp_path / "file").write_text("")
+    silent = Terminal(tmp_path / "file", folder("lstm"), "--max-new-tokens", 2)  # nothing can be kept there
+    silent.wait_for("> ")
+    silent.type("/state\r\x04")
+    silent.wait_for("KiB")
+    assert silent.leave() == 0 and "rror" not in silent.seen
+
+
+def test_a_stop_text_ends_a_reply_and_is_not_shown(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    flags = ("--max-new-tokens", 40, "--stop", "e", "--stop", "\n", "--stop", " ")
+    found = chat(folder("lstm"), b"import os\nclass A\n", *flags)
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.decode().splitlines()) == 5  # the greeting, and each time a reply and the state
+    assert not list(tmp_path.iterdir()), "what is not typed is no history"
 
 
 def test_a_chat_of_plastic_cells_shows_their_traces(folder):

@@ -1,6 +1,7 @@
 """The commands as a user starts them."""
 
 import importlib
+import json
 import os
 import re
 import resource
@@ -206,6 +207,10 @@ BAD_PROMPTS = {
     "temperature": (["--prompt", "x", "--temperature", "0"], r"temperature=0.0 is below 0.001; .* use greedy"),
     "top_p": (["--prompt", "x", "--top-p", "2"], "top_p = 2 "),
     "seed": (["--prompt", "x", "--seed", "-1"], "seed = -1 "),
+    "min_p": (["--prompt", "x", "--min-p", "1.5"], "min_p = 1.5 .* less than or equal to 1"),
+    "penalty": (["--prompt", "x", "--repetition-penalty", "0"], r"repetition_penalty = 0 .* equal to 0\.01"),
+    "stop": (["--prompt", "x", "--stop", "y", "--stop", ""], "a stop text is empty .* leave it out"),
+    "no_file": (["--prompts", "/no/file"], "/no/file cannot be read"),
     "not_utf8": (["--prompt", "\udcff"], "is not valid UTF-8"),
 }
 
@@ -214,6 +219,63 @@ BAD_PROMPTS = {
 def test_a_bad_generation_is_refused_in_one_sentence(case, trained, main):
     arguments, words = BAD_PROMPTS[case]
     assert_refused(main("generate", "--checkpoint", trained, *arguments), words)
+
+
+BAD_FILES = {
+    "empty": ("", "has no prompts; write one a line"),
+    "empty_line": ("a\n\nb\n", "line 2 of .*: a prompt is empty"),
+    "not_utf8": ("a\n\udcff\n", "line 2 of .* is not valid UTF-8"),
+    "too_long": ("a\n" + "x " * 200, "line 2 of .*: a prompt has .* tokens and the context is 64"),
+    "no_json": ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2 of .* is no JSON object with a text `prompt`"),
+    "no_prompt": ('{"text": "a"}\n', "line 1 of .* is no JSON object with a text `prompt`"),
+    "no_text": ('{"prompt": 3}\n', "line 1 of .* is no JSON object with a text `prompt`"),
+    "no_object": ('{"prompt": "a"}\n[1]\n', "line 2 of .* is no JSON object with a text `prompt`"),
+    "key": (
+        '{"prompt": "a", "max_tokens": 3}',
+        "unknown key max_tokens .* in line 1 of .*; did you mean max_new_tokens",
+    ),
+    "value": ('{"prompt": "a"}\n{"prompt": "a", "top_p": 2}', "top_p = 2 in line 2 of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_line_of_prompts_is_named_and_nothing_is_made(case, trained, tmp_path, main):
+    content, words = BAD_FILES[case]
+    (tmp_path / "prompts").write_bytes(content.encode("utf-8", "surrogateescape"))
+    found = main("generate", "--checkpoint", trained, "--prompts", tmp_path / "prompts")
+    assert_refused(found, words)
+    assert found.stdout == ""
+
+
+def test_prompts_of_a_file_are_continued_by_their_own_settings_and_repeat_alone(trained, tmp_path, main):
+    rows = [{"prompt": f"def f{i}(", "max_new_tokens": 1 + i % 5} for i in range(18)]  # more than a batch
+    rows[3] |= {"seed": 77, "stop": ["e", "\n"], "repetition_penalty": 1.2, "min_p": 0.01, "max_new_tokens": 30}
+    (tmp_path / "rows.jsonl").write_text("\r\n".join(map(json.dumps, rows)) + "\r\n")
+    command = ("generate", "--checkpoint", trained, "--seed", 5)
+    found = main(*command, "--prompts", tmp_path / "rows.jsonl", "--json")
+    made = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [row["prompt"] for row in made] == [row["prompt"] for row in rows]
+    assert [row["seed"] for row in made] == [77 if i == 3 else 5 + i for i in range(18)]
+    assert all(list(row) == ["prompt", "text", "tokens", "finish_reason", "seed"] for row in made)
+    assert not {"e", "\n"} & set(made[3]["text"]) and made[3]["finish_reason"] in ("stop", "length")
+    for i, flags in ((17, []), (3, ["--stop", "e", "--stop", "\n", "--repetition-penalty", 1.2, "--min-p", 0.01])):
+        again = (
+            "--prompt",
+            rows[i]["prompt"],
+            "--seed",
+            made[i]["seed"],
+            "--max-new-tokens",
+            rows[i]["max_new_tokens"],
+        )
+        assert json.loads(main(*command, *again, *flags, "--json").stdout) == made[i]
+    lines = run_with_input("".join(f"{row['prompt']}\n" for row in rows[:2]), *command[1:], "--max-new-tokens", 2)
+    plain = main(*command, "--prompt", rows[0]["prompt"], "--prompt", rows[1]["prompt"], "--max-new-tokens", 2).stdout
+    assert lines == plain and plain.count("\n--------\n") == 1
+
+
+def run_with_input(text, *flags):
+    command = [PYTHON, "launch/generate.py", *map(str, flags), "--prompts", "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT, check=True).stdout
 
 
 def test_streamed_text_keeps_the_space_behind_the_prompt(main, capsys, tmp_path):

@@ -91,6 +91,9 @@ WRONG = {
     "negative_position": (of_state("position", lambda p: p - 9), "position is a negative count"),
     "a_position_between": (of_state("position", lambda p: p + 0.5), "position is of torch.float32, not"),
     "another_tensor": (lambda c: changed(c, "state", {**c["state"], "x": torch.ones(1)}), "x is of no state of this"),
+    "an_id_beyond": (lambda c: changed(c, "seen", torch.tensor([50])), "seen has ids beyond the vocabulary of 50"),
+    "an_id_below": (lambda c: changed(c, "seen", torch.tensor([-1])), "seen has ids beyond"),
+    "ids_that_are_none": (lambda c: changed(c, "seen", torch.ones(2)), "seen is no list of ids"),
     "no_state": (lambda c: changed(c, "state", 3), "is not a saved state"),
     "a_list": (lambda c: [c], "is not a saved state"),
 }
@@ -101,6 +104,18 @@ def test_a_state_that_this_model_cannot_have_is_refused(case, saved):
     change, words = WRONG[case]
     write(saved, change(content_of(saved)))
     assert_refused(saved, words)
+
+
+def test_what_was_read_is_penalized_in_the_next_session_too(saved):
+    def read(file):
+        reader = talk()
+        reader.sampling = SamplingConfig(max_new_tokens=40, repetition_penalty=100.0, greedy=True)
+        reader.load(file, checkpoint="a")
+        return reader
+
+    assert not {3, 1, 4} & set(read(saved).reply())
+    write(saved, {key: value for key, value in content_of(saved).items() if key != "seen"})  # as it was once written
+    assert not read(saved).seen.any()
 
 
 def test_a_state_of_an_earlier_version_is_named(saved):

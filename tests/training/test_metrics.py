@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lfm.training.metrics import LoggingConfig, Metrics
+from lfm.training.metrics import PEAK_FLOPS, LoggingConfig, Metrics, peak_flops
 
 
 def logged(step, loss):
@@ -39,3 +39,28 @@ def test_a_file_that_cannot_be_cut_back_is_dropped_with_one_message(tmp_path, ca
         metrics.truncate(0)
         metrics.write(logged(1, 1.0))
     assert capsys.readouterr().err.count("logging to metrics.jsonl is off from now on") == 1
+
+
+def test_peaks_are_found_by_the_names_that_drivers_give():
+    names = {
+        "NVIDIA A100-SXM4-80GB": "A100",
+        "NVIDIA A100 80GB PCIe": "A100",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H100 PCIe": "H100 PCIe",
+        "NVIDIA H100 NVL": "H100 NVL",
+        "NVIDIA H200": "H200",
+        "NVIDIA H200 NVL": "H200 NVL",
+        "NVIDIA GH200 480GB": "GH200",
+        "NVIDIA H20": "H20",
+        "NVIDIA B200": "B200",
+        "NVIDIA L4": "L4",
+        "NVIDIA L40S": "L40S",
+        "NVIDIA GeForce RTX 4090": "RTX 4090",
+        "NVIDIA GeForce RTX 5090": "RTX 5090",
+        "Tesla T4": "T4",
+        "AMD Instinct MI300X": "MI300X",
+    }
+    assert set(names.values()) == PEAK_FLOPS.keys()
+    assert {name: peak_flops(name) for name in names} == {name: PEAK_FLOPS[chip] for name, chip in names.items()}
+    unknown = ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+    assert not any(map(peak_flops, [*unknown, "NVIDIA GeForce RTX 3060", "NVIDIA L40", "", None]))

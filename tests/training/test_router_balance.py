@@ -307,7 +307,8 @@ def test_another_kind_of_balance_starts_afresh_and_says_so(tmp_path, text_data, 
 
     # And back: what the new kind lacks is left unread.
     train(back := tiny_run(tmp_path, text_data, "training.steps=6", loss))
-    assert "afresh" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "afresh" not in said and said.count("model.ffn.balance.kind=bias keeps it") == 1
     assert not any(key.startswith("moving.") for key in last_tensors(back))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lfm.kernels.backend import disagreement, draw
+from lfm.kernels.backend import compute_capability, disagreement, draw
 from lfm.kernels.grouped_linear.products import Products, Quack, Torch
 from lfm.kernels.grouped_linear.reference import grouped_linear_reference
 
@@ -75,7 +75,7 @@ def _best_backend(rows: Tensor, weight: Tensor) -> Backend:
 
 @functools.cache
 def _quack_is_right(device: torch.device, N: int, K: int) -> bool:
-    if Quack.installed_version is None or torch.cuda.get_device_capability(device)[0] != 9:
+    if Quack.installed_version is None or (compute_capability(device) or (0, 0))[0] != 9:
         return False
     failure = disagreement(_comparison, device, torch.bfloat16, N, K)
     if failure is not None:

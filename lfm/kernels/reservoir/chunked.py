@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lfm.kernels.backend import Backend, draw, runs_triton
+from lfm.kernels.backend import Backend, draw, runs_triton, widest
 from lfm.kernels.reservoir.graph import replayed
 from lfm.kernels.reservoir.grid import SATURATED_BELOW, ChunkGrid, ChunkPlan, Outcome, row_count
 
@@ -306,13 +306,14 @@ def relative_mismatch(received: Tensor, sent: Tensor, cut: Tensor | None) -> Ten
     """
     if received.shape[2] == 0:
         return received.new_zeros(received.shape[0])
-    error, size = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in (received - sent, sent))
+    wide = widest(sent.device)
+    error, size = (torch.linalg.vector_norm(x, dim=-1, dtype=wide) for x in (received - sent, sent))
     count = error[0].numel()
     if cut is not None:
         error, size = error.masked_fill(cut, 0), size.masked_fill(cut, 0)
         count = (~cut).sum().clamp_min(1)
     mean_size = size.sum(dim=(1, 2)) / count
-    return error.amax(dim=(1, 2)) / mean_size.clamp_min(torch.finfo(torch.float64).tiny)
+    return error.amax(dim=(1, 2)) / mean_size.clamp_min(torch.finfo(wide).tiny)
 
 
 def compute_dtype(drive: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lfm.kernels.backend import widest
 from lfm.kernels.reservoir.warmup import WARMUP_NOTCHES
 
 MOST_LEFT = 5e-4
@@ -19,8 +20,9 @@ def power_norm(weight: Tensor, leak_rate: float, mean_gain: float, steps: int) -
     mean gain g of tanh.  The spectral radius does not tell: powers of a matrix may grow for long before they fall.
     """
     num_units = weight.shape[-1]
-    identity = torch.eye(num_units, dtype=torch.float64, device=weight.device)
-    step = (1 - leak_rate) * identity + leak_rate * mean_gain * weight.double()
+    wide = widest(weight.device)
+    identity = torch.eye(num_units, dtype=wide, device=weight.device)
+    step = (1 - leak_rate) * identity + leak_rate * mean_gain * weight.to(wide)
     return torch.linalg.matrix_power(step, steps).norm(dim=(-2, -1)) / math.sqrt(num_units)
 
 
@@ -31,7 +33,7 @@ def contraction(weight: Tensor, leak_rate: float, mean_gain: float) -> Tensor:
     1 where no factor would do: the leak alone keeps more than that, or a weight or the gain is not finite.
     """
     steps = WARMUP_NOTCHES[-1]
-    factors = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
+    factors = torch.ones(len(weight), dtype=widest(weight.device), device=weight.device)
     finite = math.isfinite(mean_gain) and bool(weight.isfinite().all())
     if (1 - leak_rate) ** steps > MOST_LEFT or not finite:
         return factors

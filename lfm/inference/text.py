@@ -1,0 +1,95 @@
+"""Continuations as text: stop texts, and why each one ended."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lfm.data.tokenizer import Tokenizer
+from lfm.inference.sampling import SamplingConfig, generate
+from lfm.models.language_model import LanguageModel
+
+FinishReason = Literal["stop", "end_of_document", "length", "context"]
+"""A stop text; the end of the document; max_new_tokens; the model's context is full."""
+
+
+class StopFilter:
+    """Passes text on until the first stop text is complete, of which nothing is given out.
+
+    Held back is only what may still become a stop text.  What is given does not depend on how the text is cut into
+    pieces: of stop texts that are complete at the same character, the longest counts.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text that `piece` settles."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        places = [(text.find(stop), len(stop)) for stop in self._stops if stop in text]
+        if places:
+            self.found, self._held = True, ""
+            start, _ = min(places, key=lambda place: (sum(place), place[0]))
+            return text[:start]
+        # The longest end of the text with which a stop text begins.
+        longest = min(len(text), max((len(stop) for stop in self._stops), default=1) - 1)
+        held = next(
+            (n for n in range(longest, 0, -1) if text.endswith(tuple(s[:n] for s in self._stops if n < len(s)))), 0
+        )
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What is still held, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+
+@dataclass
+class Continuation:
+    """What follows one prompt, as far as it is made."""
+
+    text: str = ""
+    """Without the stop text."""
+    tokens: list[int] = field(default_factory=list)
+    """Ids without the end of the document; those of a stop text are among them."""
+    finish_reason: FinishReason | None = None
+    """None while it goes on."""
+
+
+def continuations(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig | Sequence[SamplingConfig],
+) -> Iterator[list[Continuation]]:
+    """Continue prompts, as `generate` does; the same list is given after each step, in order of the prompts."""
+    each = [sampling for _ in prompts] if isinstance(sampling, SamplingConfig) else list(sampling)
+    found = [Continuation() for _ in prompts]
+    decoders = [tokenizer.stream_decoder(prompt) for prompt in prompts]
+    filters = [StopFilter(of.stop) for of in each]
+
+    def end(row: int, reason: FinishReason) -> None:
+        if not filters[row].found:
+            found[row].text += filters[row].push(decoders[row].flush()) + filters[row].flush()
+        found[row].finish_reason = "stop" if filters[row].found else reason
+
+    def take(row: int, token: int) -> bool:
+        if token == tokenizer.eod_id:
+            end(row, "end_of_document")
+            return True
+        found[row].tokens.append(token)
+        found[row].text += filters[row].push(decoders[row].push(token))
+        if filters[row].found or len(found[row].tokens) == each[row].max_new_tokens:
+            end(row, "length")
+        return filters[row].found
+
+    for _ in generate(model, prompts, sampling, end_of_document=None, ends=take):
+        yield found
+    for row, of in enumerate(found):
+        if of.finish_reason is None:
+            end(row, "context")
+    yield found
