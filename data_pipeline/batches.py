@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from data_pipeline.completions import Span, spans_of
 from data_pipeline.markup import Markup, texts_of_markup
+from data_pipeline.pieces import Piece
 from data_pipeline.unpack import PACKED, Limits, Unreadable, opened
 from lfm.errors import UserError
-from lfm.files import shown
+from lfm.files import open_file, shown
 
 BATCH_BYTES = 1 << 19
 BATCH_FILES = 256
@@ -43,6 +44,8 @@ class Document:
     """File, and line or row in it, for messages."""
     spans: tuple[Span, ...] = ()
     """Its parts, end to end, where only some are labels; (): all of it is."""
+    held_out: bool | None = None
+    """Whether it is of the validation split; None: its hash decides."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,35 @@ class FileBatch:
                     continue
                 counts["files_read"] += 1
                 yield from texts_of_markup(text, file.markup, origin=shown(file.path))
+
+
+@dataclass(frozen=True)
+class PieceBatch:
+    """A piece of a file of text, which is a document of its own."""
+
+    source: int
+    file: InputFile
+    piece: Piece
+    is_last: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return self.piece.end - self.piece.start
+
+    def texts(self, counts: Counter[str]) -> Iterator[Text]:
+        """Its text.  Raises UserError if the file has changed since it was cut."""
+        counts["files_read"] += self.is_last
+        name = shown(self.file.path)
+        with open_file(self.file.path) as file:
+            file.seek(self.piece.start)
+            content = file.read(self.num_bytes)
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            text = None
+        if text is None or len(content) != self.num_bytes:
+            raise UserError(f"{name} has changed while it was read; prepare it again when it is at rest")
+        yield text, f"{name}:bytes {self.piece.start} to {self.piece.end}"
 
 
 @dataclass(frozen=True)
@@ -214,7 +246,7 @@ class TextBatch:
             )
 
 
-Batch = FileBatch | LineBatch | TextBatch
+Batch = FileBatch | PieceBatch | LineBatch | TextBatch
 
 
 def documents(batch: Batch, counts: Counter[str]) -> Iterator[Document]:
@@ -223,6 +255,7 @@ def documents(batch: Batch, counts: Counter[str]) -> Iterator[Document]:
         texts = (("".join(span.text for span in spans), origin, spans) for spans, origin in batch.spans(counts))
     else:
         texts = ((text, origin, ()) for text, origin in batch.texts(counts))
+    held_out = batch.piece.held_out if isinstance(batch, PieceBatch) else None
     for text, origin, spans in texts:
         if not text or text.isspace():
             counts["documents_empty"] += 1
@@ -230,7 +263,7 @@ def documents(batch: Batch, counts: Counter[str]) -> Iterator[Document]:
         num_bytes = len(text) if text.isascii() else len(text.encode())
         counts["documents"] += 1
         counts["bytes"] += num_bytes
-        yield Document(text, num_bytes, origin, spans)
+        yield Document(text, num_bytes, origin, spans, held_out)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline import extras
+from data_pipeline import extras, remote
 from data_pipeline.batches import BATCH_BYTES, Batch, InputFile, Left, TextBatch
 from data_pipeline.markup import Markup
 from data_pipeline.unpack import Limits, opened
@@ -28,7 +28,7 @@ def matching_paths(patterns: Sequence[str], suffixes: Sequence[str], exclude: Se
     """
     found = []
     for pattern in patterns:
-        of_pattern = _matches(pattern, tuple(suffixes), exclude)
+        of_pattern = matches(pattern, tuple(suffixes), exclude)
         if not of_pattern:
             raise UserError(f"source path {pattern!r} leads to no {' '.join(suffixes)} file; correct it or remove it")
         found += of_pattern
@@ -145,7 +145,10 @@ def _values(column: Any, limit: int) -> Iterator[Any]:
         yield Left.TOO_LONG if is_too_long else column[i].as_py()
 
 
-def _matches(pattern: str, suffixes: tuple[str, ...], exclude: Sequence[str]) -> list[Path]:
+def matches(pattern: str, suffixes: tuple[str, ...], exclude: Sequence[str]) -> list[Path]:
+    """The files that a path, glob or URL leads to; from folders, those with one of `suffixes`.  May be none."""
+    if "://" in pattern:
+        return remote.fetched(pattern, suffixes, exclude)
     filled = pattern
     for name, key in (("{stdlib}", "stdlib"), ("{site-packages}", "purelib")):
         filled = filled.replace(name, sysconfig.get_path(key))

@@ -4,18 +4,21 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from data_pipeline import hub
 from data_pipeline.batches import Batch, InputFile, documents
 from data_pipeline.clean import clean
 from data_pipeline.collect import Collector, prepared
 from data_pipeline.fast_tokenizer import FastEncoder, first_difference
-from data_pipeline.prepare_config import PrepareConfig
+from data_pipeline.prepare_config import PrepareConfig, TokenizerConfig
 from data_pipeline.report import left_out
 from data_pipeline.sources import read_batches
 from data_pipeline.worker import Prepared
+from lfm.data.format import TOKENIZER_NAME
 from lfm.data.tokenizer import BEGIN_OF_TEXT_NAMES, Tokenizer, read_tokenizer, train_bpe
 from lfm.errors import UserError
-from lfm.files import expanded
+from lfm.files import exists, expanded
 
 _COMPARED_DOCUMENTS, _COMPARED_CHARACTERS = 64, 20_000  # about a second
 
@@ -38,12 +41,24 @@ def _read_or_trained(
 ) -> tuple[Tokenizer, int]:
     wanted = config.tokenizer
     if wanted.file is not None:
-        return read_tokenizer(expanded(wanted.file), wanted.tiktoken_pattern), 0
+        return read_tokenizer(tokenizer_file(wanted), wanted.tiktoken_pattern), 0
     assert wanted.train_vocab_size is not None
-    batches = read_batches(config.sources, found, config.labels)
+    batches = read_batches(config.sources, found, config.labels, tail=config.tail_of_files)
     sampled = prepared(config, found, batches, None, what="tokenizer")
     texts = _sample(Collector(config, counts), sampled, wanted.train_bytes)
-    return train_bpe(texts, wanted.train_vocab_size), sum(len(text.encode()) for text in texts)
+    tokenizer = train_bpe(texts, wanted.train_vocab_size, allow_smaller=wanted.allow_smaller)
+    return tokenizer, sum(len(text.encode()) for text in texts)
+
+
+def tokenizer_file(wanted: TokenizerConfig) -> Path:
+    """The file that `wanted.file` names: itself, that of a folder, or that of a model on the hub.  Raises UserError."""
+    assert wanted.file is not None
+    path = expanded(wanted.file)
+    if path.is_dir():
+        return path / TOKENIZER_NAME
+    if not exists(path) and hub.is_name(wanted.file):
+        return hub.tokenizer_file(wanted.file, wanted.revision)
+    return path
 
 
 def _sample(collector: Collector, batches: Iterable[Prepared], num_bytes: int) -> list[str]:

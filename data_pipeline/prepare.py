@@ -1,4 +1,4 @@
-"""Text to a data set: `python -m data_pipeline.prepare --config configs/data/NAME.yaml [key=value ...]`.
+"""Text to a data set: `lfm prepare --config configs/data/NAME.yaml [key=value ...]`, or `lfm prepare book.txt`.
 
     find files -> batches -> read, clean, hash, encode -> drop duplicates -> stop at the limits -+-> pack -> shards
                              (in several processes)       (in the order of the files)            +-> .bin files
@@ -10,11 +10,13 @@ Everything is written to a hidden folder beside the output, which takes the outp
 a killed run leaves nothing that looks like a data set, and running again starts over.
 """
 
+import argparse
 import errno
 import hashlib
 import itertools
 import json
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ from typing import Any
 from data_pipeline.batches import InputFile
 from data_pipeline.collect import Collector, check_sums, prepared
 from data_pipeline.make_tokenizer import fast_encoder, make_tokenizer
+from data_pipeline.own_text import OwnText, own_text
 from data_pipeline.prepare_config import PrepareConfig, lasting
 from data_pipeline.report import (
     DROPPED_NAME,
@@ -58,6 +61,10 @@ from lfm.files import (
     write_durably,
 )
 from lfm.talk import talking
+
+DESCRIPTION = """Prepare a data set: text to tokenized shards.  What: --config FILE, or sources that are no key=value:
+files, folders, globs, URLs, or - for the standard input, as in `lfm prepare book.txt`; what is left open is then chosen
+for the size of the text."""
 
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -118,7 +125,7 @@ def _build(
     tokenizer, tokenizer_text_bytes = make_tokenizer(config, found, counts)
     tokenizer.save(folder / TOKENIZER_NAME)
     collector = Collector(config, counts)
-    batches = read_batches(config.sources, found, config.labels)
+    batches = read_batches(config.sources, found, config.labels, tail=config.tail_of_files)
     first = next(batches, None)
     fast = fast_encoder(config, tokenizer, first)
     if first is not None:
@@ -144,6 +151,11 @@ def _build(
             raise UserError(
                 f"validation_fraction={config.validation_fraction} of {num_documents} documents leaves the {split} "
                 f"split empty; change it or add text{left_out(collector.stages)}"
+            )
+        if isinstance(index, SplitIndex) and config.validation == "tail" and index.num_tokens < index.seq_length:
+            raise UserError(
+                f"the text is too short: its {split} split has {index.num_tokens} ids, less than one row of "
+                f"seq_length={index.seq_length}; add text, or set a smaller seq_length{left_out(collector.stages)}"
             )
         if isinstance(index, SplitIndex) and index.num_labels == 0:
             raise UserError(
@@ -180,6 +192,7 @@ def _fingerprint(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) ->
     inputs = [(str(file.path), file.num_bytes, file.mtime_ns) for of_source in found for file in of_source]
     if config.tokenizer.file is not None:
         path = expanded(config.tokenizer.file)
+        path = path / TOKENIZER_NAME if path.is_dir() else path
         if path.exists():  # if not, reading it says so
             inputs.append((str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns))
     content = json.dumps([FORMAT_VERSION, lasting(config), inputs], sort_keys=True)
@@ -202,9 +215,19 @@ def _check_replaceable(output: Path, config: PrepareConfig) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    config, _ = parse_command_line(PrepareConfig, "Prepare a data set: text to tokenized shards.", argv)
-    assert isinstance(config, PrepareConfig)
-    prepare(config)
+    with tempfile.TemporaryDirectory(prefix="lfm-prepare-") as spool:
+        own: list[OwnText] = []
+
+        def without_config(namespace: argparse.Namespace) -> PrepareConfig:
+            own.append(own_text(namespace.overrides, spool=Path(spool)))
+            return own[0].config
+
+        config, _ = parse_command_line(PrepareConfig, DESCRIPTION, argv, without_config=without_config)
+        for line in own[0].reasons if own else ():
+            print(line)
+        prepare(config)
+        if own:
+            print(f"next: {own[0].next_command}")
 
 
 if __name__ == "__main__":

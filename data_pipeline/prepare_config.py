@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.sources import JsonlConfig, Labels, SourceConfig, StdinConfig
 from lfm.config import Bytes, Config, Count, DepthOrZero, PathText, Tokens, Vocabulary
@@ -15,10 +15,15 @@ _LASTING_NOT = {"output", "overwrite", "num_workers", "tokenizer_backend"}
 class TokenizerConfig(Config):
     train_vocab_size: Vocabulary | None = None
     """Train a byte-level BPE of this many entries on the training split; null: read `file`."""
+    allow_smaller: bool = False
+    """Train one of fewer entries where the text holds merges for no more."""
     train_bytes: Bytes = 16_000_000
     """About how many bytes of text to train it on, taken evenly from all sources."""
     file: PathText | None = None
-    """A tokenizer.json, or a tiktoken rank file; null: train one."""
+    """A tokenizer.json, a folder with one, a tiktoken rank file, or a model's name on the Hugging Face hub, such as
+    gpt2; null: train one."""
+    revision: str | None = None
+    """Commit or branch of a model on the hub; null: its newest."""
     tiktoken_pattern: TiktokenPattern | None = None
     """How text is cut into words with a rank file; null: published files are known, others get gpt2 and a warning."""
 
@@ -37,7 +42,7 @@ class PrepareConfig(Config):
     """Folder of the data set: tokenizer.json, both splits, validation.txt and report.json."""
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     """Where text comes from; read in this order."""
-    tokenizer: TokenizerConfig
+    tokenizer: Annotated[TokenizerConfig, BeforeValidator(lambda of: {"file": of} if isinstance(of, str) else of)]
     format: Literal["mds", "bins"] = "mds"
     """mds: rows in shards, documents apart; bins: all ids end to end in train.bin and val.bin."""
     seq_length: Annotated[Tokens, Field(ge=2)] | None = None
@@ -54,9 +59,10 @@ class PrepareConfig(Config):
     separator: Literal["eod", "none"] = "eod"
     """What follows each document: its end-of-document id, or, in bins only, nothing."""
     validation: Literal["hash", "tail"] = "hash"
-    """Which text is held out: documents chosen by a hash of their text, or, in bins only, the last ids of all."""
+    """Which text is held out: documents chosen by a hash of their text; or the tail: of bins the last ids of all, of
+    shards the end of each file of text, which is cut into pieces (lines and rows are chosen by a hash then too)."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Share of the documents (hash) or of the ids (tail) in the validation split."""
+    """Share of the documents (hash), of the ids (tail of bins) or of each file (tail of shards) that is held out."""
     shard_bytes: Bytes = 1 << 26
     """Largest size of an uncompressed shard file."""
     compression: Literal["zstd"] | None = None
@@ -82,11 +88,17 @@ class PrepareConfig(Config):
         if self.format == "mds":
             if self.seq_length is None:
                 raise ValueError("seq_length=null: rows of shards need a length; set seq_length, or format=bins")
-            if (self.separator, self.validation) != ("eod", "hash"):
+            if self.separator != "eod":
                 raise ValueError(
-                    f"separator={self.separator} and validation={self.validation}: shards keep documents apart; "
-                    "set separator=eod and validation=hash, or format=bins"
+                    f"separator={self.separator}: shards keep documents apart; set separator=eod, or format=bins"
                 )
+            for i, source in enumerate(self.sources):
+                markup = getattr(source, "markup", "none")
+                if self.validation == "tail" and markup != "none":
+                    raise ValueError(
+                        f"validation=tail and sources[{i}].markup={markup}: a file with markup is not cut into pieces; "
+                        "set validation=hash"
+                    )
         elif (self.seq_length, self.packing, self.compression) != (None, "greedy", None):
             raise ValueError(
                 f"seq_length={self.seq_length}, packing={self.packing} and compression={self.compression}: .bin files "
@@ -98,6 +110,11 @@ class PrepareConfig(Config):
                 "tokenizer trained here would see it; set tokenizer.file, or validation=hash"
             )
         return self
+
+    @property
+    def tail_of_files(self) -> float | None:
+        """Share of each file of text that is held out; None: documents are whole."""
+        return self.validation_fraction if (self.format, self.validation) == ("mds", "tail") else None
 
     @model_validator(mode="after")
     def _labels_of_lines(self) -> "PrepareConfig":
@@ -135,5 +152,10 @@ class PrepareConfig(Config):
 
 
 def lasting(config: PrepareConfig) -> dict[str, Any]:
-    """The part of the config that decides the content; `labels` where it makes rows of another format."""
-    return config.model_dump(mode="json", exclude=_LASTING_NOT | ({"labels"} if config.labels == "all" else set()))
+    """The part of the config that decides the content; of `labels` and some keys of the tokenizer, what is not as it
+    always was."""
+    tree = config.model_dump(mode="json", exclude=_LASTING_NOT | ({"labels"} if config.labels == "all" else set()))
+    for key in ("allow_smaller", "revision"):
+        if not tree["tokenizer"][key]:
+            del tree["tokenizer"][key]
+    return tree

@@ -9,15 +9,26 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data_pipeline import debian, files, hub
-from data_pipeline.batches import BATCH_BYTES, BATCH_FILES, Batch, FileBatch, InputFile, Left, LineBatch, TextBatch
+from data_pipeline.batches import (
+    BATCH_BYTES,
+    BATCH_FILES,
+    Batch,
+    FileBatch,
+    InputFile,
+    Left,
+    LineBatch,
+    PieceBatch,
+    TextBatch,
+)
 from data_pipeline.clean import CleanConfig
 from data_pipeline.markup import Markup
-from data_pipeline.unpack import Damaged, Limits, Stream, Unreadable, opened, records
+from data_pipeline.pieces import cut, first_bad_byte
+from data_pipeline.unpack import PACKED, Damaged, Limits, Stream, Unreadable, opened, records
 from lfm.config import Bytes, Config, Count, PathText
 from lfm.errors import UserError
 from lfm.files import shown
 
-_SUFFIXES = {
+SUFFIXES = {
     "text": (".txt", ".md", ".rst"),
     "code": (".py",),
     "jsonl": (".jsonl", *(f".jsonl{packed}" for packed in (".gz", ".zst", ".xz", ".bz2"))),
@@ -51,8 +62,9 @@ class _Packed(_Source):
 
 class _Files(_Packed):
     paths: Annotated[tuple[PathText, ...], Field(min_length=1)]
-    """Folders (searched through), globs or files; ~, {stdlib} and {site-packages} (of this Python) are filled in.
-    Files that end in .gz, .dz, .bz2, .xz or .zst are unpacked."""
+    """Folders (searched through), globs or files; ~, {stdlib} and {site-packages} (of this Python) are filled in.  With
+    https://, s3:// (extra `remote`) or gs://, they are fetched first and kept in ~/.cache/lfm/fetched.  Files that end
+    in .gz, .dz, .bz2, .xz or .zst are unpacked."""
     exclude: tuple[str, ...] = ()
     """Globs on the path below the folder, where * also matches /; matching files are left out."""
     suffixes: tuple[str, ...] | None = None
@@ -166,7 +178,7 @@ def find_files(sources: Sequence[SourceConfig], counts: Counter[str]) -> list[li
     for source in sources:
         match source:
             case TextConfig() | CodeConfig() | JsonlConfig() | ParquetConfig():
-                suffixes = source.suffixes if source.suffixes is not None else _SUFFIXES[source.kind]
+                suffixes = source.suffixes if source.suffixes is not None else SUFFIXES[source.kind]
                 paths = files.matching_paths(source.paths, suffixes, source.exclude)
                 whole = source if isinstance(source, _WholeFiles) else _WholeFiles(paths=source.paths)
                 wanted: list[tuple[Path, Markup]] = [(path, whole.markup) for path in paths]
@@ -192,11 +204,21 @@ def find_files(sources: Sequence[SourceConfig], counts: Counter[str]) -> list[li
 
 
 def read_batches(
-    sources: Sequence[SourceConfig], found: Sequence[Sequence[InputFile]], labels: Labels = "all"
+    sources: Sequence[SourceConfig],
+    found: Sequence[Sequence[InputFile]],
+    labels: Labels = "all",
+    *,
+    tail: float | None = None,
 ) -> Iterator[Batch]:
-    """The documents of all sources in order; `found` is what `find_files` found."""
+    """The documents of all sources in order; `found` is what `find_files` found.
+
+    With `tail`, each file of text is cut into pieces, and its last ones, about so large a share of it, are held out.
+    """
     for index, (source, of_source) in enumerate(zip(sources, found, strict=True)):
         match source:
+            case TextConfig() | CodeConfig() if tail is not None:
+                for file in of_source:
+                    yield from _in_pieces(index, file, tail)
             case TextConfig() | CodeConfig() | DebianConfig():
                 yield from _whole_files(index, of_source)
             case JsonlConfig():
@@ -235,6 +257,20 @@ def _whole_files(source: int, found: Sequence[InputFile]) -> Iterator[Batch]:
             group, size = [], 0
     if group:
         yield FileBatch(source, size, tuple(group))
+
+
+def _in_pieces(source: int, file: InputFile, tail: float) -> Iterator[Batch]:
+    """What cannot be cut, because it is compressed or no UTF-8, is read as a whole, or left out and counted."""
+    try:
+        is_text = file.path.suffix not in PACKED and file.num_bytes > 0 and first_bad_byte(file.path) is None
+    except UserError:
+        is_text = False
+    if not is_text:
+        yield FileBatch(source, file.num_bytes, (file,))
+        return
+    *others, last = cut(file.path, file.num_bytes, tail=tail, piece_bytes=BATCH_BYTES)
+    yield from (PieceBatch(source, file, piece, is_last=False) for piece in others)
+    yield PieceBatch(source, file, last, is_last=True)
 
 
 def _jsonl(source: int, file: InputFile, text_key: str | None) -> Iterator[Batch]:

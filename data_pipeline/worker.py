@@ -4,7 +4,7 @@ import functools
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -110,7 +110,7 @@ class BatchWorker:
             heads=[document.text[:SAMPLE_CHARACTERS] for document in kept],
             digests=[dedup.digest(text) for text in utf8],
             num_bytes=np.array([len(text) for text in utf8], np.int64),
-            is_validation=np.array([in_validation(x, self.seed, self.validation_fraction) for x in utf8], bool),
+            is_validation=np.array(list(map(self._is_held_out, kept, utf8)), bool),
         )
         if self.near_duplicates:
             prepared.sketches = dedup.sketches(utf8)
@@ -121,6 +121,11 @@ class BatchWorker:
         else:
             self._encode(kept, prepared, self.encoding)
         return prepared
+
+    def _is_held_out(self, document: Document, text: bytes) -> bool:
+        if document.held_out is not None:
+            return document.held_out
+        return in_validation(text, self.seed, self.validation_fraction)
 
     def _cleaned(self, batch: Batch, counts: dict[str, Counter[str]], dropped: list[Dropped]) -> list[Document]:
         rules = self.clean[batch.source]
@@ -142,7 +147,7 @@ class BatchWorker:
                 continue
             of["documents"] += 1
             of["bytes"] += num_bytes
-            kept.append(Document(text, num_bytes, document.origin, document.spans))
+            kept.append(replace(document, text=text, num_bytes=num_bytes))
         return kept
 
     def _encode(self, kept: list[Document], prepared: Prepared, encoding: Encoding) -> None:

@@ -21,6 +21,7 @@ WORDS = {
     "train": Word("lfm.commands.pretrain", "train a model, or go on with a run"),
     "plan": Word("lfm.commands.pretrain", "what a run would take: parameters, FLOPs, memory", ("--dry-run",)),
     "prepare": Word("data_pipeline.prepare", "make a data set of text, code or conversations"),
+    "init": Word("lfm.commands.init", "write a commented config of a run, to be changed"),
     "generate": Word("lfm.commands.generate", "continue prompts"),
     "chat": Word("lfm.commands.chat", "talk to a model"),
     "eval": Word("lfm.commands.evaluate", "held-out loss and bits per byte of a checkpoint"),
@@ -40,6 +41,7 @@ def usage() -> str:
             "",
             *lines,
             "",
+            "From a text to a model: lfm prepare book.txt, lfm train --data data/book, lfm chat --checkpoint RUN",
             "Keys of a config are set as key=value or --key value: lfm train --config lfm_debug --optimizer.lr 1e-3",
         ]
     )

@@ -6,9 +6,10 @@ import os
 import re
 import reprlib
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -88,7 +89,11 @@ class Config(BaseModel):
         nearest legal name), a wrong type and a value out of range.
         """
         path = _found(expanded(path))
-        tree = _read(path, cls, seen=())
+        return cls.with_overrides(_read(path, cls, seen=()), overrides, source=shown(path))
+
+    @classmethod
+    def with_overrides(cls, tree: dict[str, Any], overrides: Sequence[str], *, source: str) -> Self:
+        """Apply `a.b=value` overrides to a nested dict in order, validate once.  Raises UserError as `load` does."""
         # Merged with each other first: which kind a section is counts, in whatever order its keys are given.
         on_top: dict[str, Any] = {}
         for override in overrides:
@@ -97,8 +102,7 @@ class Config(BaseModel):
                 _remove(tree, keys)
             on_top = _merge(on_top, new, [cls])
         tree = _merge(tree, on_top, [cls])
-        file = shown(path)
-        return cls.from_tree(tree, source=f"{file} with the command line" if overrides else file)
+        return cls.from_tree(tree, source=f"{source} with the command line" if overrides else source)
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any], *, source: str) -> Self:
@@ -107,6 +111,19 @@ class Config(BaseModel):
             return cls.model_validate(tree)
         except ValidationError as error:
             raise UserError(_one_sentence(cls, error, source)) from None
+
+    @classmethod
+    def commented_yaml(cls, path: Path | str, overrides: Sequence[str] = ()) -> Iterator[str]:
+        """Lines of YAML: each key that the file at `path`, its bases and `overrides` set, below its help text.
+
+        `load` reads from them what it reads from the file.
+        """
+        tree = _read(_found(expanded(path)), cls, seen=())
+        for override in overrides:
+            tree = _merge(tree, _parse_override(override), [cls])
+        help_texts = {key: text for key, _, _, text in _keys(cls, "", _kinds(tree))}
+        in_order = {name: tree[name] for name in cls.model_fields if name in tree}
+        yield from _commented({**in_order, **tree}, "", help_texts)
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load` reads back to an equal config."""
@@ -125,11 +142,17 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def parse_command_line(
-    config: type[AnyConfig], description: str, argv: Sequence[str] | None = None, **flags: dict[str, Any]
+    config: type[AnyConfig],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    without_config: Callable[[argparse.Namespace], AnyConfig] | None = None,
+    **flags: dict[str, Any],
 ) -> tuple[AnyConfig, argparse.Namespace]:
     """Parse `--config FILE [key.path=value ...]` plus `flags` (name -> argparse keywords).
 
-    A key may be set as `--key.path value` and `--key.path=value` too.  Returns `(config.load(...), namespace)`.
+    A key may be set as `--key.path value` and `--key.path=value` too.  Returns `(config.load(...), namespace)`; where
+    no `--config` is given, what `without_config` makes of the namespace, whose `overrides` are all other words.
     `--help` lists every key of `config`.  The `--local_rank` that the deepspeed launcher adds is accepted.
     """
     parser = argparse.ArgumentParser(
@@ -137,13 +160,18 @@ def parse_command_line(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys (set them in the YAML file or as key.path=value on the command line):\n" + config.describe(),
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, or the name of a shipped one")
+    parser.add_argument(
+        "--config", required=without_config is None, metavar="FILE", help="a YAML file, or the name of a shipped one"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     for name, keywords in flags.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides, applied in order")
     given = _with_overrides(config, sys.argv[1:] if argv is None else argv, flags={"config", "local_rank", *flags})
     namespace = parser.parse_intermixed_args(given)
+    if without_config is not None and namespace.config is None:
+        return without_config(namespace), namespace
+    assert namespace.config is not None
     return config.load(namespace.config, namespace.overrides), namespace
 
 
@@ -294,6 +322,14 @@ def shipped_configs() -> Path:
     return package / "configs" if exists(package / "configs") else package.parent / "configs"
 
 
+def shipped_data_config(output: str) -> str | None:
+    """Name of the shipped data config that prepares the folder `output`, as configs/data/NAME.yaml; None: none does."""
+    for path in listed(shipped_configs() / "data"):
+        if path.suffix == ".yaml" and _read(path, Config, seen=()).get("output") == output:
+            return f"configs/data/{path.name}"
+    return None
+
+
 def _found(path: Path) -> Path:
     """The file, else the shipped one of that name: lfm_debug, lfm_debug.yaml and configs/lfm_debug.yaml are one."""
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
@@ -437,6 +473,25 @@ def _keys(config: type[Config], prefix: str, kinds: Sequence[int | str] = ()) ->
         else:
             default = yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
         yield path, _type_name(field.annotation) + _bounds(field.metadata), default, text
+
+
+def _kinds(tree: dict[str, Any]) -> list[str]:
+    """The values of `kind` in a tree."""
+    inner = [kind for value in tree.values() if isinstance(value, dict) for kind in _kinds(value)]
+    return [*inner, *([tree["kind"]] if isinstance(tree.get("kind"), str) else [])]
+
+
+def _commented(tree: dict[str, Any], path: str, help_texts: dict[str, str]) -> Iterator[str]:
+    indent = "  " * path.count(".")
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}:"
+            yield from _commented(value, f"{path}{key}.", help_texts)
+        else:
+            text = re.sub(r"^(\[kind: \w+\] )+", "", help_texts.get(path + key, ""))
+            yield from (f"{indent}# {line}" for line in textwrap.wrap(text, 112 - len(indent)))
+            inline = yaml.dump({key: value}, Dumper=_Dumper, default_flow_style=True, width=1 << 20, sort_keys=False)
+            yield indent + inline.strip()[1:-1]
 
 
 def _is_bound(rule: Any) -> bool:

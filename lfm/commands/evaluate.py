@@ -3,12 +3,16 @@
 import argparse
 import functools
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from lfm.config import Config, add_flags, from_flags, path_flag
 from lfm.exits import command
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class EvaluateConfig(Config):
@@ -33,28 +37,34 @@ def main() -> None:
     add_flags(parser, EvaluateConfig)
     flags = parser.parse_args()
     config = from_flags(EvaluateConfig, flags)
+    for line in held_out(flags.checkpoint, data=flags.data, device=flags.device, config=config):
+        print(line)
+
+
+def held_out(checkpoint: Path, *, data: Path | None, device: Device, config: EvaluateConfig) -> Iterator[str]:
+    """Lines of what a checkpoint's loss on a split is; `data` None: of the data set that its run names."""
     from lfm.checkpoint.manifest import read_manifest
     from lfm.data.stream import DataConfig, open_split
     from lfm.errors import UserError
     from lfm.evaluation.held_out import evaluate, score
     from lfm.inference.load import open_model
 
-    model, _, checkpoint = open_model(flags.checkpoint, device=flags.device)
-    path = flags.data or read_manifest(checkpoint, warn=False)["config"].get("data", {}).get("path")
+    model, _, checkpoint = open_model(checkpoint, device=device)
+    path = data or read_manifest(checkpoint, warn=False)["config"].get("data", {}).get("path")
     if path is None:
         raise UserError(f"{checkpoint} was trained on several data sets; name one with --data DIR")
     c = model.config
-    data = DataConfig(path=str(path), allow_smaller_tokenizer=True)
-    rows = open_split(data, config.split, seq_length=c.seq_length, vocab_size=c.vocab_size)
+    of_data = DataConfig(path=str(path), allow_smaller_tokenizer=True)
+    rows = open_split(of_data, config.split, seq_length=c.seq_length, vocab_size=c.vocab_size)
     found = evaluate(
         functools.partial(score, model), rows, max_rows=config.max_rows or None, batch_rows=config.batch_rows
     )
     read = min(config.max_rows or len(rows), len(rows))
-    print(f"{checkpoint}: {config.split} split of {path}, {read:,} of {len(rows):,} rows")
-    print(f"loss {found.loss:.4f} nats over {found.labels:,} labels, perplexity {math.exp(min(found.loss, 700)):.2f}")
+    yield f"{checkpoint}: {config.split} split of {path}, {read:,} of {len(rows):,} rows"
+    yield f"loss {found.loss:.4f} nats over {found.labels:,} labels, perplexity {math.exp(min(found.loss, 700)):.2f}"
     if read == len(rows) and rows.index.text_bytes and not found.masked:
         bits = found.bits_per_byte(rows.index.text_bytes, c.vocab_size)
         unigram = found.unigram_bits_per_byte(rows.index.text_bytes)
-        print(f"{bits:.4f} bits per byte of text (unigram entropy of the same tokens {unigram:.4f})")
+        yield f"{bits:.4f} bits per byte of text (unigram entropy of the same tokens {unigram:.4f})"
     elif found.masked:
-        print("no bits per byte: a mask leaves parts of the text out of the loss")
+        yield "no bits per byte: a mask leaves parts of the text out of the loss"

@@ -18,14 +18,15 @@ def download(remote: str, local: Path) -> None:
         shutil.copyfile(protocol, local)
         return
     try:
-        files, path = url_to_fs(remote, **_options(protocol))
+        files, path = url_to_fs(remote, **options(protocol))
     except ImportError as error:
         brings = "; `pip install 'lfm-training[remote]'` brings it" if protocol in ("s3", "http", "https") else ""
         raise ImportError(f"{protocol}:// needs a package: {error}{brings}") from None
     files.get_file(path, str(local))
 
 
-def _options(protocol: str) -> dict[str, Any]:
+def options(protocol: str) -> dict[str, Any]:
+    """What fsspec is told of a protocol."""
     if protocol in ("s3", "s3a") and (endpoint := os.environ.get("S3_ENDPOINT_URL")):
         return {"endpoint_url": endpoint}
     return {}

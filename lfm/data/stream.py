@@ -1,5 +1,6 @@
 """From a data set folder to the rows of each optimizer step, in an order that survives every restart."""
 
+import shlex
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from lfm.config import Bytes, Config, CountOrZero, Depth, PathText
+from lfm.config import Bytes, Config, CountOrZero, Depth, PathText, shipped_data_config
 from lfm.data.batch import Batch
 from lfm.data.bins import BIN_NAMES, BinReader
 from lfm.data.cache import fetch
@@ -223,10 +224,9 @@ def _open_shards(config: DataConfig, root: Path, split: Split, seq_length: int) 
     remote = config.remote.rstrip("/") if config.remote is not None else None
     if remote is None and not exists(folder / INDEX_NAME):
         missing = f"holds no {split}/{INDEX_NAME}" if exists(root) else "does not exist"
-        raise UserError(
-            f"data.path={config.path} {missing}; make it with "
-            f"`python -m data_pipeline.prepare --config configs/data/NAME.yaml output={config.path}`"
-        )
+        shipped = shipped_data_config(str(config.path))
+        what = f"--config {shipped}" if shipped is not None else f"FILE output={shlex.quote(str(config.path))}"
+        raise UserError(f"data.path={config.path} {missing}; make it with `lfm prepare {what}`")
     if config.windows != "sequential":
         raise UserError(
             f"data.windows={config.windows} is for train.bin and data.path={config.path} holds shards, whose rows are "

@@ -261,10 +261,10 @@ class StreamDecoder:
         self._new = 0
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, allow_smaller: bool = False) -> Tokenizer:
     """A byte-level BPE of exactly `vocab_size` entries (256 bytes and `<|endoftext|>` among them) trained on `texts`.
 
-    Raises UserError if the texts do not hold that many merges.
+    Where the texts hold fewer merges, raises UserError, or with `allow_smaller` has as many entries as they hold.
     """
     smallest = 257
     if vocab_size < smallest:
@@ -277,7 +277,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     inner.train_from_iterator((part for text in texts for part in _with_short_words(text)), trainer)
-    if inner.get_vocab_size() != vocab_size:
+    if inner.get_vocab_size() != vocab_size and not allow_smaller:
         raise UserError(
             f"the text holds merges for a BPE of only {inner.get_vocab_size()} entries, not {vocab_size}; "
             "give it more text or ask for a smaller vocabulary"

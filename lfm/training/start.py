@@ -56,7 +56,7 @@ def started(
     device = _device(run, process)
     if layout is None or layout.zero_stage == 0:
         with owning_folder(run), _watching(run, process) as watch:
-            yield Started(Ranks(), watch, why_stop, partial(_local_engine, run, device))
+            yield Started(Ranks(), watch, why_stop, partial(local_engine, run, device))
         return
 
     require_packages()
@@ -111,7 +111,8 @@ def _watching(run: RunConfig, process: Process) -> AbstractContextManager[Watch]
     )
 
 
-def _local_engine(run: RunConfig, device: torch.device) -> Engine:
+def local_engine(run: RunConfig, device: torch.device) -> Engine:
+    """The engine of a run in this process alone, its model as the seed makes it."""
     return LocalEngine(
         run.model,
         run.optimizer,

@@ -164,8 +164,7 @@ def test_shipped_laerc_config_reads_a_folder_of_text_as_one_line_of_ids(tokenize
     "overrides, words",
     [
         (["seq_length=null"], "set seq_length, or format=bins"),
-        (["separator=none"], "set separator=eod and validation=hash, or format=bins"),
-        (["validation=tail"], "set separator=eod and validation=hash, or format=bins"),
+        (["separator=none"], "set separator=eod, or format=bins"),
         (["format=bins"], "remove these keys, or set format=mds"),
         (["format=bins", "seq_length=null", "packing=one_document"], "remove these keys, or set format=mds"),
         (["format=bins", "seq_length=null", "compression=zstd"], "remove these keys, or set format=mds"),

@@ -1,0 +1,199 @@
+"""A config for somebody's own text: what `lfm prepare book.txt [key=value ...]` leaves open is chosen for its size."""
+
+import glob
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from data_pipeline.files import matches
+from data_pipeline.pieces import first_bad_byte
+from data_pipeline.prepare_config import PrepareConfig
+from data_pipeline.sources import SUFFIXES, SourceConfig, find_files
+from data_pipeline.unpack import PACKED
+from lfm.errors import UserError
+from lfm.files import behind_links, exists, expanded, open_file, shown
+
+STANDARD_INPUT = "-"
+_MOST_FILES_CUT = 200
+"""Of more files, whole ones are held out."""
+_SUFFIXES = {**SUFFIXES, "text": (*SUFFIXES["text"], *SUFFIXES["code"])}
+_EXPANSION = {"jsonl": 1.0, "parquet": 2.0, "text": 1.0}
+"""About how many bytes of text a byte of a file of this kind is; 3 times as many if it is compressed."""
+
+
+@dataclass(frozen=True)
+class OwnText:
+    config: PrepareConfig
+    reasons: tuple[str, ...]
+    """A line for each choice."""
+
+    @property
+    def next_command(self) -> str:
+        return f"lfm train --data {shlex.quote(self.config.output)} --family liquidnet --minutes 5"
+
+
+def is_key(word: str) -> bool:
+    """Whether a word of the command line is `key=value`, and no file."""
+    return re.match(r"[a-z_][\w.]*=", word) is not None and not exists(Path(word[:255]))
+
+
+def own_text(words: Sequence[str], *, spool: Path) -> OwnText:
+    """What to prepare, of sources and `key=value` overrides; the standard input (-) is kept in the folder `spool`.
+
+    Raises UserError for a source that leads to nothing, or is no text.
+    """
+    overrides = [word for word in words if is_key(word)]
+    names = [word for word in words if not is_key(word)]
+    if not names:
+        raise UserError(
+            "there is nothing to prepare; give files of text, as in `lfm prepare book.txt`, or --config FILE"
+        )
+    given = {override.partition("=")[0].strip() for override in overrides}
+    output = next((word.partition("=")[2] for word in overrides if word.startswith("output=")), None)
+    output = output or f"data/{_stem(names[0])}"
+    paths = [str(_kept_input(spool)) if name == STANDARD_INPUT else name for name in names]
+    by_kind = _by_kind(paths, exclude := _below(output, paths))
+    sources: list[dict[str, Any]] = [
+        {"kind": kind, "paths": of_kind, "suffixes": list(_SUFFIXES[kind]), "exclude": exclude}
+        for kind, of_kind in by_kind.items()
+    ]
+    found = find_files([TypeAdapter(SourceConfig).validate_python(source) for source in sources], Counter())
+    texts = [file.path for kind, files in zip(by_kind, found, strict=True) for file in files if kind == "text"]
+    num_bytes = sum(
+        int(file.num_bytes * _EXPANSION[kind] * (3 if file.path.suffix in PACKED else 1))
+        for kind, files in zip(by_kind, found, strict=True)
+        for file in files
+    )
+    is_cut = 0 < len(texts) <= _MOST_FILES_CUT
+    if is_cut:
+        _check_not_packed(texts)
+    tree, reasons = _choices(num_bytes, is_cut=is_cut, reads_tokenizer=bool({"tokenizer", "tokenizer.file"} & given))
+    config = PrepareConfig.with_overrides(
+        {"output": output, "sources": sources, **tree}, overrides, source="what is chosen for the text"
+    )
+    asked = {key.partition(".")[0] for key in given}
+    return OwnText(config, tuple(line for key, line in reasons.items() if key not in asked))
+
+
+def _choices(num_bytes: int, *, is_cut: bool, reads_tokenizer: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """Keys for so much text, and why each is so."""
+    size = _size(num_bytes)
+    # Both grow with the root of the text, as its distinct words about do.
+    entries = min(32768, max(320, 64 * round((256 + 2 * math.sqrt(num_bytes)) / 64)))
+    seq_length = min(1024, max(16, 2 ** round(math.log2(max(1.0, math.sqrt(num_bytes) / 4)))))
+    share = 0.1 if num_bytes < 100_000 else min(0.05, round(500_000 / num_bytes, 6))
+    held_out = f"the last {share:.2%} of each file" if is_cut else f"{share:.2%} of the documents, by their hash"
+    tree: dict[str, Any] = {
+        "tokenizer": {"file": None},
+        "seq_length": seq_length,
+        "validation": "tail" if is_cut else "hash",
+        "validation_fraction": share,
+    }
+    reasons = {
+        "seq_length": f"rows: {seq_length} ids; longer ones would be too few in {size}",
+        "validation_fraction": f"held out: {held_out}, to measure what is learnt",
+    }
+    if not reads_tokenizer:
+        tree["tokenizer"] = {"train_vocab_size": entries, "allow_smaller": True}
+        line = f"vocabulary: at most {entries:,} entries; more would be too rare in {size}"
+        reasons = {"tokenizer": f"{line}; it is trained on the training part alone"} | reasons
+    return tree, reasons
+
+
+def _by_kind(paths: Sequence[str], exclude: list[str]) -> dict[str, list[str]]:
+    """Paths by the kind of source that reads them, in the order of their first.  Raises UserError."""
+    found: dict[str, list[str]] = {}
+    everything = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+    for path in paths:
+        files = matches(path, everything, exclude)
+        if not files:
+            is_folder = "://" not in path and expanded(path).is_dir()
+            lacks = f"holds no {' '.join(everything)} file" if is_folder else "leads to no file"
+            raise UserError(f"source {shown(path)} {lacks}; correct it")
+        kinds = {kind: [file for file in files if _kind(file) == kind] for kind in dict.fromkeys(map(_kind, files))}
+        is_one = "://" not in path and len(files) == 1 and expanded(path).is_file()
+        if is_one and "text" in kinds:
+            _check_is_text(files[0], path)
+        for kind, of_kind in kinds.items():
+            # A folder is searched by suffix; what a glob found may be of several kinds.
+            whole = len(kinds) == 1 or ("://" not in path and expanded(path).is_dir())
+            found.setdefault(kind, []).extend([path] if whole else [str(file) for file in of_kind])
+    return found
+
+
+def _kind(path: Path) -> str:
+    return next((kind for kind in ("jsonl", "parquet") if path.name.endswith(SUFFIXES[kind])), "text")
+
+
+def _check_is_text(path: Path, name: str) -> None:
+    if path.suffix in PACKED:
+        return
+    bad = first_bad_byte(path)
+    if bad is not None:
+        with open_file(path) as file:
+            file.seek(bad)
+            byte = file.read(1)
+        what = f"0x{byte[0]:02x}" if byte else "cut short"
+        raise UserError(
+            f"{shown(name)} is no text in UTF-8 (byte {bad:,} is {what}); convert it, such as by "
+            "`iconv -f latin1 -t utf-8`, or take its text out of it first"
+        )
+
+
+def _check_not_packed(paths: Sequence[Path]) -> None:
+    packed = [path for path in paths if path.suffix in PACKED]
+    if packed:
+        raise UserError(
+            f"{shown(packed[0])} is compressed, and a few files of text are split by position, which cannot be done "
+            f"before they are unpacked; unpack it, or pipe it in: `zcat FILE | lfm prepare - output=DIR`"
+        )
+
+
+def _below(output: str, paths: Sequence[str]) -> list[str]:
+    """What to leave out of folders so that a data set prepared inside is not read as text."""
+    folder, exclude = behind_links(expanded(output).absolute()), []
+    for path in paths:
+        root = behind_links(expanded(path).absolute()) if "://" not in path else None
+        if root is not None and root != folder and folder.is_relative_to(root):
+            inner = glob.escape(folder.relative_to(root).as_posix())
+            exclude.append(f"{inner}/*")
+    return exclude
+
+
+def _kept_input(spool: Path) -> Path:
+    path = spool / "stdin.txt"
+    with open(path, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+    if os.path.getsize(path) == 0:
+        raise UserError("the standard input (-) is empty; pipe text into it")
+    return path
+
+
+def _stem(name: str) -> str:
+    """Of book.txt, book.jsonl.gz, a folder, a glob or a URL, what the data set is called."""
+    if name == STANDARD_INPUT:
+        return "stdin"
+    path = PurePosixPath(name.partition("://")[2] if "://" in name else os.path.abspath(expanded(name)))
+    while glob.has_magic(path.name) and path.parent != path and not exists(Path(path)):
+        path = path.parent
+    stem = path.name
+    while PurePosixPath(stem).suffix in PACKED:
+        stem = PurePosixPath(stem).stem
+    return PurePosixPath(stem).stem or "text"
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {unit}"
+    return f"{num_bytes} bytes"
