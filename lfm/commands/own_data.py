@@ -42,7 +42,7 @@ CHOSEN = "chosen.yaml"
 _TOKENS_A_PARAMETER = 10
 """Fewer teach a model less than they would a smaller one."""
 _MOST_READINGS, _FEWEST_STEPS = 5, 200
-"""Of the training text: after more readings it is known by heart and other text worse than before; but so many steps."""
+"""Of the training text: after more, it is known by heart and other text worse than before; but so many steps."""
 _SHARE_OF_TIME = 0.9
 """What is planned for; a machine is not always as fast as when it was measured."""
 _MEASURING_SHARE, _MEASURING_SECONDS = 0.04, 15.0

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import os
-import re
 import signal
 import subprocess
 import sys
