@@ -273,7 +273,7 @@ def _said(wish: Wish, run: RunConfig, best: _Candidate, data: _Data, *, by_time:
     device = (
         torch.cuda.get_device_name(run.device)
         if run.device.type == "cuda"
-        else f"{torch.get_num_threads()} threads of the CPU"
+        else f"the CPU, threads: {torch.get_num_threads()}"
     )
     yield f"preset: {best.preset}, {best.parameters:,} parameters, for {device}; {_why_no_larger(wish, best, data)}"
     sizes = f"a vocabulary of {run.model.vocab_size:,}, rows of {run.model.seq_length}"
