@@ -41,8 +41,8 @@ CHOSEN = "chosen.yaml"
 
 _TOKENS_A_PARAMETER = 10
 """Fewer teach a model less than they would a smaller one."""
-_MOST_READINGS = 30
-"""Of the training text; after more it is known by heart and the rest of the text no better."""
+_MOST_READINGS, _FEWEST_STEPS = 5, 200
+"""Of the training text: after more, it is known by heart and other text worse than before; but so many steps."""
 _SHARE_OF_TIME = 0.9
 """What is planned for; a machine is not always as fast as when it was measured."""
 _MEASURING_SHARE, _MEASURING_SECONDS = 0.04, 15.0
@@ -204,7 +204,7 @@ def _chosen(wish: Wish, *, started: float) -> tuple[RunConfig, list[str]]:
     left = _left(wish, started)
     all_rows = len(data.validation) * _SCORING_COST / best.run.training.global_batch_size * best.seconds  # at the end
     by_time = int(max(0.0, left - all_rows) / best.seconds / 1.1)
-    by_text = max(1, math.ceil(_MOST_READINGS * data.tokens / best.tokens_a_step))
+    by_text = max(_FEWEST_STEPS, math.ceil(_MOST_READINGS * data.tokens / best.tokens_a_step))
     steps = min(by_time, by_text)
     if steps < 10:
         raise UserError(
@@ -273,7 +273,7 @@ def _said(wish: Wish, run: RunConfig, best: _Candidate, data: _Data, *, by_time:
     device = (
         torch.cuda.get_device_name(run.device)
         if run.device.type == "cuda"
-        else f"{torch.get_num_threads()} threads of the CPU"
+        else f"the CPU, threads: {torch.get_num_threads()}"
     )
     yield f"preset: {best.preset}, {best.parameters:,} parameters, for {device}; {_why_no_larger(wish, best, data)}"
     sizes = f"a vocabulary of {run.model.vocab_size:,}, rows of {run.model.seq_length}"
@@ -281,7 +281,7 @@ def _said(wish: Wish, run: RunConfig, best: _Candidate, data: _Data, *, by_time:
     yield f"speed: {best.seconds:.3g} s a step of {tokens:,} ids, measured"
     readings = steps * tokens / max(1, data.tokens)
     why = (
-        f"{by_time:,} would fit into the time, but after {_MOST_READINGS} readings a text is known by heart"
+        f"{by_time:,} would fit into the time, but after more readings a text is known by heart"
         if steps < by_time
         else f"what fits into {_SHARE_OF_TIME:.0%} of {wish.minutes:g} minutes, set-up and validation counted"
     )
