@@ -19,6 +19,9 @@ from lfm.layout.layout import check_layout
 from lfm.talk import say
 from lfm.training.run import RunConfig
 
+_PATIENCE = 1.5
+"""Times the minutes that were asked for: a run that takes longer stops, saved, and can go on."""
+
 DESCRIPTION = (
     """Pretrain a model: that of --config FILE, or one chosen for --data DIR, this device and so many --minutes."""
 )
@@ -78,8 +81,10 @@ def main() -> None:
 
     if wish is not None:
         keep_choice(run, wish)
-    progress = train(run, process, layout)
-    if wish is not None and not exists(run.folder / STOPPED):
+    # A machine that has become much slower than it was measured must not keep anybody for hours.
+    deadline = begun + _PATIENCE * 60 * wish.minutes if wish is not None else None
+    progress = train(run, process, layout, deadline=deadline)
+    if deadline is not None and (time.monotonic() > deadline or not exists(run.folder / STOPPED)):
         say(f"{progress.step:,} steps in {(time.monotonic() - begun) / 60:.1f} minutes, from the command to here")
         for line in last_words(run):
             say(line)

@@ -42,14 +42,17 @@ STOPPED = "stopped"
 _SIGNAL_ELSEWHERE = "a signal to another rank"
 
 
-def train(run: RunConfig, process: Process | None = None, layout: Layout | None = None) -> Progress:
-    """Train to `run.training.steps`, or to a signal, from the newest checkpoint or from the start.
+def train(
+    run: RunConfig, process: Process | None = None, layout: Layout | None = None, *, deadline: float | None = None
+) -> Progress:
+    """Train to `run.training.steps`, to a signal or to `deadline`, by `time.monotonic`, from the newest checkpoint or
+    from the start.
 
     Without a layout, or at ZeRO stage 0, the local engine trains in this process alone.  Else every process of the
     layout calls this, and no exception leaves where there are several: see `watched`.
     """
     process = process or Process()
-    with talking(), wishes_to_stop() as why_stop:
+    with talking(), wishes_to_stop(deadline) as why_stop:
         try:
             with started(run, process, layout, why_stop) as start:
                 return _train(run, start)

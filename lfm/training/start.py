@@ -145,8 +145,9 @@ def _parallel_engine(run: RunConfig, layout: Layout, device: torch.device, watch
 
 
 @contextmanager
-def wishes_to_stop() -> Iterator[Callable[[], str | None]]:
-    """What asks this process to stop, in words, if anything does: a signal, or the end of its launcher.
+def wishes_to_stop(deadline: float | None = None) -> Iterator[Callable[[], str | None]]:
+    """What asks this process to stop, in words, if anything does: a signal, the end of its launcher, or a time by
+    `time.monotonic`.
 
     A later Ctrl-C interrupts what is done then.
     """
@@ -155,7 +156,8 @@ def wishes_to_stop() -> Iterator[Callable[[], str | None]]:
 
         def why_stop() -> str | None:
             gone = launchers.gone()
-            return signalled() or (f"the end of its launcher, {gone}," if gone else None)
+            over = "the end of its time" if deadline is not None and time.monotonic() > deadline else None
+            return signalled() or (f"the end of its launcher, {gone}," if gone else over)
 
         yield why_stop
 

@@ -223,6 +223,15 @@ def test_wandb_writes_an_offline_run(tmp_path, text_data):
     assert b"global_batch_size" in content and b"moe_ffn_hidden_size" in content
 
 
+def test_a_run_whose_time_is_over_is_saved_and_goes_on(tmp_path, text_data, uninterrupted, capsys):
+    run = tiny_run(tmp_path, text_data)
+    train(run, deadline=time.monotonic())
+    assert "stopped by the end of its time after step 0; saved, the same command goes on" in capsys.readouterr().out
+    assert (run.folder / "stopped").exists()
+    train(run, deadline=time.monotonic() + 600)
+    assert_same_checkpoint(run.folder / "checkpoints/step_00000006", uninterrupted / "checkpoints/step_00000006")
+
+
 def test_a_non_finite_loss_names_step_and_batch(tmp_path, text_data, monkeypatch):
     from lfm.errors import NonFiniteError
     from lfm.training.local_engine import LocalEngine
