@@ -50,6 +50,8 @@ _RECORDS = {
     (f"{_DCP}.metadata", "MetadataIndex"),
     (f"{_DCP}.metadata", "StorageMeta"),
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    # Python 3.11.0 to 3.11.3 writes a member of an enumeration as getattr(class, name): a record as all others here.
+    ("builtins", "getattr"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),

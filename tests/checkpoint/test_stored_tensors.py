@@ -43,6 +43,19 @@ def read(path):
     return targets
 
 
+def test_members_of_enumerations_as_some_pythons_write_them(saved, monkeypatch):
+    encoding = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    monkeypatch.setattr(encoding, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    file = saved / stored_tensors.METADATA_NAME
+    with file.open("rb") as stream:
+        metadata = pickle.load(stream)
+    written = pickle.dumps(metadata)
+    assert b"getattr" in written
+    file.write_bytes(written)
+    rewrite_manifest(saved)
+    assert all(torch.equal(found, STATE[key]) for key, found in read(saved).items())
+
+
 class Call:
     """Pickled, it is a call."""
 
