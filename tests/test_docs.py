@@ -127,5 +127,12 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, place, monkeypatch
         exec(compile("\n" * lines_before + block[1], str(page), "exec"), names)
 
 
+def test_the_help_that_is_shown_is_the_help():
+    from lfm.cli import usage
+
+    page = (ROOT / "docs/seeing.md").read_text(encoding="utf-8")
+    assert page.split("<!-- help -->\n```\n")[1].split("\n```\n<!-- /help -->")[0] == usage()
+
+
 def test_there_are_snippets_to_run():
     assert {page.name for page in WITH_SNIPPETS} >= {"README.md", "library.md"}
