@@ -285,7 +285,7 @@ for _kind_of_scalar, _pattern in _SCALARS.items():
     _Loader.add_constructor(_tag, _Loader.construct_core_scalar)
 
 
-def _yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """The value of a YAML document.  Raises UserError with the reason, in one line, for what is none."""
     try:
         return yaml.load(text, _Loader)
@@ -363,7 +363,7 @@ def _read(path: Path, root: type[Config], *, seen: tuple[Path, ...]) -> dict[str
         hint = f"did you mean {shown(path.parent / near[0])}.yaml?" if near else _shipped_hint(path)
         raise UserError(f"config file {shown(path)} does not exist; {hint}")
     try:
-        own = _yaml(text)
+        own = parse_yaml(text)
     except UserError as error:
         raise UserError(f"config file {shown(path)} is not valid YAML: {error}") from None
     own = {} if own is None else own
@@ -384,7 +384,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise UserError(f"override {_short(override)} is not of the form key.path=value")
     try:
-        value = _yaml(text)
+        value = parse_yaml(text)
         if _has_comment(text):
             raise UserError("what follows # is a comment")
     except UserError as error:

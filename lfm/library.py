@@ -431,7 +431,7 @@ class LFM3BForCausalLM(CausalLM):
         hidden, after, found = self.model.advance_and_diagnose(ids, _states(states))
         loss = None
         if labels is not None:
-            labels = torch.as_tensor(labels).to(ids)
+            labels = self._labels(labels).to(ids.device)
             is_label = labels != IGNORED_LABEL
             if labels.shape != ids.shape or not is_label[:, 1:].any():
                 raise UserError(
@@ -445,6 +445,16 @@ class LFM3BForCausalLM(CausalLM):
             counts = Counts(labels=int(is_label[:, 1:].sum()), rows=len(ids), documents=len(ids))
             loss = weighted((*NEXT_TOKEN.terms, *self.config.terms), sums, counts)
         return LFM3BOutput(self.model.logits(hidden), loss, after)
+
+    def _labels(self, given: Any) -> Tensor:
+        """Integers.  Raises UserError for what is none."""
+        try:
+            labels = torch.as_tensor(given)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"labels are no rows of ids ({error}); give integers [batch, length]") from None
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise UserError(f"labels are {labels.dtype}; give integers, -100 where one is no label")
+        return labels.long()
 
 
 class LiquidNet(CausalLM):

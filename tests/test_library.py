@@ -244,3 +244,11 @@ def test_states_of_another_batch_are_refused():
     with pytest.raises(ValueError, match=r"of another model or batch: hidden.0 is \[2, 32\]"):
         model([[1]], states=states)
     assert isinstance(LFM3BConfig(**SMALL), LFMConfig)
+
+
+@pytest.mark.parametrize("make", [lambda x: x.float() + 0.9, lambda x: x > 1, lambda x: "abc", lambda x: [[1], [1, 2]]])
+def test_labels_that_are_no_ids_are_refused(make):
+    model = LFM3BForCausalLM(LFM3BConfig(**SMALL))
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(lfm.UserError, match="labels are"):
+        model(ids, labels=make(ids))

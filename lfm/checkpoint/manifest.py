@@ -5,12 +5,22 @@ checksum anew, so it does not say who wrote a checkpoint.  Older formats are rea
 """
 
 import json
+import math
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from typing_extensions import Self
 
 from lfm.checkpoint.older_formats import migrated
@@ -58,6 +68,12 @@ class StoredProgress(_Part):
     skips: list[StoredSkip] = []
 
 
+def _power_of_two(value: float) -> float:
+    if math.frexp(value)[0] != 0.5:
+        raise ValueError(f"{value!r} is no power of two")
+    return value
+
+
 class StoredCounters(_Part):
     optimizer_step: Count
     reservoir_warmup: dict[Layer, Annotated[int, Field(ge=0, le=2**20)]]
@@ -66,7 +82,7 @@ class StoredCounters(_Part):
     """Steps since each expert had a token."""
     router_uneven_steps: dict[Layer, Count] = {}
     """Steps since the layer's load was even enough."""
-    loss_scale: Annotated[FiniteFloat, Field(ge=1)] | None = None
+    loss_scale: Annotated[FiniteFloat, Field(ge=1), AfterValidator(_power_of_two)] | None = None
     """Of runs in float16."""
     calm_updates: Count = 0
     """Since the loss scale changed last."""

@@ -18,6 +18,7 @@ import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,12 +228,29 @@ def _tensor(record: Any) -> TensorStorageMetadata:
     # What no piece fills would keep the memory's old content.
     if sum(math.prod(chunk.sizes) for chunk in filled) != math.prod(size):
         raise ValueError("pieces do not make up their tensor")
-    if len({chunk.offsets for chunk in filled}) != len(filled):
+    if _overlap(filled):
         raise ValueError("two pieces have one place")
     dtype = _state(found["properties"], "TensorProperties", tuple)[0]
     if not isinstance(dtype, torch.dtype):
         raise ValueError("a tensor has no dtype")
     return TensorStorageMetadata(TensorProperties(dtype), size, chunks)
+
+
+def _overlap(pieces: list[ChunkStorageMetadata]) -> bool:
+    """Whether two of them have an element in common; each is compared with those alone that it may meet."""
+    num_axes = len(pieces[0].offsets) if pieces else 0
+    if num_axes == 0:
+        return len(pieces) > 1
+    along = max(range(num_axes), key=lambda axis: len({piece.offsets[axis] for piece in pieces}))
+    pieces = sorted(pieces, key=lambda piece: piece.offsets[along])
+    for i, piece in enumerate(pieces):
+        for other in islice(pieces, i + 1, None):
+            if other.offsets[along] >= piece.offsets[along] + piece.sizes[along]:
+                break
+            sides = zip(piece.offsets, piece.sizes, other.offsets, other.sizes, strict=True)
+            if all(a < b + size_of_b and b < a + size_of_a for a, size_of_a, b, size_of_b in sides):
+                return True
+    return False
 
 
 def _place(index: Any, info: Any, files: Mapping[str, Mapping[str, Any]]) -> tuple[MetadataIndex, _StorageInfo]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lfm.config import path_flag
+from lfm.config import parse_yaml, path_flag
 from lfm.errors import UserError
 from lfm.exits import command
 from lfm.files import read_file, refusing, shown, write_durably
@@ -53,13 +53,17 @@ def main() -> None:
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """The folders' own names, with as much of the path before as tells them apart."""
-    parts = [run.resolve().parts for run in runs]
+    """The folders' own names, with as much of the path before as tells them apart; bytes that are no text escaped."""
+    parts = [[_plain(part) for part in run.resolve().parts] for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             return names
     return [str(run) for run in runs]
+
+
+def _plain(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _read(run: Path, name: str) -> "Curves":
@@ -70,9 +74,10 @@ def _read(run: Path, name: str) -> "Curves":
     if not file.is_file():
         raise UserError(f"{shown(run)} has no metrics.jsonl; name a run folder, which `lfm train` makes under runs/")
     records = read_metrics(file)
-    if not any("cross_entropy" in record for record in records):
+    curves = Curves(name, records)
+    if not curves.of(lambda record: record.get("cross_entropy"))[0]:
         raise UserError(f"{shown(file)} has no record of a step yet; train on, or log more often (logging.every_steps)")
-    return Curves(name, records)
+    return curves
 
 
 def _page(runs: list[Path], curves: "list[Curves]") -> str:
@@ -113,30 +118,31 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _facts(curves: "list[Curves]") -> list[list[str]]:
+    from lfm.training.plots import number
+
+    def found(key: str) -> list[list[float]]:
+        return [[n for r in each.records if (n := number(r.get(key))) is not None] for each in curves]
+
     def last(key: str, form: str) -> list[str]:
-        found = [[r[key] for r in each.records if key in r] for each in curves]
-        return [format(values[-1], form) if values else "" for values in found]
+        return [format(values[-1], form) if values else "" for values in found(key)]
 
     def best(key: str, form: str) -> list[str]:
-        found = [[r[key] for r in each.records if key in r] for each in curves]
-        return [format(min(values), form) if values else "" for values in found]
+        return [format(min(values), form) if values else "" for values in found(key)]
 
     rows = [
-        ["steps", *last("step", ",")],
-        ["tokens", *last("tokens", ",")],
+        ["steps", *last("step", ",.0f")],
+        ["tokens", *last("tokens", ",.0f")],
         ["last loss (nats)", *last("cross_entropy", ".4f")],
         ["best held-out loss (nats)", *best("validation_loss", ".4f")],
         ["best held-out bits per byte", *best("validation_bits_per_byte", ".4f")],
         ["tokens/s, last", *last("tokens_per_second", ",.0f")],
-        ["updates skipped", *last("skipped_updates", ",")],
+        ["updates skipped", *last("skipped_updates", ",.0f")],
     ]
     return [row for row in rows if any(row[1:])]
 
 
 def _config(run: Path) -> dict[str, str]:
-    """Dotted key -> value of the run's resolved configuration; empty where it cannot be read."""
-    import yaml
-
+    """Dotted key -> value of the run's resolved configuration; empty where it is none."""
     found: dict[str, str] = {}
 
     def visit(key: str, value: Any) -> None:
@@ -144,10 +150,10 @@ def _config(run: Path) -> dict[str, str]:
             for inner, item in value.items():
                 visit(f"{key}.{inner}" if key else str(inner), item)
         else:
-            found[key] = value if isinstance(value, str) else json.dumps(value)
+            found[_plain(key)] = _plain(value if isinstance(value, str) else json.dumps(value))
 
     try:
-        visit("", yaml.safe_load(read_file(run / "config.yaml")))
-    except (UserError, yaml.YAMLError, ValueError):
+        visit("", parse_yaml(read_file(run / "config.yaml").decode()))
+    except (UserError, TypeError, ValueError, RecursionError):
         return {}
     return found

@@ -311,8 +311,11 @@ def _tell_the_end(run: RunConfig, state: TrainState, cause: str | None) -> None:
         say(f"samples: python launch/generate.py --checkpoint {run.folder} --prompt TEXT")
     if cause is not None:
         how = "the same command" if run.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
-        say(f"stopped by {cause} after step {step}; saved, {how} goes on")
-        if step < run.training.steps and not patience_is_over:
+        goes_on = step < run.training.steps and not patience_is_over
+        if not goes_on:
+            say(f"{cause} came after step {step}, the last; the run is whole and saved")
+        else:
+            say(f"stopped by {cause} after step {step}; saved, {how} goes on")
             with refusing("the run is saved, and goes on when it is started again"):
                 write_durably(run.folder / STOPPED, f"{step} {cause}\n".encode())
     elif patience_is_over:

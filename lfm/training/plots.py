@@ -69,12 +69,26 @@ class Curves:
     name: str
     records: list[dict[str, Any]]
 
-    def of(self, value: Callable[[dict[str, Any]], float | None]) -> tuple[list[float], list[float]]:
-        """Tokens, and what `value` gives of the records there; those of which it gives None are left out."""
-        found = [(r["tokens"], value(r)) for r in self.records if "tokens" in r]
-        points = [(tokens, y) for tokens, y in found if y is not None]
+    def of(self, value: Callable[[dict[str, Any]], Any]) -> tuple[list[float], list[float]]:
+        """Tokens, and what `value` gives of the records there; what is no finite number is left out."""
+        found = [(number(r.get("tokens")), _or_none(value, r)) for r in self.records]
+        points = [(tokens, y) for tokens, y in found if tokens is not None and y is not None]
         thinned = points[:: max(1, len(points) // _MOST_POINTS)]
         return [tokens for tokens, _ in thinned], [y for _, y in thinned]
+
+
+def number(value: Any) -> float | None:
+    """The finite number that a record has there; None where it has none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if is_number else None
+
+
+def _or_none(value: Callable[[dict[str, Any]], Any], record: dict[str, Any]) -> float | None:
+    """Of a record of another form than `value` reads: None."""
+    try:
+        return number(value(record))
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -94,12 +108,14 @@ def figures(runs: Sequence[Curves]) -> Iterator[tuple[str, Figure]]:
         if not any(shown):
             plt.close(figure)
             continue
-        for run, colour, has in zip(runs, colours, shown, strict=True):
-            if has:
-                axes.plot([], [], color=colour, label=run.name)
         axes.set(title=panel.title, ylabel=panel.unit)
         _over_tokens(axes)
-        axes.legend(frameon=False, fontsize=8)
+        lines = [axes.plot([], [], color=colour)[0] for colour, has in zip(colours, shown, strict=True) if has]
+        legend = axes.legend(lines, ["-"] * len(lines), frameon=False, fontsize=8)
+        names = [run.name for run, has in zip(runs, shown, strict=True) if has]
+        for text, name in zip(legend.get_texts(), names, strict=True):
+            # Given as labels, names that begin with _ would be hidden, and those with $ read as formulas.
+            text.set(text=name, parse_math=False)
         yield panel.title, figure
 
 
@@ -149,7 +165,12 @@ def _layers(key: str) -> Callable[[Axes, Curves, str], bool]:
 
     def draw(axes: Axes, run: Curves, colour: str) -> bool:
         def over(reduce: Callable[[list[float]], float]) -> tuple[list[float], list[float]]:
-            return run.of(lambda r: reduce([*r[key].values()]) if r.get(key) else None)
+            def value(record: dict[str, Any]) -> float | None:
+                found = [number(of_layer) for of_layer in record[key].values()]
+                values = [of_layer for of_layer in found if of_layer is not None]
+                return reduce(values) if values and len(values) == len(found) else None
+
+            return run.of(lambda r: value(r) if r.get(key) else None)
 
         tokens, means = over(lambda values: sum(values) / len(values))
         axes.plot(tokens, means, color=colour, linewidth=1.3)

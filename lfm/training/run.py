@@ -1,6 +1,7 @@
 """RunConfig: everything one training run is, as one tree; and the folder it leaves behind."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -50,6 +51,11 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if math.frexp(self.initial_loss_scale)[0] != 0.5:
+            raise ValueError(
+                f"initial_loss_scale={self.initial_loss_scale:g} is no power of two; take one near it, such as "
+                f"{2.0 ** round(math.log2(self.initial_loss_scale)):.0f}"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}"

@@ -72,10 +72,9 @@ class Checkpoint:
 
         def read(targets: Mapping[str, Tensor]) -> None:
             kept, wanted = (balance_of(tree) for tree in (self.manifest["config"]["model"], model))
-            if kept is not None and wanted is not None and kept[0] == "bias" != wanted[0] and ranks.is_main:
-                say(
-                    f"routers choose without the bias of {self.path} from here on: model.ffn.balance.kind=bias keeps it"
-                )
+            left = _left_out(kept, wanted)
+            if left is not None and ranks.is_main:
+                say(f"routers choose without {left[0]} of {self.path} from here on: {left[1]} keeps it")
             lacking = load_tensors(self.path, self.manifest, targets, may_lack="moving" if kept != wanted else None)
             if lacking and ranks.is_main:
                 more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
@@ -85,6 +84,15 @@ class Checkpoint:
                 )
 
         return read
+
+
+def _left_out(kept: tuple[Any, ...] | None, wanted: tuple[Any, ...] | None) -> tuple[str, str] | None:
+    """What a checkpoint's routers chose by that the run's do not, and the key that keeps it."""
+    if kept is None or wanted is None or kept[0] != "bias":
+        return None
+    if wanted[0] != "bias":
+        return "the bias", "model.ffn.balance.kind=bias"
+    return ("the mean logits", "model.ffn.balance.mean_decay") if kept[2] and not wanted[2] else None
 
 
 def balance_of(model: Mapping[str, Any]) -> tuple[Any, ...] | None:

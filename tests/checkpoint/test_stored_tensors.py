@@ -43,6 +43,20 @@ def read(path):
     return targets
 
 
+@pytest.mark.parametrize("offsets", [[0, 1], [0, 0], [1, 2]])
+def test_pieces_that_overlap_do_not_make_up_a_tensor(saved, offsets):
+    def change(metadata: Metadata):
+        stored = metadata.state_dict_metadata["frozen.mask"]
+        stored.size = torch.Size([4])
+        kind = type(stored.chunks[0])
+        stored.chunks = [kind(torch.Size([at]), torch.Size([2])) for at in offsets]
+        return pickle.dumps(metadata)
+
+    replace_metadata(saved, change)
+    with pytest.raises(UserError, match=r"two pieces have one place|not within its tensor"):
+        stored_tensors.read_metadata(saved, read_manifest(saved)["files"])
+
+
 def test_members_of_enumerations_as_some_pythons_write_them(saved, monkeypatch):
     encoding = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
     monkeypatch.setattr(encoding, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))

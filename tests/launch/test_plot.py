@@ -58,6 +58,26 @@ def test_runs_become_one_picture_and_one_page_without_outside_resources(tmp_path
     assert "<td>optimizer.lr</td><td>0.001</td>" in (one / "plots/plot.html").read_text()
 
 
+def test_names_and_records_of_any_kind(tmp_path):
+    one = run_folder(tmp_path / "_a$\\frac$b")
+    bad = (
+        '{"step": 40, "tokens": "x", "cross_entropy": "bad"}',
+        '{"step": 41, "tokens": 41000, "cross_entropy": null, "expert_load": [1, 2], "router_entropy": {"0": null}}',
+        '{"step": 41, "tokens": 41500, "reservoir_saturation": {"0": 0.5, "4": NaN}}',
+        '{"step": 42, "cross_entropy": 3.0, "expert_load": [[]], "grad_norm": 1' + "0" * 400 + "}",
+        '{"step": 43, "tokens": 43000, "validation_loss": NaN}',
+    )
+    with (one / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n" + "\n".join(bad) + "\n")
+    for config in ("x: 2020-01-01", "x: !!binary aGVsbG8=", "x: &a {b: *a}", "x: " + "[" * 3000, 'x: "\\ud800"', "- 1"):
+        (one / "config.yaml").write_text(config + "\n")
+        done = plot(one, cwd=tmp_path)
+        assert done.returncode == 0, (config, done.stderr)
+    page = (one / "plots/plot.html").read_text()
+    assert page.count("_a$\\frac$b") > 8  # the title, the table, and a legend a panel
+    assert "<td>best held-out loss (nats)</td><td>8.5000</td>" in page
+
+
 def test_what_cannot_be_plotted_is_a_sentence(tmp_path):
     run = run_folder(tmp_path / "run")
     empty = tmp_path / "empty"

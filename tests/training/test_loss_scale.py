@@ -106,6 +106,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_with_its_scale(tmp_path, text_da
     [
         (["training.dtype=float16", "parallel.zero_stage=1"], "training.dtype=float16 does not go with parallel.zero"),
         (["training.initial_loss_scale=0.5"], "training.initial_loss_scale"),
+        (["training.initial_loss_scale=1.5"], "initial_loss_scale=1.5 is no power of two; take one near it, such as 2"),
     ],
 )
 def test_what_float16_cannot_have_is_refused(keys, sentence):

@@ -311,6 +311,12 @@ def test_another_kind_of_balance_starts_afresh_and_says_so(tmp_path, text_data, 
     assert "afresh" not in said and said.count("model.ffn.balance.kind=bias keeps it") == 1
     assert not any(key.startswith("moving.") for key in last_tensors(back))
 
+    # Nor is a part of a bias left out without a word.
+    capsys.readouterr()
+    train(tiny_run(tmp_path, text_data, "training.steps=8", *BIASED))
+    train(tiny_run(tmp_path, text_data, "training.steps=10", *BIASED, "model.ffn.balance.mean_decay=null"))
+    assert capsys.readouterr().out.count("without the mean logits of") == 1
+
 
 def test_a_run_from_the_weights_of_another_takes_its_bias(uninterrupted, tmp_path, text_data):
     slow = ("training.steps=1", *BIASED, "model.ffn.balance.update_rate=0.001")
