@@ -6,7 +6,8 @@ arguments, and the keys of `model:` in a run file.
 
 import difflib
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, overload
@@ -307,9 +308,11 @@ class CausalLM(nn.Module):
     def forward(self, input_ids: Any, states: State | None = None) -> tuple[Tensor, Any]:
         """Logits `[B, T, V]` of integer ids `[B, T]` after the prefix of `states`, and the states after them.
 
-        Raises UserError for ids that are none of the vocabulary, ValueError for states of another model or batch.
+        Raises UserError for ids that are none of the vocabulary, and states of another model or batch.
         """
-        return self.model(self._ids(input_ids), _states(states))
+        ids = self._ids(input_ids)
+        with _states_that_fit(states):
+            return self.model(ids, _states(states))
 
     def generate(
         self,
@@ -335,6 +338,17 @@ class CausalLM(nn.Module):
         Raises UserError for ids that are none of the vocabulary, and values out of range.
         """
         ids = self._ids(input_ids)
+        if self.device.type == "meta" or ids.is_meta:
+            raise UserError("a model on the meta device has no weights to generate with; build it on cpu or cuda")
+        for name, value in (
+            ("max_length", max_length),
+            ("max_new_tokens", max_new_tokens),
+            ("eos_token_id", eos_token_id),
+        ):
+            _check_whole(name, value, may_be_none=True)
+        _check_whole("pad_token_id", pad_token_id)
+        if not isinstance(do_sample, bool):
+            raise UserError(f"do_sample={do_sample!r} is neither True nor False")
         check_prompts(ids.tolist(), self.config.context_limit)
         if max_length is not None and max_new_tokens is not None:
             raise UserError(f"max_length={max_length} and max_new_tokens={max_new_tokens} exclude each other; give one")
@@ -379,6 +393,11 @@ class CausalLM(nn.Module):
         return ids.to(self.device, torch.long)
 
 
+def _check_whole(name: str, value: Any, *, may_be_none: bool = False) -> None:
+    if not (may_be_none and value is None) and (type(value) is not int or not -1 <= value < 2**63):
+        raise UserError(f"{name}={reprlib.repr(value)} is no whole number of that size; give an int")
+
+
 def _fresh(config: FamilyConfig) -> LanguageModel:
     """The initialised model of a configuration, on the default device."""
     own = parse(config.model_dump(), source=type(config).__name__)
@@ -389,6 +408,17 @@ def _fresh(config: FamilyConfig) -> LanguageModel:
         model = materialize(lambda: build(own), device=device, dtype=torch.get_default_dtype())
         initialize(model, seed=int(torch.randint(2**62, ())))
     return model
+
+
+@contextmanager
+def _states_that_fit(given: Any) -> Iterator[None]:
+    """Raises UserError for states of another model or batch."""
+    try:
+        yield
+    except ValueError as error:
+        if given is None:
+            raise
+        raise UserError(f"states do not go with these ids and this model ({error}); give what they led to") from None
 
 
 def _states(given: Any) -> State | None:
@@ -428,7 +458,8 @@ class LFM3BForCausalLM(CausalLM):
         if attention_mask is not None and not torch.as_tensor(attention_mask).bool().all():
             raise UserError("attention_mask hides some ids, and rows have no filling here; give each row by itself")
         assert isinstance(self.model, lfm_family.LFM)
-        hidden, after, found = self.model.advance_and_diagnose(ids, _states(states))
+        with _states_that_fit(states):
+            hidden, after, found = self.model.advance_and_diagnose(ids, _states(states))
         loss = None
         if labels is not None:
             labels = self._labels(labels).to(ids.device)
@@ -506,7 +537,11 @@ class Loaded:
         depend on them.  Raises UserError for a prompt that is empty, or an illegal value.
         """
         config = SamplingConfig.from_tree(sampling, source="generate()")
-        prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+        if not isinstance(prompts, (str, list, tuple)):
+            raise UserError(
+                f"prompts={reprlib.repr(prompts)} are neither text nor ids; give a text, ids, or a list of either"
+            )
         is_one = isinstance(prompts, str) or not prompts or isinstance(prompts[0], int)
         several = [prompts] if is_one else prompts
         ids = [self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in several]
@@ -523,6 +558,8 @@ def load(path: Path | str, device: str | torch.device = "auto") -> Loaded:
     `device` is auto (a GPU if one is visible), cpu or cuda; weights are in `working_dtype` of it.  Raises UserError,
     naming the file, for a folder without a checkpoint or one that is damaged.
     """
+    if not isinstance(path, (str, Path)):
+        raise UserError(f"{path!r} is no path; give a run or checkpoint folder, as in load('runs/NAME')")
     name = str(device)
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={name!r} is none of auto, cpu, cuda")

@@ -1,5 +1,6 @@
 """What `from lfm import ...` gives: published names and calls, initialised by construction, over the models."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -252,3 +253,31 @@ def test_labels_that_are_no_ids_are_refused(make):
     ids = torch.tensor([[1, 2, 3]])
     with pytest.raises(lfm.UserError, match="labels are"):
         model(ids, labels=make(ids))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"max_length": "5"}, "max_length='5' is no whole number"),
+        ({"max_length": 5.5}, "max_length=5.5 is no whole number"),
+        ({"pad_token_id": 2**70}, "pad_token_id=11805916207174113034"),
+        ({"pad_token_id": 1.5}, "pad_token_id=1.5 is no whole number"),
+        ({"eos_token_id": "a"}, "eos_token_id='a' is no whole number"),
+        ({"do_sample": "no"}, "do_sample='no' is neither True nor False"),
+    ],
+)
+def test_arguments_of_generate_of_other_kinds_are_refused(arguments, words):
+    with pytest.raises(lfm.UserError, match=re.escape(words)):
+        LFM3BForCausalLM(LFM3BConfig(**SMALL)).generate([[1, 2]], **arguments)
+
+
+def test_states_of_another_batch_are_refused():
+    model = LFM3BForCausalLM(LFM3BConfig(**SMALL))
+    states = model([[1, 2], [3, 4]]).states
+    with pytest.raises(lfm.UserError, match="states do not go with these ids"):
+        model([[5]], states=states)
+
+
+def test_a_path_that_is_none_is_refused():
+    with pytest.raises(lfm.UserError, match="3 is no path; give a run or checkpoint folder"):
+        lfm.load(3)  # pyright: ignore[reportArgumentType]
