@@ -340,11 +340,8 @@ class CausalLM(nn.Module):
         ids = self._ids(input_ids)
         if self.device.type == "meta" or ids.is_meta:
             raise UserError("a model on the meta device has no weights to generate with; build it on cpu or cuda")
-        for name, value in (
-            ("max_length", max_length),
-            ("max_new_tokens", max_new_tokens),
-            ("eos_token_id", eos_token_id),
-        ):
+        whole = {"max_length": max_length, "max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
+        for name, value in whole.items():
             _check_whole(name, value, may_be_none=True)
         _check_whole("pad_token_id", pad_token_id)
         if not isinstance(do_sample, bool):
