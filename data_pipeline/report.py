@@ -23,7 +23,7 @@ _AGAIN = "restore it from a copy or prepare the data set again with overwrite=tr
 def write_report(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     """Write `report` with what else is to be known of `folder`; returns all of it."""
     files = {
-        name: {"bytes": file_size(folder / name), "sha256": _sha256(folder / name)}
+        name: {"bytes": file_size(folder / name), "sha256": file_sha256(folder / name)}
         for name in (DROPPED_NAME, TEXT_NAME)
         if exists(folder / name)
     }
@@ -59,7 +59,7 @@ def check_file(folder: Path, report: dict[str, Any], name: str, *, full: bool = 
     size = file_size(folder / name)
     if size != wanted["bytes"]:
         raise UserError(f"{folder / name} has {size} bytes instead of {wanted['bytes']}; {_AGAIN}")
-    if full and _sha256(folder / name) != wanted["sha256"]:
+    if full and file_sha256(folder / name) != wanted["sha256"]:
         raise UserError(f"{folder / name} is damaged: its sha256 is not the one in {REPORT_NAME}; {_AGAIN}")
     return size
 
@@ -117,7 +117,8 @@ def _checksum(report: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of the content.  Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         while block := file.read(1 << 20):
