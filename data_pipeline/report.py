@@ -47,10 +47,23 @@ def found_report(folder: Path) -> dict[str, Any] | None:
 
 
 def check_report(folder: Path, report: dict[str, Any]) -> None:
-    """Raises UserError if it is not what was written; a report of an earlier version has nothing to tell that by."""
+    """Raises UserError if it is not what was written, as far as that can be told, or names other files than its own.
+
+    A report of an earlier version has no checksum.
+    """
     is_earlier = "checksum" not in report and "files" not in report
     if not is_earlier and report.get("checksum") != _checksum(report):
         raise UserError(f"{folder / REPORT_NAME} is damaged: its checksum does not match its contents; {_AGAIN}")
+    files, splits = report.get("files", {}), report.get("splits")
+    is_known = (
+        isinstance(files, dict)
+        and files.keys() <= {DROPPED_NAME, TEXT_NAME}
+        and all(isinstance(of, dict) and of.keys() >= {"bytes", "sha256"} for of in files.values())
+        and isinstance(splits, dict)
+        and all(isinstance(of, dict) for of in splits.values())
+    )
+    if not is_known:
+        raise UserError(f"{folder / REPORT_NAME} is wrong: its files or splits are not those of a report; {_AGAIN}")
 
 
 def check_file(folder: Path, report: dict[str, Any], name: str, *, full: bool = True) -> int:
