@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,6 +36,8 @@ class OwnText:
     config: PrepareConfig
     reasons: tuple[str, ...]
     """A line for each choice."""
+    standard_input: Path | None
+    """The file of the sources that holds what came from there."""
 
     @property
     def next_command(self) -> str:
@@ -61,8 +63,9 @@ def own_text(words: Sequence[str], *, spool: Path) -> OwnText:
     given = {override.partition("=")[0].strip() for override in overrides}
     output = next((word.partition("=")[2] for word in overrides if word.startswith("output=")), None)
     output = output or f"data/{_stem(names[0])}"
-    paths = [str(_kept_input(spool)) if name == STANDARD_INPUT else name for name in names]
-    by_kind = _by_kind(paths, exclude := _below(output, paths))
+    kept = _kept_input(spool) if STANDARD_INPUT in names else None
+    paths = [str(kept) if name == STANDARD_INPUT else name for name in names]
+    by_kind = _by_kind(paths, exclude := _below(output, paths), {str(kept): "the standard input"})
     sources: list[dict[str, Any]] = [
         {"kind": kind, "paths": of_kind, "suffixes": list(_SUFFIXES[kind]), "exclude": exclude}
         for kind, of_kind in by_kind.items()
@@ -82,7 +85,7 @@ def own_text(words: Sequence[str], *, spool: Path) -> OwnText:
         {"output": output, "sources": sources, **tree}, overrides, source="what is chosen for the text"
     )
     asked = {key.partition(".")[0] for key in given}
-    return OwnText(config, tuple(line for key, line in reasons.items() if key not in asked))
+    return OwnText(config, tuple(line for key, line in reasons.items() if key not in asked), kept)
 
 
 def _choices(num_bytes: int, *, is_cut: bool, reads_tokenizer: bool) -> tuple[dict[str, Any], dict[str, str]]:
@@ -110,8 +113,11 @@ def _choices(num_bytes: int, *, is_cut: bool, reads_tokenizer: bool) -> tuple[di
     return tree, reasons
 
 
-def _by_kind(paths: Sequence[str], exclude: list[str]) -> dict[str, list[str]]:
-    """Paths by the kind of source that reads them, in the order of their first.  Raises UserError."""
+def _by_kind(paths: Sequence[str], exclude: list[str], called: Mapping[str, str]) -> dict[str, list[str]]:
+    """Paths by the kind of source that reads them, in the order of their first.
+
+    Raises UserError, which says of a path what it is `called`.
+    """
     found: dict[str, list[str]] = {}
     everything = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
     for path in paths:
@@ -123,7 +129,7 @@ def _by_kind(paths: Sequence[str], exclude: list[str]) -> dict[str, list[str]]:
         kinds = {kind: [file for file in files if _kind(file) == kind] for kind in dict.fromkeys(map(_kind, files))}
         is_one = "://" not in path and len(files) == 1 and expanded(path).is_file()
         if is_one and "text" in kinds:
-            _check_is_text(files[0], path)
+            _check_is_text(files[0], called.get(path, path))
         for kind, of_kind in kinds.items():
             # A folder is searched by suffix; what a glob found may be of several kinds.
             whole = len(kinds) == 1 or ("://" not in path and expanded(path).is_dir())
@@ -176,6 +182,7 @@ def _kept_input(spool: Path) -> Path:
         shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
     if os.path.getsize(path) == 0:
         raise UserError("the standard input (-) is empty; pipe text into it")
+    os.utime(path, (0, 0))  # when it was piped in says nothing of it
     return path
 
 

@@ -32,6 +32,7 @@ from data_pipeline.report import (
     DROPPED_NAME,
     REPORT_NAME,
     check_report,
+    file_sha256,
     found_report,
     in_words,
     left_out,
@@ -70,8 +71,10 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @talking()
-def prepare(config: PrepareConfig) -> dict[str, Any]:
+def prepare(config: PrepareConfig, *, standard_input: Path | None = None) -> dict[str, Any]:
     """Make the data set unless it is there already; returns the content of its report.json.
+
+    `standard_input` is the file of the sources that holds what was piped in: it counts by its content, wherever it is.
 
     Raises UserError if `output` holds something else, a source or the tokenizer cannot be used, a split stays empty, or
     the disk is full.
@@ -80,7 +83,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     output = behind_links(expanded(config.output))
     counts: Counter[str] = Counter()
     found = find_files(config.sources, counts)
-    fingerprint = _fingerprint(config, found)
+    fingerprint = _fingerprint(config, found, standard_input)
     report = found_report(output)
     if report is not None and not config.overwrite:
         check_report(output, report)
@@ -104,6 +107,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         try:
             partial.mkdir()
             report = {"fingerprint": fingerprint, **_build(config, found, counts, partial)}
+            report = _renamed(report, standard_input, "-")
             report = write_report(partial, report)
             replace_folder(output, by=partial)
         except OSError as error:
@@ -187,16 +191,27 @@ def _facts(index: SplitIndex | BinFile) -> dict[str, Any]:
     return index.model_dump(exclude={"xxh64"} if is_masked else {"xxh64", "num_labels"})
 
 
-def _fingerprint(config: PrepareConfig, found: Sequence[Sequence[InputFile]]) -> str:
-    """Equal for equal configs over unchanged inputs; the inputs count by path, size and time, without reading them."""
+def _fingerprint(config: PrepareConfig, found: Sequence[Sequence[InputFile]], standard_input: Path | None) -> str:
+    """Equal for equal configs over unchanged inputs.
+
+    The inputs count by path, size and time, without reading them, but for what was piped in.
+    """
     inputs = [(str(file.path), file.num_bytes, file.mtime_ns) for of_source in found for file in of_source]
     if config.tokenizer.file is not None:
         path = expanded(config.tokenizer.file)
         path = path / TOKENIZER_NAME if path.is_dir() else path
         if path.exists():  # if not, reading it says so
             inputs.append((str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns))
-    content = json.dumps([FORMAT_VERSION, lasting(config), inputs], sort_keys=True)
+    tree = [FORMAT_VERSION, lasting(config), inputs]
+    if standard_input is not None:
+        tree = _renamed(tree, standard_input, file_sha256(standard_input))
+    content = json.dumps(tree, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _renamed(tree: Any, path: Path | None, name: str) -> Any:
+    """A tree of JSON with `name` wherever it has `path`."""
+    return tree if path is None else json.loads(json.dumps(tree).replace(json.dumps(str(path))[1:-1], name))
 
 
 def _check_replaceable(output: Path, config: PrepareConfig) -> None:
@@ -225,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, _ = parse_command_line(PrepareConfig, DESCRIPTION, argv, without_config=without_config)
         for line in own[0].reasons if own else ():
             print(line)
-        prepare(config)
+        prepare(config, standard_input=own[0].standard_input if own else None)
         if own:
             print(f"next: {own[0].next_command}")
 

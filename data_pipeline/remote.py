@@ -1,19 +1,23 @@
 """Files of text at http(s)://, s3://, gs:// and what else fsspec reads: fetched once, then read as any other."""
 
+import filecmp
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lfm.data.remote import options
-from lfm.errors import UserError
+from lfm.errors import PASSWORD, UserError
 from lfm.files import exists, expanded, refusing, shown
 
 CACHE = "~/.cache/lfm/fetched"
 """What has been fetched; an entry is of a file by its address, size and, where the server tells, version."""
+_VERSIONS = "ETag etag Last-Modified LastModified last_modified Content-MD5 Digest mtime updated".split()
+"""What the web, the stores and other file systems call that which changes with a file."""
 _PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs"}
 """Of the extra `remote`."""
 _CONNECTION_SECONDS = 30.0
@@ -33,18 +37,17 @@ def fetched(url: str, suffixes: tuple[str, ...], exclude: Sequence[str]) -> list
         )
     try:
         system, path = fsspec.url_to_fs(url, **_options(scheme))
+        names = _names(system, path, suffixes, exclude)
+        with refusing("make room, or fetch the file yourself"):
+            folder = expanded(CACHE)
+            folder.mkdir(parents=True, exist_ok=True)
+        return [_local(system, name, folder) for name in names]
     except ImportError:
         if scheme in ("gs", "gcs"):
             package, install = "gcsfs", "pip install gcsfs"
         else:
             package, install = _PACKAGES.get(scheme, f"of {scheme}://"), "pip install 'lfm-training[remote]'"
         raise UserError(f"source path {shown(url)} needs the package {package}; install it with `{install}`") from None
-    try:
-        names = _names(system, path, suffixes, exclude)
-        with refusing("make room, or fetch the file yourself"):
-            folder = expanded(CACHE)
-            folder.mkdir(parents=True, exist_ok=True)
-        return [_local(system, name, folder) for name in names]
     except UserError:
         raise
     except Exception as error:  # of many classes: a server that cannot be reached, refuses or closes the connection
@@ -52,6 +55,8 @@ def fetched(url: str, suffixes: tuple[str, ...], exclude: Sequence[str]) -> list
         if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
             raise UserError(f"source path {shown(url)} leads to no file; correct it or remove it") from None
         words = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+        for password in re.findall(PASSWORD, url):  # stores say it without the scheme
+            words = words.replace(f":{password}@", ":***@")
         raise UserError(
             f"source path {shown(url)} cannot be fetched ({words}); check the address and the connection, or fetch it "
             "yourself and give the local file"
@@ -81,10 +86,12 @@ def _names(system: Any, path: str, suffixes: tuple[str, ...], exclude: Sequence[
 
 def _local(system: Any, name: str, folder: Path) -> Path:
     about = system.info(name)
-    version = [str(about.get(key)) for key in ("size", "ETag", "etag", "LastModified", "mtime", "updated")]
-    digest = hashlib.sha256(json.dumps([system.unstrip_protocol(name), version]).encode()).hexdigest()[:16]
-    local = folder / digest / (PurePosixPath(name).name or "index")
-    if exists(local):
+    version = [str(about[key]) for key in _VERSIONS if about.get(key) is not None]
+    content = json.dumps([system.unstrip_protocol(name), str(about.get("size")), version])
+    base = PurePosixPath(name).name
+    local = folder / hashlib.sha256(content.encode()).hexdigest()[:16] / (base if base not in ("", "..") else "index")
+    is_known = bool(version) or about.get("size") is not None
+    if is_known and exists(local):
         return local
     temporary = local.with_name(f".{local.name}.{os.getpid()}.tmp")
     with refusing("make room, or fetch the file yourself"):
@@ -93,7 +100,9 @@ def _local(system: Any, name: str, folder: Path) -> Path:
         system.get_file(name, str(temporary))
         if about.get("size") not in (None, temporary.stat().st_size):
             raise OSError(f"{temporary.stat().st_size} of {about['size']} bytes came")
-        os.replace(temporary, local)
+        # What is fetched anew and has not changed keeps its time, by which a data set knows its inputs.
+        if not (exists(local) and filecmp.cmp(local, temporary, shallow=False)):
+            os.replace(temporary, local)
     finally:
         temporary.unlink(missing_ok=True)
     return local

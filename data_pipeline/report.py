@@ -23,7 +23,7 @@ _AGAIN = "restore it from a copy or prepare the data set again with overwrite=tr
 def write_report(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     """Write `report` with what else is to be known of `folder`; returns all of it."""
     files = {
-        name: {"bytes": file_size(folder / name), "sha256": _sha256(folder / name)}
+        name: {"bytes": file_size(folder / name), "sha256": file_sha256(folder / name)}
         for name in (DROPPED_NAME, TEXT_NAME)
         if exists(folder / name)
     }
@@ -47,10 +47,23 @@ def found_report(folder: Path) -> dict[str, Any] | None:
 
 
 def check_report(folder: Path, report: dict[str, Any]) -> None:
-    """Raises UserError if it is not what was written; a report of an earlier version has nothing to tell that by."""
+    """Raises UserError if it is not what was written, as far as that can be told, or names other files than its own.
+
+    A report of an earlier version has no checksum.
+    """
     is_earlier = "checksum" not in report and "files" not in report
     if not is_earlier and report.get("checksum") != _checksum(report):
         raise UserError(f"{folder / REPORT_NAME} is damaged: its checksum does not match its contents; {_AGAIN}")
+    files, splits = report.get("files", {}), report.get("splits")
+    is_known = (
+        isinstance(files, dict)
+        and files.keys() <= {DROPPED_NAME, TEXT_NAME}
+        and all(isinstance(of, dict) and of.keys() >= {"bytes", "sha256"} for of in files.values())
+        and isinstance(splits, dict)
+        and all(isinstance(of, dict) for of in splits.values())
+    )
+    if not is_known:
+        raise UserError(f"{folder / REPORT_NAME} is wrong: its files or splits are not those of a report; {_AGAIN}")
 
 
 def check_file(folder: Path, report: dict[str, Any], name: str, *, full: bool = True) -> int:
@@ -59,7 +72,7 @@ def check_file(folder: Path, report: dict[str, Any], name: str, *, full: bool = 
     size = file_size(folder / name)
     if size != wanted["bytes"]:
         raise UserError(f"{folder / name} has {size} bytes instead of {wanted['bytes']}; {_AGAIN}")
-    if full and _sha256(folder / name) != wanted["sha256"]:
+    if full and file_sha256(folder / name) != wanted["sha256"]:
         raise UserError(f"{folder / name} is damaged: its sha256 is not the one in {REPORT_NAME}; {_AGAIN}")
     return size
 
@@ -117,7 +130,8 @@ def _checksum(report: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of the content.  Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         while block := file.read(1 << 20):

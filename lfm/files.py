@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from lfm.errors import UserError
+from lfm.errors import UserError, without_passwords
 from lfm.talk import complain
 
 T = TypeVar("T")
@@ -81,7 +81,10 @@ def listed(folder: Path) -> list[Path]:
 
 
 def shown(path: Path | str) -> str:
-    """A path as it can be printed anywhere: bytes that are no UTF-8 and control characters escaped, the middle cut."""
+    """A path or URL as it can be printed anywhere.
+
+    Bytes that are no UTF-8 and control characters are escaped, a password is ***, and the middle of a long one is cut.
+    """
 
     def escaped(character: str) -> str:
         if character.isprintable():
@@ -89,7 +92,7 @@ def shown(path: Path | str) -> str:
         code = ord(character)
         return f"\\x{code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code:02x}"
 
-    text = "".join(map(escaped, str(path)))
+    text = "".join(map(escaped, without_passwords(str(path))))
     return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]} ({len(text):,} characters)"
 
 

@@ -34,14 +34,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lfm.data.mds import VERSION, ShardWriter
+from lfm.data.mds import HASH, LARGEST_SHARD, VERSION, ShardWriter
 from lfm.errors import UserError
-from lfm.files import exists, json_checksum, read_file, sync, write_durably
+from lfm.files import exists, json_checksum, read_file, shown, sync, write_durably
 
 FORMAT_VERSION = 1
 FORMAT_VERSION_OF_COLUMNS = 2
@@ -52,6 +52,8 @@ SPLITS = ("train", "validation")
 LABEL_MASK = "label_mask"
 COLUMN_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 """Of further columns: those that tensors have."""
+_MOST_AXES = 32
+"""Of an array of NumPy's."""
 
 Split = Literal["train", "validation"]
 Packing = Literal["greedy", "one_document", "best_fit"]
@@ -60,20 +62,20 @@ Packing = Literal["greedy", "one_document", "best_fit"]
 class SplitIndex(BaseModel):
     """What is known about a split: in index.json, beyond the list of its shards."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     format_version: int
     split: Split
-    seq_length: int
-    vocab_size: int
+    seq_length: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
     dtype: Literal["uint16", "uint32"]
     eod_id: int
     tokenizer_sha256: str
     """Of the bytes of the data set's tokenizer.json."""
-    num_rows: int
-    num_tokens: int
+    num_rows: int = Field(ge=0)
+    num_tokens: int = Field(ge=0)
     """Ids of text and ends of documents, without padding."""
-    num_padding: int
+    num_padding: int = Field(ge=0)
     num_documents: int | None
     """None: not known."""
     text_bytes: int | None
@@ -85,6 +87,67 @@ class SplitIndex(BaseModel):
     """sha256 of everything else in index.json, so that damage to it is noticed too."""
 
 
+class _FileEntry(BaseModel):
+    """What index.json says of a file of a shard."""
+
+    model_config = ConfigDict(strict=True)
+
+    # One plain name: it is joined to the folder, fetched into it and removed from it.  None of the cache's own begins
+    # like this, and nothing in it means more than itself in a pattern or URL.
+    basename: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}$")
+    bytes: int = Field(ge=0)
+    hashes: dict[str, str]
+
+    @model_validator(mode="after")
+    def _is_hashed(self) -> "_FileEntry":
+        if HASH not in self.hashes:
+            raise ValueError(f"hashes has no {HASH}")
+        return self
+
+
+class _ShardEntry(BaseModel):
+    """What index.json says of a shard, as far as it is read here."""
+
+    model_config = ConfigDict(strict=True)
+
+    samples: int = Field(ge=1)
+    raw_data: _FileEntry
+    zip_data: _FileEntry | None
+    compression: str | None
+    column_names: list[str]
+    column_encodings: list[str]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "_ShardEntry":
+        if self.raw_data.bytes > LARGEST_SHARD:
+            raise ValueError(f"a raw file of {self.raw_data.bytes} bytes is past what MDS can hold")
+        if 4 * (self.samples + 2) > self.raw_data.bytes:
+            raise ValueError(f"a raw file of {self.raw_data.bytes} bytes does not hold samples={self.samples}")
+        if self.zip_data is not None and self.compression is None:
+            raise ValueError("zip_data is of no compression")
+        if len(self.column_names) != len(self.column_encodings):
+            raise ValueError("column_names and column_encodings are not as many")
+        return self
+
+
+class _IndexFile(BaseModel):
+    """index.json, in which the numbers of all parts agree."""
+
+    lfm: SplitIndex
+    shards: Annotated[list[_ShardEntry], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "_IndexFile":
+        if (total := sum(shard.samples for shard in self.shards)) != self.lfm.num_rows:
+            raise ValueError(f"num_rows={self.lfm.num_rows}, and the samples of the shards are {total}")
+        names = [INDEX_NAME]
+        for shard in self.shards:
+            names += [file.basename for file in (shard.raw_data, shard.zip_data) if file is not None]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the basename {max(names, key=names.count)} is that of two files")
+        return self
+
+
 def id_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     """The narrower of the two stored dtypes that holds ids 0 .. vocab_size - 1."""
     return "uint16" if vocab_size <= 65536 else "uint32"
@@ -93,8 +156,11 @@ def id_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
     """The record of the split in `folder`, and MDS's description of each shard in row order.
 
-    Raises UserError if index.json is missing, damaged, of another split than the folder's name says, of another format
-    version or not made by data_pipeline.prepare.
+    What comes back can be relied on: every key that is read is there and of its type, file names are plain ones, and
+    the numbers of rows agree with each other and fit into the files.
+
+    Raises UserError if index.json is missing, damaged, wrong, of another split than the folder's name says, of another
+    format version or not made by data_pipeline.prepare.
     """
     path = folder / INDEX_NAME
     again = "restore the file or prepare the data set again with overwrite=true"
@@ -114,18 +180,29 @@ def read_index(folder: Path) -> tuple[SplitIndex, list[dict[str, Any]]]:
             f"{path} has format_version={version} and this lfm reads {FORMAT_VERSION} and {FORMAT_VERSION_OF_COLUMNS}; "
             f"{again}"
         )
-    damaged = UserError(f"{path} is damaged: its checksum does not match its contents; {again}")
+    if tree["lfm"].get("checksum") != _checksum(tree):
+        raise UserError(f"{path} is damaged: its checksum does not match its contents; {again}")
     try:
-        index, shards = SplitIndex.model_validate(tree["lfm"]), tree["shards"]
-    except (ValidationError, KeyError):
-        raise damaged from None
-    if index.checksum != _checksum(tree):
-        raise damaged
+        index = _IndexFile.model_validate(tree).lfm
+    except ValidationError as error:
+        raise UserError(f"{path} is wrong: {_first_problem(error)}; {again}") from None
     if folder.name in SPLITS and folder.name != index.split:
         raise UserError(
             f"{path} is that of the {index.split} split; put the folders of the two splits back in their places"
         )
-    return index, shards
+    return index, tree["shards"]
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    said = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("value_error", "missing"):
+        return f"{where}: {said}" if where else said
+    if problem["type"] == "string_pattern_mismatch":
+        said = "this is not one plain file name"
+    value = problem["input"]
+    return f"{where}={shown(value if isinstance(value, str) else repr(value)[:100])}: {said}"
 
 
 @dataclass(frozen=True)
@@ -144,7 +221,7 @@ class Column:
             column = cls(of[0], tuple(int(size) for size in of[1].split(",")))
         else:
             column = cls(encoding)
-        if column.dtype not in COLUMN_DTYPES or min(column.shape, default=1) < 1:
+        if column.dtype not in COLUMN_DTYPES or min(column.shape, default=1) < 1 or len(column.shape) > _MOST_AXES:
             raise ValueError(encoding)
         return column
 
@@ -176,6 +253,11 @@ class RowLayout:
         self._after = sorted(name for name in self._fixed if name > "doc_lengths")
         self._bytes_before = sum(self._fixed[name].num_bytes for name in self._before)
         self._bytes_after = sum(self._fixed[name].num_bytes for name in self._after)
+
+    @property
+    def least_bytes(self) -> int:
+        """Of a stored row, which has one document length or more."""
+        return 4 + self._bytes_before + 6 + self._bytes_after
 
     @property
     def encodings(self) -> dict[str, str]:
@@ -255,6 +337,11 @@ def read_layout(folder: Path, index: SplitIndex, shards: Sequence[Mapping[str, A
             raise UserError(
                 f"{path}: the rows of {shard['raw_data']['basename']} have the columns {_in_words(_table(shard))}, and "
                 f"those of this split have {_in_words(layout.encodings)}; write the split again"
+            )
+        if shard["samples"] * layout.least_bytes > shard["raw_data"]["bytes"]:
+            raise UserError(
+                f"{path}: {shard['raw_data']['basename']} has {shard['raw_data']['bytes']} bytes, which do not hold "
+                f"{shard['samples']} rows of seq_length={index.seq_length} with these columns; write the split again"
             )
     return layout
 

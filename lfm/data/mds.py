@@ -24,15 +24,16 @@ HASH = "xxh64"
 VERSION = 2
 """Of index.json."""
 
-_DECOMPRESS = {
-    "zstd": cramjam.zstd.decompress,
-    "gz": cramjam.gzip.decompress,
-    "bz2": cramjam.bzip2.decompress,
-    "br": cramjam.brotli.decompress,
-    "snappy": cramjam.snappy.decompress_raw,
+_DECOMPRESS_INTO = {
+    "zstd": cramjam.zstd.decompress_into,
+    "gz": cramjam.gzip.decompress_into,
+    "bz2": cramjam.bzip2.decompress_into,
+    "br": cramjam.brotli.decompress_into,
+    "snappy": cramjam.snappy.decompress_raw_into,
 }
+"""Each ends with an error where the buffer ends before the content."""
 _ZSTD_LEVEL = 3
-_LARGEST_SHARD = 2**32 - 1
+LARGEST_SHARD = 2**32 - 1
 """Rows are found by uint32."""
 
 
@@ -48,8 +49,8 @@ class ShardWriter:
         """
         if exists(folder) and listed(folder):
             raise UserError(f"{shown(folder)} is not empty; write shards into another folder")
-        if not 0 < shard_bytes <= _LARGEST_SHARD:
-            raise UserError(f"shard_bytes={shard_bytes} is past what MDS can hold; set it to {_LARGEST_SHARD} or less")
+        if not 0 < shard_bytes <= LARGEST_SHARD:
+            raise UserError(f"shard_bytes={shard_bytes} is past what MDS can hold; set it to {LARGEST_SHARD} or less")
         if compression not in (None, "zstd"):
             raise UserError(f"compression={compression} is not written; choose zstd or null")
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,13 +107,24 @@ def _record(name: str, data: bytes) -> dict[str, Any]:
     return {"basename": name, "bytes": len(data), "hashes": {HASH: xxhash.xxh64(data).hexdigest()}}
 
 
-def decompressed(path: Path, compression: str) -> bytes:
-    """The raw content of a compressed shard.  Raises UserError naming the file if it cannot be had."""
-    decompress = _DECOMPRESS.get(compression.partition(":")[0])
-    if decompress is None:
-        known = ", ".join(_DECOMPRESS)
-        raise UserError(f"shard {shown(path)} has compression={compression}; only {known} can be read; write it anew")
+def decompressed(path: Path, compression: str, num_bytes: int) -> bytearray:
+    """The raw content of a compressed shard, of `num_bytes` at most: no more than that is ever unpacked.
+
+    Raises UserError naming the file if it cannot be had.
+    """
+    decompress_into = _DECOMPRESS_INTO.get(compression.partition(":")[0])
+    if decompress_into is None:
+        known = ", ".join(_DECOMPRESS_INTO)
+        raise UserError(
+            f"shard {shown(path)} has compression={shown(compression)}; only {known} can be read; write it anew"
+        )
+    data = read_file(path)
     try:
-        return bytes(decompress(read_file(path)))
-    except cramjam.DecompressionError as error:
-        raise UserError(f"shard {shown(path)} is no {compression} ({error}); write it anew") from None
+        content = bytearray(num_bytes)
+        del content[decompress_into(data, content) :]
+    except (cramjam.DecompressionError, MemoryError) as error:
+        raise UserError(
+            f"shard {shown(path)} is no {shown(compression)} of {num_bytes} bytes ({error or 'out of memory'}); "
+            "write it anew"
+        ) from None
+    return content

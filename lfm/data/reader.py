@@ -306,7 +306,7 @@ class ShardReader(RowReader):
 
     def _decompress(self, shard: _Shard, zipped: _File) -> None:
         assert shard.compression is not None
-        data = decompressed(zipped.path, shard.compression)
+        data = decompressed(zipped.path, shard.compression, shard.raw.num_bytes)
         temporary = temporary_name(shard.raw.path)
         try:
             temporary.write_bytes(data)

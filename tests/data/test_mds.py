@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cramjam
 import numpy as np
 import pytest
 
@@ -122,7 +125,7 @@ def test_every_compression_of_mosaics_writer_is_read(mosaic, compression, tmp_pa
     "claimed, words",
     [
         ("lzma:3", r"shard .*shard\.00000\.mds\.zstd has compression=lzma:3; only zstd, gz, bz2, br, snappy can be"),
-        ("gz", r"shard .*shard\.00000\.mds\.zstd is no gz \("),
+        ("gz", r"shard .*shard\.00000\.mds\.zstd is no gz of \d+ bytes \("),
     ],
 )
 def test_a_compression_that_cannot_be_undone_is_one_sentence(claimed, words, tmp_path):
@@ -136,6 +139,35 @@ def test_a_compression_that_cannot_be_undone_is_one_sentence(claimed, words, tmp
     path.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=words):
         ShardReader(tmp_path / "train").read([0])
+
+
+@pytest.mark.parametrize("compression", ["zstd", "gz", "bz2", "br", "snappy"])
+def test_a_compressed_shard_is_unpacked_to_its_stated_size_and_no_further(compression, tmp_path):
+    zeros = bytes(256 << 20)
+    module = {"gz": cramjam.gzip, "bz2": cramjam.bzip2, "br": cramjam.brotli}.get(compression, cramjam.zstd)
+    if compression == "br":
+        bomb = bytes(cramjam.brotli.compress(zeros, 1))
+    else:
+        bomb = bytes((cramjam.snappy.compress_raw if compression == "snappy" else module.compress)(zeros))
+    del zeros
+    (tmp_path / "bomb").write_bytes(bomb)
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from lfm.data.mds import decompressed
+        from lfm.errors import UserError
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            decompressed(Path(sys.argv[1]), sys.argv[2], 1000)
+        except UserError as error:
+            print(error)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "bomb"), compression]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    sentence, used = found.stdout.splitlines()
+    assert f"bomb is no {compression} of 1000 bytes (" in sentence, found
+    assert int(used) < 64 << 10, "KiB of memory"
 
 
 def test_what_cannot_be_written_is_one_sentence_and_nothing_is_made(tmp_path):

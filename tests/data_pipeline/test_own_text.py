@@ -1,6 +1,7 @@
 """`lfm prepare FILE`: what is chosen for a text, how one document is split, and what is said to a wrong one."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -108,8 +109,27 @@ def test_standard_input_of_any_size(num_bytes, seq_length, least, most, tmp_path
     found = subprocess.run(command, input=book(num_bytes), capture_output=True, timeout=60)
     assert found.returncode == 0, found.stderr
     report = json.loads((tmp_path / "data/report.json").read_text())
+    assert report["config"]["sources"][0]["paths"] == ["-"] and report["sources"][0]["name"] == "text -"
     assert report["splits"]["train"]["seq_length"] == seq_length
     assert least <= report["tokenizer"]["vocab_size"] <= most
+
+
+def test_the_same_standard_input_is_the_same_data_set_and_bad_bytes_are_those_of_it(tmp_path, monkeypatch, capsys):
+    def piped(content):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        main(["-", f"output={tmp_path}/data"])
+
+    piped(text := book(3000))
+    report = (tmp_path / "data/report.json").read_bytes()
+    piped(text)
+    assert "already prepared" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        piped(text[:-1] + b"~")
+    assert "set overwrite=true" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        piped(b"caf\xe9")
+    assert capsys.readouterr().err.startswith("error: the standard input is no text in UTF-8 (byte 3 is 0xe9)")
+    assert (tmp_path / "data/report.json").read_bytes() == report
 
 
 def test_the_choices_stay_legal_for_a_gigabyte(tmp_path):

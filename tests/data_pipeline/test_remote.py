@@ -16,6 +16,7 @@ from data_pipeline import remote
 from data_pipeline.prepare import prepare
 from data_pipeline.prepare_config import PrepareConfig, lasting
 from data_pipeline.sources import TextConfig, find_files
+from lfm.data.reader import ShardReader
 from lfm.data.tokenizer import train_bpe
 from lfm.errors import UserError
 from tests.data.corpus import config, texts, write_texts
@@ -32,7 +33,8 @@ def server(answers):
             status, headers, body = answers.get(self.path, (404, {"X-Error-Code": "RepoNotFound"}, b""))
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
+                if value is not None:
+                    self.send_header(name, value)
             self.end_headers()
             if with_body:
                 self.wfile.write(body)
@@ -67,6 +69,60 @@ def test_text_of_the_web_is_fetched_once_and_named_when_it_cannot_be(tmp_path, m
             find_files([TextConfig(paths=(f"{address}/none.txt",))], Counter())
     with pytest.raises(UserError, match=r"cannot be fetched \(.*\); check the address and the connection"):
         find_files([TextConfig(paths=(f"{address}/b.txt",))], Counter())
+
+
+def test_a_file_that_changes_on_the_server_is_fetched_anew(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(remote, "CACHE", str(tmp_path / "cache"))
+    answers = {}
+    untold = {"Content-Length": None}
+    with server(answers) as (address, asked):
+
+        def read(path, headers, body):
+            answers[path.replace("/..", "/")] = (200, headers, body)
+            ((found,),) = find_files([TextConfig(paths=(f"{address}{path}",))], Counter())
+            assert found.path.read_bytes() == body and found.path.is_relative_to(tmp_path / "cache")
+            return found
+
+        for name in ("Last-Modified", "Content-MD5", "Digest"):
+            old, new = ({name: f"Mon, 0{day} Jan 2024 00:00:00 GMT"} for day in (1, 2))
+            read(f"/{name}.txt", old, b"one")
+            read(f"/{name}.txt", new, b"two")
+            asked.clear()
+            read(f"/{name}.txt", new, b"two")
+            assert asked == [f"HEAD /{name}.txt"], "it is kept"
+        read("/untold.txt", untold, b"one")
+        assert read("/untold.txt", untold, b"two") == read("/untold.txt", untold, b"two"), (
+            "its time is that of its change"
+        )
+        assert read("/..", {}, b"text").path.name == "index"
+
+
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("reference://x", r"reference://x cannot be fetched \(TypeError"),
+        ("ftp://127.0.0.1:1/x", r"ftp://127\.0\.0\.1:1/x cannot be fetched \(ConnectionRefusedError"),
+        ("zip://a::/tmp/none.zip", r"zip://a::/tmp/none\.zip leads to no file"),
+        ("http://[::1/x", r"http://\[::1/x cannot be fetched"),
+        ("http://me:s3cr3t@127.0.0.1:1/x", r"http://me:\*\*\*@127\.0\.0\.1:1/x cannot be fetched"),
+        ("ftp://me:s3c:r3t@s3cr3t@127.0.0.1:1/x", r"ftp://me:\*\*\*@127\.0\.0\.1:1/x cannot be fetched"),
+        ("s3://me:s3cr3t@bucket/x", r"s3://me:\*\*\*@bucket/x cannot be fetched"),
+        ("none://me:s3cr3t@bucket/x", r"none://me:\*\*\*@bucket/x: no file system"),
+    ],
+)
+def test_what_no_file_system_can_open_is_one_sentence_without_passwords(url, words, tmp_path, monkeypatch):
+    pytest.importorskip("s3fs")
+    monkeypatch.setattr(remote, "CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=f"source path {words}") as raised:
+        find_files([TextConfig(paths=(url,))], Counter())
+    assert "s3c" not in str(raised.value)
+
+
+def test_a_remote_data_set_that_cannot_be_fetched_does_not_tell_the_password(tmp_path):
+    with pytest.raises(UserError, match=r"file:/.*me:\*\*\*@host/index\.json cannot be fetched") as raised:
+        ShardReader(tmp_path / "cache", remote="file://me:s3cr3t@host")
+    assert "s3cr3t" not in str(raised.value)
 
 
 def test_folders_and_globs_of_a_file_system(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """`verify` names every bad file, and every kind of damage; what a run makes of them is in tests/data."""
 
+import json
 import shutil
 import sys
 
@@ -8,6 +9,8 @@ import pytest
 from data_pipeline import verify
 from data_pipeline.prepare import prepare
 from data_pipeline.prepare_config import PrepareConfig
+from data_pipeline.report import REPORT_NAME
+from lfm.files import json_checksum
 from tests.data.corpus import make_data_set, texts, write_texts
 
 
@@ -102,3 +105,16 @@ def test_a_folder_that_is_no_data_set_is_an_error(tmp_path, monkeypatch, capsys)
     assert said(monkeypatch, capsys, tmp_path / "nowhere")[0] == 2
     code, _, errors = said(monkeypatch, capsys, tmp_path)
     assert code == 2 and len(errors) == 3  # the tokenizer and two splits
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"files": {"../x": {"bytes": 1, "sha256": ""}}}, {"files": [1]}, {"files": {"dropped.jsonl": 3}}, {"splits": []}],
+)
+def test_a_report_that_is_wrong_and_has_a_right_checksum_is_one_sentence(changes, whole, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole["raw"], tmp_path / "data")
+    path = tmp_path / "data" / REPORT_NAME
+    report = json.loads(path.read_bytes()) | changes
+    path.write_text(json.dumps(report | {"checksum": json_checksum(report)}))
+    code, _, errors = said(monkeypatch, capsys, tmp_path / "data", "--full")
+    assert code == 2 and len(errors) == 1 and "report.json is wrong: its files or splits" in errors[0], errors
