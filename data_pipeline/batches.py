@@ -15,13 +15,15 @@ from typing import Any, Literal
 from data_pipeline.completions import Span, spans_of
 from data_pipeline.markup import Markup, texts_of_markup
 from data_pipeline.pieces import Piece
-from data_pipeline.unpack import PACKED, Limits, Unreadable, opened
+from data_pipeline.unpack import Limits, Unreadable, is_packed, opened
 from lfm.errors import UserError
 from lfm.files import open_file, shown
 
 BATCH_BYTES = 1 << 19
 BATCH_FILES = 256
 _SMALL_BYTES = 1 << 20
+_ENCODING = "utf-8-sig"
+"""Of a file: a byte-order mark at its beginning is no text."""
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -105,7 +107,7 @@ class PieceBatch:
             file.seek(self.piece.start)
             content = file.read(self.num_bytes)
         try:
-            text = content.decode()
+            text = content.decode(_ENCODING if self.piece.start == 0 else "utf-8")
         except UnicodeDecodeError:
             text = None
         if text is None or len(content) != self.num_bytes:
@@ -183,7 +185,7 @@ class LineBatch:
                 counts["documents_without_text_key"] += 1
                 problem = problem or (
                     f"{origin} has no text under text_key={self.text_key!r} (its keys: {shown(', '.join(record))}); "
-                    "set text_key to one of them"
+                    f"{_way_out(record)}"
                 )
                 continue
             value = record[self.text_key]
@@ -290,13 +292,22 @@ def _text_of(value: Any, counts: Counter[str]) -> str | _WrongType | None:
     return None
 
 
+def _way_out(record: dict[str, Any]) -> str:
+    """For a record without the key of the text."""
+    if "messages" in record:
+        return "set labels=completion, which reads messages"
+    if {"prompt", "completion"} <= record.keys():
+        return "set labels=completion, which reads prompts and completions, or text_key to one of them"
+    return "set text_key to one of them"
+
+
 def _name_of_type(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _json(line: bytes) -> Any:
     """What a line says; `json.loads` of bytes would take pieces of UTF-16 and surrogates, too.  Raises ValueError."""
-    return json.loads(line.decode("utf-8-sig"))
+    return json.loads(line.decode(_ENCODING))
 
 
 def _is_object(lines: list[bytes]) -> bool:
@@ -309,7 +320,7 @@ def _is_object(lines: list[bytes]) -> bool:
 def _read(file: InputFile, counts: Counter[str]) -> str | None:
     """The content of a file; None if it is longer than a document may be."""
     limit = file.limits.record_bytes
-    if file.path.suffix in PACKED:  # a batch has many
+    if is_packed(file.path):  # a batch has many
         limit = min(limit, max(_SMALL_BYTES, file.limits.expansion * file.num_bytes))
     with opened(file.path, file.limits) as (stream, _):
         # To ask for the limit would take room for it; the file may have grown since it was found.
@@ -319,7 +330,7 @@ def _read(file: InputFile, counts: Counter[str]) -> str | None:
     if len(content) > limit:
         return None
     try:
-        return content.decode()
+        return content.decode(_ENCODING)
     except UnicodeDecodeError:
         if file.not_utf8 == "skip":
             raise

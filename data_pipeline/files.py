@@ -14,7 +14,7 @@ from typing import Any, Literal
 from data_pipeline import extras, remote
 from data_pipeline.batches import BATCH_BYTES, Batch, InputFile, Left, TextBatch
 from data_pipeline.markup import Markup
-from data_pipeline.unpack import Limits, opened
+from data_pipeline.unpack import Limits, has_suffix, opened
 from lfm.errors import UserError
 from lfm.files import exists, expanded, listed, shown
 
@@ -162,8 +162,15 @@ def matches(pattern: str, suffixes: tuple[str, ...], exclude: Sequence[str]) -> 
         if not os.path.isdir(root):
             found.append(root)  # named one by one or by a glob: taken whatever its suffix
             continue
-        found += [path for path in _walk(root, exclude) if path.name.endswith(suffixes)]
+        found += [path for path in _walk(root, exclude) if has_suffix(path.name, suffixes)]
     return found
+
+
+def other_names(folder: Path, suffixes: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Of the files in a folder that `matches` leaves out for their names, the paths below it."""
+    return [
+        path.relative_to(folder).as_posix() for path in _walk(folder, exclude) if not has_suffix(path.name, suffixes)
+    ]
 
 
 def _walk(root: Path, exclude: Sequence[str]) -> Iterator[Path]:

@@ -15,11 +15,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_pipeline.files import matches
+from data_pipeline.files import matches, other_names
 from data_pipeline.pieces import first_bad_byte
 from data_pipeline.prepare_config import PrepareConfig
 from data_pipeline.sources import SUFFIXES, SourceConfig, find_files
-from data_pipeline.unpack import PACKED
+from data_pipeline.unpack import has_suffix, is_packed
 from lfm.errors import UserError
 from lfm.files import behind_links, exists, expanded, open_file, shown
 
@@ -27,8 +27,17 @@ STANDARD_INPUT = "-"
 _MOST_FILES_CUT = 200
 """Of more files, whole ones are held out."""
 _SUFFIXES = {**SUFFIXES, "text": (*SUFFIXES["text"], *SUFFIXES["code"])}
+_EVERY_SUFFIX = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 _EXPANSION = {"jsonl": 1.0, "parquet": 2.0, "text": 1.0}
 """About how many bytes of text a byte of a file of this kind is; 3 times as many if it is compressed."""
+
+_NO_TEXT = {
+    b"%PDF-": "a PDF; take its text out of it first, such as by `pdftotext`",
+    b"PK\x03\x04": "a ZIP archive, as books and documents of Word are; take its text out of it first",
+    b"\xff\xfe": "text in UTF-16; convert it by `iconv -f utf-16 -t utf-8`",
+    b"\xfe\xff": "text in UTF-16; convert it by `iconv -f utf-16 -t utf-8`",
+}
+"""How files begin that are often given, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,8 @@ def own_text(words: Sequence[str], *, spool: Path) -> OwnText:
 
     Raises UserError for a source that leads to nothing, or is no text.
     """
-    overrides = [word for word in words if is_key(word)]
+    text_keys = [word for word in words if is_key(word) and word.startswith("text_key=")]
+    overrides = [word for word in words if is_key(word) and word not in text_keys]
     names = [word for word in words if not is_key(word)]
     if not names:
         raise UserError(
@@ -70,10 +80,12 @@ def own_text(words: Sequence[str], *, spool: Path) -> OwnText:
         {"kind": kind, "paths": of_kind, "suffixes": list(_SUFFIXES[kind]), "exclude": exclude}
         for kind, of_kind in by_kind.items()
     ]
+    if text_keys:
+        _set_text_key(sources, text_keys[-1], are_given="sources" in given)
     found = find_files([TypeAdapter(SourceConfig).validate_python(source) for source in sources], Counter())
     texts = [file.path for kind, files in zip(by_kind, found, strict=True) for file in files if kind == "text"]
     num_bytes = sum(
-        int(file.num_bytes * _EXPANSION[kind] * (3 if file.path.suffix in PACKED else 1))
+        int(file.num_bytes * _EXPANSION[kind] * (3 if is_packed(file.path) else 1))
         for kind, files in zip(by_kind, found, strict=True)
         for file in files
     )
@@ -84,6 +96,9 @@ def own_text(words: Sequence[str], *, spool: Path) -> OwnText:
     config = PrepareConfig.with_overrides(
         {"output": output, "sources": sources, **tree}, overrides, source="what is chosen for the text"
     )
+    left_out = _left_out(paths, exclude)
+    if left_out:
+        reasons = {"sources": left_out} | reasons
     asked = {key.partition(".")[0] for key in given}
     return OwnText(config, tuple(line for key, line in reasons.items() if key not in asked), kept)
 
@@ -119,12 +134,13 @@ def _by_kind(paths: Sequence[str], exclude: list[str], called: Mapping[str, str]
     Raises UserError, which says of a path what it is `called`.
     """
     found: dict[str, list[str]] = {}
-    everything = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
     for path in paths:
-        files = matches(path, everything, exclude)
+        files = matches(path, _EVERY_SUFFIX, exclude)
         if not files:
             is_folder = "://" not in path and expanded(path).is_dir()
-            lacks = f"holds no {' '.join(everything)} file" if is_folder else "leads to no file"
+            lacks = f"holds no {' '.join(_EVERY_SUFFIX)} file" if is_folder else "leads to no file"
+            if is_folder and (left_out := _left_out([path], exclude)):
+                lacks += f" ({left_out})"
             raise UserError(f"source {shown(path)} {lacks}; correct it")
         kinds = {kind: [file for file in files if _kind(file) == kind] for kind in dict.fromkeys(map(_kind, files))}
         is_one = "://" not in path and len(files) == 1 and expanded(path).is_file()
@@ -137,13 +153,43 @@ def _by_kind(paths: Sequence[str], exclude: list[str], called: Mapping[str, str]
     return found
 
 
+def _left_out(paths: Sequence[str], exclude: list[str]) -> str:
+    """How many files in folders have names that are not taken; none: ''."""
+    folders = [path for path in paths if "://" not in path and expanded(path).is_dir()]
+    names = [
+        f"{folder.rstrip('/')}/{name}"
+        for folder in folders
+        for name in other_names(expanded(folder), _EVERY_SUFFIX, exclude)
+    ]
+    if not names:
+        return ""
+    visible = (name for name in names if "/." not in name)
+    files = "1 file" if len(names) == 1 else f"{len(names):,} files"
+    return f"left out: {files} with other names, such as {shown(next(visible, names[0]))}"
+
+
+def _set_text_key(sources: list[dict[str, Any]], word: str, *, are_given: bool) -> None:
+    """Of all sources that have one.  Raises UserError if none has."""
+    of_records = [source for source in sources if source["kind"] != "text"]
+    if are_given or not of_records:
+        why = "sources= says where each text is" if are_given else "it is for .jsonl and .parquet, and there are none"
+        raise UserError(f"{word}: {why}; remove it")
+    for source in of_records:
+        source["text_key"] = word.partition("=")[2]
+
+
 def _kind(path: Path) -> str:
-    return next((kind for kind in ("jsonl", "parquet") if path.name.endswith(SUFFIXES[kind])), "text")
+    return next((kind for kind in ("jsonl", "parquet") if has_suffix(path.name, SUFFIXES[kind])), "text")
 
 
 def _check_is_text(path: Path, name: str) -> None:
-    if path.suffix in PACKED:
+    if is_packed(path):
         return
+    with open_file(path) as file:
+        beginning = file.read(8)
+    for magic, what in _NO_TEXT.items():
+        if beginning.startswith(magic):
+            raise UserError(f"{shown(name)} is {what}")
     bad = first_bad_byte(path)
     if bad is not None:
         with open_file(path) as file:
@@ -151,13 +197,13 @@ def _check_is_text(path: Path, name: str) -> None:
             byte = file.read(1)
         what = f"0x{byte[0]:02x}" if byte else "cut short"
         raise UserError(
-            f"{shown(name)} is no text in UTF-8 (byte {bad:,} is {what}); convert it, such as by "
-            "`iconv -f latin1 -t utf-8`, or take its text out of it first"
+            f"{shown(name)} is no text in UTF-8 (byte {bad:,} is {what}); convert it from its encoding, for "
+            "instance by `iconv -f cp1251 -t utf-8` or `iconv -f latin1 -t utf-8`, or take its text out of it first"
         )
 
 
 def _check_not_packed(paths: Sequence[Path]) -> None:
-    packed = [path for path in paths if path.suffix in PACKED]
+    packed = [path for path in paths if is_packed(path)]
     if packed:
         raise UserError(
             f"{shown(packed[0])} is compressed, and a few files of text are split by position, which cannot be done "
@@ -194,7 +240,7 @@ def _stem(name: str) -> str:
     while glob.has_magic(path.name) and path.parent != path and not exists(Path(path)):
         path = path.parent
     stem = path.name
-    while PurePosixPath(stem).suffix in PACKED:
+    while is_packed(PurePosixPath(stem)):
         stem = PurePosixPath(stem).stem
     return PurePosixPath(stem).stem or "text"
 

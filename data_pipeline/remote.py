@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_pipeline.unpack import has_suffix
 from lfm.data.remote import options
 from lfm.errors import PASSWORD, UserError
 from lfm.files import exists, expanded, refusing, shown
@@ -81,7 +82,7 @@ def _names(system: Any, path: str, suffixes: tuple[str, ...], exclude: Sequence[
         return [path]
     below = ((name, str(PurePosixPath(name).relative_to(path.rstrip("/")))) for name in system.find(path))
     wanted = (name for name, inner in below if not any(fnmatch(inner, pattern) for pattern in exclude))
-    return sorted(name for name in wanted if name.endswith(suffixes))
+    return sorted(name for name in wanted if has_suffix(name, suffixes))
 
 
 def _local(system: Any, name: str, folder: Path) -> Path:

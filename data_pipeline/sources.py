@@ -23,7 +23,7 @@ from data_pipeline.batches import (
 from data_pipeline.clean import CleanConfig
 from data_pipeline.markup import Markup
 from data_pipeline.pieces import cut, first_bad_byte
-from data_pipeline.unpack import PACKED, Damaged, Limits, Stream, Unreadable, opened, records
+from data_pipeline.unpack import Damaged, Limits, Stream, Unreadable, is_packed, opened, records
 from lfm.config import Bytes, Config, Count, PathText
 from lfm.errors import UserError
 from lfm.files import shown
@@ -68,8 +68,8 @@ class _Files(_Packed):
     exclude: tuple[str, ...] = ()
     """Globs on the path below the folder, where * also matches /; matching files are left out."""
     suffixes: tuple[str, ...] | None = None
-    """Endings of the files taken from folders; null: .txt .md .rst for text, .py for code, .jsonl (also compressed) for
-    jsonl, .parquet for parquet."""
+    """Endings of the files taken from folders, in capitals or not; null: .txt .md .rst for text, .py for code, .jsonl
+    (also compressed) for jsonl, .parquet for parquet."""
     max_file_bytes: Bytes | None = None
     """Larger files are left out; null: 200000 for code (larger ones are mostly data), no limit for the others."""
 
@@ -262,7 +262,7 @@ def _whole_files(source: int, found: Sequence[InputFile]) -> Iterator[Batch]:
 def _in_pieces(source: int, file: InputFile, tail: float) -> Iterator[Batch]:
     """What cannot be cut, because it is compressed or no UTF-8, is read as a whole, or left out and counted."""
     try:
-        is_text = file.path.suffix not in PACKED and file.num_bytes > 0 and first_bad_byte(file.path) is None
+        is_text = not is_packed(file.path) and file.num_bytes > 0 and first_bad_byte(file.path) is None
     except UserError:
         is_text = False
     if not is_text:
@@ -306,8 +306,9 @@ def _stdin(source: int, config: StdinConfig, text_key: str | None, stream: Strea
     size = 0
     for number, text in enumerate(records(stream, config.separator.encode(), config.max_record_bytes), start=1):
         origin = f"stdin:document {number}"
+        encoding = "utf-8-sig" if number == 1 else "utf-8"  # a byte-order mark at the beginning is no text
         try:
-            group.append((Left.TOO_LONG if text is None else text.decode(), origin))
+            group.append((Left.TOO_LONG if text is None else text.decode(encoding), origin))
         except UnicodeDecodeError as error:
             raise UserError(
                 f"document {number} of the standard input is no UTF-8 ({error.reason}); convert it first"

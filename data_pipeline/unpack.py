@@ -6,10 +6,10 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, Protocol, cast
 
 from data_pipeline import extras
@@ -23,6 +23,16 @@ DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
 _BLOCK_BYTES = 1 << 19
 _XZ_MEMORY_BYTES = 1 << 27
 """Of its largest preset, twice; a file may ask for gigabytes."""
+
+
+def has_suffix(name: str, suffixes: Sequence[str]) -> bool:
+    """Whether a file's name ends so, in capitals or not."""
+    return name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))
+
+
+def is_packed(path: PurePath) -> bool:
+    """Whether its name says that a file is compressed."""
+    return path.suffix.lower() in PACKED
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ class _Xz(io.RawIOBase):
 
 
 def _unpacked(path: Path, raw: BinaryIO, limits: Limits) -> Stream:
-    match path.suffix:
+    match path.suffix.lower():
         case ".gz" | ".dz":
             stream = cast(BinaryIO, gzip.open(raw))
         case ".bz2":

@@ -101,6 +101,7 @@ def converse(talk: Conversation, tokenizer: Tokenizer, weights: str, stop: "_Sto
             continue
         try:
             turn = tokenizer.encode_prompt(line + "\n", begin=talk.num_tokens == 0)
+            _check_room(talk, len(turn))
             talk.read(turn)
             with contextlib.closing(talk.reply_text(tokenizer, turn)) as reply:
                 for text in reply:
@@ -111,6 +112,13 @@ def converse(talk: Conversation, tokenizer: Tokenizer, weights: str, stop: "_Sto
         except UserError as error:  # the conversation goes on without what could not be read
             print(f"error: {error}", file=sys.stderr)
         print(f"[{describe(talk)}]", flush=True)
+
+
+def _check_room(talk: Conversation, num_tokens: int) -> None:
+    limit = talk.model.config.context_limit
+    if limit is not None and talk.num_tokens + num_tokens >= limit:
+        way_out = "type less" if talk.num_tokens == 0 else "/reset forgets what was read and makes room"
+        raise UserError(f"{talk.num_tokens} + {num_tokens} tokens leave no room in the context of {limit}; {way_out}")
 
 
 def keep(talk: Conversation, path: Path, weights: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from lfm.config import Config, add_flags, from_flags, path_flag
 from lfm.exits import command
+from lfm.files import exists, expanded, shown
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -42,7 +44,10 @@ def main() -> None:
 
 
 def held_out(checkpoint: Path, *, data: Path | None, device: Device, config: EvaluateConfig) -> Iterator[str]:
-    """Lines of what a checkpoint's loss on a split is; `data` None: of the data set that its run names."""
+    """Lines of what a checkpoint's loss on a split is; `data` None: of the data set that its run names.
+
+    Raises UserError for data of another tokenizer, whose ids mean something else, or of rows of another length.
+    """
     from lfm.checkpoint.manifest import read_manifest
     from lfm.data.stream import DataConfig, open_split
     from lfm.errors import UserError
@@ -54,6 +59,7 @@ def held_out(checkpoint: Path, *, data: Path | None, device: Device, config: Eva
     if path is None:
         raise UserError(f"{checkpoint} was trained on several data sets; name one with --data DIR")
     c = model.config
+    _check_data(expanded(path), config.split, checkpoint, c.seq_length)
     of_data = DataConfig(path=str(path), allow_smaller_tokenizer=True)
     rows = open_split(of_data, config.split, seq_length=c.seq_length, vocab_size=c.vocab_size)
     found = evaluate(
@@ -68,3 +74,22 @@ def held_out(checkpoint: Path, *, data: Path | None, device: Device, config: Eva
         yield f"{bits:.4f} bits per byte of text (unigram entropy of the same tokens {unigram:.4f})"
     elif found.masked:
         yield "no bits per byte: a mask leaves parts of the text out of the loss"
+
+
+def _check_data(data: Path, split: str, checkpoint: Path, seq_length: int) -> None:
+    from lfm.data.format import INDEX_NAME, TOKENIZER_NAME, read_index
+    from lfm.data.tokenizer import Tokenizer
+    from lfm.errors import UserError
+
+    own, of_data = checkpoint / TOKENIZER_NAME, data / TOKENIZER_NAME
+    again = (
+        "name data of the same by --data DIR, or prepare the text by "
+        f"`lfm prepare FILE tokenizer.file={shlex.quote(str(own))} seq_length={seq_length} output=DIR`"
+    )
+    # What is missing is said when the split is opened.
+    if exists(of_data) and Tokenizer.from_file(of_data).sha256 != Tokenizer.from_file(own).sha256:
+        raise UserError(f"{shown(of_data)} is another tokenizer than the model's, {shown(own)}; {again}")
+    if exists(data / split / INDEX_NAME):
+        found = read_index(data / split)[0].seq_length
+        if found != seq_length:
+            raise UserError(f"{shown(data)} has rows of {found} ids and the model reads rows of {seq_length}; {again}")

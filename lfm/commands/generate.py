@@ -1,6 +1,7 @@
 """Generate: `python launch/generate.py --checkpoint runs/NAME --prompt "def " [--prompt ...]`, or `--prompts FILE`."""
 
 import argparse
+import codecs
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from lfm.config import add_flags, from_flags, path_flag
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 from lfm.exits import command
-from lfm.files import expanded, read_file, shown
+from lfm.files import exists, expanded, read_file, shown
 from lfm.inference.sampling import SamplingConfig, check_prompts
 from lfm.inference.text import continuations
 from lfm.models.language_model import LanguageModel
@@ -98,7 +99,12 @@ def read_requests(file: str, sampling: SamplingConfig) -> list[Request]:
 
     Raises UserError, naming the line, for one that is no prompt, and for a file without any.
     """
+    if file != "-" and not exists(expanded(file)):
+        raise UserError(
+            f"--prompts {shown(file)} is no file; name one with a prompt a line, or - for the standard input"
+        )
     data = sys.stdin.buffer.read() if file == "-" else read_file(expanded(file))
+    data = data.removeprefix(codecs.BOM_UTF8)  # which editors write, and nobody reads
     name = "the standard input" if file == "-" else shown(Path(file))
     lines = [line.removesuffix(b"\r") for line in data.removesuffix(b"\n").split(b"\n")] if data else []
     if not lines:

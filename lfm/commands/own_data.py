@@ -1,6 +1,7 @@
 """`lfm train --data DIR --family KIND --minutes M`: a preset that fits data, device and time, as a RunConfig."""
 
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -204,7 +205,7 @@ def _chosen(wish: Wish, *, started: float) -> tuple[RunConfig, list[str]]:
     left = _left(wish, started)
     all_rows = len(data.validation) * _SCORING_COST / best.run.training.global_batch_size * best.seconds  # at the end
     by_time = int(max(0.0, left - all_rows) / best.seconds / 1.1)
-    by_text = max(_FEWEST_STEPS, math.ceil(_MOST_READINGS * data.tokens / best.tokens_a_step))
+    by_text = max(_FEWEST_STEPS, _steps_of_readings(data, best.tokens_a_step))
     steps = min(by_time, by_text)
     if steps < 10:
         raise UserError(
@@ -213,6 +214,11 @@ def _chosen(wish: Wish, *, started: float) -> tuple[RunConfig, list[str]]:
         )
     run = _preset(wish, best.preset, data, steps=steps)
     return run, list(_said(wish, run, best, data, by_time=by_time))
+
+
+def _steps_of_readings(data: _Data, tokens_a_step: int) -> int:
+    """After which the text has been read as often as it should be."""
+    return math.ceil(_MOST_READINGS * data.tokens / tokens_a_step)
 
 
 @dataclass(frozen=True)
@@ -280,11 +286,18 @@ def _said(wish: Wish, run: RunConfig, best: _Candidate, data: _Data, *, by_time:
     yield f"data: {wish.data}, {data.tokens:,} ids to train on; {sizes}"
     yield f"speed: {best.seconds:.3g} s a step of {tokens:,} ids, measured"
     readings = steps * tokens / max(1, data.tokens)
-    why = (
-        f"{by_time:,} would fit into the time, but after more readings a text is known by heart"
-        if steps < by_time
-        else f"what fits into {_SHARE_OF_TIME:.0%} of {wish.minutes:g} minutes, set-up and validation counted"
-    )
+    by_readings = _steps_of_readings(data, tokens)
+    if steps != min(by_time, max(_FEWEST_STEPS, by_readings)):
+        why = "as training.steps says"
+    elif steps == by_time:
+        why = f"what fits into {_SHARE_OF_TIME:.0%} of {wish.minutes:g} minutes, set-up and validation counted"
+    elif steps == _FEWEST_STEPS > by_readings:
+        why = (
+            f"{_MOST_READINGS} readings would be {by_readings} steps, in which a model learns little; {_FEWEST_STEPS} "
+            "are the fewest, though by their end a text so short is known by heart"
+        )
+    else:
+        why = f"{by_time:,} would fit into the time, but after more readings a text is known by heart"
     yield f"steps: {steps:,}, {readings:.1f} readings of the text: {why}"
 
 
@@ -297,7 +310,7 @@ def _why_no_larger(wish: Wish, best: _Candidate, data: _Data) -> str:
 def _chosen_before(wish: Wish, folder: Path) -> tuple[RunConfig, list[str]]:
     path = folder / CHOSEN
     headline = read_file(path).decode(errors="replace").partition("\n")[0]
-    if headline != _headline(wish):
+    if _meant(headline) != _meant(_headline(wish)):
         before = shown(headline.removeprefix("# "))
         raise UserError(
             f"{shown(folder)} was begun by `{before}`; repeat that to go on, or give another name=NAME or output=DIR"
@@ -305,10 +318,26 @@ def _chosen_before(wish: Wish, folder: Path) -> tuple[RunConfig, list[str]]:
     return RunConfig.load(path, wish.overrides), [f"going on with what was chosen before, {shown(path)}"]
 
 
+def _meant(headline: str) -> list[str]:
+    """The words of a command, the data's folder however it is written."""
+    try:
+        words = shlex.split(headline)
+        place = words.index("--data") + 1
+        words[place] = os.path.realpath(expanded(words[place]))
+    except (ValueError, IndexError, UserError):  # a damaged line is another command
+        return [headline]
+    return words
+
+
 def _name(data: str) -> str:
-    """A run's name of a data folder's."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.basename(os.path.abspath(expanded(data)))).lstrip("._-")
-    return plain or "run"
+    """A run's name of a data folder's; one that loses letters by it is told from others by a hash of its path."""
+    path = os.path.abspath(expanded(data))
+    folder = os.path.basename(path)
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", folder).lstrip("._-")
+    if not any(letter.isalnum() and not letter.isascii() for letter in folder) and plain:
+        return plain
+    digest = hashlib.blake2b(os.path.realpath(path).encode(errors="surrogateescape"), digest_size=3).hexdigest()
+    return f"{plain.rstrip('._-') or 'run'}_{digest}"
 
 
 def last_words(run: RunConfig) -> Iterator[str]:

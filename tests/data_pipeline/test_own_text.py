@@ -5,14 +5,17 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.batches import FileBatch, InputFile, PieceBatch, documents
 from data_pipeline.own_text import own_text
 from data_pipeline.pieces import cut, first_bad_byte
 from data_pipeline.prepare import main
+from data_pipeline.unpack import Limits
 from lfm.data.format import SplitIndex
 from lfm.data.stream import DataConfig, open_split
 from lfm.data.tokenizer import Tokenizer
@@ -149,11 +152,21 @@ def test_the_choices_stay_legal_for_a_gigabyte(tmp_path):
         (["none.txt"], "source none.txt leads to no file; correct it"),
         (["none/*.txt"], "source none/*.txt leads to no file; correct it"),
         (["folder"], "source folder holds no .txt"),
+        (["others"], "file (left out: 1 file with other names, such as others/a.docx); correct it"),
+        (["pdf.txt"], "pdf.txt is a PDF; take its text out of it first"),
+        (["utf16.txt"], "utf16.txt is text in UTF-16; convert it by `iconv -f utf-16"),
+        (["good.txt", "text_key=body"], "text_key=body: it is for .jsonl and .parquet, and there are none"),
+        (["body.jsonl"], "(its keys: body); set text_key to one of them"),
+        (["pairs.jsonl"], "(its keys: prompt, completion); set labels=completion, which reads prompts and"),
+        (["talks.jsonl"], "(its keys: messages); set labels=completion, which reads messages"),
         (["empty.txt"], "no text to train a tokenizer on"),
         (["short.txt"], "the text is too short: its train split has "),
         (["same.txt"], "the text is too short: its validation split has "),
         (["binary.txt"], "binary.txt is no text in UTF-8 (byte 3 is 0x00); convert it"),
-        (["latin.txt"], "latin.txt is no text in UTF-8 (byte 3 is 0xe9); convert it"),
+        (
+            ["latin.txt"],
+            "latin.txt is no text in UTF-8 (byte 3 is 0xe9); convert it from its encoding, for instance by `iconv",
+        ),
         (["packed.txt.gz"], "packed.txt.gz is compressed, and a few files of text are split by position"),
         (["-"], "the standard input (-) is empty"),
         (
@@ -172,6 +185,13 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", open("/dev/null", encoding="utf-8"))
     (tmp_path / "folder").mkdir()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/a.docx").touch()
+    (tmp_path / "pdf.txt").write_bytes(b"%PDF-1.4 plain")
+    (tmp_path / "utf16.txt").write_bytes("text".encode("utf-16"))
+    (tmp_path / "body.jsonl").write_text('{"body": "text"}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "talks.jsonl").write_text('{"messages": []}\n')
     (tmp_path / "empty.txt").touch()
     (tmp_path / "good.txt").write_bytes(book(9000))
     (tmp_path / "short.txt").write_text("hello\n")
@@ -190,11 +210,6 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path,
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
-    from collections import Counter
-
-    from data_pipeline.batches import InputFile, PieceBatch, documents
-    from data_pipeline.unpack import Limits
-
     path = tmp_path / "a.txt"
     path.write_bytes(book(5000))
     file = InputFile(path, "skip", "none", 5000, 0, Limits(1 << 20, 1))
@@ -202,6 +217,38 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
     path.write_bytes(b"short")
     with pytest.raises(UserError, match="has changed while it was read"):
         list(documents(PieceBatch(0, file, last, True), Counter()))
+
+
+def test_names_in_capitals_are_taken_others_counted_and_byte_order_marks_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in/.git").mkdir(parents=True)
+    (tmp_path / "in/A.TXT").write_bytes(b"\xef\xbb\xbf" + book(9000))
+    (tmp_path / "in/B.JSONL").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(100)))
+    for name in (".git/x", "x.docx", "y.docx"):
+        (tmp_path / "in" / name).touch()
+    main(["in"])
+    assert "left out: 3 files with other names, such as in/x.docx\n" in capsys.readouterr().out
+    sources = json.loads((tmp_path / "data/in/report.json").read_text())["sources"]
+    assert [source["name"] for source in sources] == ["text in", "jsonl in"]
+    assert sources[0]["bytes"] == 9000, "a mark is no text"
+    whole = InputFile(tmp_path / "in/A.TXT", "skip", "none", 9003, 0, Limits(1 << 20, 1))
+    [document] = documents(FileBatch(0, 9003, (whole,)), Counter())
+    assert document.text.encode() == book(9000), "nor of a file that is not cut"
+
+
+@pytest.mark.parametrize("key", ["text_key=body", "labels=completion"])
+@pytest.mark.parametrize("is_talk", [False, True])
+def test_lines_of_json_with_other_keys(key, is_talk, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with open(tmp_path / "a.jsonl", "w", encoding="utf-8") as file:
+        for text in texts(200):
+            talk = [{"role": "user", "content": text[:9]}, {"role": "assistant", "content": text[9:]}]
+            record = {"messages": talk} if is_talk else {"prompt": text[:9], "completion": text[9:]}
+            print(json.dumps(record | {"body": text}), file=file)
+    main(["a.jsonl", key])
+    assert capsys.readouterr().out.endswith("next: lfm train --data data/a --family liquidnet --minutes 5\n")
+    index = json.loads((tmp_path / "data/a/train/index.json").read_text())["lfm"]
+    assert ("num_labels" in index) == (key == "labels=completion") and index["num_documents"] > 100
 
 
 def test_a_name_with_an_equals_sign_is_a_file(tmp_path, monkeypatch):

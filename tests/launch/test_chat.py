@@ -59,6 +59,14 @@ def test_a_chat_keeps_its_state_across_turns_and_sessions(folder, tmp_path):
     assert again == [read[4], 0]
 
 
+def test_a_full_context_names_the_way_to_make_room(folder):
+    found = chat(folder("transformer"), b"x y " * 100 + b"\n" + b"x y z\n" * 20 + b"/reset\nx\n")
+    first, *others = found.stderr.decode().splitlines()
+    assert re.fullmatch(r"error: 0 \+ \d+ tokens leave no room in the context of \d+; type less", first), first
+    assert others and all(line.endswith("; /reset forgets what was read and makes room") for line in others)
+    assert found.returncode == 0 and not found.stdout.endswith(b", 0 tokens read]\n")
+
+
 WAYS_OUT = {
     "Ctrl-C at the prompt": signal.SIGINT,
     "TERM at the prompt": signal.SIGTERM,

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +99,7 @@ def test_eval_gives_what_validation_of_the_run_gave(tmp_path, text_data):
     from lfm.training.metrics_file import read_metrics
     from tests.training.tiny_run import tiny_run
 
+    text_data = shutil.copytree(text_data, tmp_path / "data")
     run = tiny_run(tmp_path, text_data, "training.steps=2", "validation.max_rows=1000", "validation.every_steps=2")
     train(run)
     (validated,) = [r for r in read_metrics(run.folder / "metrics.jsonl") if "validation_loss" in r]
@@ -109,3 +112,20 @@ def test_eval_gives_what_validation_of_the_run_gave(tmp_path, text_data):
     assert f"of {index['lfm']['num_rows']:,} rows" in found.stdout and "bits per byte of text" in found.stdout
     part = lfm("eval", "--checkpoint", run.folder, "--data", text_data, "--split", "train", "--max-rows", 3)
     assert "train split" in part.stdout and ", 3 of " in part.stdout and "bits per byte" not in part.stdout
+
+    # Made anew, of as many ids, which mean something else; then as the sentence says.
+    text = shutil.copy(ROOT / "README.md", tmp_path / "book.md")
+    keys = [f"output={text_data}", "tokenizer={train_vocab_size: 512}", "seq_length=64", "overwrite=true"]
+    assert lfm("prepare", text, *keys).returncode == 0
+    found = lfm("eval", "--checkpoint", run.folder)
+    assert found.returncode == 2 and found.stdout == "" and found.stderr.count("\n") == 1
+    assert f"{text_data}/tokenizer.json is another tokenizer than the model's, {run.folder}/" in found.stderr
+    way_out = re.search(r"tokenizer\.file=\S+ seq_length=64", found.stderr)
+    assert way_out is not None
+    keys = [f"output={tmp_path}/same", *way_out[0].split()]
+    assert lfm("prepare", text, *keys[:2], "seq_length=32").returncode == 0
+    found = lfm("eval", "--checkpoint", run.folder, "--data", tmp_path / "same")
+    assert found.returncode == 2 and "has rows of 32 ids and the model reads rows of 64; name data" in found.stderr
+    assert lfm("prepare", text, *keys, "overwrite=true").returncode == 0
+    found = lfm("eval", "--checkpoint", run.folder, "--data", tmp_path / "same")
+    assert found.returncode == 0 and "bits per byte of text" in found.stdout, found.stderr

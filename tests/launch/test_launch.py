@@ -210,7 +210,7 @@ BAD_PROMPTS = {
     "min_p": (["--prompt", "x", "--min-p", "1.5"], "min_p = 1.5 .* less than or equal to 1"),
     "penalty": (["--prompt", "x", "--repetition-penalty", "0"], r"repetition_penalty = 0 .* equal to 0\.01"),
     "stop": (["--prompt", "x", "--stop", "y", "--stop", ""], "a stop text is empty .* leave it out"),
-    "no_file": (["--prompts", "/no/file"], "/no/file cannot be read"),
+    "no_file": (["--prompts", "/no/file"], "--prompts /no/file is no file; name one with a prompt a line, or - for"),
     "not_utf8": (["--prompt", "\udcff"], "is not valid UTF-8"),
 }
 
@@ -250,7 +250,7 @@ def test_a_bad_line_of_prompts_is_named_and_nothing_is_made(case, trained, tmp_p
 def test_prompts_of_a_file_are_continued_by_their_own_settings_and_repeat_alone(trained, tmp_path, main):
     rows = [{"prompt": f"def f{i}(", "max_new_tokens": 1 + i % 5} for i in range(18)]  # more than a batch
     rows[3] |= {"seed": 77, "stop": ["e", "\n"], "repetition_penalty": 1.2, "min_p": 0.01, "max_new_tokens": 30}
-    (tmp_path / "rows.jsonl").write_text("\r\n".join(map(json.dumps, rows)) + "\r\n")
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\r\n")
     command = ("generate", "--checkpoint", trained, "--seed", 5)
     found = main(*command, "--prompts", tmp_path / "rows.jsonl", "--json")
     made = [json.loads(line) for line in found.stdout.splitlines()]

@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,21 +64,32 @@ def test_a_run_of_every_family_fits_the_data(family, short_rows, text_data, tmp_
     assert not (tmp_path / run.name).exists(), "choosing writes nothing"
 
 
+def test_data_of_names_in_any_letters_have_runs_of_their_own(short_rows, tmp_path):
+    names = {}
+    for folder in ("a/стихи", "a/проза", "b/проза", "a/詩 poem"):
+        shutil.copytree(short_rows, tmp_path / folder)
+        names[folder] = own_run(wish(tmp_path / folder), started=0.0, measure=False)[0].name
+    assert len(set(names.values())) == 4
+    assert all(re.fullmatch(r"(run|poem)_[0-9a-f]{6}_liquidnet", name) for name in names.values()), names
+
+
 def test_time_or_text_decides(short_rows, text_data, tmp_path):
     by_time, lines = own_run(wish(text_data, f"output={tmp_path}", minutes=0.1), started=time.monotonic())
     assert lines[-1].endswith("what fits into 90% of 0.1 minutes, set-up and validation counted")
     by_text, lines = own_run(wish(short_rows, f"output={tmp_path}", minutes=0.3), started=time.monotonic())
-    assert "would fit into the time, but after more readings a text is known by heart" in lines[-1]
+    assert re.search(r"5 readings would be \d\d steps, in which a model learns little; 200 are the fewest", lines[-1])
     assert by_text.training.steps == 200, "five readings of a text so short would be fewer"
     for run in (by_time, by_text):
         assert run.schedule.warmup_fraction == 0.02 and run.validation.every_steps == run.training.steps // 8
+    asked, lines = own_run(wish(short_rows, f"output={tmp_path}", "training.steps=30"), started=time.monotonic())
+    assert asked.training.steps == 30 and lines[-1].endswith("readings of the text: as training.steps says")
     with pytest.raises(
         UserError, match=r"--minutes 0\.1 is too short: \d+ s have passed and a step of liquidnet_debug"
     ):
         own_run(wish(text_data, f"output={tmp_path}", minutes=0.1), started=time.monotonic() - 3600)
 
 
-def test_a_stopped_run_goes_on_by_the_same_command_and_chooses_nothing_anew(short_rows, tmp_path):
+def test_a_stopped_run_goes_on_by_the_same_command_and_chooses_nothing_anew(short_rows, tmp_path, monkeypatch):
     command = ["train", "--data", short_rows, "--minutes", "0.3", f"output={tmp_path}/runs", *SMALL]
     command.append("training.steps=40")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -97,6 +110,10 @@ def test_a_stopped_run_goes_on_by_the_same_command_and_chooses_nothing_anew(shor
     assert chosen.startswith(f"# lfm train --data {short_rows} --family liquidnet --minutes 0.3\n")
     with pytest.raises(UserError, match="repeat that to go on, or give another name=NAME"):
         own_run(wish(short_rows, f"output={tmp_path}/runs", minutes=7), started=time.monotonic())
+    monkeypatch.chdir(short_rows.parent)
+    for same in (f"{short_rows}/", "data", "./data/"):
+        again, lines = own_run(wish(same, f"output={tmp_path}/runs", minutes=0.3), started=time.monotonic())
+        assert again.folder == folder and lines[0].startswith("going on with what was chosen before")
     with pytest.raises(UserError, match="is a run of another command; give another name=NAME"):
         (tmp_path / "runs/other/checkpoints").mkdir(parents=True)
         own_run(wish(short_rows, f"output={tmp_path}/runs", "name=other"), started=time.monotonic())
