@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 import numpy as np
 import yaml
 
-from benchmarks.mosaic import stand_in_for_torchvision
+from benchmarks.peers.mosaic import stand_in_for_torchvision
 from data_pipeline import extras
 from data_pipeline.prepare import prepare
 from data_pipeline.prepare_config import PrepareConfig

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import numpy as np
 
-from benchmarks.mosaic import stand_in_for_torchvision
+from benchmarks.peers.mosaic import stand_in_for_torchvision
 from lfm.data.format import RowWriter
 from lfm.data.reader import RowReader, ShardReader
 from lfm.data.stream import BatchStream

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import Field, PositiveInt
 
-from lfm.config import Config, Count, Tokens, _parse_override, _yaml, add_flags, from_flags
+from lfm.config import Config, Count, Tokens, _parse_override, add_flags, from_flags, parse_yaml
 from lfm.errors import UserError
 from lfm.inference.sampling import SamplingConfig
 from lfm.layers.liquid import ReservoirConfig
@@ -194,7 +194,7 @@ def test_shipped_files_mean_what_any_reader_of_yaml_sees(path):
         return value
 
     text = path.read_text()
-    assert numbers(_yaml(text)) == numbers(yaml.safe_load(text))
+    assert numbers(parse_yaml(text)) == numbers(yaml.safe_load(text))
 
 
 class Typed(Config):

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 
-def flip(path: Path) -> None:
-    """One bit in its middle."""
+def flip(path: Path, byte: bytes = b"") -> None:
+    """One bit in its middle, or of the first such byte after it."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
+    content[content.index(byte, len(content) // 2)] ^= 0x10
     path.write_bytes(content)
 
 

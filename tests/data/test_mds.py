@@ -28,7 +28,7 @@ SHARD_BYTES = 10_000
 def mosaic() -> ModuleType:
     if importlib.util.find_spec("streaming") is None:
         pytest.skip("needs the extra `streaming`")
-    from benchmarks.mosaic import stand_in_for_torchvision
+    from benchmarks.peers.mosaic import stand_in_for_torchvision
 
     stand_in_for_torchvision()
     import streaming.base.format

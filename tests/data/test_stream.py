@@ -142,7 +142,7 @@ def test_open_split_reads_a_good_data_set_locally_and_through_a_cache(raw_data_s
 
 def test_missing_data_set_is_an_error_that_says_how_to_make_it(raw_data_set, tmp_path):
     for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(UserError, match=r"python -m data_pipeline\.prepare .* output="):
+        with pytest.raises(UserError, match=r"make it with `lfm prepare FILE output="):
             open_split(DataConfig(path=str(path)), "train", **SIZES)
 
 

@@ -136,7 +136,14 @@ class Terminal:
         self.seen = ""
 
     def type(self, text):
-        os.write(self.end, text.encode())
+        # A signal that comes before the terminal is waited for is seen with the next key, which no person is fast
+        # enough for.
+        keys, interrupt, rest = text.partition("\x03")
+        assert not rest
+        os.write(self.end, keys.encode())
+        if interrupt:
+            time.sleep(0.3)
+            os.write(self.end, interrupt.encode())
 
     def wait_for(self, pattern):
         """Until the pattern is printed; what stands before it and what it is, which are not seen again."""
