@@ -21,8 +21,8 @@ class GradientSum:
     """The sum of a parameter's gradients over the micro-batches of a step.
 
     An engine gives a parameter one, as its attribute `gradient_sum`.  A product whose weight has one adds its gradient
-    to `total` itself and returns none to autograd, so that no hook of the parameter runs; what other operations return
-    to autograd reaches `add` through the hook that the engine makes.
+    to `total` itself and returns none to autograd; what other operations return to autograd reaches `add` through the
+    hook that the engine makes, which also runs, and finds no gradient, where there are no others.
     """
 
     def __init__(self, total: Tensor, *, after: Callable[[], None] | None = None, later: Later | None = None) -> None:
@@ -49,13 +49,9 @@ class GradientSum:
         else:
             self.later.put(lambda: self._make(product))
 
-    def add(self, gradient: Tensor) -> None:
-        """A gradient that is there already."""
-
-        def product(total: Tensor, add: bool) -> None:
-            accumulate_(total, gradient) if add else total.copy_(gradient)
-
-        self._make(product)
+    def add(self, gradient: Tensor, *, factor: Tensor | None = None) -> None:
+        """A gradient that is there already, times `factor`, a tensor of one number, if given."""
+        self._make(lambda total, add: accumulate_(total, gradient, factor=factor, add=add))
 
     def _make(self, product: Product) -> None:
         product(self.total, not self.is_empty)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lfm.layers.linear import Linear
+
 
 class Parts:
     """The plain parts: one process holds every weight and every token.
@@ -20,11 +22,11 @@ class Parts:
 
     def column_linear(self, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
         """`[B, T, in]` -> `[B, whole T, out / tensor_size]`."""
-        return nn.Linear(in_features, out_features, bias=bias)
+        return Linear(in_features, out_features, bias=bias)
 
     def row_linear(self, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
         """`[B, whole T, in / tensor_size]` -> `[B, T, out]`, summed over the processes."""
-        return nn.Linear(in_features, out_features, bias=bias)
+        return Linear(in_features, out_features, bias=bias)
 
     def vocabulary_embedding(self, num_embeddings: int, hidden_size: int) -> nn.Embedding:
         """Ids `[B, whole T]` -> `[B, T, D]`."""

@@ -8,13 +8,21 @@ BLOCK, NUM_WARPS = 4096, 8
 
 
 @triton.jit
-def _accumulate_kernel(total, grad, n, BLOCK: tl.constexpr):
+def _accumulate_kernel(
+    total, grad, factor, n, HAS_FACTOR: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.load(total + i, i < n) + tl.load(grad + i, i < n).to(tl.float32)
+    sums = tl.load(grad + i, i < n).to(tl.float32)
+    if HAS_FACTOR:
+        sums *= tl.load(factor).to(tl.float32)
+    if ADD:
+        sums += tl.load(total + i, i < n)
     tl.store(total + i, sums, i < n)
 
 
-def accumulate_kernel_(total: Tensor, grad: Tensor) -> None:
+def accumulate_kernel_(total: Tensor, grad: Tensor, factor: Tensor | None, add: bool) -> None:
     """As `op.accumulate_`, of contiguous tensors."""
-    if total.numel():
-        _accumulate_kernel[(triton.cdiv(total.numel(), BLOCK),)](total, grad, total.numel(), BLOCK, num_warps=NUM_WARPS)
+    n = total.numel()
+    if n:
+        arguments = (total, grad, total if factor is None else factor, n, factor is not None, add)
+        _accumulate_kernel[(triton.cdiv(n, BLOCK),)](*arguments, BLOCK, num_warps=NUM_WARPS)

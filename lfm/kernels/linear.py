@@ -1,0 +1,69 @@
+"""`linear`: a matrix product whose weight adds up its own gradient, inside the product."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lfm.kernels.gradient_sum import GradientSum, gradient_sum
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x [..., K]` times the transpose of `weight [N, K]`, plus `bias [N]` -> `[..., N]`, all of one dtype.
+
+    Without a `gradient_sum` of the weight this is `torch.nn.functional.linear`.  With one, backward makes the gradient
+    of x first and then puts those of weight and bias into their sums, rounded to no narrower dtype on the way.
+    """
+    if gradient_sum(weight) is None or not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    """`total [M, N] (+)= left^T right`, of `left [n, M]` and `right [n, N]`, in total's dtype; without `add` total is
+    not read."""
+    beta = 1 if add else 0
+    if left.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left.T, right, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.T.to(total.dtype), right.to(total.dtype), beta=beta)
+
+
+def add_column_sums_(total: Tensor, rows: Tensor, add: bool) -> None:
+    """`total [N] (+)=` the sum of `rows [n, N]`, in total's dtype; without `add` total is not read."""
+    if add:
+        total += rows.sum(0, dtype=total.dtype)
+    else:
+        torch.sum(rows, 0, dtype=total.dtype, out=total)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # What checkpointing hands to backward is a tensor without attributes.
+        ctx.sums = gradient_sum(weight), None if bias is None else gradient_sum(bias)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        of_weight, of_bias = ctx.sums
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad = grad_outputs[0].reshape(-1, len(weight))
+        # First, because whoever made x waits for it.
+        grad_x = (grad @ weight).view(x.shape) if needs_x else None
+        if needs_weight:
+            rows = x.reshape(-1, x.shape[-1])
+            of_weight.put(lambda total, add: add_product_(total, grad, rows, add))
+        return grad_x, None, _bias_gradient(of_bias, grad) if needs_bias else None
+
+
+def _bias_gradient(of_bias: GradientSum | None, grad: Tensor) -> Tensor | None:
+    if of_bias is None:
+        return grad.sum(0)
+    of_bias.put(lambda total, add: add_column_sums_(total, grad, add))
+    return None
