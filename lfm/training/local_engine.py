@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.evaluation.held_out import score
-from lfm.kernels.accumulation import accumulate_
 from lfm.kernels.backend import widest
+from lfm.kernels.gradient_sum import GradientSum
 from lfm.layers.liquid import Liquid
 from lfm.layers.router import Balance
 from lfm.models.global_names import global_views, moving_names
@@ -35,6 +35,8 @@ from lfm.training.optimizer.groups import check_groups, found_groups, parameter_
 from lfm.training.optimizer.kind import OptimizerKind
 from lfm.training.reservoirs import ReservoirGuard
 from lfm.training.router_balance import RouterBalance
+
+_NORM = "gradient norm"
 
 
 class LocalEngine(Engine):
@@ -66,7 +68,8 @@ class LocalEngine(Engine):
         }
         initialize(self.model, seed, self._views(self.masters))
         self.publish_masters()
-        self._accumulate_in_fp32()
+        self.sums = self._gradient_sums()
+        self._norm: float | None = None
         groups = parameter_groups(optimizer, self.masters.items(), multiple=model.lr_multiple)
         check_groups(optimizer, [found_groups(optimizer, groups, [*self.masters])])
         self.optimizer = optimizer.build(groups)
@@ -116,23 +119,37 @@ class LocalEngine(Engine):
                     [named[name] for name in copies], [self.masters[name] for name in copies]
                 )
 
-    def _accumulate_in_fp32(self) -> None:
-        """Add each micro-batch's gradient to its master's fp32 one as soon as it is made, and free it."""
+    def _gradient_sums(self) -> dict[str, GradientSum]:
+        """One for each parameter, and what adds to it the gradients that its products leave to autograd, and frees
+        them."""
+        sums = {}
         for name, parameter in self.model.named_parameters():
-            master = self.masters[name]
-            if master is parameter:
-                continue
-            master.grad = torch.zeros_like(master)
+            found = sums[name] = GradientSum(torch.zeros_like(self.masters[name], requires_grad=False))
+            cast(Any, parameter).gradient_sum = found
 
-            def accumulate(parameter: Tensor, total: Tensor = master.grad) -> None:
-                assert parameter.grad is not None
-                accumulate_(total, parameter.grad)
-                parameter.grad = None
+            def add(parameter: Tensor, found: GradientSum = found) -> None:
+                if parameter.grad is not None:  # hooks run where all was left to the products too
+                    found.add(parameter.grad)
+                    parameter.grad = None
 
-            parameter.register_post_accumulate_grad_hook(accumulate)
+            parameter.register_post_accumulate_grad_hook(add)
+        return sums
+
+    def _start_gradients(self) -> None:
+        for name, found in self.sums.items():
+            self.masters[name].grad = None  # of a parameter that is its own master autograd would add to it
+            found.start()
+
+    def _finish_gradients(self) -> list[Tensor]:
+        """The gradients of the step, which the masters then have."""
+        for name, found in self.sums.items():
+            found.finish()
+            self.masters[name].grad = found.total
+        return [found.total for found in self.sums.values()]
 
     def forward_backward(self, batch: Batch) -> StepResult:
         self.model.train()
+        self._start_gradients()
         rows, digest = batch.to(self.device), batch.digest()
         counts = rows.documents.counts
         names = [term.name for term in self.terms]
@@ -148,42 +165,55 @@ class LocalEngine(Engine):
                 summed += torch.stack([losses.sums[name].detach() for name in names])
                 found.append(losses.measure())
             sums.append(summed)
-        table, measured = read_back(torch.stack(sums), combined(self.config.measured, found))
+        table, measured = self._read(torch.stack(sums), combined(self.config.measured, found))
         bad = first_bad_micro_batch(table, names, self.micro_batch_size, first=0)
         if bad is not None:
             raise NonFiniteError(bad)
         shown = self._after_backward(measurements(self.config.measured, measured))
         return step_result(self.terms, table.sum(0), counts, rows.documents.attended_pairs, shown, digest)
 
+    def _read(
+        self, sums: Tensor, measured: dict[str, tuple[list[int], Tensor]]
+    ) -> tuple[Tensor, dict[str, tuple[list[int], Tensor]]]:
+        """As `read_back`, with the norm of the step's gradients in the same message: the only one of a step."""
+        totals = self._finish_gradients()
+        # In fp64: over a million elements the fp32 sum of a CPU is off in the fifth digit.
+        norms = torch._foreach_norm(totals, dtype=widest(self.device))  # pyright: ignore[reportPrivateImportUsage]
+        norm = torch.stack(norms).norm()
+        table, read = read_back(sums, {**measured, _NORM: ([], norm)})
+        self._norm = float(read.pop(_NORM)[1])
+        return table, read
+
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        grads = [master.grad for master in self.masters.values() if master.grad is not None]
-        # In fp64: over a million elements the fp32 sum of a CPU is off in the fifth digit.
-        norms = torch._foreach_norm(grads, dtype=widest(self.device))  # pyright: ignore[reportPrivateImportUsage]
+        assert self._norm is not None, "a step follows its forward_backward"
         unscale = 1.0 if self.loss_scale is None else 1 / self.loss_scale.value
-        value = unscale * float(torch.stack(norms).norm())
+        value, self._norm = unscale * self._norm, None
         if self.loss_scale is not None and not self.loss_scale.after(value):
-            self.optimizer.zero_grad(set_to_none=False)
             return math.inf
         if not math.isfinite(value):
-            bad = [name for name, m in self.masters.items() if m.grad is not None and not m.grad.isfinite().all()]
+            bad = [name for name, found in self.sums.items() if not found.total.isfinite().all()]
             raise NonFiniteError(f"gradient norm is {value}; first non-finite gradient: {bad[0] if bad else 'none'}")
         # With DeepSpeed's epsilon, which tells only where the norm itself is tiny.
         clip = self.optimizer_config.clip_grad / (value + 1e-6)
-        scale = unscale * clip if 0 < clip < 1 else unscale
-        if scale != 1:
-            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
+        self._scale_gradients(unscale * clip if 0 < clip < 1 else unscale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiple"]
-        # No gradient is a zero gradient, as it is where gradients have buffers that stay.
-        for master in self.masters.values():
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self.dtype == torch.float32)
         self._after_update()
         self.publish_masters()
         return value
+
+    def _scale_gradients(self, scale: float) -> None:
+        """Multiply them, in the optimizer's own kernel where it has that."""
+        optimizer: Any = self.optimizer
+        # It divides, by a number in fp32: not exact enough for wider gradients.
+        exact = self.dtype != torch.float64 and self.device.type in ("cuda", "cpu")
+        if exact and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale = None if scale == 1 else torch.full((), 1 / scale, device=self.device)
+        elif scale != 1:
+            grads = [found.total for found in self.sums.values()]
+            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
 
     def record(self) -> dict[str, Any]:
         return super().record() | (self.loss_scale.record() if self.loss_scale is not None else {})
