@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lfm.kernels.gradient_sum import GradientSum
 from lfm.kernels.linear import linear
 from lfm.layers.linear import Linear
 from tests.comparison import assert_close
+from tests.sums import summed, summed_gradient
 
 
 def _problem(dtype=torch.float64, device="cpu", rows=(3, 5), K=8, N=6, scale=1.0):
@@ -21,25 +21,16 @@ def _problem(dtype=torch.float64, device="cpu", rows=(3, 5), K=8, N=6, scale=1.0
     return [(draw(*rows, K), draw(*rows, N)) for _ in range(2)], draw(N, K), draw(N)
 
 
-def _summed(parameter, later=None):
-    """A leaf with a sum that holds garbage."""
-    leaf = parameter.clone().requires_grad_()
-    total = torch.full_like(leaf, torch.nan, dtype=torch.promote_types(leaf.dtype, torch.float32), requires_grad=False)
-    leaf.gradient_sum = GradientSum(total, later=later)
-    return leaf
-
-
 def _with_sums(micro_batches, weight, bias, run=linear):
-    weight, bias = _summed(weight), None if bias is None else _summed(bias)
+    weight, bias = summed(weight), None if bias is None else summed(bias)
     found = {}
     for i, (x, grad) in enumerate(micro_batches):
         x = x.clone().requires_grad_()
         y = run(x, weight, bias)
         y.backward(grad)
         found |= {f"y{i}": y.detach(), f"x{i}": x.grad}
-    assert weight.grad is None and (bias is None or bias.grad is None)
-    found["weight"] = weight.gradient_sum.total
-    return found | ({} if bias is None else {"bias": bias.gradient_sum.total})
+    found["weight"] = summed_gradient(weight)
+    return found | ({} if bias is None else {"bias": summed_gradient(bias)})
 
 
 def _plain(micro_batches, weight, bias):
@@ -99,10 +90,10 @@ def test_a_recomputed_product_adds_once():
 
 def test_a_weight_that_is_used_twice_has_both_gradients():
     ((x, grad), _), weight, _ = _problem(N=8)
-    plain, summed = weight.clone().requires_grad_(), _summed(weight)
+    plain, twice = weight.clone().requires_grad_(), summed(weight)
     F.linear(F.linear(x, plain).tanh(), plain).backward(grad)
-    linear(linear(x, summed).tanh(), summed).backward(grad)
-    assert_close({"weight": summed.gradient_sum.total}, {"weight": plain.grad}, 1e-14)
+    linear(linear(x, twice).tanh(), twice).backward(grad)
+    assert_close({"weight": summed_gradient(twice)}, {"weight": plain.grad}, 1e-14)
 
 
 class _Queue:
@@ -116,20 +107,20 @@ class _Queue:
 def test_products_that_can_wait_are_made_after_the_inputs_gradient():
     ((x, grad), _), weight, _ = _problem()
     queue = _Queue()
-    leaf, x = _summed(weight, later=queue), x.clone().requires_grad_()
+    leaf, x = summed(weight, later=queue), x.clone().requires_grad_()
     linear(x, leaf).backward(grad)
     assert x.grad is not None and leaf.gradient_sum.is_empty and len(queue.work) == 1
     queue.work.pop()()
-    assert torch.allclose(leaf.gradient_sum.total, grad.flatten(0, 1).T @ x.detach().flatten(0, 1))
+    assert torch.allclose(summed_gradient(leaf), grad.flatten(0, 1).T @ x.detach().flatten(0, 1))
 
 
 def test_what_needs_no_gradient_has_none():
     ((x, grad), _), weight, _ = _problem()
-    leaf = _summed(weight)
+    leaf = summed(weight)
     with torch.no_grad():
         assert not linear(x, leaf).requires_grad
     assert leaf.gradient_sum.is_empty
-    frozen, x = _summed(weight).requires_grad_(False), x.clone().requires_grad_()
+    frozen, x = summed(weight).requires_grad_(False), x.clone().requires_grad_()
     linear(x, frozen).backward(grad)
     assert x.grad is not None and frozen.gradient_sum.is_empty
 
