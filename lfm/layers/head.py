@@ -45,10 +45,15 @@ class Head(nn.Module):
         return {} if self._tied_to else {"weight": Stored("weight", cut=0)}
 
     @property
-    def projection(self) -> Float[Tensor, "V D"]:
-        """The weight without padding: this process's rows of it."""
-        stored = self._tied_to[0].weight if self._tied_to else self.weight
-        return stored[: max(0, self.vocab_size - self.parts.tensor_rank * len(stored))]
+    def projection(self) -> Float[Tensor, "rows D"]:
+        """The weight with its padding: this process's rows of it."""
+        return self._tied_to[0].weight if self._tied_to else self.weight
+
+    @property
+    def num_classes(self) -> int:
+        """Rows of the projection that are no padding."""
+        rows = len(self.projection)
+        return min(rows, max(0, self.vocab_size - self.parts.tensor_rank * rows))
 
     @property
     def shard(self) -> VocabularyShard | None:
@@ -60,7 +65,7 @@ class Head(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Of all ids, where one process has them all."""
-        return F.linear(self._scaled(hidden), self.projection, self.bias)
+        return F.linear(self._scaled(hidden), self.projection[: self.num_classes], self.bias)
 
     def _scaled(self, hidden: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
         return hidden if self.multiplier == 1.0 else hidden * self.multiplier
@@ -78,6 +83,7 @@ class Head(nn.Module):
             self._scaled(hidden).flatten(0, -2),
             self.projection,
             labels.flatten(),
+            num_classes=self.num_classes,
             token_weights=weights,
             bias=self.bias,
             shard=self.shard,
@@ -86,7 +92,12 @@ class Head(nn.Module):
     def token_losses(self, hidden: Float[Tensor, "*shape D"], labels: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """As `linear_token_losses`."""
         losses = linear_token_losses(
-            self._scaled(hidden).flatten(0, -2), self.projection, labels.flatten(), bias=self.bias, shard=self.shard
+            self._scaled(hidden).flatten(0, -2),
+            self.projection,
+            labels.flatten(),
+            num_classes=self.num_classes,
+            bias=self.bias,
+            shard=self.shard,
         )
         return losses.view(labels.shape)
 

@@ -7,8 +7,11 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lfm.kernels.cross_entropy import cross_entropy_, scaled
+from lfm.kernels.gradient_sum import GradientSum, gradient_sum
+from lfm.kernels.linear import add_product_
 from lfm.layers.documents import IGNORED_LABEL
 
 # Logits of one chunk: bounds the memory at 2 GiB of bf16 on a GPU, and stays near the cache on a CPU.  Every chunk
@@ -28,9 +31,10 @@ class VocabularyShard:
 
 def linear_cross_entropy(
     hidden: Float[Tensor, "n D"],
-    weight: Float[Tensor, "V D"],
+    weight: Float[Tensor, "rows D"],
     labels: Int[Tensor, " n"],
     *,
+    num_classes: int | None = None,
     token_weights: Float[Tensor, " n"] | None = None,
     bias: Float[Tensor, " V"] | None = None,
     shard: VocabularyShard | None = None,
@@ -38,20 +42,24 @@ def linear_cross_entropy(
     """Sum over labelled positions of -log softmax(hidden weight^T + bias)[label], in nats, at least fp32.
 
     Positions labelled IGNORED_LABEL count nothing; `token_weights`, at least fp32 and constants, multiply the others.
-    Never holds [n, V]: gradients are formed with the logits.
+    Rows of the weight past `num_classes` (None: all are classes) are padding, without logits and gradients.
+    Never holds [n, V]: gradients are formed with the logits.  That of a weight that has a `gradient_sum` is at least
+    fp32 all the way.
 
-    With `shard`, `weight` holds the rows of ids `first_id` on (V may be 0); the sum is the same on all processes, and
-    each one's gradient of `hidden` is a summand.  Raises ValueError for `bias` with `shard`.
+    With `shard`, `weight` holds the rows of ids `first_id` on (num_classes may be 0); the sum is the same on all
+    processes, and each one's gradient of `hidden` is a summand.  Raises ValueError for `bias` with `shard`.
     """
     _refuse_cut_bias(bias, shard)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, bias, shard, torch.is_grad_enabled())
+    V = len(weight) if num_classes is None else num_classes
+    return _LinearCrossEntropy.apply(hidden, weight, labels, V, token_weights, bias, shard, torch.is_grad_enabled())
 
 
 def linear_token_losses(
     hidden: Float[Tensor, "n D"],
-    weight: Float[Tensor, "V D"],
+    weight: Float[Tensor, "rows D"],
     labels: Int[Tensor, " n"],
     *,
+    num_classes: int | None = None,
     bias: Float[Tensor, " V"] | None = None,
     shard: VocabularyShard | None = None,
 ) -> Float[Tensor, " n"]:
@@ -61,7 +69,8 @@ def linear_token_losses(
     are made again, a chunk at a time.
     """
     _refuse_cut_bias(bias, shard)
-    return _LinearTokenLosses.apply(hidden, weight, labels, bias, shard)
+    V = len(weight) if num_classes is None else num_classes
+    return _LinearTokenLosses.apply(hidden, weight, labels, V, bias, shard)
 
 
 def _refuse_cut_bias(bias: Tensor | None, shard: VocabularyShard | None) -> None:
@@ -71,60 +80,78 @@ def _refuse_cut_bias(bias: Tensor | None, shard: VocabularyShard | None) -> None
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weights, bias, shard, needs_grad):  # type: ignore[override]
+    def forward(ctx, hidden, weight, labels, num_classes, token_weights, bias, shard, needs_grad):  # type: ignore[override]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_grad = needs_grad and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        gradients = _Gradients(hidden, weight, bias) if needs_grad else None
-        for _, losses in _by_chunk(hidden, weight, labels, token_weights, bias, shard, gradients):
+        gradients = _Gradients(hidden, weight, num_classes, bias) if needs_grad else None
+        for _, losses in _by_chunk(hidden, weight[:num_classes], labels, token_weights, bias, shard, gradients):
             total += losses.sum()
         saved = (gradients.hidden, gradients.weight, gradients.bias) if gradients is not None else (None, None, None)
         ctx.save_for_backward(*saved)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.sums = weight.dtype, _sums(weight, bias)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        return (
-            scaled(grad_hidden, grad, grad_hidden.dtype),
-            scaled(grad_weight, grad, ctx.weight_dtype),
-            None,
-            None,
-            None if grad_bias is None else scaled(grad_bias, grad, ctx.weight_dtype),
-            None,
-            None,
-        )
+        grad_hidden = scaled(grad_hidden, grad, grad_hidden.dtype)
+        parts = zip((grad_weight, grad_bias), ctx.sums, strict=True)
+        grad_weight, grad_bias = (_left_to_autograd(part, grad, found, ctx.weight_dtype) for part, found in parts)
+        return grad_hidden, grad_weight, None, None, None, grad_bias, None, None
 
 
 class _LinearTokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, shard):  # type: ignore[override]
+    def forward(ctx, hidden, weight, labels, num_classes, bias, shard):  # type: ignore[override]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         found = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        for part, losses in _by_chunk(hidden, weight, labels, None, bias, shard, None):
+        for part, losses in _by_chunk(hidden, weight[:num_classes], labels, None, bias, shard, None):
             found[part] = losses
         ctx.save_for_backward(hidden, weight, labels, bias)
-        ctx.shard = shard
+        ctx.num_classes, ctx.shard, ctx.sums = num_classes, shard, _sums(weight, bias)
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         hidden, weight, labels, bias = ctx.saved_tensors
-        gradients = _Gradients(hidden, weight, bias)
-        for _ in _by_chunk(hidden, weight, labels, grad, bias, ctx.shard, gradients):
+        gradients = _Gradients(hidden, weight, ctx.num_classes, bias)
+        for _ in _by_chunk(hidden, weight[: ctx.num_classes], labels, grad, bias, ctx.shard, gradients):
             pass
-        grad_bias = None if gradients.bias is None else gradients.bias.to(weight.dtype)
-        return gradients.hidden, gradients.weight.to(weight.dtype), None, grad_bias, None
+        parts = zip((gradients.weight, gradients.bias), ctx.sums, strict=True)
+        grad_weight, grad_bias = (_left_to_autograd(part, None, found, weight.dtype) for part, found in parts)
+        return gradients.hidden, grad_weight, None, None, grad_bias, None
+
+
+def _sums(weight: Tensor, bias: Tensor | None) -> tuple[GradientSum | None, GradientSum | None]:
+    """Of those that have one and are trained."""
+    found = (gradient_sum(x) if x is not None and x.requires_grad else None for x in (weight, bias))
+    return next(found), next(found)
+
+
+def _left_to_autograd(
+    gradient: Tensor | None, factor: Tensor | None, found: GradientSum | None, dtype: torch.dtype
+) -> Tensor | None:
+    """`gradient` times `factor` in `dtype`; None where it went to its sum, in one pass over both."""
+    if gradient is None:
+        return None
+    if found is not None:
+        found.add(gradient, factor=factor)
+        return None
+    return gradient.to(dtype) if factor is None else scaled(gradient, factor, dtype)
 
 
 class _Gradients:
     """Of the output projection's inputs, a chunk of tokens added after the other; weights' at least in fp32."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, num_classes: int, bias: Tensor | None) -> None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.hidden = torch.empty_like(hidden)
         self.weight = torch.empty(weight.shape, dtype=wide, device=weight.device)
+        self.of_classes = self.weight[:num_classes]
+        self.weight[num_classes:].zero_()
         self.bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if bias is not None else None
 
     def add(self, part: slice, logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
@@ -133,11 +160,7 @@ class _Gradients:
             self.bias += logits.sum(0)
         grad = logits.to(hidden.dtype)
         torch.mm(grad, weight, out=self.hidden[part])
-        beta = 0 if part.start == 0 else 1  # 0: what the first chunk adds to is not read
-        if grad.is_cuda and grad.dtype != self.weight.dtype:
-            torch.addmm(self.weight, grad.T, hidden[part], beta=beta, out_dtype=self.weight.dtype, out=self.weight)
-        else:
-            self.weight.addmm_(grad.T.to(self.weight.dtype), hidden[part].to(self.weight.dtype), beta=beta)
+        add_product_(self.of_classes, grad, hidden[part], part.start > 0)
 
 
 def _by_chunk(

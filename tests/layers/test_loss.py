@@ -8,6 +8,7 @@ from lfm.layers.documents import IGNORED_LABEL
 from lfm.layers.loss import VocabularyShard, linear_cross_entropy, linear_token_losses
 from tests.comparison import assert_close
 from tests.ranks import run_on_ranks
+from tests.sums import summed, summed_gradient
 
 
 def _outputs_and_grads(fn, hidden, weight, labels, bias=None):
@@ -79,17 +80,63 @@ def test_losses_by_token_sum_to_the_cross_entropy():
     assert_close({"sum": losses.sum()}, {"sum": linear_cross_entropy(hidden, weight, labels, bias=bias)}, 1e-14)
 
 
+def _sums_of_two(fn, hidden, weight, labels, bias):
+    """Gradients of two micro-batches with factors of their own, added up by weight and bias themselves."""
+    weight, bias, found = summed(weight), summed(bias), {}
+    for i, factor in enumerate((0.37, -1.5)):
+        leaf = hidden.clone().requires_grad_()
+        value = fn(leaf, weight, labels, num_classes=30, bias=bias)
+        (value * factor).backward()
+        found |= {f"loss{i}": value.detach(), f"hidden{i}": leaf.grad}
+    return found | {"weight": summed_gradient(weight), "bias": summed_gradient(bias)}
+
+
+@pytest.mark.parametrize("chunk_elements", [2**24, 60])
+@pytest.mark.parametrize(
+    "fn",
+    [linear_cross_entropy, lambda *a, **k: linear_token_losses(*a, **k).square().sum()],
+    ids=["cross entropy", "by token"],
+)
+def test_a_padded_weight_adds_up_its_own_gradient(fn, chunk_elements, monkeypatch):
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    hidden, weight, labels, bias, _ = _problem(True)
+    padded = torch.cat([weight, torch.full((2, 8), 1e9, dtype=weight.dtype)])
+    got, want = _sums_of_two(fn, hidden, padded, labels, bias), {}
+    for i, factor in enumerate((0.37, -1.5)):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        losses = _whole_token_losses(leaves[0], leaves[1], labels, leaves[2])
+        value = losses.sum() if fn is linear_cross_entropy else losses.square().sum()
+        grads = torch.autograd.grad(value * factor, leaves)
+        want |= {f"loss{i}": value.detach(), f"hidden{i}": grads[0]}
+        for name, grad in zip(("weight", "bias"), grads[1:], strict=True):
+            want[name] = want.get(name, 0) + grad
+    assert (got["weight"][30:] == 0).all()
+    got["weight"] = got["weight"][:30]
+    assert_close(got, want, 1e-12)
+
+
+def test_padding_has_no_gradient_without_a_sum_either():
+    hidden, weight, labels, _, _ = _problem()
+    padded = torch.cat([weight, torch.full((2, 8), 1e9, dtype=weight.dtype)])
+    want = _outputs_and_grads(linear_cross_entropy, hidden, weight, labels)
+    got = _outputs_and_grads(lambda *a: linear_cross_entropy(*a, num_classes=30), hidden, padded, labels)
+    assert (got["weight"][30:] == 0).all()
+    assert all(torch.equal(got[name][:30] if name == "weight" else got[name], want[name]) for name in want)
+
+
 def _on_a_cut_vocabulary(rank):
     """This process's part of what a cut vocabulary computes, of a weighted sum and of a function of single losses."""
     hidden, weight, labels, _, token_weights = _problem()
     rows = 16  # of 30: the second process has two rows of padding, which it does not multiply
-    shard, own = VocabularyShard(dist.group.WORLD, rank * rows, rows), weight[rank * rows : (rank + 1) * rows]
+    padded = torch.cat([weight, torch.full((2, 8), 1e9, dtype=weight.dtype)])
+    shard, own = VocabularyShard(dist.group.WORLD, rank * rows, rows), padded[rank * rows : (rank + 1) * rows]
+    how = {"num_classes": (16, 14)[rank], "shard": shard}
 
     def weighted(*inputs):
-        return linear_cross_entropy(*inputs, token_weights=token_weights, shard=shard)
+        return linear_cross_entropy(*inputs, token_weights=token_weights, **how)
 
     def function(*inputs):
-        return linear_token_losses(*inputs, shard=shard)[:7].sum().tanh()
+        return linear_token_losses(*inputs, **how)[:7].sum().tanh()
 
     return [
         {n: t.detach().tolist() for n, t in _outputs_and_grads(fn, hidden, own, labels).items()}
@@ -110,7 +157,7 @@ def test_a_cut_vocabulary_gives_the_whole_ones_weighted_and_single_losses():
         got = {
             "loss": first["loss"],
             "hidden": first["hidden"] + second["hidden"],  # each has a summand
-            "weight": torch.cat([first["weight"], second["weight"]]),
+            "weight": torch.cat([first["weight"], second["weight"]])[:30],
         }
         assert_close(got, want, 1e-12)
 
