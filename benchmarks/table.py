@@ -182,7 +182,7 @@ def _stages(row: dict) -> str:
     return f" ({found[1].replace(' | ', '/').replace(' ', '')})" if found else ""
 
 
-OPS = ("reservoir", "diagonal_scan", "moe", "head", "rotary", "rms_norm", "accumulation")
+OPS = ("reservoir", "diagonal_scan", "moe", "head", "rotary", "rms_norm", "accumulation", "adamw")
 
 
 def kernels_table() -> str:

@@ -11,29 +11,28 @@ from lfm.kernels.adamw.kernel import adamw_kernel_
 from lfm.kernels.adamw.reference import adamw_reference_
 
 SHAPE = (8, 2304, 3072)
-HOW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+HOW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "scale": 0.5}
 
 
 @functools.cache
-def inputs() -> tuple[list[Tensor], Tensor, Tensor]:
+def inputs() -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator("cuda").manual_seed(0)
     tensors = [torch.rand(SHAPE, generator=generator, device="cuda") for _ in range(4)]
-    return tensors, torch.tensor([1.5, 3.0], device="cuda"), torch.tensor(0.5, device="cuda")
+    return tensors, torch.tensor([1.5, 3.0], device="cuda")
 
 
 def check() -> dict[str, float]:
-    tensors, corrections, scale = inputs()
+    tensors, corrections = inputs()
     got, want = [t.clone() for t in tensors], [t.double() for t in tensors]
-    adamw_kernel_(got[0], got[1], got[2], got[3], corrections, **HOW, scale=scale, working=None)
-    wide = corrections.double(), scale.double()
-    adamw_reference_(want[0], want[1], want[2], want[3], wide[0], **HOW, scale=wide[1], working=None)
+    adamw_kernel_(got[0], got[1], got[2], got[3], corrections, **HOW, working=None)
+    adamw_reference_(want[0], want[1], want[2], want[3], corrections.double(), **HOW, working=None)
     return {name: norm_ratio(got[i], want[i]) for i, name in ((0, "parameter"), (2, "exp_avg"), (3, "exp_avg_sq"))}
 
 
 def in_passes(parameter: Tensor, working: Tensor) -> None:
     """Scaling, torch's fused update, and the copy."""
-    tensors, _, scale = inputs()
-    tensors[1].mul_(scale)
+    tensors, _ = inputs()
+    tensors[1].mul_(HOW["scale"])
     step = torch.ones((), device="cuda")
     beta1, beta2 = HOW["betas"]
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
@@ -55,14 +54,14 @@ def in_passes(parameter: Tensor, working: Tensor) -> None:
 
 
 def cases() -> list[Case]:
-    tensors, corrections, scale = inputs()
+    tensors, corrections = inputs()
     p, g, m, v = tensors
     working = torch.empty(SHAPE, dtype=torch.bfloat16, device="cuda")
     moved = 30.0 * p.numel()
     return [
         Case(
             "update",
-            graphed(lambda _: adamw_kernel_(p, g, m, v, corrections, **HOW, scale=scale, working=working)),
+            graphed(lambda _: adamw_kernel_(p, g, m, v, corrections, **HOW, working=working)),
             check,
             {"parameter": 1e-6, "exp_avg": 1e-6, "exp_avg_sq": 1e-6},
             *floor(0, moved),

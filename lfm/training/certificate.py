@@ -129,16 +129,13 @@ def parallel_engine(
 def reference(problem: Problem, device: torch.device) -> Numbers:
     """The local engine's numbers."""
     engine = local_engine(problem, device)
-    gradients: dict[str, np.ndarray] = {}
-
-    def keep(*_: Any) -> None:
-        if not gradients:
-            found = {name: master.grad for name, master in engine.masters.items() if master.grad is not None}
-            gradients.update({n: g.cpu().numpy().copy() for n, g in engine._views(found).items()})
-
-    engine.optimizer.register_step_pre_hook(keep)
     nats, labels = engine.evaluate(problem.batch(-1))
     steps = [_step(engine, problem, 0)]
+    taken = {
+        name: problem.optimizer.first_gradient(engine.optimizer.state[master])
+        for name, master in engine.masters.items()
+    }
+    gradients = {name: gradient.cpu().numpy() for name, gradient in engine._views(taken).items()}
     moving = _moving(engine.state_tensors())
     steps += [_step(engine, problem, step) for step in range(1, problem.steps)]
     buffers = {key.partition(".")[2] for key in engine.tensors() if key.startswith(("frozen.", "moving."))}
@@ -172,20 +169,9 @@ def run_layout(
     process_groups.join(process, device, timeout_seconds=120)
     groups = process_groups.make_groups(layout, device)
     engine = parallel_engine(problem, groups, engine_type)
-    flat_gradients: dict[int, Tensor] = {}
-    first = True
-
-    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                if first and flat.grad is not None:
-                    flat_gradients[id(flat)] = flat.grad.clone()
-
-    inner_optimizer(engine.deepspeed).register_step_pre_hook(keep)
     nats, labels = engine.evaluate(problem.batch(-1))
     steps = [_step(engine, problem, 0)]
-    first = False
-    deviations = _gradient_deviations(engine, flat_gradients, expected.gradients)
+    deviations = _gradient_deviations(engine, problem.optimizer, expected.gradients)
     moving = _moving(engine.buffers(["moving"]))
     steps += [_step(engine, problem, step) for step in range(1, problem.steps)]
     found = {"held_out": nats / labels, "steps": steps, "gradients": deviations, "moving": moving}
@@ -195,12 +181,12 @@ def run_layout(
 
 
 def _gradient_deviations(
-    engine: ParallelEngine, flat_gradients: Mapping[int, Tensor], expected: Mapping[str, np.ndarray]
+    engine: ParallelEngine, optimizer: OptimizerKind, expected: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[float, float, bool]]:
     """Global name -> (squared difference, squared norm of what was applied, whether it is a slice)."""
-    deviations = {}
+    deviations, state = {}, inner_optimizer(engine.deepspeed).state
     for weight in engine.weights:
-        applied = engine._gathered(weight, lambda flat: flat_gradients[id(flat)]).cpu()
+        applied = engine._gathered(weight, lambda flat: optimizer.first_gradient(state[flat])).cpu()
         if engine._data_group(weight).rank() != 0:
             continue
         for part in engine.global_parts[weight.name]:

@@ -67,6 +67,9 @@ class LocalEngine(Engine):
             for name, p in self.model.named_parameters()
         }
         initialize(self.model, seed, self._views(self.masters))
+        named = self.model.named_parameters()
+        self.working = {self.masters[name]: p for name, p in named if self.masters[name] is not p}
+        """By master, the weight that the model works with, where that is another tensor."""
         self.publish_masters()
         self.sums = self._gradient_sums()
         self._norm: float | None = None
@@ -109,15 +112,11 @@ class LocalEngine(Engine):
             self.model, lambda name, tensor: tensors.get(name, None if isinstance(tensor, nn.Parameter) else tensor)
         )
 
+    @torch.no_grad()
     def publish_masters(self) -> None:
         """Copy the masters into the working weights (nothing to do where they are the same tensors)."""
-        named = dict(self.model.named_parameters())
-        copies = [name for name, parameter in named.items() if self.masters[name] is not parameter]
-        if copies:
-            with torch.no_grad():
-                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-                    [named[name] for name in copies], [self.masters[name] for name in copies]
-                )
+        if self.working:
+            torch._foreach_copy_([*self.working.values()], [*self.working])  # pyright: ignore[reportPrivateImportUsage]
 
     def _gradient_sums(self) -> dict[str, GradientSum]:
         """One for each parameter, and what adds to it the gradients that its products leave to autograd, and frees
@@ -196,24 +195,13 @@ class LocalEngine(Engine):
             raise NonFiniteError(f"gradient norm is {value}; first non-finite gradient: {bad[0] if bad else 'none'}")
         # With DeepSpeed's epsilon, which tells only where the norm itself is tiny.
         clip = self.optimizer_config.clip_grad / (value + 1e-6)
-        self._scale_gradients(unscale * clip if 0 < clip < 1 else unscale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiple"]
-        self.optimizer.step()
-        self._after_update()
-        self.publish_masters()
+        scale = unscale * clip if 0 < clip < 1 else unscale
+        self.optimizer_config.update(self.optimizer, scale=scale, working=self.working)
+        if self._after_update():
+            self.publish_masters()
         return value
-
-    def _scale_gradients(self, scale: float) -> None:
-        """Multiply them, in the optimizer's own kernel where it has that."""
-        optimizer: Any = self.optimizer
-        # It divides, by a number in fp32: not exact enough for wider gradients.
-        exact = self.dtype != torch.float64 and self.device.type in ("cuda", "cpu")
-        if exact and getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.grad_scale = None if scale == 1 else torch.full((), 1 / scale, device=self.device)
-        elif scale != 1:
-            grads = [found.total for found in self.sums.values()]
-            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
 
     def record(self) -> dict[str, Any]:
         return super().record() | (self.loss_scale.record() if self.loss_scale is not None else {})

@@ -50,6 +50,43 @@ def test_lion_is_the_papers_program_1():
     assert engine.optimizer_step == 3 and {key.partition(".")[0] for key in engine.tensors()} == set(engine.state_kinds)
 
 
+@pytest.mark.parametrize("kind", [AdamWConfig, LionConfig])
+def test_the_first_gradient_is_told_from_the_state(kind):
+    config, gradient = kind(), torch.tensor([-3.0, 0.0, 0.25])
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = gradient.clone()
+    optimizer = config.build(parameter_groups(config, [("weight", parameter)]))
+    optimizer.state[parameter] = config.new_state(parameter)
+    config.update(optimizer, scale=0.5, working={})
+    torch.testing.assert_close(config.first_gradient(optimizer.state[parameter]), 0.5 * gradient)
+
+
+@pytest.mark.gpu
+def test_an_update_on_a_gpu_is_that_of_torch():
+    """One pass for clipping, update and working copy, next to torch's update of the same gradients."""
+    config = AdamWConfig(lr=1e-2, weight_decay=0.3)
+    shapes = {"a": (300, 70), "b": (9,), "c": (1, 5000)}
+    start = {name: torch.randn(shape, device="cuda") for name, shape in shapes.items()}
+    ours, theirs = ({n: torch.nn.Parameter(t.clone()) for n, t in start.items()} for _ in range(2))
+    working = {p: torch.empty_like(p, dtype=torch.bfloat16) for n, p in ours.items() if n != "b"}
+    optimizers = []
+    for parameters in (ours, theirs):
+        optimizers.append(config.build(parameter_groups(config, parameters.items())))
+        optimizers[-1].state.update({p: config.new_state(p) for p in parameters.values()})
+    for _ in range(3):
+        for name, shape in shapes.items():
+            ours[name].grad = torch.randn(shape, device="cuda")
+            theirs[name].grad = 0.25 * ours[name].grad
+        config.update(optimizers[0], scale=0.25, working=working)
+        optimizers[1].step()
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, theirs[name], rtol=1e-6, atol=1e-7)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            got, want = (o.state[p][key] for o, p in zip(optimizers, (parameter, theirs[name]), strict=True))
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+    assert all(torch.equal(copy, parameter.bfloat16()) for parameter, copy in working.items())
+
+
 def test_a_resumed_run_of_lion_is_the_uninterrupted_one(tmp_path, text_data):
     keys = ("optimizer.kind=lion", "optimizer.lr=1e-4", "training.steps=4")
     whole = tiny_run(tmp_path / "whole", text_data, *keys)

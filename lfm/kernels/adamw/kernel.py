@@ -10,17 +10,12 @@ BLOCK, NUM_WARPS = 2048, 8
 @triton.jit
 def _adamw_kernel(
     parameter, grad, exp_avg, exp_avg_sq, working, corrections, scale, lr, beta1, beta2, eps, decay, n,
-    SCALED: tl.constexpr, PUBLISHED: tl.constexpr, BLOCK: tl.constexpr,
+    PUBLISHED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = i < n
-    p, g = tl.load(parameter + i, exists), tl.load(grad + i, exists)
+    p, g = tl.load(parameter + i, exists), tl.load(grad + i, exists) * scale
     m, v = tl.load(exp_avg + i, exists), tl.load(exp_avg_sq + i, exists)
-    if SCALED:
-        factor = tl.load(scale)
-        g *= factor
-        # inf - inf and nan - nan are no zeros: nothing is written.
-        exists = i < tl.where(factor - factor == 0, n, 0)
     m += (1 - beta1) * (g - m)
     v += (1 - beta2) * (g * g - v)
     update = tl.load(corrections) * m / (tl.sqrt_rn(v * tl.load(corrections + 1)) + eps)
@@ -43,7 +38,7 @@ def adamw_kernel_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    scale: Tensor | None,
+    scale: float,
     working: Tensor | None,
 ) -> None:
     """As `op.adamw_`, of contiguous tensors."""
@@ -52,6 +47,6 @@ def adamw_kernel_(
         return
     _adamw_kernel[(triton.cdiv(n, BLOCK),)](
         parameter, grad, exp_avg, exp_avg_sq, parameter if working is None else working, corrections,
-        corrections if scale is None else scale, lr, *betas, eps, weight_decay, n,
-        SCALED=scale is not None, PUBLISHED=working is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        scale, lr, *betas, eps, weight_decay, n,
+        PUBLISHED=working is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -20,15 +20,15 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    scale: Tensor | None = None,
+    scale: float = 1.0,
     working: Tensor | None = None,
     backend: Backend = "auto",
 ) -> None:
     """One update of fp32 tensors of one shape, in place; decay is decoupled (Loshchilov & Hutter 2019, 1711.05101).
 
-    corrections: fp32 `[2]` on the same device, 1 / (1 - beta^step) of either beta.  scale: fp32 scalar on the device, a
-    factor on the gradient; where it is not finite, nothing is changed.  working: a copy of the parameter in another
-    dtype, which is given its new value.  Raises ValueError for shapes that disagree.
+    corrections: fp32 `[2]` on the same device, 1 / (1 - beta^step) of either beta.  scale: a factor on the gradient.
+    working: a copy of the parameter in another dtype, which is given its new value.  Raises ValueError for shapes that
+    disagree.
     """
     beside = [grad, exp_avg, exp_avg_sq, *([] if working is None else [working])]
     if any(tensor.shape != parameter.shape for tensor in beside):
@@ -46,12 +46,11 @@ def adamw_(
 
 def _comparison(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     corrections = torch.tensor([1.25, 3.5], device=device)
-    scale = torch.tensor(0.7, device=device)
 
     def updated(backend: Backend) -> list[Tensor]:
         p, g, m, v = (draw(i, 9001, device=device, dtype=dtype) for i in range(4))
         v, working = v.square(), torch.empty_like(p, dtype=torch.bfloat16)
-        how = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "scale": scale}
+        how = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "scale": 0.7}
         adamw_(p, g, m, v, corrections, working=working, backend=backend, **how)
         return [p, m, v, working]
 

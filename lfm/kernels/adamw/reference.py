@@ -1,6 +1,5 @@
 """The definition of an AdamW update."""
 
-import torch
 from torch import Tensor
 
 
@@ -15,15 +14,13 @@ def adamw_reference_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    scale: Tensor | None,
+    scale: float,
     working: Tensor | None,
 ) -> None:
-    scaled = grad if scale is None else grad * scale
-    mean = exp_avg.lerp(scaled, 1 - betas[0])
-    square = exp_avg_sq.lerp(scaled * scaled, 1 - betas[1])
-    update = corrections[0] * mean / ((square * corrections[1]).sqrt() + eps)
-    moved = parameter * (1 - lr * weight_decay) - lr * update
-    for old, new in ((parameter, moved), (exp_avg, mean), (exp_avg_sq, square)):
-        old.copy_(new if scale is None else torch.where(scale.isfinite(), new, old))
+    scaled = grad * scale
+    exp_avg.lerp_(scaled, 1 - betas[0])
+    exp_avg_sq.lerp_(scaled * scaled, 1 - betas[1])
+    update = corrections[0] * exp_avg / ((exp_avg_sq * corrections[1]).sqrt() + eps)
+    parameter.mul_(1 - lr * weight_decay).sub_(lr * update)
     if working is not None:
         working.copy_(parameter)

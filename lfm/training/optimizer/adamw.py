@@ -1,11 +1,13 @@
 """AdamW, fused."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat
+from torch import Tensor
 
+from lfm.kernels.adamw import adamw_
 from lfm.training.optimizer.kind import Beta, Group, OptimizerKind
 
 
@@ -23,3 +25,32 @@ class AdamWConfig(OptimizerKind):
 
     def build(self, groups: Sequence[Group], *, fused: bool = True) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self._for_torch(groups), lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
+
+    @torch.no_grad()
+    def update(self, optimizer: torch.optim.Optimizer, *, scale: float, working: Mapping[Tensor, Tensor]) -> None:
+        """On a GPU in one pass over all of it."""
+        named = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        if not named or not named[0][1].is_cuda:
+            super().update(optimizer, scale=scale, working=working)
+            return
+        states = [optimizer.state[parameter] for _, parameter in named]
+        torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore[reportPrivateImportUsage]
+        betas = torch.tensor(self.betas, dtype=torch.float64).to(named[0][1].device, non_blocking=True)
+        corrections = (1 / (1 - betas ** states[0]["step"])).float()  # all have seen as many updates
+        for (group, parameter), state in zip(named, states, strict=True):
+            adamw_(
+                parameter,
+                parameter.grad,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                corrections,
+                lr=group["lr"],
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=group["weight_decay"],
+                scale=scale,
+                working=working.get(parameter),
+            )
+
+    def first_gradient(self, state: Mapping[str, Tensor]) -> Tensor:
+        return state["exp_avg"] / (1 - self.betas[0])

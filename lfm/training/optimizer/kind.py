@@ -77,6 +77,24 @@ class OptimizerKind(Config, abc.ABC):
         `fused`: one kernel for many parameters where it has one, which takes state beside the parameters alone.
         """
 
+    @torch.no_grad()
+    def update(self, optimizer: torch.optim.Optimizer, *, scale: float, working: Mapping[Tensor, Tensor]) -> None:
+        """Update what `build` made with the gradients times `scale`, which they may be left as.
+
+        working: by parameter, its copy in another dtype, which is given the new value.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if scale != 1:
+            gradients = [parameter.grad for parameter in parameters]
+            torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+        optimizer.step()
+        if working:
+            torch._foreach_copy_([*working.values()], [*working])  # pyright: ignore[reportPrivateImportUsage]
+
+    def first_gradient(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The gradient that a first update took, from the state that it left: what certificates compare."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what gradient an update took")
+
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state before the first update, so that a fresh run can be loaded into; `step` counts updates."""
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)

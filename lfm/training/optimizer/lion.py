@@ -1,6 +1,6 @@
 """Lion: the sign of a moving average of gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,9 @@ class LionConfig(OptimizerKind):
 
     def build(self, groups: Sequence[Group], *, fused: bool = True) -> torch.optim.Optimizer:
         return Lion(self._for_torch(groups), self.betas)
+
+    def first_gradient(self, state: Mapping[str, Tensor]) -> Tensor:
+        return state["exp_avg"] / (1 - self.betas[1])
 
 
 class Lion(torch.optim.Optimizer):
