@@ -7,6 +7,7 @@ from lfm.kernels.router.op import _choice_comparison
 from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
 from lfm.layers.router import route
 from tests.comparison import assert_close
+from tests.sums import summed, summed_gradient
 
 # The CPU interprets the kernels.  Its interpreter cuts fp32 off to bf16 where a GPU rounds, hence fp16 there.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,6 +39,15 @@ def _compare_logits(shape, num_experts, dtype, bound):
 @pytest.mark.parametrize("shape, num_experts", [((1, 1), 1), ((2, 5, 24), 8), ((70, 300), 17)], ids=str)
 def test_logits_equal_the_definition(shape, num_experts):
     _compare_logits(shape, num_experts, torch.float16, 1e-6)
+
+
+def test_a_weight_adds_up_its_gradient_unrounded():
+    x, weight = torch.randn(70, 48, device=DEVICE).half(), torch.randn(5, 48, device=DEVICE).half()
+    own, wide = summed(weight), weight.double().requires_grad_()
+    for grad in torch.randn(2, 70, 5, device=DEVICE):
+        router_logits(x, own, backend="triton")[0].backward(grad)
+        router_logits_reference(x.double(), wide).backward(grad.double())
+    assert_close({"weight": summed_gradient(own)}, {"weight": wide.grad}, 1e-5)
 
 
 def test_without_a_gradient_of_the_logits_that_of_x_is_handed_through():

@@ -182,7 +182,8 @@ def logits_forward(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def logits_backward(grad: Tensor, grad_passed: Tensor | None, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x, with that of its other uses if given, and of weight; all contiguous, the logits' is fp32."""
+    """Gradient of x, with that of its other uses if given, and fp32 `[SPLITS, E, D]` that sum to the weight's; all
+    contiguous, the logits' is fp32."""
     E, D = weight.shape
     n = x.shape[:-1].numel()
     grad_x, shares = torch.empty_like(x), weight.new_zeros(SPLITS, E, D, dtype=torch.float32)
@@ -195,7 +196,7 @@ def logits_backward(grad: Tensor, grad_passed: Tensor | None, x: Tensor, weight:
         _grad_x_kernel[grid](grad, weight, passed, grad_x, n, grad_passed is not None, *sizes, num_warps=NUM_WARPS)
         grid = (triton.cdiv(n, tokens_of_a_share) * num_blocks,)
         _grad_weight_kernel[grid](grad, x, shares, n, tokens_of_a_share, *sizes, num_warps=NUM_WARPS)
-    return grad_x, shares.sum(0).to(weight.dtype)
+    return grad_x, shares
 
 
 def choose_forward(logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lfm.kernels.backend import Backend, draw, runs_triton
+from lfm.kernels.gradient_sum import gradient_sum
+from lfm.kernels.linear import sum_left_to_autograd
 from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
 
 _MOST_EXPERTS = 256
@@ -82,6 +84,7 @@ class _RouterLogits(torch.autograd.Function):
         from lfm.kernels.router.kernel import logits_forward
 
         ctx.set_materialize_grads(False)
+        ctx.sum = gradient_sum(weight)
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         return logits_forward(x, weight), x
@@ -94,7 +97,9 @@ class _RouterLogits(torch.autograd.Function):
         grad, grad_passed = (None if part is None else part.contiguous() for part in grad_outputs)
         if grad is None:
             return grad_passed, None
-        return logits_backward(grad, grad_passed, *ctx.saved_tensors)
+        x, weight = ctx.saved_tensors
+        grad_x, shares = logits_backward(grad, grad_passed, x, weight)
+        return grad_x, sum_left_to_autograd(ctx.sum, shares, weight.dtype) if ctx.needs_input_grad[1] else None
 
 
 class _ChooseExperts(torch.autograd.Function):
