@@ -17,7 +17,7 @@ from lfm.kernels.permutation.reference import (
     dispatch_reference,
     sorted_places_reference,
 )
-from lfm.kernels.router import Choice, choose_experts, router_logits
+from lfm.kernels.router import Choice, choose_experts, router_logits, row_means
 from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
 from lfm.kernels.swiglu import kernel as activation
 from lfm.kernels.swiglu.reference import swiglu_reference
@@ -100,7 +100,7 @@ def routing(logits_of: Callable, choose: Callable, dtype: torch.dtype) -> dict[s
     leaves = [normal(1, N, D, seed=40), normal(E, D, seed=41, scale=D**-0.5)]
     leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
     choice = Choice(*choose(logits_of(*leaves), K))
-    outputs = [choice.weights, choice.probability, choice.z]
+    outputs = [choice.weights, *row_means(choice.means)[::2]]  # probability and z
     grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(x) * x.detach() for x in outputs])
     return {"weights": choice.weights.detach(), "x": grads[0], "router.weight": grads[1]}
 

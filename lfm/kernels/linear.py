@@ -31,12 +31,12 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
         total.addmm_(left.T.to(total.dtype), right.to(total.dtype), beta=beta)
 
 
-def add_column_sums_(total: Tensor, rows: Tensor, add: bool) -> None:
-    """`total [N] (+)=` the sum of `rows [n, N]`, in total's dtype; without `add` total is not read."""
-    if add:
-        total += rows.sum(0, dtype=total.dtype)
-    else:
-        torch.sum(rows, 0, dtype=total.dtype, out=total)
+def sum_left_to_autograd(found: GradientSum | None, summands: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The sum of `summands [n, ...]` over n in `dtype`, from sums in at least fp32; None where it went to `found`."""
+    if found is None:
+        return summands.sum(0, dtype=torch.promote_types(summands.dtype, torch.float32)).to(dtype)
+    found.add(summands.sum(0, dtype=found.total.dtype))
+    return None
 
 
 class _Linear(torch.autograd.Function):
@@ -59,11 +59,4 @@ class _Linear(torch.autograd.Function):
         if needs_weight:
             rows = x.reshape(-1, x.shape[-1])
             of_weight.put(lambda total, add: add_product_(total, grad, rows, add))
-        return grad_x, None, _bias_gradient(of_bias, grad) if needs_bias else None
-
-
-def _bias_gradient(of_bias: GradientSum | None, grad: Tensor) -> Tensor | None:
-    if of_bias is None:
-        return grad.sum(0)
-    of_bias.put(lambda total, add: add_column_sums_(total, grad, add))
-    return None
+        return grad_x, None, sum_left_to_autograd(of_bias, grad, grad.dtype) if needs_bias else None

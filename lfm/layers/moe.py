@@ -1,4 +1,4 @@
-"""Top-k mixture of SwiGLU experts with balance and z losses."""
+"""Top-k mixture of SwiGLU experts."""
 
 from typing import ClassVar, Literal
 
@@ -14,7 +14,7 @@ from lfm.kernels.router import router_logits
 from lfm.kernels.swiglu import swiglu
 from lfm.layers.cost import Cost, matrices
 from lfm.layers.parts import PLAIN, Parts
-from lfm.layers.router import Balance, BalanceConfig, BalanceScope, BiasBalance, Routing, observe, route
+from lfm.layers.router import Balance, BalanceConfig, BalanceScope, BiasBalance, Routing, route, sampled
 from lfm.layers.stored import Stored
 
 
@@ -95,7 +95,7 @@ class MoE(nn.Module):
             shares=self.balance.shares if self.balance.has_shares else None,
         )
         if torch.is_grad_enabled():  # evaluation and generation ask for nothing
-            routing.observed = observe(x, logits, mean_logit=self.balance.follows_logits)
+            routing.sample = sampled(x)
         x, experts, weights = self.dispatcher.prepare(x, routing.experts, routing.weights)
         flat, E = experts.flatten(), self.dispatcher.num_experts
         if capacity_factor is not None:

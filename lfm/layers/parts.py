@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lfm.layers.embedding import Embedding
 from lfm.layers.linear import Linear
 
 
@@ -30,7 +31,7 @@ class Parts:
 
     def vocabulary_embedding(self, num_embeddings: int, hidden_size: int) -> nn.Embedding:
         """Ids `[B, whole T]` -> `[B, T, D]`."""
-        return nn.Embedding(num_embeddings, hidden_size)
+        return Embedding(num_embeddings, hidden_size)
 
     def output_projection(self, hidden_size: int, num_embeddings: int) -> nn.Linear:
         """Holder of the untied head's weight `[V / tensor_size, D]`."""

@@ -1,8 +1,9 @@
 """Which experts a token goes to: choice, weights, capacity, balance and z losses."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lfm.config import Config, default_kind
-from lfm.kernels.router import choose_experts
+from lfm.kernels.router import choose_experts, row_means
 from lfm.layers.stored import Stored
 
 BalanceScope = Literal["sequence", "batch", "step"]
@@ -119,35 +120,22 @@ class Balance(nn.Module):
 
 
 @dataclass
-class Observed:
-    """What a router is watched by while it trains, in one forward pass; no gradients."""
-
-    entropy: Float[Tensor, ""]
-    """Mean over tokens of that of softmax(logits), in nats."""
-    input_cosine: Float[Tensor, ""]
-    """Mean over rows of the mean cosine between two of its inputs, from evenly spaced tokens of the row."""
-    mean_logit: Float[Tensor, "B E"] | None
-    """Over the tokens of each row, where the balance follows them."""
-    num_tokens: int
-    """Of a row."""
-
-
-@dataclass
 class Routing:
     """Where tokens go.  `experts[n, i]` is -1 where capacity dropped the assignment (its weight is then 0)."""
 
     experts: Int[Tensor, "n k"]
     weights: Float[Tensor, "n k"]
-    balance_loss: Float[Tensor, " B"]
-    """Per row, 1 at perfect balance."""
-    z_loss: Float[Tensor, " B"]
-    """Per row, mean over its tokens of logsumexp(router logits)^2."""
     load: Int[Tensor, " E"]
     """Assignments each expert received, after dropping."""
-    chosen: Int[Tensor, " E"]
-    """Tokens that chose each expert, before dropping."""
-    observed: Observed | None = None
-    """Where a backward pass may follow."""
+    counts: Int[Tensor, "B E"]
+    """Tokens of each row that chose each expert, before dropping."""
+    means: Float[Tensor, "B means"]
+    """Over the tokens of each row: `lfm.kernels.router.row_means`."""
+    balance_over: BalanceScope
+    shares: Float[Tensor, " E"] | None
+    """Of the step before, where the balance loss is over the step."""
+    sample: Float[Tensor, "B s D"] | None = None
+    """Some of the router's inputs, where a backward pass may follow; no gradients."""
 
 
 def route(
@@ -159,25 +147,13 @@ def route(
     bias: Float[Tensor, " E"] | None = None,
     shares: Float[Tensor, " E"] | None = None,
 ) -> Routing:
-    """Choose `top_k` experts per token, by logits + `bias`; scores, weights and losses in at least fp32.
+    """Choose `top_k` experts per token, by logits + `bias`; scores and weights in at least fp32.
 
-    Balance loss: `E * sum_i f_i P_i` with f_i the share of assignments (no gradient) and P_i the mean probability of
-    expert i (Fedus et al. 2021, arXiv 2101.03961), per row of the batch.  Over the "step", f are its `shares`, of the
-    whole batch of the step before: those of this one are not known to a micro-batch.  Bias: Wang et al. 2024, arXiv
-    2408.15664.  z-loss: Zoph et al. 2022, arXiv 2202.08906.
+    Bias: Wang et al. 2024, arXiv 2408.15664.
     """
-    B, T, E = logits.shape
-    experts, weights, probability, load, z_loss = choose_experts(logits, top_k, bias)
-
-    chosen = load.sum(0)
-    share = load.to(logits.dtype) / (T * top_k)  # before dropping
-    if balance_over == "step":
-        assert shares is not None
-        share = shares.to(logits.dtype)
-    elif balance_over == "batch":
-        share, probability = (part.mean(0, keepdim=True).expand(B, E) for part in (share, probability))
-    balance_loss = E * (share * probability).sum(-1)
-
+    _, T, E = logits.shape
+    experts, weights, counts, means = choose_experts(logits, top_k, bias)
+    load = counts
     if capacity_factor is not None:
         # Per row, so that micro-batch and layout do not matter; earlier positions win, so that it stays causal.
         capacity = math.ceil(capacity_factor * top_k * T / E)
@@ -185,20 +161,69 @@ def route(
         kept = place <= capacity
         weights = weights * kept
         experts = experts.masked_fill(~kept, -1)
-        load = load.clamp(max=capacity)
-    return Routing(experts.flatten(0, 1), weights.flatten(0, 1), balance_loss, z_loss, load.sum(0), chosen)
+        load = counts.clamp(max=capacity)
+    assert (shares is not None) == (balance_over == "step")
+    return Routing(experts.flatten(0, 1), weights.flatten(0, 1), load.sum(0), counts, means, balance_over, shares)
+
+
+class RouterLosses(NamedTuple):
+    """Of each layer and row."""
+
+    balance: Float[Tensor, "L B"]
+    """1 at perfect balance."""
+    z: Float[Tensor, "L B"]
+    """Mean over the row's tokens of logsumexp(router logits)^2."""
+
+
+def router_losses(layers: Sequence[Routing]) -> RouterLosses:
+    """Of all layers at once, in at least fp32.
+
+    Balance loss: `E * sum_i f_i P_i` with f_i the share of assignments before dropping (no gradient) and P_i the mean
+    probability of expert i (Fedus et al. 2021, arXiv 2101.03961), per row of the batch.  Over the "step", f are the
+    `shares` of the whole batch of the step before: those of this one are not known to a micro-batch.  z-loss: Zoph et
+    al. 2022, arXiv 2202.08906.
+    """
+    first = layers[0]
+    means = row_means(torch.stack([each.means for each in layers]))
+    probability, (B, E) = means.probability, first.counts.shape
+    if first.balance_over == "step":
+        share = torch.stack([each.shares for each in layers if each.shares is not None]).to(probability.dtype)[:, None]
+    else:
+        assignments = first.experts.numel() // B  # of a row
+        share = torch.stack([each.counts for each in layers]).to(probability.dtype) / assignments
+    if first.balance_over == "batch":
+        share, probability = (part.mean(1, keepdim=True).expand(-1, B, -1) for part in (share, probability))
+    return RouterLosses(E * (share * probability).sum(-1), means.z)
 
 
 @torch.no_grad()
-def observe(x: Float[Tensor, "B T D"], logits: Float[Tensor, "B whole_T E"], *, mean_logit: bool) -> Observed:
-    """`x`: the router's inputs, or this process's part of the rows; `mean_logit`: whether it is asked for."""
-    step = -(-x.shape[1] // _SAMPLED_TOKENS)
-    sample = F.normalize(x[:, ::step].to(logits.dtype), dim=-1)
-    n = sample.shape[1]
-    # |sum|^2 is n and every cosine twice.
-    cosine = (sample.sum(1).square().sum(-1).mean() - n) / (n * (n - 1)) if n > 1 else logits.new_ones(())
-    entropy = torch.special.entr(logits.softmax(-1)).sum(-1).mean()
-    return Observed(entropy, cosine, logits.mean(1) if mean_logit else None, logits.shape[1])
+def sampled(x: Float[Tensor, "B T D"]) -> Float[Tensor, "B s D"]:
+    """Evenly spaced tokens of each row, in memory of their own where they are not all."""
+    return x.detach()[:, :: -(-x.shape[1] // _SAMPLED_TOKENS)].contiguous()
+
+
+class Observed(NamedTuple):
+    """What routers are watched by while they train, in one forward pass, by layer; no gradients."""
+
+    entropy: Float[Tensor, " L"]
+    """Mean over tokens of that of softmax(logits), in nats."""
+    input_cosine: Float[Tensor, " L"]
+    """Mean over rows of the mean cosine between two of a router's sampled inputs."""
+    mean_logit: Float[Tensor, "L B E"]
+    """Over the tokens of each row."""
+
+
+@torch.no_grad()
+def observe(layers: Sequence[Routing]) -> Observed:
+    """Of all layers at once; each has a sample of its inputs."""
+    means = row_means(torch.stack([each.means for each in layers]))
+    x = torch.stack([each.sample for each in layers if each.sample is not None]).to(means.entropy.dtype)
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
+    n = x.shape[2]
+    # The square of the sum of the directions is n and every cosine twice.
+    square = (scale.mT @ x).square().sum((2, 3)).mean(1)
+    cosine = (square - n) / (n * (n - 1)) if n > 1 else torch.ones_like(square)
+    return Observed(means.entropy.mean(1), cosine, means.logit)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from lfm.layers.head import Head, Hidden
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.residual import ResidualStream
 from lfm.layers.rotary import rotary_tables
-from lfm.layers.router import Routing
+from lfm.layers.router import Routing, router_losses
 from lfm.layers.stored import Stored
 from lfm.models.language_model import LanguageModel, Recompute
 from lfm.models.losses import Losses, Measurements, Objective, reservoir_measurements, router_measurements
@@ -56,9 +56,8 @@ class Diagnostics:
         """Of the routers' losses over rows, and of their mean over all layers of the model: the summands from here."""
         if not self.routing:
             return {}
-        balance = torch.stack([routing.balance_loss for routing in self.routing.values()])
-        z = torch.stack([routing.z_loss for routing in self.routing.values()])
-        return {"balance_loss": balance.sum() / num_layers, "z_loss": z.sum() / num_layers}
+        losses = router_losses([*self.routing.values()])
+        return {"balance_loss": losses.balance.sum() / num_layers, "z_loss": losses.z.sum() / num_layers}
 
     def measure(self) -> Measurements:
         """Of this pass and its backward."""

@@ -18,7 +18,7 @@ from lfm.kernels.reservoir import RecurrenceStats
 from lfm.layers.documents import Counts, Rows, Unit
 from lfm.layers.head import Head, Hidden
 from lfm.layers.moe import MoEConfig
-from lfm.layers.router import BiasBalance, Routing, fixed_point
+from lfm.layers.router import BiasBalance, Routing, fixed_point, observe
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Measured:
 
 
 Measurements = dict[str, dict[int, Tensor]]
-"""Name -> layer -> `[width]`, or a scalar where that is 1."""
+"""Name -> layer -> `[width]`, or a scalar where that is 1; names that no `Measured` has are not read."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ def combined(measured: Sequence[Measured], found: Sequence[Measurements]) -> dic
         layers = sorted({layer for each in found for layer in each[measure.name]})
         if not layers:
             continue
-        of_layers = [torch.stack([each[measure.name][i] for each in found if i in each[measure.name]]) for i in layers]
+        of_layers = [each[measure.name][i] for i in layers for each in found if i in each[measure.name]]
         values = torch.stack(of_layers).view(len(layers), -1, measure.width)  # of as many passes for each layer
         over = {"sum": values.sum, "mean": values.mean, "max": values.amax}[measure.over]
         table[measure.name] = layers, over(1).to(widest(values.device))
@@ -119,20 +119,16 @@ def router_measured(layers: tuple[int, ...], moe: MoEConfig) -> tuple[Measured, 
 
 
 def router_measurements(routing: Mapping[int, Routing]) -> Measurements:
-    """Of one forward pass that a backward pass may follow, by layer."""
-    observed = {layer: each.observed for layer, each in routing.items() if each.observed is not None}
+    """Of one forward pass that a backward pass may follow, by layer; made of all layers at once."""
+    layers = [*routing.values()]
+    observed, num_tokens = observe(layers), len(layers[0].experts) // len(layers[0].counts)
     found = {
-        "expert_load": {layer: each.chosen for layer, each in routing.items()},
-        "router_entropy": {layer: each.entropy for layer, each in observed.items()},
-        "router_input_cosine": {layer: each.input_cosine for layer, each in observed.items()},
+        "expert_load": torch.stack([each.counts for each in layers]).sum(1),
+        "router_entropy": observed.entropy,
+        "router_input_cosine": observed.input_cosine,
+        "router_logits": fixed_point(observed.mean_logit, num_tokens),
     }
-    logits = {layer: each.mean_logit for layer, each in observed.items() if each.mean_logit is not None}
-    if logits:  # all layers at once: a few kernels
-        num_tokens = next(iter(observed.values())).num_tokens
-        found["router_logits"] = dict(
-            zip(logits, fixed_point(torch.stack([*logits.values()]), num_tokens), strict=True)
-        )
-    return found
+    return {name: dict(zip(routing, values.unbind(), strict=True)) for name, values in found.items()}
 
 
 def reservoir_measured(layers: tuple[int, ...]) -> tuple[Measured, ...]:

@@ -4,6 +4,7 @@ import torch
 from lfm.kernels.rms_norm import add_rms_norm
 from lfm.kernels.rms_norm.reference import add_rms_norm_reference
 from tests.comparison import assert_close
+from tests.sums import summed, summed_gradient
 
 # The CPU interprets the kernels.  Its interpreter cuts fp32 off to bf16 where a GPU rounds, hence fp16 there.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,6 +39,15 @@ def _compare(shape, dtype, bound, *, added):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 48), (600, 130)], ids=str)
 def test_the_kernel_equals_the_definition(shape, added, dtype, bound):
     _compare(shape, dtype, bound, added=added)
+
+
+def test_a_weight_adds_up_its_gradient_unrounded():
+    x, weight = torch.randn(70, 48, device=DEVICE).half(), torch.randn(48, device=DEVICE).half()
+    own, wide = summed(weight), weight.double().requires_grad_()
+    for grad in torch.randn(2, 70, 48, device=DEVICE).half():
+        add_rms_norm(x, None, own, eps=EPS, backend="triton")[1].backward(grad)
+        add_rms_norm_reference(x.double(), None, wide, EPS)[1].backward(grad.double())
+    assert_close({"weight": summed_gradient(own)}, {"weight": wide.grad}, 1e-6)
 
 
 def test_what_nobody_reads_has_no_gradient():

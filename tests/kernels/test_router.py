@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from lfm.kernels.backend import disagreement
-from lfm.kernels.router import Choice, choose_experts, router_logits
+from lfm.kernels.router import Choice, choose_experts, router_logits, row_means
 from lfm.kernels.router.op import _choice_comparison
 from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
 from lfm.layers.router import route
 from tests.comparison import assert_close
+from tests.sums import summed, summed_gradient
 
 # The CPU interprets the kernels.  Its interpreter cuts fp32 off to bf16 where a GPU rounds, hence fp16 there.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,6 +41,15 @@ def test_logits_equal_the_definition(shape, num_experts):
     _compare_logits(shape, num_experts, torch.float16, 1e-6)
 
 
+def test_a_weight_adds_up_its_gradient_unrounded():
+    x, weight = torch.randn(70, 48, device=DEVICE).half(), torch.randn(5, 48, device=DEVICE).half()
+    own, wide = summed(weight), weight.double().requires_grad_()
+    for grad in torch.randn(2, 70, 5, device=DEVICE):
+        router_logits(x, own, backend="triton")[0].backward(grad)
+        router_logits_reference(x.double(), wide).backward(grad.double())
+    assert_close({"weight": summed_gradient(own)}, {"weight": wide.grad}, 1e-5)
+
+
 def test_without_a_gradient_of_the_logits_that_of_x_is_handed_through():
     x = torch.randn(3, 4, device=DEVICE).half().requires_grad_()
     _, passed = router_logits(x, torch.randn(2, 4, device=DEVICE).half().requires_grad_(), backend="triton")
@@ -51,7 +61,7 @@ def _choice_and_grad(choose, logits, top_k):
     logits = logits.detach().requires_grad_()
     choice = Choice(*choose(logits, top_k))
     generator = torch.Generator().manual_seed(1)
-    outputs = [choice.weights, choice.probability, choice.z]
+    outputs = [choice.weights, *row_means(choice.means)[::2]]  # probability and z
     grads = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
     return choice, torch.autograd.grad(outputs, logits, grads)[0]
 
@@ -62,8 +72,8 @@ def _compare_choice(shape, top_k, *, biased=False):
     got, grad = _choice_and_grad(lambda x, k: choose_experts(x, k, bias, backend="triton"), logits, top_k)
     want, right = _choice_and_grad(lambda x, k: choose_experts_reference(x, k, bias), logits.double(), top_k)
     assert torch.equal(got.experts, want.experts) and torch.equal(got.load, want.load)
-    found = {"weights": got.weights, "probability": got.probability, "z": got.z, "logits": grad}
-    right = {"weights": want.weights, "probability": want.probability, "z": want.z, "logits": right}
+    found = {"weights": got.weights, **row_means(got.means)._asdict(), "logits": grad}
+    right = {"weights": want.weights, **row_means(want.means)._asdict(), "logits": right}
     if top_k == 1:  # weights of p / p = 1 push nothing
         assert torch.equal(found.pop("weights"), torch.ones_like(got.weights)) and right.pop("weights").all()
     assert_close(found, right, 1e-5)  # fp32, through exponentials of differences up to ten
@@ -83,8 +93,7 @@ def test_a_bias_chooses_and_weighs_nothing(backend):
     got = choose_experts(logits, 2, bias, backend=backend)
     assert got.experts.tolist() == [[[4, 2]] * 30] * 2
     assert torch.allclose(got.weights, logits[..., [4, 2]].softmax(-1))
-    unbiased = choose_experts(logits, 2, backend=backend)
-    assert torch.equal(got.probability, unbiased.probability) and torch.equal(got.z, unbiased.z)
+    assert torch.equal(got.means, choose_experts(logits, 2, backend=backend).means)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -99,11 +108,18 @@ def test_a_bias_of_zero_is_none(backend):
 def test_experts_whose_probabilities_round_to_zero_have_weights_and_gradients(backend):
     logits = torch.tensor([[[0.0, -201.0, -200.0, -300.0]]], device=DEVICE).requires_grad_()
     got = choose_experts(logits, 2, torch.tensor([0.0, 500, 500, 0], device=DEVICE), backend=backend)
-    assert got.experts.tolist() == [[[2, 1]]] and got.probability[0, 1] == 0
+    assert got.experts.tolist() == [[[2, 1]]] and row_means(got.means).probability[0, 1] == 0
     want = torch.tensor([1.0, 0.0], device=DEVICE).softmax(-1)
     assert torch.allclose(got.weights[0, 0], want)
     (grad,) = torch.autograd.grad(got.weights[..., 0].sum(), logits)
     assert torch.allclose(grad[0, 0, 2], want.prod()) and torch.allclose(grad[0, 0, 1], -want.prod())
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_impossible_experts_have_no_part_in_the_entropy(backend):
+    logits = torch.tensor([[[0.0, -torch.inf, -torch.inf], [1.0, 1.0, -torch.inf]]], device=DEVICE)
+    entropy = row_means(choose_experts(logits, 1, backend=backend).means).entropy
+    assert torch.allclose(entropy, torch.tensor(2.0, device=DEVICE).log() / 2)
 
 
 @pytest.mark.parametrize("only", [0, 3, 7])
@@ -112,7 +128,9 @@ def test_all_tokens_on_one_expert(only):
     logits[..., only] = 90.0
     got = choose_experts(logits, 1, backend="triton")
     assert got.load.tolist() == [[50 * (e == only) for e in range(8)]]
-    assert torch.allclose(got.z, torch.tensor(8100.0, device=DEVICE)) and got.probability[0, only] == 1
+    means = row_means(got.means)
+    assert torch.allclose(means.z, torch.tensor(8100.0, device=DEVICE)) and means.probability[0, only] == 1
+    assert (means.entropy < 1e-30).all() and means.logit[0, only] == 90
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -143,7 +161,7 @@ def test_a_nan_is_sent_to_an_expert_that_exists():
     logits = torch.full((1, 33, 5), float("nan"), device=DEVICE)
     got = choose_experts(logits, 2, backend="triton")
     assert got.experts.tolist() == [[[0, 1]] * 33] and got.load.tolist() == [[33, 33, 0, 0, 0]]
-    assert got.z.isnan().all() and got.weights.isnan().all()
+    assert row_means(got.means).z.isnan().all() and got.weights.isnan().all()
 
 
 def test_a_row_is_routed_alike_in_any_batch():
@@ -188,7 +206,8 @@ def test_both_have_the_same_bits_twice():
     def run():
         logits, _ = router_logits(x, weight, backend="triton")
         choice = choose_experts(logits[None], 2, backend="triton")
-        loss = choice.weights[..., 0].sum() + (choice.probability**2).sum() + choice.z.sum()
+        means = row_means(choice.means)
+        loss = choice.weights[..., 0].sum() + (means.probability**2).sum() + means.z.sum()
         return (*choice, *torch.autograd.grad(loss, (x, weight)))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

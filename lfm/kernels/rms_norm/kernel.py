@@ -81,7 +81,8 @@ def add_rms_norm_forward(x: Tensor, y: Tensor | None, weight: Tensor, eps: float
 def add_rms_norm_backward(
     grad_total: Tensor | None, grad_normalized: Tensor, total: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum, which is that of both summands, and of the weight; of contiguous tensors."""
+    """Gradient of the sum, which is that of both summands, and fp32 `[shares, D]` that sum to the weight's; of
+    contiguous tensors."""
     D, num_rows = total.shape[-1], scale.numel()
     grad = torch.empty_like(total)
     rows_of_a_share = max(1, triton.cdiv(num_rows, SHARES))
@@ -94,7 +95,7 @@ def add_rms_norm_backward(
         _add_rms_norm_bwd_kernel[(num_shares,)](
             *arguments, D, width, grad_total is not None, num_warps=_num_warps(width)
         )
-    return grad, shares.sum(0).to(weight.dtype)
+    return grad, shares
 
 
 def _num_warps(width: int) -> int:

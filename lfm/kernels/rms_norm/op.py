@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lfm.kernels.backend import Backend, draw, runs_triton
+from lfm.kernels.gradient_sum import gradient_sum
+from lfm.kernels.linear import sum_left_to_autograd
 from lfm.kernels.rms_norm.reference import add_rms_norm_reference
 
 _LONGEST_ROW = 16_384
@@ -40,7 +42,7 @@ class _AddRMSNorm(torch.autograd.Function):
         x = x.contiguous()
         total, normalized, scale = add_rms_norm_forward(x, None if y is None else y.contiguous(), weight, eps)
         ctx.save_for_backward(x if y is None else total, weight, scale)
-        ctx.added = y is not None
+        ctx.added, ctx.sum = y is not None, gradient_sum(weight)
         return (None if y is None else total), normalized
 
     @staticmethod
@@ -51,7 +53,10 @@ class _AddRMSNorm(torch.autograd.Function):
         grad_total, grad_normalized = (None if grad is None else grad.contiguous() for grad in grad_outputs)
         if grad_normalized is None:
             return grad_total, grad_total if ctx.added else None, None, None
-        grad, grad_weight = add_rms_norm_backward(grad_total, grad_normalized, *ctx.saved_tensors)
+        grad, shares = add_rms_norm_backward(grad_total, grad_normalized, *ctx.saved_tensors)
+        grad_weight = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = sum_left_to_autograd(ctx.sum, shares, grad_normalized.dtype)
         return grad, grad if ctx.added else None, grad_weight, None
 
 

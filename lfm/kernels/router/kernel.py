@@ -130,17 +130,21 @@ def _choose_fwd_kernel(
         index = tl.load(experts + row + i, here, other=0)
         share = tl.div_rn(tl.sum(tl.where(expert == index, part, 0.0), 1)[:, None], total)  # of one expert exactly 1
         tl.store(weights + row + i, share, here)
-    at = sums + (b * num_blocks + block) * (2 * E + 1) + tl.arange(0, WIDTH)
+    at = sums + (b * num_blocks + block) * (3 * E + 2)
     exists = tl.arange(0, WIDTH) < E
-    tl.store(at, tl.sum(tl.where(here, p, 0.0), 0), exists)
-    tl.store(at + E, tl.sum(tl.where(here, chosen, 0.0), 0), exists)
+    tl.store(at + tl.arange(0, WIDTH), tl.sum(tl.where(here, p, 0.0), 0) / T, exists)
+    tl.store(at + E + tl.arange(0, WIDTH), tl.sum(tl.where(here, x, 0.0), 0) / T, exists)
     z = tl.where(here, (log_normalizer * log_normalizer)[:, None], 0.0)
-    tl.store(sums + (b * num_blocks + block) * (2 * E + 1) + 2 * E, tl.sum(tl.sum(z, 1), 0))
+    tl.store(at + 2 * E, tl.sum(tl.sum(z, 1), 0) / T)
+    # What is impossible has a logit of -inf, and no part.
+    entropy = tl.where(here, p * (log_normalizer[:, None] - tl.where(p > 0, x, 0.0)), 0.0)
+    tl.store(at + 2 * E + 1, tl.sum(tl.sum(entropy, 1), 0) / T)
+    tl.store(at + 2 * E + 2 + tl.arange(0, WIDTH), tl.sum(tl.where(here, chosen, 0.0), 0), exists)
 
 
 @triton.jit
 def _choose_bwd_kernel(
-    grad_weights, grad_probability, grad_z, logits, experts, weights, grad_logits, T, num_blocks,
+    grad_weights, grad_means, logits, experts, weights, grad_logits, T, num_blocks,
     E: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     b, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
@@ -159,9 +163,10 @@ def _choose_bwd_kernel(
         g = tl.load(grad_weights + row + i, here, other=0).to(tl.float32)
         w = tl.load(weights + row + i, here, other=0).to(tl.float32)
         total += tl.where(expert == tl.load(experts + row + i, here, other=0), w * (g - mean), 0.0)
-    g = tl.load(grad_probability + b * E + expert, expert < E, other=0).to(tl.float32) / T
+    grad_means += b * (2 * E + 2)
+    g = tl.load(grad_means + expert, expert < E, other=0).to(tl.float32) / T
     total += p * (g - tl.sum(p * g, 1)[:, None])
-    total += p * (2.0 * log_normalizer[:, None] * (tl.load(grad_z + b).to(tl.float32) / T))
+    total += p * (2.0 * log_normalizer[:, None] * (tl.load(grad_means + 2 * E).to(tl.float32) / T))
     tl.store(grad_logits + (b * T + token) * E + expert, total, here & (expert < E))
 
 
@@ -177,7 +182,8 @@ def logits_forward(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def logits_backward(grad: Tensor, grad_passed: Tensor | None, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x, with that of its other uses if given, and of weight; all contiguous, the logits' is fp32."""
+    """Gradient of x, with that of its other uses if given, and fp32 `[SPLITS, E, D]` that sum to the weight's; all
+    contiguous, the logits' is fp32."""
     E, D = weight.shape
     n = x.shape[:-1].numel()
     grad_x, shares = torch.empty_like(x), weight.new_zeros(SPLITS, E, D, dtype=torch.float32)
@@ -190,33 +196,33 @@ def logits_backward(grad: Tensor, grad_passed: Tensor | None, x: Tensor, weight:
         _grad_x_kernel[grid](grad, weight, passed, grad_x, n, grad_passed is not None, *sizes, num_warps=NUM_WARPS)
         grid = (triton.cdiv(n, tokens_of_a_share) * num_blocks,)
         _grad_weight_kernel[grid](grad, x, shares, n, tokens_of_a_share, *sizes, num_warps=NUM_WARPS)
-    return grad_x, shares.sum(0).to(weight.dtype)
+    return grad_x, shares
 
 
-def choose_forward(logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def choose_forward(logits: Tensor, top_k: int, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `op.Choice`, of contiguous logits with at least one token a row, and a contiguous bias if there is one."""
     B, T, E = logits.shape
     experts = torch.empty(B, T, top_k, dtype=torch.int64, device=logits.device)
     weights = logits.new_empty(B, T, top_k)
     width, tokens, num_blocks = _choice_blocks(T, E)
-    sums = torch.empty(B, num_blocks, 2 * E + 1, dtype=torch.float32, device=logits.device)
+    sums = torch.empty(B, num_blocks, 3 * E + 2, dtype=torch.float32, device=logits.device)
     if B:
         arguments = (logits, logits if bias is None else bias, experts, weights, sums)
         sizes = (T, num_blocks, bias is not None, E, top_k, width, tokens)
         _choose_fwd_kernel[(B * num_blocks,)](*arguments, *sizes, num_warps=NUM_WARPS)
-    probability, load, z = sums.sum(1).split((E, E, 1), dim=-1)
-    return experts, weights, (probability / T).to(logits.dtype), load.long(), (z[:, 0] / T).to(logits.dtype)
+    means, load = sums.sum(1).split((2 * E + 2, E), dim=-1)
+    return experts, weights, load.long(), means
 
 
 def choose_backward(
-    grad_weights: Tensor, grad_probability: Tensor, grad_z: Tensor, logits: Tensor, experts: Tensor, weights: Tensor
+    grad_weights: Tensor, grad_means: Tensor, logits: Tensor, experts: Tensor, weights: Tensor
 ) -> Tensor:
     """Gradient of the logits, from contiguous tensors."""
     B, T, E = logits.shape
     grad_logits = torch.empty_like(logits)
     width, tokens, num_blocks = _choice_blocks(T, E)
     if B:
-        arguments = (grad_weights, grad_probability, grad_z, logits, experts, weights, grad_logits)
+        arguments = (grad_weights, grad_means, logits, experts, weights, grad_logits)
         sizes = (T, num_blocks, E, experts.shape[-1], width, tokens)
         _choose_bwd_kernel[(B * num_blocks,)](*arguments, *sizes, num_warps=NUM_WARPS)
     return grad_logits

@@ -8,25 +8,45 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lfm.kernels.backend import Backend, draw, runs_triton
+from lfm.kernels.gradient_sum import gradient_sum
+from lfm.kernels.linear import sum_left_to_autograd
 from lfm.kernels.router.reference import choose_experts_reference, router_logits_reference
 
 _MOST_EXPERTS = 256
 """The kernels hold the logits of a block of tokens in registers."""
 
 
+class RowMeans(NamedTuple):
+    """Means over the tokens of rows; at least fp32."""
+
+    probability: Tensor
+    """`[..., E]`, of softmax(logits); carries gradients, as z does."""
+    logit: Tensor
+    """`[..., E]`."""
+    z: Tensor
+    """`[...]`, of logsumexp(logits)^2."""
+    entropy: Tensor
+    """`[...]`, of the probabilities, in nats."""
+
+
 class Choice(NamedTuple):
-    """Which experts the tokens of `[B, T, E]` logits go to, and what the losses need; at least fp32."""
+    """Which experts the tokens of `[B, T, E]` logits go to, and what losses and records need."""
 
     experts: Tensor
     """int64 `[B, T, k]`, by falling logit + bias; of equal ones the first expert first.  A NaN counts as largest."""
     weights: Tensor
-    """`[B, T, k]`, their probabilities over their sum, in which no bias is."""
-    probability: Tensor
-    """`[B, E]`, the mean over the row's tokens."""
+    """`[B, T, k]`, their probabilities over their sum, in which no bias is; at least fp32."""
     load: Tensor
     """int64 `[B, E]`, how many tokens of the row chose each expert."""
-    z: Tensor
-    """`[B]`, mean over the row's tokens of logsumexp(logits)^2."""
+    means: Tensor
+    """`[B, 2 E + 2]`, `row_means` in one piece, so that those of many routers are taken apart at once."""
+
+
+def row_means(means: Tensor) -> RowMeans:
+    """Of `Choice.means`, or of several on top of each other, `[..., B, 2 E + 2]`."""
+    E = means.shape[-1] // 2 - 1
+    probability, logit, z, entropy = means.split((E, E, 1, 1), dim=-1)
+    return RowMeans(probability, logit.detach(), z[..., 0], entropy[..., 0].detach())
 
 
 def router_logits(x: Tensor, weight: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -44,7 +64,8 @@ def router_logits(x: Tensor, weight: Tensor, *, backend: Backend = "auto") -> tu
 def choose_experts(logits: Tensor, top_k: int, bias: Tensor | None = None, *, backend: Backend = "auto") -> Choice:
     """The `top_k` most probable of softmax(`logits [B, T, E]`), or those of the largest logit + `bias [E]`.
 
-    Weights, probability and z are of the logits alone, and carry gradients to them; the bias gets none.
+    Weights, and the probability and z of the means, are of the logits alone, and carry gradients to them; the bias gets
+    none.
     """
     num_experts = logits.shape[-1]
     if logits.dim() != 3 or not 1 <= top_k <= num_experts:
@@ -63,6 +84,7 @@ class _RouterLogits(torch.autograd.Function):
         from lfm.kernels.router.kernel import logits_forward
 
         ctx.set_materialize_grads(False)
+        ctx.sum = gradient_sum(weight)
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         return logits_forward(x, weight), x
@@ -75,7 +97,9 @@ class _RouterLogits(torch.autograd.Function):
         grad, grad_passed = (None if part is None else part.contiguous() for part in grad_outputs)
         if grad is None:
             return grad_passed, None
-        return logits_backward(grad, grad_passed, *ctx.saved_tensors)
+        x, weight = ctx.saved_tensors
+        grad_x, shares = logits_backward(grad, grad_passed, x, weight)
+        return grad_x, sum_left_to_autograd(ctx.sum, shares, weight.dtype) if ctx.needs_input_grad[1] else None
 
 
 class _ChooseExperts(torch.autograd.Function):
@@ -85,18 +109,18 @@ class _ChooseExperts(torch.autograd.Function):
 
         logits = logits.contiguous()
         bias = bias.contiguous() if bias is not None else None
-        experts, weights, probability, load, z = choose_forward(logits, top_k, bias)
+        experts, weights, load, means = choose_forward(logits, top_k, bias)
         ctx.save_for_backward(logits, experts, weights)
         ctx.mark_non_differentiable(experts, load)
-        return experts, weights, probability, load, z
+        return experts, weights, load, means
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         from lfm.kernels.router.kernel import choose_backward
 
-        _, grad_weights, grad_probability, _, grad_z = (grad.contiguous() for grad in grad_outputs)
-        return choose_backward(grad_weights, grad_probability, grad_z, *ctx.saved_tensors), None, None
+        grad_weights, grad_means = grad_outputs[1].contiguous(), grad_outputs[3].contiguous()
+        return choose_backward(grad_weights, grad_means, *ctx.saved_tensors), None, None
 
 
 def _logits_comparison(
@@ -124,6 +148,7 @@ def _choice_comparison(
         got = choose_experts(leaf, top_k, bias, backend="triton")
         want = Choice(*choose_experts_reference(wide, top_k, bias))
         yield from zip((field + said for field in Choice._fields), got, want, strict=True)
-        grads = [draw(i, *got[i].shape, device=device, dtype=got[i].dtype) for i in (1, 2, 4)]
-        (right,) = torch.autograd.grad([want[i] for i in (1, 2, 4)], wide, [grad.float() for grad in grads])
-        yield f"the gradient{said}", torch.autograd.grad([got[i] for i in (1, 2, 4)], leaf, grads)[0], right
+        pairs = [[choice.weights, *row_means(choice.means)[::2]] for choice in (got, want)]
+        grads = [draw(i, *x.shape, device=device, dtype=x.dtype) for i, x in enumerate(pairs[0])]
+        (right,) = torch.autograd.grad(pairs[1], wide, [grad.float() for grad in grads])
+        yield f"the gradient{said}", torch.autograd.grad(pairs[0], leaf, grads)[0], right

@@ -12,8 +12,8 @@ def router_logits_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 def choose_experts_reference(
     logits: Tensor, top_k: int, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Experts, weights, probability, load and z as in `op.Choice`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Experts, weights, load and means as in `op.Choice`."""
     probabilities = logits.softmax(-1)
     scores = logits if bias is None else logits + bias
     # Logits, of which no exponential can make two equal; stable, because which of equal ones `topk` takes is open.
@@ -21,10 +21,9 @@ def choose_experts_reference(
     # What a bias lets in may be so improbable that all its probabilities round to 0: a softmax of the chosen alone.
     top = probabilities.gather(-1, experts) if bias is None else logits.gather(-1, experts).softmax(-1)
     load = F.one_hot(experts, logits.shape[-1]).sum((1, 2))
-    return (
-        experts,
-        top / top.sum(-1, keepdim=True),
-        probabilities.mean(1),
-        load,
-        logits.logsumexp(-1).square().mean(-1),
-    )
+    z = logits.logsumexp(-1).square().mean(-1, keepdim=True)
+    with torch.no_grad():
+        entropy = torch.special.entr(probabilities).sum(-1).mean(-1, keepdim=True)
+        mean_logit = logits.mean(1)
+    means = torch.cat([probabilities.mean(1), mean_logit, z, entropy], -1)
+    return experts, top / top.sum(-1, keepdim=True), load, means
