@@ -15,6 +15,8 @@ IGNORED_LABEL = -100
 
 Unit = Literal["label", "row", "document"]
 """What a term of the loss is a mean over."""
+UNITS: tuple[Unit, ...] = ("label", "row", "document")
+"""In the order of `Counts`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfm.layers.documents import Counts, Rows
+from lfm.layers.documents import UNITS, Rows
 from lfm.layout.layout import Layout
 from lfm.models.decoder import Decoder
 from lfm.models.language_model import LanguageModel, Recompute
@@ -36,7 +36,7 @@ class Stage(nn.Module):
         self.piece, self.config, self.vp_stage = piece, config, virtual_stage
         self.recompute: Recompute = recompute
         self.objective: Objective = NEXT_TOKEN
-        self.factors: dict[str, float] | None = None
+        self.factors: dict[str, Tensor] | None = None
         """By name of a term, what makes this process's micro-batch sums its share of the step's loss; None:
         evaluation."""
         self.losses: list[Losses] = []
@@ -48,27 +48,34 @@ class Stage(nn.Module):
         return (*self.objective.terms, *self.piece.config.terms)
 
     @property
+    def layers(self) -> Sequence[nn.Module]:
+        """Modules that the forward pass calls in order, each with its own weights; none where it is not made so."""
+        return ()
+
+    @property
     def scheduled_terms(self) -> tuple[Term, ...]:
         """Those of the last stage's output, which the schedule divides by the micro-batches and differentiates."""
         return self.objective.terms
 
-    def begin(self, objective: Objective, counts: Counts | None, *, data: int = 1, micro_batches: int = 1) -> None:
-        """A step of as many labels, rows and documents, or without `counts` an evaluation.
+    def begin(self, objective: Objective, counts: Tensor | None, *, divisor: int = 1, micro_batches: int = 1) -> None:
+        """A step of as many labels, rows and documents, on the device, or without `counts` an evaluation.
 
-        DeepSpeed divides gradients by `data`, the data-parallel size.
+        `divisor`: what the sum of gradients over processes is divided by.
         """
         self.objective, self.factors = objective, None
         self.losses.clear()
         self.piece.train(counts is not None)
         if counts is not None:
-            shares = {term.name: data * micro_batches for term in self.scheduled_terms}
-            self.factors = {t.name: shares.get(t.name, data) * t.weight / counts.of(t.per) for t in self.terms}
+            shares = {term.name: divisor * micro_batches for term in self.scheduled_terms}
+            of_unit = dict(zip(UNITS, counts.double().clamp(min=1), strict=True))
+            self.factors = {t.name: shares.get(t.name, divisor) * t.weight / of_unit[t.per] for t in self.terms}
 
     def set_input_tensor(self, tensor: Any) -> None:
         """What the stage before gave; the schedule calls it on the first stage too."""
 
     def _weighted(self, sums: dict[str, Tensor]) -> Tensor:
-        first, *rest = [value * self.factors[name] if self.factors else value for name, value in sums.items()]
+        of = self.factors
+        first, *rest = [value * of[name].to(value.dtype) if of else value for name, value in sums.items()]
         for value in rest:
             first = first + value
         return first
@@ -79,6 +86,10 @@ class DecoderStage(Stage):
 
     piece: Decoder
     received: Tensor | None = None
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return [*self.piece.layers.values()]
 
     def set_input_tensor(self, tensor: Any) -> None:
         self.received = tensor[0] if isinstance(tensor, list) else tensor

@@ -24,6 +24,8 @@ with warnings.catch_warnings():
     from deepspeed.moe.layer import MoE as DeepSpeedMoE
     from deepspeed.utils import groups as deepspeed_groups
 
+    from lfm.parallel.zero1 import make_zero1_engine
+
     deepspeed.utils.logger.setLevel(logging.ERROR)
 
 
@@ -83,6 +85,8 @@ class Weight:
     """The last stage's copy of a tied embedding; the first stage's is the one that counts."""
     is_wide: bool
     """In fp32 where the others are in bf16; not at ZeRO-3, which knows one dtype."""
+    is_shared: bool = False
+    """A tied embedding of which the first and the last stage hold a copy each."""
 
 
 def make_engine(
@@ -97,9 +101,9 @@ def make_engine(
 ) -> Any:
     """The DeepSpeed engine over `module`.  Collective.
 
-    `build` makes the optimizer over the weights, in groups that are alike on every process, because ZeRO meets once
-    for each; a group's weights are alike in `is_expert` and `is_wide`.  `new_state` makes its state beside a flat
-    tensor of one group.
+    `build` makes the optimizer over the weights, which are in the order of the forward pass, in groups: at stage 1 the
+    buckets of `Zero1`, else alike on every process, because ZeRO meets once for each.  A group's weights are alike in
+    `is_expert` and `is_wide`.  `new_state` makes its state beside a flat tensor of one group.
     """
     layout, weights = groups.layout, list(weights)
     if groups.device.type == "cpu":
@@ -128,16 +132,19 @@ def make_engine(
         return optimizer
 
     engine: Any
+    config, mpu = _config(groups, weights, clip_grad, micro_batch_size), _ModelParallelUnit(groups)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every step of the way
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=build_marked,
-            mpu=_ModelParallelUnit(groups),
-            config=_config(groups, weights, clip_grad, micro_batch_size),
-            dist_init_required=False,
-        )
-    if wide:
-        # At ZeRO-2 the bucket of gradients on their way is of the first group's dtype.
+        if layout.zero_stage == 1:
+            # The last stage's copy of an embedding is the head.
+            names = {weight.parameter: weight.name for weight in sorted(weights, key=lambda weight: weight.is_copy)}
+            shared = [weight.parameter for weight in weights if weight.is_shared]
+            engine = make_zero1_engine(module, groups, mpu, config, build=build_marked, names=names, shared=shared)
+        else:
+            engine, *_ = deepspeed.initialize(
+                model=module, optimizer=build_marked, mpu=mpu, config=config, dist_init_required=False
+            )
+    if wide and layout.zero_stage == 2:
+        # The bucket of gradients on their way is of the first group's dtype.
         engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
     for flat in _flat_partitions(engine):
         inner_optimizer(engine).state[flat] = new_state(flat)
@@ -223,7 +230,7 @@ def fragments(engine: Any, weights: Iterable[Weight]) -> dict[str, Fragment | No
 
 
 def publish_masters(engine: Any, weights: Iterable[Weight], where: Mapping[str, Fragment | None]) -> None:
-    """Copy the fp32 masters into the working weights, everywhere.  Collective."""
+    """Copy the fp32 masters into the working weights, everywhere.  Collective; `Zero1` only starts it."""
     if engine.zero_optimization_stage() < 3:
         engine.optimizer.update_lp_params()
         return
@@ -233,15 +240,6 @@ def publish_masters(engine: Any, weights: Iterable[Weight], where: Mapping[str, 
         fragment, partition = where[weight.name], cast(Any, weight.parameter).ds_tensor
         if fragment is not None:
             partition.data[: fragment.numel].copy_(fragment.view(fragment.flat))
-
-
-def gradient_buffers(engine: Any) -> dict[int, Tensor]:
-    """Where bf16 runs at stage 1 accumulate gradients in fp32, by `id` of the parameter; others use `.grad`."""
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "fp32_groups_gradients"):
-        return {}
-    pairs = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
-    return {id(p): gradient for ps, gradients in pairs for p, gradient in zip(ps, gradients, strict=True)}
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:

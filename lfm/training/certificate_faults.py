@@ -1,6 +1,7 @@
 """Mistakes that run without an error: engines handed to a certificate to prove that it finds them."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -44,9 +45,12 @@ class DoubledExpertGradient(ParallelEngine):
 class BalanceOfOwnRows(ParallelEngine):
     """Every process balances its routers by its own rows alone."""
 
-    def _over_all(self, operation: Any, **named: Tensor) -> dict[str, Tensor]:
-        own = {name: tensor for name, tensor in named.items() if name in ("expert_load", "router_logits")}
-        return super()._over_all(operation, **named) | own
+    def _over_all(
+        self, largest: Mapping[str, Tensor], sums: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        own = {name: sums[name].cpu() for name in ("expert_load", "router_logits") if name in sums}
+        largest, sums = super()._over_all(largest, sums)
+        return largest, sums | own
 
 
 FAULTS: dict[str, type[ParallelEngine]] = {

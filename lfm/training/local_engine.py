@@ -74,7 +74,7 @@ class LocalEngine(Engine):
         self.sums = self._gradient_sums()
         self._norm: float | None = None
         groups = parameter_groups(optimizer, self.masters.items(), multiple=model.lr_multiple)
-        check_groups(optimizer, [found_groups(optimizer, groups, [*self.masters])])
+        check_groups(optimizer, [found_groups(optimizer, [*self.masters])])
         self.optimizer = optimizer.build(groups)
         self.optimizer.state.update({master: optimizer.new_state(master) for master in self.masters.values()})
         self.loss_scale = LossScale(initial_loss_scale) if dtype == torch.float16 else None

@@ -3,6 +3,7 @@
 Same losses, gradients and updates as the local engine, under any layout that `lfm.layout.layout` calls legal.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,21 +35,13 @@ from lfm.parallel.zero import (
     Fragment,
     Weight,
     fragments,
-    gradient_buffers,
     inner_optimizer,
     make_engine,
     publish_masters,
 )
-from lfm.training.engine import (
-    Engine,
-    Read,
-    StepResult,
-    first_bad_micro_batch,
-    measurements,
-    read_back,
-    step_result,
-)
-from lfm.training.optimizer.groups import check_groups, found_groups, parameter_groups
+from lfm.parallel.zero1 import Zero1
+from lfm.training.engine import Engine, Read, StepResult, first_bad_micro_batch, measurements, on_host, step_result
+from lfm.training.optimizer.groups import check_groups, found_groups, parameter_groups, split_groups
 from lfm.training.optimizer.kind import Group, OptimizerKind
 from lfm.training.reservoirs import ReservoirGuard
 from lfm.training.router_balance import RouterBalance
@@ -108,13 +101,17 @@ class ParallelEngine(Engine):
             clip_grad=optimizer.clip_grad,
             micro_batch_size=micro_batch_size,
         )
+        self.zero1 = self.deepspeed.optimizer if self.layout.zero_stage == 1 else None
         self.fragments = fragments(self.deepspeed, self.weights)
+        self._updates, self._norm = 0, 0.0
         # Stages hand gradients to ZeRO themselves from stage 2 on: then each pass goes through its engine.
         through_engine = self.layout.zero_stage > 1
         self.scheduled: list[nn.Module] = (
             [EngineAsModule(self.deepspeed, self.stages[0])] if through_engine else [*self.stages]
         )
-        self._sum_tied_embedding_gradients(config)
+        if self.zero1 is not None:
+            for stage in self.stages:
+                self.zero1.gather_under(stage, stage.layers)
         speaks = groups.data.rank() == 0 and groups.tensor.rank() == 0
         self.guards = [
             ReservoirGuard(model, self.liquids, speaks=speaks),
@@ -136,21 +133,26 @@ class ParallelEngine(Engine):
                 is_cut=self.global_parts[name][0].cut is not None,
                 is_copy=tied_copy and name == "embedding.weight",
                 is_wide=parameter.dtype != self.dtype,
+                is_shared=self.config.is_tied and name == "embedding.weight" and self.groups.embedding is not None,
             )
             for name, parameter in piece.named_parameters()
         ]
 
     def _parameter_groups(self) -> list[Group]:
-        """Alike on every process.  Collective; raises UserError on all of them."""
+        """Collective; raises UserError on all processes."""
         config, named = self.optimizer_config, ((w.name, w.parameter) for w in self.weights)
         experts, wide = ({w.name for w in self.weights if of(w)} for of in (lambda w: w.is_expert, lambda w: w.is_wide))
         multiple = self.config.lr_multiple
         groups = parameter_groups(config, named, multiple=multiple, experts=experts, wide=wide)
-        here = found_groups(config, groups, [w.name for w in self.weights], stage=self.groups.pipeline.rank())
         found: list[Any] = [None] * self.layout.world
-        dist.all_gather_object(found, here)
+        dist.all_gather_object(found, found_groups(config, [w.name for w in self.weights]))
         check_groups(config, found)
-        return groups
+        return split_groups(groups, self._bucket) if self.layout.zero_stage == 1 else groups
+
+    def _bucket(self, name: str) -> str:
+        """What is reduced and gathered together: the weights of a layer, its experts, what is in no layer."""
+        place = ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
+        return f"{place} experts" if self.global_parts[name][0].expert else place
 
     def buffers(self, kinds: Iterable[str] = ("moving", "frozen")) -> dict[str, Tensor]:
         """Views of this process's buffers by checkpoint key."""
@@ -271,11 +273,17 @@ class ParallelEngine(Engine):
     def forward_backward(self, batch: Batch) -> StepResult:
         micro_batches, documents = self._micro_batches(batch)
         counts = self._over_data(documents.counts)
+        # `Zero1` sums over processes, DeepSpeed's own optimizers take the mean.
+        divisor = self.layout.data if self.zero1 is None else 1
         for stage in self.stages:
-            stage.begin(self.objective, counts, data=self.layout.data, micro_batches=len(micro_batches))
-        digest = batch.digest(first=self.rows_of_step(counts.rows).start)
+            stage.begin(self.objective, counts, divisor=divisor, micro_batches=len(micro_batches))
+        if self.zero1 is not None:
+            self.zero1.start_gradients(len(micro_batches) if self.config.row_is_one_pass else None)
+        digest = batch.digest(first=self.rows_of_step(len(batch) * self.layout.data).start)
         self._run(micro_batches, forward_only=False)
-        return self._result(documents, counts, digest)
+        if self.zero1 is not None:
+            self.zero1.finish_gradients()
+        return self._result(documents, digest)
 
     def _micro_batches(self, batch: Batch) -> tuple[list[Rows], Documents]:
         rows = batch.to(self.device)
@@ -299,46 +307,60 @@ class ParallelEngine(Engine):
             on_micro_batch=on_micro_batch,
         )
 
-    def _over_data(self, counts: Counts) -> Counts:
-        total = torch.tensor([counts.labels, counts.rows, counts.documents], device=self.device)
+    def _over_data(self, counts: Counts) -> Tensor:
+        """Labels, rows and documents of the whole step, on the device, for which no one waits."""
+        total = torch.tensor([counts.labels, counts.rows, counts.documents]).to(self.device, non_blocking=True)
         dist.all_reduce(total, group=self.groups.data)
-        return Counts(*total.tolist())
+        return total
 
-    def _result(self, documents: Documents, counts: Counts, digest: int) -> StepResult:
+    def _result(self, documents: Documents, digest: int) -> StepResult:
+        """The one wait for the device of a step: losses, counts, what was measured, and the norm."""
         self.phase("sums over all processes")
-        names, measured = [term.name for term in self.terms], self.config.measured
+        measured = self.config.measured
         found = combined(measured, [losses.measure() for stage in self.stages for losses in stage.losses])
-        table, here = read_back(self._loss_table(self.terms), found)
-        first = self.groups.data.rank() * len(table) * self.micro_batch_size
-        bad = first_bad_micro_batch(table, names, self.micro_batch_size, first=first)
-        whole = {measure.name: _whole(measure, here.get(measure.name)) for measure in measured}
-
+        table = self._loss_table(self.terms)
+        whole = {measure.name: _whole(measure, found.get(measure.name), self.device) for measure in measured}
         largest = {measure.name: whole[measure.name] for measure in measured if measure.over == "max"}
-        largest = self._over_all(dist.ReduceOp.MAX, **largest, bad=torch.tensor(float(bad is not None)))
-        if largest.pop("bad"):
-            self._refuse(bad)
+        largest["bad"] = (~table.isfinite().all()).double()
+        # Of the host, in pieces of 16 bits, which a sum of doubles keeps exactly.
+        counts, pieces = documents.counts, [digest >> bits & 0xFFFF for bits in _PIECES]
+        known = [counts.labels, counts.rows, counts.documents, documents.attended_pairs, *pieces]
+        known = torch.tensor(known, dtype=torch.float64).to(self.device, non_blocking=True)
         # Tensor-parallel processes have the same of everything, stages the same rows: one of them counts.
-        of_rows = self.groups.pipeline.rank() == 0
-        # In pieces of 16 bits, which a sum of doubles keeps exactly.
-        pieces = torch.tensor([float(digest >> bits & 0xFFFF) for bits in _PIECES])
-        sums = {"terms": table.sum(0), "digest": pieces * of_rows}
-        sums["pairs"] = torch.tensor(float(documents.attended_pairs * of_rows))
+        sums = {"terms": table.double().sum(0), "known": known * (self.groups.pipeline.rank() == 0)}
         for measure in measured:
             if measure.over != "max":
                 sums[measure.name] = whole[measure.name] / (self.layout.data if measure.over == "mean" else 1)
         mine = self.groups.tensor.rank() == 0
-        sums = self._over_all(dist.ReduceOp.SUM, **{name: value * mine for name, value in sums.items()})
+        sums = {name: value * mine for name, value in sums.items()}
+        if self.zero1 is not None:
+            sums["squared_norm"] = self.zero1.squared_norm()
+        largest, sums = self._over_all(largest, sums)
+        if largest.pop("bad"):
+            first = self.groups.data.rank() * len(table) * self.micro_batch_size
+            names = [term.name for term in self.terms]
+            self._refuse(first_bad_micro_batch(table, names, self.micro_batch_size, first=first))
+        if self.zero1 is not None:
+            self._norm = float(sums["squared_norm"].sqrt())
         over_all = {m.name: (list(m.layers), (largest if m.over == "max" else sums)[m.name]) for m in measured}
         shown = self._after_backward(measurements(measured, over_all))
-        digest = sum(int(p) << bits for p, bits in zip(sums["digest"].tolist(), _PIECES, strict=True)) % 2**64
-        return step_result(self.terms, sums["terms"], counts, int(sums["pairs"]), shown, digest)
+        labels, rows, num_documents, pairs, *pieces = (int(number) for number in sums["known"].tolist())
+        digest = sum(piece << bits for piece, bits in zip(pieces, _PIECES, strict=True)) % 2**64
+        return step_result(self.terms, sums["terms"], Counts(labels, rows, num_documents), pairs, shown, digest)
 
-    def _over_all(self, operation: Any, **named: Tensor) -> dict[str, Tensor]:
-        """Small host tensors reduced over all processes, in one message."""
-        message = torch.cat([tensor.double().flatten() for tensor in named.values()]).to(self.device)
-        dist.all_reduce(message, op=operation)
-        pieces = message.cpu().split([tensor.numel() for tensor in named.values()])
-        return {name: piece.view(tensor.shape) for (name, tensor), piece in zip(named.items(), pieces, strict=True)}
+    def _over_all(
+        self, largest: Mapping[str, Tensor], sums: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Small tensors of the device reduced over all processes, on the host in fp64, by one message to it."""
+        reduced: list[dict[str, Tensor]] = []
+        for named, operation in ((largest, dist.ReduceOp.MAX), (sums, dist.ReduceOp.SUM)):
+            message = torch.cat([tensor.double().flatten() for tensor in named.values()])
+            dist.all_reduce(message, op=operation)
+            pieces = message.split([tensor.numel() for tensor in named.values()])
+            reduced.append({n: piece.view(t.shape) for (n, t), piece in zip(named.items(), pieces, strict=True)})
+        host = on_host(**{f"{i}{name}": t for i, named in enumerate(reduced) for name, t in named.items()})
+        over_largest, over_sums = ({name: host[f"{i}{name}"] for name in named} for i, named in enumerate(reduced))
+        return over_largest, over_sums
 
     def _loss_table(self, terms: Sequence[Term]) -> Tensor:
         """`[micro-batches, terms]`: sums of this process's chunks, 0 for terms of others."""
@@ -358,15 +380,29 @@ class ParallelEngine(Engine):
 
     def step(self, lr: float) -> float:
         self.phase("optimizer step")
-        optimizer = self.deepspeed.optimizer
-        for group in optimizer.param_groups:
+        for group in inner_optimizer(self.deepspeed).param_groups:
             group["lr"] = lr * group["lr_multiple"]
-        self.deepspeed.step()
-        norm = float(self.deepspeed.get_global_grad_norm())
-        if optimizer.overflow or not torch.isfinite(torch.tensor(norm)):
-            raise NonFiniteError(f"gradient norm is not finite ({norm})")
+        norm = self._step_of_deepspeed() if self.zero1 is None else self._step_of_zero1(self.zero1)
+        self._updates += 1
         if self._after_update():
             publish_masters(self.deepspeed, self.weights, self.fragments)
+        return norm
+
+    def _step_of_zero1(self, zero1: Zero1) -> float:
+        norm = self._norm
+        if not math.isfinite(norm):
+            bad = zero1.first_bad_gradient()
+            self._refuse(bad and f"gradient norm is not finite ({norm}); first non-finite gradient: {bad}")
+        # With DeepSpeed's epsilon, which tells only where the norm itself is tiny.
+        clip = self.optimizer_config.clip_grad / (norm + 1e-6)
+        zero1.step(scale=clip if 0 < clip < 1 else 1.0)
+        return norm
+
+    def _step_of_deepspeed(self) -> float:
+        self.deepspeed.step()
+        norm = float(self.deepspeed.get_global_grad_norm())
+        if self.deepspeed.optimizer.overflow or not math.isfinite(norm):
+            raise NonFiniteError(f"gradient norm is not finite ({norm})")
         return norm
 
     @torch.no_grad()
@@ -384,21 +420,6 @@ class ParallelEngine(Engine):
 
     def _weight_of(self, parameter: Tensor) -> Weight:
         return next(weight for weight in self.weights if weight.parameter is parameter)
-
-    def _sum_tied_embedding_gradients(self, config: Any) -> None:
-        """After each schedule: the first stage's lookup and the last stage's head share one gradient."""
-        copies = [w.parameter for w in self.weights if w.name == "embedding.weight"]
-        if self.groups.embedding is None or not self.config.is_tied or not copies:
-            return
-        buffers, group = gradient_buffers(self.deepspeed), self.groups.embedding
-
-        def add_up(*_: Any, **__: Any) -> None:
-            for parameter in copies:
-                gradient = buffers.get(id(parameter), parameter.grad)
-                assert gradient is not None
-                dist.all_reduce(gradient, group=group)
-
-        config.finalize_model_grads_func = add_up
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
@@ -447,17 +468,21 @@ class ParallelEngine(Engine):
 
     @property
     def optimizer_step(self) -> int:
-        return int(next(iter(inner_optimizer(self.deepspeed).state.values()))["step"])
+        # Counted on the host: to read the optimizer's own count is to wait for the device.
+        return self._updates
 
     @optimizer_step.setter
     def optimizer_step(self, value: int) -> None:
+        self._updates = value
         for state in inner_optimizer(self.deepspeed).state.values():
             state["step"].fill_(value)
 
 
-def _whole(measure: Measured, here: tuple[list[int], Tensor] | None) -> Tensor:
+def _whole(measure: Measured, here: tuple[list[int], Tensor] | None, device: torch.device) -> Tensor:
     """fp64 `[all layers of it, width]`, 0 for those that other processes hold."""
-    table = torch.zeros(len(measure.layers), measure.width, dtype=torch.float64)
+    table = torch.zeros(len(measure.layers), measure.width, dtype=torch.float64, device=device)
     if here is not None:
-        table[[measure.layers.index(layer) for layer in here[0]]] = here[1]
+        layers, values = here
+        rows = torch.tensor([measure.layers.index(layer) for layer in layers]).to(device, non_blocking=True)
+        table.index_copy_(0, rows, values.double())
     return table

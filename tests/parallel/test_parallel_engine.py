@@ -240,26 +240,20 @@ def _refused(process: Process, layout: Layout, problem: Problem) -> str:
     return ""
 
 
-@pytest.mark.parametrize(
-    ("match", "words"),
-    [
-        (
-            "final_norm.weight",
-            "optimizer.groups: pipeline stage 0 has no parameter of weight_decay=0.5 and lr_multiple=1, and another "
-            "stage has; match names of every stage, or set parallel.pipeline=1",
-        ),
-        (
-            "layers.0.attention.q.weight",
-            "optimizer.groups: match=layers.0.attention.q.weight is the name of no parameter; some are "
-            "layers.0.attention.qkv.weight, ",
-        ),
-    ],
-    ids=["lacking", "unknown"],
-)
-def test_a_group_that_a_stage_lacks_is_refused_on_every_rank(match, words):
-    problem = _with_groups({"match": match, "weight_decay": 0.5})
+def test_a_name_that_matches_nothing_is_refused_on_every_rank():
+    problem = _with_groups({"match": "layers.0.attention.q.weight", "weight_decay": 0.5})
     first, second = run_ranks(_refused, 2, _layout(problem, "pp2"), problem, timeout_seconds=60)
-    assert first == second and first.startswith(words)
+    assert first == second and first.startswith(
+        "optimizer.groups: match=layers.0.attention.q.weight is the name of no parameter; some are "
+        "layers.0.attention.qkv.weight, "
+    )
+
+
+def test_a_group_may_have_parameters_of_one_stage_alone():
+    problem = _with_groups({"match": "final_norm.weight", "weight_decay": 0.5, "lr_multiple": 3.0})
+    start, expected = {"state": state(local_engine(problem, CPU))}, _expected(problem)
+    ranks = run_ranks(_parallel, 2, _layout(problem, "pp2"), problem, timeout_seconds=60)
+    assert not {key: value for key, value in deviations(ranks, expected, start).items() if not value <= 1e-4}
 
 
 def _fail(process: Process, layout: Layout, problem: Problem) -> dict[str, Any]:
@@ -303,6 +297,8 @@ def test_nan_on_one_rank_ends_every_rank_without_an_update(name, dtype):
     for found in run_ranks(_fail, 2, _layout(problem, name), problem, timeout_seconds=60):
         assert len(found["said"]) == 2
         assert "gradient norm is not finite" in found["said"][0]
+        named = "first non-finite gradient: layers." in found["said"][0]
+        assert named == (_layout(problem, name).zero_stage == 1)
         assert "loss is not finite" in found["said"][1]
         assert found["moved"] == []
         assert found["optimizer_step"] == 0

@@ -60,8 +60,15 @@ def _zero(process: Process, layout: Layout) -> dict[str, Any]:
         micro_batch_size=4,
     )
     for step in range(STEPS):
-        engine(_rows(step, process.rank)).backward()
-        engine.step()
+        if layout.zero_stage == 1:
+            engine.optimizer.start_gradients(1)
+            (module(_rows(step, process.rank)) / layout.data).backward()
+            engine.optimizer.finish_gradients()
+            engine.optimizer.step()
+            engine.optimizer.wait_for_weights()
+        else:
+            engine(_rows(step, process.rank)).backward()
+            engine.step()
     kept = fragments(engine, weights)["scale"]
     return {
         "dtypes": {name: p.dtype for name, p in module.named_parameters()},

@@ -11,7 +11,7 @@ from lfm.errors import UserError
 from lfm.training.local_engine import LocalEngine
 from lfm.training.loop import train
 from lfm.training.optimizer.adamw import AdamWConfig
-from lfm.training.optimizer.groups import Found, check_groups, parameter_groups
+from lfm.training.optimizer.groups import parameter_groups, split_groups
 from lfm.training.optimizer.lion import LionConfig
 from lfm.training.plan import memory_estimate
 from lfm.training.run import RunConfig
@@ -181,10 +181,9 @@ def test_groups_are_in_the_same_order_whatever_comes_first():
     )
 
 
-def test_a_stage_without_matrices_that_learn_more_slowly_is_refused_by_the_key_that_makes_them():
-    everywhere, slow = (False, False, -0.1, 1.0), (False, False, -1.0, 0.1)
-    stages = [Found(0, (everywhere, slow), frozenset(), ()), Found(1, (everywhere,), frozenset(), ())]
-    with pytest.raises(
-        UserError, match=r"stage 1 has no matrix that learns at 0\.1 of the rate.*set model\.depth_rate=1"
-    ):
-        check_groups(AdamWConfig(), stages)
+def test_a_split_group_keeps_its_rates_and_every_parameter():
+    named = {name: torch.zeros(2, 2) for name in ("a.x", "b.x", "a.y")}
+    (group,) = parameter_groups(AdamWConfig(weight_decay=0.2), named.items())
+    parts = split_groups([group], lambda name: name[0])
+    assert [sorted(part.named) for part in parts] == [["a.x", "a.y"], ["b.x"]]
+    assert {(part.weight_decay, part.lr_multiple) for part in parts} == {(0.2, 1.0)}

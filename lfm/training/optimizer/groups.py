@@ -1,5 +1,6 @@
 """Which parameters are updated alike: matrices decay, vectors do not, and `optimizer.groups` says otherwise by name."""
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ def parameter_groups(
     experts: Container[str] = (),
     wide: Container[str] = (),
 ) -> list[Group]:
-    """The groups of (name, parameter) pairs, sorted by `Group.key`: in the same order on every pipeline stage.
+    """The groups of (name, parameter) pairs, sorted: in the same order on every process.
 
     `multiple`: of a parameter's name, what the model makes of the learning rate; it leaves what decays at a step as it
     is.  `experts`, `wide`: names of those whose groups say so.
@@ -39,25 +40,33 @@ def parameter_groups(
     ]
 
 
+def split_groups(groups: Iterable[Group], unit: Callable[[str], str]) -> list[Group]:
+    """Each group in parts whose parameters are of one `unit`, which is given by name."""
+    parts: list[Group] = []
+    for group in groups:
+        members: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in group.named.items():
+            members.setdefault(unit(name), {})[name] = parameter
+        parts += [dataclasses.replace(group, named=named) for named in members.values()]
+    return parts
+
+
 @dataclass(frozen=True)
 class Found:
     """What one process found of `optimizer.groups` among its parameters."""
 
-    stage: int
-    """Of the pipeline."""
-    groups: tuple[tuple[bool, bool, float, float], ...]
     matched: frozenset[str]
     names: tuple[str, ...]
     """Of parameters, as examples."""
 
 
-def found_groups(config: OptimizerKind, groups: Sequence[Group], names: Sequence[str], *, stage: int = 0) -> Found:
+def found_groups(config: OptimizerKind, names: Sequence[str]) -> Found:
     matched = (e.match for e in config.groups if any(fnmatchcase(name, e.match) for name in names))
-    return Found(stage, tuple(group.key for group in groups), frozenset(matched), tuple(names))
+    return Found(frozenset(matched), tuple(names))
 
 
 def check_groups(config: OptimizerKind, found: Sequence[Found]) -> None:
-    """Raises UserError for an exception that matches nothing on any process, and for a group that a stage lacks."""
+    """Raises UserError for an exception that matches nothing on any process."""
     for exception in config.groups:
         if not any(exception.match in process.matched for process in found):
             names = sorted({name for process in found for name in process.names})
@@ -65,18 +74,4 @@ def check_groups(config: OptimizerKind, found: Sequence[Found]) -> None:
             raise UserError(
                 f"optimizer.groups: match={exception.match} is the name of no parameter; some are {', '.join(near)} "
                 "(query, key and value, or gate and up, are one parameter; experts of a process are one too)"
-            )
-    for key in sorted({key for process in found for key in process.groups}):
-        lacking = next((process for process in found if key not in process.groups), None)
-        if lacking is not None:
-            _, _, decay, lr_multiple = key
-            if not config.groups:
-                raise UserError(
-                    f"pipeline stage {lacking.stage} has no matrix that learns at {lr_multiple:g} of the rate, and "
-                    "another stage has; set model.depth_rate=1, or parallel.pipeline=1"
-                )
-            raise UserError(
-                f"optimizer.groups: pipeline stage {lacking.stage} has no parameter of weight_decay={-decay:g} and "
-                f"lr_multiple={lr_multiple:g}, and another stage has; match names of every stage, or set "
-                "parallel.pipeline=1"
             )

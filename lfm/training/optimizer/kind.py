@@ -36,11 +36,6 @@ class Group:
     is_wide: bool
     """Whether they are in fp32 where the others are in bf16."""
 
-    @property
-    def key(self) -> tuple[bool, bool, float, float]:
-        """What tells it from others, in the order of groups."""
-        return (self.is_expert, self.is_wide, -self.weight_decay, self.lr_multiple)
-
 
 class OptimizerKind(Config, abc.ABC):
     """What all kinds have.  Each adds its `kind` and its own settings."""
