@@ -21,23 +21,21 @@ with warnings.catch_warnings():
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-KEPT = 1
-"""Backward passes of a chunk whose weight gradients wait, while there are forward passes to come."""
-
 
 class Transfers(P2PCommunicator):
     """megatron-core's communicator over links of our own.
 
-    All is posted at once.  Then come weight gradients that wait in `later`, all but those of the last `KEPT` backward
-    passes, and of all of them once the last forward pass is made: a stage then does little but wait.  Then, where the
-    schedule does not do that itself, the wait for what is received.  Nothing waits for what is sent.
+    All is posted at once.  Then come weight gradients that wait in `later`, all but those of the last
+    `layout.waiting_passes` backward passes, and of all of them once the last forward pass is made: a stage then does
+    little but wait.  Then, where the schedule does not do that itself, the wait for what is received.  Nothing waits
+    for what is sent.
     """
 
     def __init__(self, groups: Groups, config: TransformerConfig) -> None:
         super().__init__(groups.pipeline, config)
         assert groups.links is not None
         self.links, self.device = groups.links, groups.device
-        self.later = LaterProducts()
+        self.later, self._keep = LaterProducts(), groups.layout.waiting_passes
         self.forward_passes = 0
         """That are still to come in this call of the schedule."""
         # More of a kind than ever are under way: the last of them arrived before its answer did.
@@ -80,7 +78,7 @@ class Transfers(P2PCommunicator):
         works: dict[str, dist.Work] = {}
         activations = self._receive("recv_prev", tensor_shape, works) if recv_prev else None
         gradients = self._receive("recv_next", tensor_shape, works) if recv_next else None
-        self.later.run(keep=KEPT if self.forward_passes > 0 else 0)
+        self.later.run(keep=self._keep if self.forward_passes > 0 else 0)
         if wait_on_reqs:
             for work in works.values():
                 work.wait()
