@@ -66,6 +66,7 @@ def main() -> None:
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size,
         half=run.dtype.itemsize == 2,
+        card=run.card,
     )
     if flags.folder:
         print(run.folder)

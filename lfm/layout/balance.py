@@ -36,7 +36,7 @@ def balanced_sizes(costs: Sequence[float], head: float, stages: int, chunks_per_
     loads, improving = heaviest_first(sizes), chunks_per_stage > 1
     while improving:
         improving = False
-        for moved in _moves(sizes):
+        for moved in moves(sizes):
             if heaviest_first(moved) < loads:
                 sizes, loads, improving = moved, heaviest_first(moved), True
                 break
@@ -60,7 +60,7 @@ def _least_largest_chunk(costs: Sequence[float], head: float, chunks: int) -> tu
     return best[len(costs)][1]
 
 
-def _moves(sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def moves(sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Every way to take one layer from a chunk that has more than one and give it to another."""
     for source in range(len(sizes)):
         for target in range(len(sizes)):

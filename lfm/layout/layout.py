@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from lfm.errors import UserError
 from lfm.layout.balance import balance, balanced_sizes, stage_loads
 from lfm.layout.config import ParallelConfig
+from lfm.layout.fastest import fastest_sizes
 from lfm.layout.nearest import refusal
 from lfm.layout.rules import Request, first_broken
+from lfm.layout.stage_times import stage_times
 
 if TYPE_CHECKING:  # the model's module needs torch, its arithmetic does not
     from lfm.models.registry import ModelConfig
@@ -36,11 +38,22 @@ class Layout:
     chunk_layers: tuple[tuple[int, ...], ...]
     """Layer numbers of every chunk, in model order; chunk `v * pipeline + r` is chunk `v` of pipeline rank `r`."""
     balance: float
-    """Mean FLOPs of a pipeline stage over those of the most loaded one."""
+    """Mean cost of a pipeline stage over that of the most loaded one."""
+    card: str | None = None
+    """Costs are times measured on it; None: FLOPs."""
 
     def stage_chunks(self, pipeline_rank: int) -> tuple[tuple[int, ...], ...]:
         """Layer numbers of each chunk of one pipeline rank."""
         return self.chunk_layers[pipeline_rank :: self.pipeline]
+
+    @property
+    def waiting_passes(self) -> int:
+        """Backward passes of a stage whose weight gradients wait while there are forward passes to come.
+
+        Those of the pass before the last fill the waits of the plain schedule.  Interleaved stages wait little: there
+        gradients of weights only follow those of inputs, and nothing is kept for longer.
+        """
+        return 1 if self.pipeline > 1 and self.virtual_pipeline == 1 else 0
 
     @property
     def name(self) -> str:
@@ -70,7 +83,8 @@ class Layout:
         text = ", ".join(parts)
         if self.pipeline > 1:
             stages = ["+".join(str(len(chunk)) for chunk in self.stage_chunks(r)) for r in range(self.pipeline)]
-            text += f"; stages {' | '.join(stages)} + head, balance {self.balance:.2f}"
+            costs = "FLOPs" if self.card is None else f"times on {self.card}"
+            text += f"; stages {' | '.join(stages)} + head, balance {self.balance:.2f} by {costs}"
         return text
 
 
@@ -82,9 +96,11 @@ def check_layout(
     global_batch_size: int,
     micro_batch_size: int,
     half: bool = False,
+    card: str | None = None,
 ) -> Layout:
     """The layout of `model` over `world_size` processes; `half`: with weights in bf16.
 
+    `card`, the name of the GPUs: stages are balanced by time where there is a table of it in `costs/`, else by FLOPs.
     Raises UserError where it is not legal, naming the keys in conflict and the nearest legal layout of as many
     processes, or the nearest number of processes that has one.
     """
@@ -93,8 +109,13 @@ def check_layout(
     if rule is not None:
         raise UserError(refusal(rule, r))
     p = parallel
-    costs = [model.layer_cost(layer).flops for layer in range(model.num_layers)]
-    sizes = p.stage_layers or balanced_sizes(costs, model.head_flops, p.pipeline, p.virtual_pipeline)
+    times = stage_times(model, card, rows=micro_batch_size, tensor=p.tensor) if p.pipeline > 1 else None
+    if times is None:
+        costs, head = [model.layer_cost(layer).flops for layer in range(model.num_layers)], model.head_flops
+        sizes = p.stage_layers or balanced_sizes(costs, head, p.pipeline, p.virtual_pipeline)
+    else:
+        costs, head = times.costs, times.head.total
+        sizes = p.stage_layers or fastest_sizes(times, p.pipeline, p.virtual_pipeline, r.num_micro_batches)
     ends = list(itertools.accumulate(sizes))
     return Layout(
         world=world_size,
@@ -110,5 +131,6 @@ def check_layout(
         offload_optimizer=p.offload_optimizer,
         num_micro_batches=r.num_micro_batches,
         chunk_layers=tuple(tuple(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)),
-        balance=balance(stage_loads(costs, model.head_flops, sizes, p.pipeline)),
+        balance=balance(stage_loads(costs, head, sizes, p.pipeline)),
+        card=times.card if times is not None else None,
     )

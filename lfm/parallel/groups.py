@@ -15,6 +15,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[r
 from lfm.job.process import Process
 from lfm.job.rendezvous import meet
 from lfm.layout.layout import Layout
+from lfm.parallel.links import Links, make_links
 
 with warnings.catch_warnings():
     # It warns about transformer-engine and apex, which are not used here.
@@ -40,6 +41,8 @@ class Groups:
     """Processes that hold the same experts."""
     embedding: dist.ProcessGroup | None
     """First and last stage, on those stages alone."""
+    links: Links | None
+    """To and from the neighbouring stages, where there are several."""
 
 
 def join(process: Process, device: torch.device, timeout_seconds: float, store: Store | None = None) -> None:
@@ -74,14 +77,17 @@ def make_groups(layout: Layout, device: torch.device) -> Groups:
         create_gloo_process_groups=False,
     )
     on_an_end = layout.pipeline > 1 and parallel_state.is_rank_in_embedding_group(ignore_virtual=True)
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    assert isinstance(pipeline, dist.ProcessGroup)
     place: dict[str, Any] = {
         "tensor": parallel_state.get_tensor_model_parallel_group(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+        "pipeline": pipeline,
         "data": parallel_state.get_data_parallel_group(),
         "model": parallel_state.get_model_parallel_group(),
         "expert": parallel_state.get_expert_model_parallel_group(),
         "expert_data": parallel_state.get_expert_data_parallel_group(),
         "embedding": parallel_state.get_embedding_group() if on_an_end else None,
+        "links": make_links(layout, dist.get_process_group_ranks(pipeline), device),
     }
     return Groups(layout=layout, rank=dist.get_rank(), device=device, **place)
 

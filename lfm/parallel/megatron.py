@@ -58,8 +58,11 @@ def transformer_config(model: ModelConfig, layout: Layout, dtype: torch.dtype) -
             masked_softmax_fusion=False,
             gradient_accumulation_fusion=False,
             variable_seq_lengths=False,
-            # Batched, gloo pairs up the messages of two chunks of a stage wrongly.
+            # Transfers are posted by a communicator of our own, one by one.
             batch_p2p_comm=False,
+            # Only the interleaved schedule can go on before what it has posted is there.
+            overlap_p2p_comm=layout.virtual_pipeline > 1,
+            overlap_p2p_comm_warmup_flush=layout.virtual_pipeline > 1,
         )
 
 

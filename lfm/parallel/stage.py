@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lfm.layers.documents import UNITS, Rows
-from lfm.layout.layout import Layout
 from lfm.models.decoder import Decoder
 from lfm.models.language_model import LanguageModel, Recompute
 from lfm.models.losses import Losses, Objective, Term
 from lfm.objectives.next_token import NEXT_TOKEN
+from lfm.parallel.transfers import Transfers
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -174,20 +174,27 @@ class _Attach(torch.autograd.Function):
 
 def run_schedule(
     stages: Sequence[nn.Module],
-    layout: Layout,
     micro_batches: Sequence[Rows],
     *,
+    transfers: Transfers | None,
     seq_length: int,
     forward_only: bool,
     on_micro_batch: Callable[[int], None] = lambda index: None,
 ) -> None:
-    """1F1B, interleaved or plain, over this process's chunks; gradients are left where the stages put them."""
+    """1F1B, interleaved or plain, over this process's chunks; gradients are left where the stages put them.
+
+    `transfers`: to and from the other stages, None where one stage is all.
+    """
 
     def forward_step(iterator: Iterator[tuple[int, Rows]], stage: nn.Module, *_: Any):
         index, micro_batch = next(iterator)
         on_micro_batch(index)
+        if transfers is not None:
+            transfers.forward_passes -= 1
         return stage(micro_batch), lambda output: (output, {})
 
+    if transfers is not None:
+        transfers.begin(forward_passes=len(micro_batches) * len(stages))
     iterators = [iter(list(enumerate(micro_batches))) for _ in stages]
     get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -197,4 +204,8 @@ def run_schedule(
         seq_length=seq_length,
         micro_batch_size=len(micro_batches[0].ids),
         forward_only=forward_only,
+        p2p_communicator=transfers,
+        pg_collection=None if transfers is None else transfers.collection,
     )
+    if transfers is not None:
+        transfers.finish()

@@ -95,6 +95,7 @@ def make_engine(
     groups: Groups,
     *,
     build: Callable[[], torch.optim.Optimizer],
+    update: Callable[..., None],
     new_state: Callable[[Tensor], dict[str, Any]],
     clip_grad: float,
     micro_batch_size: int,
@@ -103,7 +104,7 @@ def make_engine(
 
     `build` makes the optimizer over the weights, which are in the order of the forward pass, in groups: at stage 1 the
     buckets of `Zero1`, else alike on every process, because ZeRO meets once for each.  A group's weights are alike in
-    `is_expert` and `is_wide`.  `new_state` makes its state beside a flat tensor of one group.
+    `is_expert` and `is_wide`.  `update`: of `Zero1`.  `new_state` makes its state beside a flat tensor of one group.
     """
     layout, weights = groups.layout, list(weights)
     if groups.device.type == "cpu":
@@ -138,7 +139,9 @@ def make_engine(
             # The last stage's copy of an embedding is the head.
             names = {weight.parameter: weight.name for weight in sorted(weights, key=lambda weight: weight.is_copy)}
             shared = [weight.parameter for weight in weights if weight.is_shared]
-            engine = make_zero1_engine(module, groups, mpu, config, build=build_marked, names=names, shared=shared)
+            engine = make_zero1_engine(
+                module, groups, mpu, config, build=build_marked, update=update, names=names, shared=shared
+            )
         else:
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=build_marked, mpu=mpu, config=config, dist_init_required=False

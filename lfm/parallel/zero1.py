@@ -24,6 +24,9 @@ from lfm.kernels.backend import widest
 from lfm.kernels.gradient_sum import GradientSum
 from lfm.parallel.groups import Groups
 
+Update = Callable[..., None]
+"""`OptimizerKind.update`."""
+
 
 @dataclass
 class Bucket:
@@ -68,11 +71,13 @@ class Zero1(BF16_Optimizer):
         groups: Groups,
         mpu: Any,
         *,
+        update: Update,
         has_experts: bool,
         shared: Sequence[nn.Parameter],
     ) -> None:
         """`names`: of all parameters, in the order of the forward pass.  `shared`: those of which the first and the
-        last stage hold a copy each."""
+        last stage hold a copy each.  `update`: of `optimizer`, with the gradients times a scale, and of the working
+        weights beside the masters."""
         super().__init__(
             optimizer,
             names,
@@ -83,7 +88,7 @@ class Zero1(BF16_Optimizer):
             grad_acc_dtype=torch.float32,
             has_moe_layers=has_experts,
         )
-        self.groups = groups
+        self.groups, self._update = groups, update
         communicators = {id(group): _another(group) for group in (groups.data, groups.expert_data)}
         place = {id(parameter): i for i, parameter in enumerate(names)}
         buckets = [self._bucket(i, communicators) for i in range(len(self.bf16_groups))]
@@ -138,9 +143,9 @@ class Zero1(BF16_Optimizer):
             cast(Any, parameter).gradient_sum = total
 
             def add(parameter: Tensor, total: GradientSum = total) -> None:
-                assert parameter.grad is not None
-                total.add(parameter.grad)
-                parameter.grad = None
+                if parameter.grad is not None:  # hooks run where all was left to the products too
+                    total.add(parameter.grad)
+                    parameter.grad = None
 
             parameter.register_post_accumulate_grad_hook(add)
         bucket.additions = [0] * len(bucket.sums)
@@ -225,20 +230,22 @@ class Zero1(BF16_Optimizer):
     def step(self, closure: None = None, *, scale: float = 1.0) -> None:
         """Update with the gradient times `scale`, and start to gather the weights."""
         assert closure is None
-        if scale != 1:
-            own = [bucket.own_gradient for bucket in self.buckets]
-            torch._foreach_mul_(own, scale)  # pyright: ignore[reportPrivateImportUsage]
         for bucket in self.buckets:
             bucket.master.grad = bucket.own_gradient
-        self.optimizer.step()
-        self.update_lp_params()
+        self.wait_for_weights()
+        self._update(self.optimizer, scale=scale, working={b.master: b.own_working for b in self.buckets})
+        self._gather()
 
     @torch.no_grad()
     def update_lp_params(self) -> None:
-        """Start to publish the masters, in the order of the forward pass; `wait_for_weights` ends it."""
+        """Start to publish the masters; `wait_for_weights` ends it."""
         self.wait_for_weights()
         own, masters = [b.own_working for b in self.buckets], [b.master for b in self.buckets]
         torch._foreach_copy_(own, masters)  # pyright: ignore[reportPrivateImportUsage]
+        self._gather()
+
+    def _gather(self) -> None:
+        """Start to collect the slices of all ranks, in the order of the forward pass."""
         for bucket in self.buckets:
             if bucket.group.size() > 1:
                 # As bytes: gloo knows no bf16.
@@ -295,6 +302,7 @@ def make_zero1_engine(
     config: dict[str, Any],
     *,
     build: Callable[[Any], torch.optim.Optimizer],
+    update: Update,
     names: dict[nn.Parameter, str],
     shared: Sequence[nn.Parameter],
 ) -> DeepSpeedEngine:
@@ -304,7 +312,7 @@ def make_zero1_engine(
         # At stage 1 DeepSpeed takes one optimizer for weights in bf16 and another for those in fp32: here both are
         # ours.  Its own `initialize` takes no class of engine, so that what it does for one is done below.
         def _configure_bf16_optimizer(self, optimizer: Any) -> Any:
-            return Zero1(optimizer, names, groups, mpu, has_experts=self.has_moe_layers, shared=shared)
+            return Zero1(optimizer, names, groups, mpu, update=update, has_experts=self.has_moe_layers, shared=shared)
 
         _configure_zero_optimizer = _configure_bf16_optimizer
 

@@ -309,13 +309,16 @@ def _reference_rank(process: Process, problem: Problem, device_type: str) -> Num
     return reference(problem, torch.device(device_type))
 
 
+_PP2_VP2 = {"pipeline": 2, "virtual_pipeline": 2}
 LAYOUTS: dict[str, tuple[int, ParallelConfig, Recompute]] = {
     name: (world, ParallelConfig(**keys), recompute)  # type: ignore[arg-type]
     for name, world, keys, recompute in (
         ("dp2_z1", 2, {"zero_stage": 1}, "none"),
         ("tp2", 2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 1}, "none"),
         ("pp2", 2, {"pipeline": 2, "zero_stage": 1}, "none"),
-        ("pp2_interleaved", 2, {"pipeline": 2, "virtual_pipeline": 2, "zero_stage": 1}, "none"),
+        ("pp2_interleaved", 2, {**_PP2_VP2, "zero_stage": 1}, "none"),
+        ("pp2_vp2_uneven", 2, {**_PP2_VP2, "stage_layers": (3, 2, 2, 1), "zero_stage": 1}, "none"),
+        ("pp4_interleaved", 4, {"pipeline": 4, "virtual_pipeline": 2, "zero_stage": 1}, "none"),
         ("pp4_uneven", 4, {"pipeline": 4, "stage_layers": (3, 2, 2, 1), "zero_stage": 1}, "none"),
         ("ep2", 2, {"expert": 2, "zero_stage": 1}, "none"),
         ("ep4", 4, {"expert": 4, "zero_stage": 1}, "none"),

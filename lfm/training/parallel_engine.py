@@ -30,6 +30,7 @@ from lfm.parallel.global_parts import copy_own_slice, global_parts
 from lfm.parallel.groups import Groups
 from lfm.parallel.megatron import MegatronParts, transformer_config
 from lfm.parallel.stage import make_stage, run_schedule
+from lfm.parallel.transfers import Transfers
 from lfm.parallel.zero import (
     EngineAsModule,
     Fragment,
@@ -97,6 +98,7 @@ class ParallelEngine(Engine):
             self.weights,
             groups,
             build=lambda: optimizer.build(parameter_groups, fused=not self.layout.offload_optimizer),
+            update=optimizer.update,
             new_state=optimizer.new_state,
             clip_grad=optimizer.clip_grad,
             micro_batch_size=micro_batch_size,
@@ -112,6 +114,11 @@ class ParallelEngine(Engine):
         if self.zero1 is not None:
             for stage in self.stages:
                 self.zero1.gather_under(stage, stage.layers)
+        self.transfers = Transfers(groups, config) if self.layout.pipeline > 1 else None
+        # What waits keeps its inputs, which recomputing is there to drop; the head's are as large as the logits, and a
+        # tied embedding's gradient leaves for the other stage.
+        if self.transfers is not None and recompute == "none":
+            self.transfers.delay(w.parameter for w in self.weights if not w.name.startswith(("embedding.", "head.")))
         speaks = groups.data.rank() == 0 and groups.tensor.rank() == 0
         self.guards = [
             ReservoirGuard(model, self.liquids, speaks=speaks),
@@ -300,8 +307,8 @@ class ParallelEngine(Engine):
 
         run_schedule(
             self.scheduled,
-            self.layout,
             micro_batches,
+            transfers=self.transfers,
             seq_length=self.config.seq_length,
             forward_only=forward_only,
             on_micro_batch=on_micro_batch,

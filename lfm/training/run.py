@@ -127,6 +127,12 @@ class RunConfig(Config):
         return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
     @property
+    def card(self) -> str | None:
+        """The name of this process's GPU, if it trains on one."""
+        on_a_gpu = self.device.type == "cuda" and torch.cuda.is_available()
+        return torch.cuda.get_device_name(self.device) if on_a_gpu else None
+
+    @property
     def dtype(self) -> torch.dtype:
         name = self.training.dtype
         return getattr(torch, name) if name != "auto" else working_dtype(self.device)

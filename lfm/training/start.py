@@ -73,11 +73,13 @@ def started(
         watch.phase("health check")
         health.check(process, device, fingerprint=hashlib.sha256(run.to_yaml().encode()).hexdigest()[:12])
         ranks = Ranks(process.rank, process.world_size, process_groups.gloo_group(seconds))
+        # Automatic stages depend on the card; of several kinds, rank 0's.
+        agreed = ranks.from_main(lambda: layout)
         if ranks.is_main:
-            say(f"layout: {layout.describe()}")
+            say(f"layout: {agreed.describe()}")
         with owning_folder(run) if ranks.is_main else nullcontext():
             saver_group = process_groups.gloo_group(seconds)
-            engine = partial(_parallel_engine, run, layout, device, watch)
+            engine = partial(_parallel_engine, run, agreed, device, watch)
             yield Started(ranks, watch, why_stop, engine, saver_group)
             watch.phase("leaving")
             dist.barrier(group=ranks.group)

@@ -72,11 +72,13 @@ def test_dry_run_of_the_flagship_prints_exact_figures_in_little_memory():
 
 def test_dry_run_plans_for_more_processes_than_it_has(main):
     layout = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.pipeline=2", "parallel.zero_stage=1"]
+    # Stages by FLOPs, whatever GPU is here.
+    layout += ["training.device=cpu"]
     command = ["pretrain", "--config", ROOT / "configs/lfm_3b.yaml", "--dry-run", "--world-size", 8, *layout]
     found = main(*command)
     assert found.returncode == 0, found.stderr
     assert "layout TP2+SP x PP2 x DP2 Z1: world 8 = tensor 2 x pipeline 2 x data 2" in found.stdout
-    assert "stages 13 | 7 + head, balance 0.97" in found.stdout
+    assert "stages 13 | 7 + head, balance 0.97 by FLOPs" in found.stdout
     assert "memory of one process of the fullest stage" in found.stdout
     assert_refused(
         main(*command, "parallel.tensor=3"), r"tensor=3 does not divide .* nearest legal layout is parallel\."

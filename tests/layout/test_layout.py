@@ -481,7 +481,7 @@ def test_a_layout_says_what_it_is():
     assert found.name == "TP2+SP x PP2 x DP2 EP2 Z1"
     assert found.describe() == (
         "world 8 = tensor 2 x pipeline 2 x data 2, sequence parallel, expert 2 (expert-data 2), ZeRO-1, "
-        "256 micro-batches; stages 13 | 7 + head, balance 0.97"
+        "256 micro-batches; stages 13 | 7 + head, balance 0.97 by FLOPs"
     )
     assert (found.expert_tensor, found.expert_data) == (1, 2)
     interleaved = check(FLAGSHIP, 2, pipeline=2, virtual_pipeline=2, zero_stage=1)

@@ -107,8 +107,9 @@ def test_a_process_that_balances_by_its_own_rows_alone_is_found(balance):
 @pytest.mark.parametrize(
     "name",
     [
-        *("tp2_pp2", "pp2_interleaved", "pp4_uneven", "ep2_world4", "tp2_ep2", "dp2_z2", "dp2_z3"),
+        *("tp2_pp2", "pp2_vp2_uneven", "pp4_uneven", "ep2_world4", "tp2_ep2", "dp2_z2", "dp2_z3"),
         *("pp2_ep2_recompute", "dp2_z2_offload"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2_interleaved", "pp4_interleaved")),
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2_ep4", "tp2_dp2_z3", "tp2_dp2_z2", "pp2_dp2")),
     ],
 )

@@ -55,6 +55,7 @@ def _zero(process: Process, layout: Layout) -> dict[str, Any]:
         weights,
         join(process, layout),
         build=lambda: config.build(groups),
+        update=config.update,
         new_state=config.new_state,
         clip_grad=0.0,
         micro_batch_size=4,

@@ -118,6 +118,7 @@ def _partly(process: Process, layout: Layout) -> dict[str, Any]:
         weights,
         join(process, layout),
         build=lambda: config.build(groups),
+        update=config.update,
         new_state=config.new_state,
         clip_grad=0.0,
         micro_batch_size=1,

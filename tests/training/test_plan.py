@@ -78,8 +78,17 @@ def test_stages_together_hold_the_model_and_a_second_copy_of_tied_weights(tied):
     layers = [sum(len(chunk) for chunk in layout.stage_chunks(rank)) for rank in range(2)]
     activations = [stage["activations (estimate)"] for stage in stages]
     assert activations[0] * layers[1] == pytest.approx(2 * activations[1] * layers[0])
+    # A pass's products, of tokens x (inputs + outputs): qkv, out, and for each of two experts gate-up and down.
+    products = (3072 + 5120) + (3072 + 3072) + 2 * (3072 + 2 * 1152 + 1152 + 3072)
+    waiting = [stage["waiting weight gradients (estimate)"] for stage in stages]
+    assert waiting == [2 * 8192 * products * n for n in layers]
     fullest = memory_estimate(run, layout)
     assert fullest == max(stages, key=lambda stage: sum(stage.values()))
+
+
+@pytest.mark.parametrize("keys", [["parallel.virtual_pipeline=2"], ["training.recompute=full"]], ids=str)
+def test_gradients_that_do_not_wait_hold_nothing(keys):
+    assert not any("waiting" in name for name in memory_estimate(*with_layout("PP2", 1, *keys)))
 
 
 def test_offloaded_optimizer_state_is_counted_on_the_host():
