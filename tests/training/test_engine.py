@@ -326,3 +326,25 @@ def test_random_draws_are_of_the_seed_the_step_and_the_row_alone():
     assert first.forward_backward(twice).loss != loss(first, 0, slice(0, 1))
     drawn = [seed_of_draws(*case) for case in [(7, 2, 0), (7, 2, 1), (7, 1, 2), (8, 2, 0), (72, 0, 0)]]
     assert len(set(drawn)) == 5 and drawn[0] == 8787878719498961675
+
+
+@pytest.mark.gpu
+def test_an_update_does_not_wait_for_the_device():
+    """What it needs to know came with the losses."""
+    engine = LocalEngine(
+        small_config(),
+        AdamWConfig(lr=1e-2, clip_grad=0.1),
+        seed=7,
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        micro_batch_size=2,
+    )
+    start = {name: master.clone() for name, master in engine.masters.items()}
+    for mode in ("default", "error"):
+        engine.forward_backward(Batch(_rows(), LENGTHS))
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            assert engine.step(1e-2) > 0.1
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all((engine.masters[name] != start[name]).any() for name in start)

@@ -14,7 +14,7 @@ from torch import Tensor
 TOKENS, COLUMNS, NUM_WARPS, NUM_STAGES = 64, 128, 4, 5
 GRAD_TOKENS, GRAD_COLUMNS = 32, 128
 SPLITS = 16
-"""Shares of the tokens whose weight gradients are added at the end."""
+"""Most shares of the tokens, whose weight gradients are added at the end."""
 CHOICE_LOGITS = 4096
 """Tokens of a program of the choice times experts."""
 
@@ -182,19 +182,21 @@ def logits_forward(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def logits_backward(grad: Tensor, grad_passed: Tensor | None, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of x, with that of its other uses if given, and fp32 `[SPLITS, E, D]` that sum to the weight's; all
+    """Gradient of x, with that of its other uses if given, and fp32 `[shares, E, D]` that sum to the weight's; all
     contiguous, the logits' is fp32."""
     E, D = weight.shape
     n = x.shape[:-1].numel()
-    grad_x, shares = torch.empty_like(x), weight.new_zeros(SPLITS, E, D, dtype=torch.float32)
+    tokens_of_a_share = max(1, triton.cdiv(n, SPLITS * GRAD_TOKENS)) * GRAD_TOKENS
+    num_shares = triton.cdiv(n, tokens_of_a_share)
+    grad_x, shares = torch.empty_like(x), weight.new_empty(num_shares, E, D, dtype=torch.float32)
     if n:
         columns = min(GRAD_COLUMNS, _width(D))
-        num_blocks, tokens_of_a_share = triton.cdiv(D, columns), triton.cdiv(n, SPLITS * GRAD_TOKENS) * GRAD_TOKENS
+        num_blocks = triton.cdiv(D, columns)
         sizes = (D, E, _width(E), GRAD_TOKENS, columns)
         grid = (triton.cdiv(n, GRAD_TOKENS) * num_blocks,)
         passed = grad_x if grad_passed is None else grad_passed
         _grad_x_kernel[grid](grad, weight, passed, grad_x, n, grad_passed is not None, *sizes, num_warps=NUM_WARPS)
-        grid = (triton.cdiv(n, tokens_of_a_share) * num_blocks,)
+        grid = (num_shares * num_blocks,)
         _grad_weight_kernel[grid](grad, x, shares, n, tokens_of_a_share, *sizes, num_warps=NUM_WARPS)
     return grad_x, shares
 
