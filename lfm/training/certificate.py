@@ -136,7 +136,8 @@ def reference(problem: Problem, device: torch.device) -> Numbers:
             found = {name: master.grad for name, master in engine.masters.items() if master.grad is not None}
             gradients.update({n: g.cpu().numpy().copy() for n, g in engine._views(found).items()})
 
-    engine.optimizer.register_step_pre_hook(keep)
+    # Behind it, as the update clips them.
+    engine.optimizer.register_step_post_hook(keep)
     nats, labels = engine.evaluate(problem.batch(-1))
     steps = [_step(engine, problem, 0)]
     moving = _moving(engine.state_tensors())
