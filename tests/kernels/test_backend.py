@@ -14,6 +14,7 @@ COMPARISONS = {
     "cross_entropy": ("_comparison", (1000,)),
     "rms_norm": ("_comparison", (24,)),
     "accumulation": ("_comparison", ()),
+    "embedding": ("_comparison", ()),
     "permutation": ("_move_comparison", (2, 24)),
     "router": ("_logits_comparison", (24, 8)),
     "router ": ("_choice_comparison", (8, 2)),

@@ -111,16 +111,23 @@ class _ChooseExperts(torch.autograd.Function):
         bias = bias.contiguous() if bias is not None else None
         experts, weights, load, means = choose_forward(logits, top_k, bias)
         ctx.save_for_backward(logits, experts, weights)
+        ctx.set_materialize_grads(False)  # or all four would have one
         ctx.mark_non_differentiable(experts, load)
         return experts, weights, load, means
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         from lfm.kernels.router.kernel import choose_backward
 
-        grad_weights, grad_means = grad_outputs[1].contiguous(), grad_outputs[3].contiguous()
-        return choose_backward(grad_weights, grad_means, *ctx.saved_tensors), None, None
+        logits, experts, weights = ctx.saved_tensors
+        grad_weights, grad_means = grad_outputs[1], grad_outputs[3]
+        if grad_weights is None:
+            grad_weights = torch.zeros_like(weights)
+        if grad_means is None:
+            B, _, E = logits.shape
+            grad_means = logits.new_zeros(B, 2 * E + 2)
+        return choose_backward(grad_weights.contiguous(), grad_means.contiguous(), logits, experts, weights), None, None
 
 
 def _logits_comparison(
