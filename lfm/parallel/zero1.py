@@ -89,7 +89,8 @@ class Zero1(BF16_Optimizer):
             has_moe_layers=has_experts,
         )
         self.groups, self._update = groups, update
-        communicators = {id(group): _another(group) for group in (groups.data, groups.expert_data)}
+        reduced_over = [groups.data, groups.expert_data] if groups.layout.expert > 1 else [groups.data]
+        communicators = {id(group): _another(group) for group in reduced_over}
         place = {id(parameter): i for i, parameter in enumerate(names)}
         buckets = [self._bucket(i, communicators) for i in range(len(self.bf16_groups))]
         self.buckets = sorted(buckets, key=lambda bucket: min(place[id(p)] for p in bucket.parameters))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
 pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
@@ -59,9 +60,10 @@ BALANCES = {
 }
 
 
-def problem(recompute="none", model=SMALL) -> Problem:
+def problem(recompute="none", model=SMALL, dtype=torch.float32) -> Problem:
     optimizer = AdamWConfig(lr=1e-2, clip_grad=0.5)
-    return Problem(model, optimizer, seed=5, rows=8, micro_batch_size=1, steps=2, recompute=recompute)
+    how = {"micro_batch_size": 1, "steps": 2, "recompute": recompute, "dtype": dtype}
+    return Problem(model, optimizer, seed=5, rows=8, **how)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +71,16 @@ def expected() -> Numbers:
     return in_one_process(problem(), "cpu")
 
 
-def finding(name: str, expected: Numbers, fault=None, model=SMALL):
+@pytest.fixture(scope="module")
+def expected_in_bf16() -> Numbers:
+    return in_one_process(problem(dtype=torch.bfloat16), "cpu")
+
+
+def finding(name: str, expected: Numbers, fault=None, model=SMALL, dtype=torch.float32):
     world, parallel, recompute = LAYOUTS[name]
     layout = check_layout(model, parallel, world, global_batch_size=8, micro_batch_size=1)
     engine_type = FAULTS[fault] if fault else ParallelEngine
-    return certify(layout, problem(recompute, model), expected, device_type="cpu", engine_type=engine_type)
+    return certify(layout, problem(recompute, model, dtype), expected, device_type="cpu", engine_type=engine_type)
 
 
 @functools.cache
@@ -120,15 +127,34 @@ def test_a_layout_computes_what_one_process_computes(name, expected):
 
 
 @pytest.mark.parametrize(
-    ("fault", "name", "culprit"),
+    "name",
     [
-        ("expert_as_dense", "ep2_world4", ".moe."),
-        ("unreduced_replicated_weight", "tp2", "norm.weight"),
-        ("doubled_expert_gradient", "tp2_ep2", ".experts."),
+        *("dp2_z1", "tp2_ep2"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2_interleaved", "ep2_world4", "tp2_pp2")),
     ],
 )
+def test_a_layout_in_bf16_computes_what_one_process_computes_to_its_rounding(name, expected_in_bf16):
+    assert finding(name, expected_in_bf16, dtype=torch.bfloat16).beyond == []
+
+
+FAULTY = (
+    ("expert_as_dense", "ep2_world4", ".moe."),
+    ("unreduced_replicated_weight", "tp2", "norm.weight"),
+    ("doubled_expert_gradient", "tp2_ep2", ".experts."),
+)
+
+
+@pytest.mark.parametrize(("fault", "name", "culprit"), FAULTY)
 def test_a_silent_mistake_is_found_and_named(fault, name, culprit, expected):
     found = finding(name, expected, fault)
+    gradient = next(sentence for sentence in found.beyond if sentence.startswith("gradient"))
+    assert culprit in gradient
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "name", "culprit"), FAULTY)
+def test_a_silent_mistake_is_found_in_bf16_too(fault, name, culprit, expected_in_bf16):
+    found = finding(name, expected_in_bf16, fault, dtype=torch.bfloat16)
     gradient = next(sentence for sentence in found.beyond if sentence.startswith("gradient"))
     assert culprit in gradient
 
@@ -161,6 +187,7 @@ def test_the_command_writes_its_numbers_and_fails_beyond_a_bound(tmp_path):
     found = certify_command("--layouts", "dp2_z1,ep2", "--steps", "1", "--json", str(out), *small)
     assert found.returncode == 0, found.stderr
     assert [row["beyond"] for row in json.loads(out.read_text())["layouts"]] == [[], []]
+    assert "layouts_bfloat16" not in json.loads(out.read_text())
     found = certify_command("--layouts", "ep2", "--steps", "1", "--plant", "doubled_expert_gradient", *small)
     assert found.returncode == 1
     assert "out of bounds: DP2 EP2" in found.stderr and ".experts." in found.stdout
@@ -172,7 +199,8 @@ def test_the_command_writes_its_numbers_and_fails_beyond_a_bound(tmp_path):
         (["--layouts", "tp3"], "--layouts tp3 is not one of dp2_z1, tp2"),
         pytest.param(["--plant", "bug"], "--plant bug is not one of expert_as_dense", marks=pytest.mark.slow),
         pytest.param(["--steps", "0"], "--steps 0 is not from 1 to 1000", marks=pytest.mark.slow),
-        pytest.param(["training.dtype=bfloat16"], "training.dtype=bfloat16 is too coarse", marks=pytest.mark.slow),
+        (["training.dtype=bfloat16"], "training.dtype=bfloat16 differs from --dtype float32"),
+        pytest.param(["--dtype", "float8"], "--dtype float8 is not one of float32, bfloat16", marks=pytest.mark.slow),
         (["model.attention.num_query_groups=1", "--layouts", "tp2"], "parallel.tensor=2"),
     ],
 )
