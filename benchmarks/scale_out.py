@@ -45,7 +45,7 @@ from lfm.training.run import RunConfig, environment
 TP2, TP4 = ({"tensor": size, "sequence_parallel": True} for size in (2, 4))
 PP2, PP4 = {"pipeline": 2}, {"pipeline": 4}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    2: {"dp2_z1": {}, "ep2": {"expert": 2}, "tp2": TP2, "pp2": PP2},
+    2: {"dp2_z1": {}, "ep2": {"expert": 2}, "tp2": TP2, "pp2": PP2, "pp2_vp2": PP2 | {"virtual_pipeline": 2}},
     4: {
         "dp4_z1": {},
         "ep4": {"expert": 4},
@@ -54,6 +54,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tp2_ep2_dp2": TP2 | {"expert": 2},
         "tp2_ep4": TP2 | {"expert": 4},
         "pp2_dp2": PP2,
+        "pp2_vp2_dp2": PP2 | {"virtual_pipeline": 2},
         "pp2_ep2": PP2 | {"expert": 2},
         "pp4_7661": PP4 | {"stage_layers": (7, 6, 6, 1)},
         "pp4": PP4,
@@ -346,7 +347,9 @@ def _run(flags: argparse.Namespace, name: str) -> tuple[RunConfig, Layout | None
         return run, None, world
     size = run.training.micro_batch_size
     parallel = parallel_config(flags.gpus, name)
-    return run, check_layout(run.model, parallel, world, global_batch_size=rows, micro_batch_size=size), world
+    card = run.card if flags.device == "cuda" else None
+    sizes = {"global_batch_size": rows, "micro_batch_size": size}
+    return run, check_layout(run.model, parallel, world, **sizes, card=card), world
 
 
 def moved_checkpoint(flags: argparse.Namespace) -> dict[str, Any]:
