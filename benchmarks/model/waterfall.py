@@ -111,7 +111,7 @@ def waterfalls(events: Sequence[Event]) -> list[Waterfall]:
 def _kernels(device: Iterable[Event], host: _Host) -> Iterator[tuple[int, int, str]]:
     for kernel in device:
         part, kind = host.launches.get(kernel.correlation, (None, None))
-        if part is None:
+        if part is None and kernel.operation:
             part, of_operation = host.operations.get(kernel.operation, (None, None))
             kind = kind or of_operation
         name = kernel.name.lower()
@@ -143,7 +143,7 @@ def _read_host(events: Iterable[Event]) -> _Host:
         outer = stack[-1] if stack else _Open(event, None, None, False)
         part = _part(event, outer.part, nodes)
         kind = _communication(event.name) or outer.kind
-        is_launch = event.name.startswith("cu") and event.sequence < 0 and not event.is_range
+        is_launch = event.name.startswith(("cu", "hip")) and event.sequence < 0 and not event.is_range
         stack.append(_Open(event, part, kind, outer.works or not (event.is_range or is_launch)))
         if event.sequence >= 0 and not event.forward_thread:
             nodes[event.torch_thread, event.sequence] = part  # the last of a number is the one that makes the node

@@ -5,6 +5,7 @@ and backward, gradients accumulated and reduced in fp32 once a step, the fused A
 stay whole between forward and backward (`reshard_after_forward=False`).
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     if process.world_size == 1:
         raise UserError("there is one process; start several: torchrun --nproc-per-node N benchmarks/peers/fsdp.py")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.world_size))  # initial values are drawn on the host
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model = sharded(run, device)
     assert isinstance(model, nn.Module)

@@ -1,14 +1,16 @@
 """`launch/bench.py --model`, on CPUs: operations stand for kernels, and are attributed by the same code."""
 
+import importlib
 import json
 import subprocess
 import sys
+from operator import attrgetter
 
 import pytest
 import torch
 
 from benchmarks.model.measure import RandomRows
-from benchmarks.model.parts import COMPUTE, DATA_WAIT, PARTS, STEP
+from benchmarks.model.parts import COMPUTE, DATA_WAIT, FUNCTIONS, IN_PARALLEL, PARTS, STEP
 from benchmarks.model.routing import forced_balance
 from benchmarks.model.waterfall import Event, Waterfall, scaled, waterfalls
 from lfm.data.stream import BatchStream, open_split
@@ -115,6 +117,11 @@ def test_random_rows_are_dealt_as_the_data_are(tmp_path, text_data):
     assert engine.forward_backward(RandomRows(run, slice(None)).next()).attended_pairs == 4 * 64 * 65 // 2
 
 
+def test_every_function_that_is_marked_is_there():
+    for module, path, part in (*FUNCTIONS, *IN_PARALLEL):
+        assert part in COMPUTE and callable(attrgetter(path)(importlib.import_module(module)))
+
+
 def kernel(name, start, end, *, launch=0, operation=0):
     return Event(name, start, end, on_device=True, thread=7, correlation=launch, operation=operation)
 
@@ -145,6 +152,8 @@ def of_a_gpu():
         ),
         Event("cuLaunchKernelEx", 22, 23, thread=2, torch_thread=2, correlation=901),
         kernel("gemm", 40, 50, launch=901),
+        # What the profiler itself did has no number, and says nothing of kernels that have none.
+        host("Activity Buffer Request", 14, 15),
         # Its launch was not recorded: the operation around it says where it belongs.
         kernel("gemm", 50, 55, operation=2),
         host("c10d::alltoall_base_", 31, 33, correlation=3),
