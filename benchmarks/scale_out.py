@@ -1,25 +1,25 @@
 """LFM-3B on the GPUs of one host: `python benchmarks/scale_out.py --gpus 4 --out FILE [key.path=value ...]`.
 
 1. The certificate on a small config over NCCL, for every layout below and every composed one that fits.
-2. Steps of the full model under each layout on real packed rows with real routing, one of them profiled; a layout
-   whose certificate is red gets no speed.  `one` is the local engine on one GPU with as many rows a GPU: what scaling
-   is measured against.
+2. Steps of the full model under each layout on real packed rows with real routing, timed and then profiled; where
+   experts are spread, with forced balance too.  A layout whose certificate is red gets no speed.  `one` is the local
+   engine on one GPU with as many rows a GPU: what scaling is measured against.
 3. A checkpoint saved under one layout and continued under others, by the commands a user types.
+4. With `nccl` among the `--parts`: NCCL alone.  With `--baseline DIR`, a checkout of another commit: first the layouts
+   of this call by its code.
 
-Results gather in FILE, part by part, so that several short invocations (`--parts`, `--only`) make one record.
-`--device cpu` with a small `--config` runs the same over gloo: a dry run, whose speeds mean nothing.
+Results gather in FILE, layout by layout, so that several short invocations (`--parts`, `--only`, `--minutes`) make one
+record.  `--device cpu` with a small `--config` runs the same over gloo: a dry run, whose speeds mean nothing.
 """
 
 import argparse
-import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,17 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-import torch
-
-from lfm.data.stream import BatchStream, open_split
+from benchmarks.model.certified import Certifier
+from benchmarks.model.collectives import CONNECTIONS, measure_collectives
+from benchmarks.model.command import report
+from benchmarks.model.measure import Plan, measured_here, routings
+from lfm.files import expanded
 from lfm.job.fork import run_ranks
-from lfm.job.process import Process, prepare_environment
+from lfm.job.process import prepare_environment
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout, check_layout
 from lfm.models.language_model import Recompute
 from lfm.training.certificate import LAYOUTS as CERTIFIED
-from lfm.training.certificate import Problem, certify, in_one_process
-from lfm.training.metrics import peak_flops
 from lfm.training.run import RunConfig, environment
 
 TP2, TP4 = ({"tensor": size, "sequence_parallel": True} for size in (2, 4))
@@ -76,12 +76,18 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 CERTIFIED_OVERRIDES = {8: ["model.ffn.num_moe_experts=8", "model.attention.num_query_groups=4"]}
 """What the small config needs to be cut eight ways."""
 
+PARTS = {"certificate", "nccl", "speed", "checkpoint"}
+
 MOVES = {
     2: ("ep2", ["tp2", "pp2"]),
     4: ("tp2_pp2", ["ep4", "dp4_z3"]),
     8: ("tp2_pp2_ep2", ["ep8", "pp4_ep2"]),
 }
 """GPUs -> the layout that saves a checkpoint, those that continue it."""
+
+COLLECTIVE_MEGABYTES = (25, 50, 100, 200)
+EXPECTED_SECONDS = 150.0
+"""Of a layout of LFM-3B: building it, a first step that compiles, the timed and the profiled ones."""
 
 
 def parallel_config(gpus: int, name: str) -> ParallelConfig:
@@ -90,7 +96,9 @@ def parallel_config(gpus: int, name: str) -> ParallelConfig:
 
 def certificates(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A finding for every layout of LAYOUTS and of the certificate with this number of processes."""
-    small = RunConfig.load(flags.certify_config, CERTIFIED_OVERRIDES.get(flags.gpus, []))
+    certifier = Certifier(
+        RunConfig.load(flags.certify_config, CERTIFIED_OVERRIDES.get(flags.gpus, [])), device_type=flags.device
+    )
     layouts: dict[str, tuple[ParallelConfig, Recompute]] = {}
     for name, (world, parallel, recompute) in CERTIFIED.items():
         if world == flags.gpus:
@@ -100,243 +108,90 @@ def certificates(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         whole = parallel_config(flags.gpus, name).model_copy(update={"stage_layers": None})
         if (whole, "none") not in layouts.values():
             layouts[name] = whole, "none"
-    expected = None
     for name, (parallel, recompute) in layouts.items():
-        if flags.only and name not in flags.only:
-            continue
-        problem = Problem(
-            small.model, small.optimizer, small.seed, rows=8, micro_batch_size=1, steps=1, recompute=recompute
+        if not flags.only or name in flags.only:
+            yield {"name": name, **asdict(certifier.certify(parallel, flags.gpus, recompute))}
+
+
+def collectives(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """NCCL alone at the sizes that layouts of the model send, by CUDA_DEVICE_MAX_CONNECTIONS."""
+    model = RunConfig.load(flags.config, flags.overrides).model
+    gradients, unit = 4 * model.count_parameters().trainable, 10**6 if flags.device == "cuda" else 10**4
+    gradients = gradients if flags.device == "cuda" else min(gradients, 10**6)
+    sizes = {f"{size} MB": size * unit for size in COLLECTIVE_MEGABYTES}
+    for connections in CONNECTIONS:
+        given = (flags.device, connections, sizes, gradients, model.num_layers + 2)
+        found = run_ranks(measure_collectives, flags.gpus, *given, timeout_seconds=flags.timeout)[0]
+        print(f"CUDA_DEVICE_MAX_CONNECTIONS={connections}", flush=True)
+        for row in found["rows"]:
+            print(f"  {row['collective']} {row['size']}: {row['bus_gb_per_second']:.1f} GB/s", flush=True)
+        buckets = found["reduce_scatter_in_buckets"]
+        print(
+            f"  reduce_scatter of {buckets['bytes'] / 1e9:.1f} GB in {buckets['buckets']} buckets: "
+            f"{1e3 * buckets['seconds']:.1f} ms, {buckets['bus_gb_per_second']:.1f} GB/s"
         )
-        expected = expected or in_one_process(problem, flags.device)
-        layout = check_layout(small.model, parallel, flags.gpus, global_batch_size=8, micro_batch_size=1)
-        began = time.monotonic()
-        finding = certify(layout, problem, expected, device_type=flags.device)
-        deviations = " ".join(f"{key} {value:.1e}" for key, value in finding.deviations.items())
-        verdict = "; ".join(finding.beyond) or "certified"
-        print(f"{finding.layout}: {verdict}: {deviations} ({time.monotonic() - began:.0f} s)", flush=True)
-        yield {"name": name, **dataclasses.asdict(finding)}
+        for row in found["beside_products"]:
+            times = ", ".join(f"{name} {1e3 * row[name]:.2f} ms" for name in ("alone", "products", "together"))
+            print(f"  {row['collective']} beside products: {times}; {row['hidden']:.0%} hidden", flush=True)
+        yield {"name": f"{connections} connections", **found}
 
 
-def measure(
-    process: Process, run: RunConfig, layout: Layout | None, device_type: str, warmup: int, steps: int
-) -> dict[str, Any]:
-    """One process's figures: seconds a step, losses, peak memory, and how the profiled step was spent."""
-    began = time.monotonic()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.world_size))
-    device = torch.device(device_type, process.local_rank) if device_type == "cuda" else torch.device(device_type)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    how: dict[str, Any] = {
-        "seed": run.seed,
-        "dtype": run.dtype,
-        "micro_batch_size": run.training.micro_batch_size,
-        "recompute": run.training.recompute,
-    }
-    leave = None
-    if layout is None:
-        from lfm.training.local_engine import LocalEngine
-
-        engine: Any = LocalEngine(run.model, run.optimizer, device=device, **how)
-    else:
-        from lfm.parallel import groups
-        from lfm.training.parallel_engine import ParallelEngine
-
-        groups.join(process, device, timeout_seconds=300)
-        leave = groups.leave
-        engine = ParallelEngine(run.model, run.optimizer, groups.make_groups(layout, device), **how)
-    model, rows_per_step = run.model, run.training.global_batch_size
-    rows = open_split(run.data, "train", seq_length=model.seq_length, vocab_size=model.vocab_size)
-    stream = BatchStream(
-        rows,
-        seed=run.seed,
-        rows_per_step=rows_per_step,
-        take=engine.rows_of_step(rows_per_step),
-        prefetch_threads=2,
-    )
-    seconds, schedule, stage, losses, imbalance, pairs = [], [], [], [], [], 0
-
-    def one_step() -> None:
-        nonlocal pairs
-        batch = stream.next()
-        start = engine.synchronize()
-        with _in_stage(device) as in_stage:
-            result = engine.forward_backward(batch)
-            middle = engine.synchronize()
-        engine.step(1e-5)
-        seconds.append(engine.synchronize() - start)
-        schedule.append(middle - start)
-        stage.append(in_stage())
-        losses.append(result.terms["cross_entropy"])
-        loads = result.measured["expert_load"].values()
-        imbalance.append(statistics.mean(max(load) * len(load) / sum(load) for load in loads))
-        pairs = result.attended_pairs
-
-    one_step()
-    first_step = time.monotonic() - began
-    for _ in range(warmup + steps - 1):
-        one_step()
-    profiled = _profile(one_step) if device.type == "cuda" else None
-    stream.close()
-    if leave is not None:
-        torch.distributed.barrier()
-        leave()
-    measured = slice(warmup, warmup + steps)
-    return {
-        "seconds": seconds[measured],
-        "schedule_seconds": schedule[measured],
-        "in_stage_seconds": stage[measured],
-        "losses": losses,
-        "expert_load_max_over_mean": imbalance,
-        "attended_pairs": pairs,
-        "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
-        "seconds_to_first_step": first_step,
-        "profile": profiled,
-    }
+def wanted(flags: argparse.Namespace) -> list[str]:
+    return [name for name in ["one", *LAYOUTS[flags.gpus]] if not flags.only or name in flags.only]
 
 
-@contextmanager
-def _in_stage(device: torch.device) -> Iterator[Any]:
-    """Yields a function: seconds that pipeline schedules spent inside this stage's forward and backward passes.
-
-    What a schedule does outside them is waiting for another stage: the bubble, imbalance and transfers.
-    """
-    from megatron.core.pipeline_parallel import schedules
-
-    spans: list[tuple[Any, Any]] = []
-    originals = schedules.forward_step, schedules.backward_step
-
-    def mark() -> Any:
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def timed(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = mark()
-            result = function(*args, **kwargs)
-            spans.append((start, mark()))
-            return result
-
-        return call
-
-    schedules.forward_step, schedules.backward_step = (timed(function) for function in originals)
-    try:
-        yield lambda: sum(a.elapsed_time(b) / 1e3 if device.type == "cuda" else b - a for a, b in spans)
-    finally:
-        schedules.forward_step, schedules.backward_step = originals
-
-
-def _profile(one_step: Any) -> dict[str, float]:
-    """Shares of one step's wall time on this GPU: kernels that compute, communication alone, neither."""
-    from torch._C._autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        one_step()
-        torch.cuda.synchronize()
-        wall = time.perf_counter() - start
-    spans: dict[str, list[tuple[float, float]]] = {"compute": [], "collective": [], "send_receive": []}
-    # The raw records: building the profiler's own event tree of half a million kernels takes minutes.
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.device_type() != DeviceType.CUDA or event.duration_ns() <= 0:
-            continue
-        kind, name = "compute", event.name().lower()
-        if "nccl" in name:
-            kind = "send_receive" if "sendrecv" in name else "collective"
-        spans[kind].append((event.start_ns(), event.start_ns() + event.duration_ns()))
-    everything = [span for kind in spans.values() for span in kind]
-    first, last = min(s for s, _ in everything), max(e for _, e in everything)
-    length = last - first
-    busy = _covered(spans["compute"])
-    return {
-        "wall_seconds": wall,
-        "compute": busy / length,
-        # Communication that no computation hides.
-        "collective": (_covered(spans["compute"] + spans["collective"]) - busy) / length,
-        "send_receive": (_covered(everything) - _covered(spans["compute"] + spans["collective"])) / length,
-        "idle": 1 - _covered(everything) / length,
-        "kernels": len(everything),
-    }
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    total, end = 0.0, -1.0
-    for a, b in sorted(spans):
-        total += max(0.0, b - max(a, end))
-        end = max(end, b)
-    return total
-
-
-def summary(run: RunConfig, name: str, layout: Layout | None, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    world = len(ranks)
-    tokens = run.training.global_batch_size * run.model.seq_length
-    seconds = statistics.median(ranks[0]["seconds"])
-    rate = tokens / seconds / world
-    attended = ranks[0]["attended_pairs"] / tokens
-    peak = peak_flops(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
-    found = {
-        "name": name,
-        "layout": layout.name if layout else "one GPU, local engine",
-        "describe": layout.describe() if layout else "",
-        "gpus": world,
-        "tokens_per_step": tokens,
-        "tokens_per_second_per_gpu": rate,
-        "range": [tokens / s / world for s in (max(ranks[0]["seconds"]), min(ranks[0]["seconds"]))],
-        "mfu_attended": rate * run.model.flops_per_token(attended=attended) / peak if peak else None,
-        "mfu_if_rows_were_one_document": rate * run.model.flops_per_token() / peak if peak else None,
-        "schedule_share": statistics.median(ranks[0]["schedule_seconds"]) / seconds,
-        "peak_memory_gib": [rank["peak_memory_gib"] for rank in ranks],
-        "losses": ranks[0]["losses"],
-        # Mean over layers, by step.
-        "expert_load_max_over_mean": ranks[0]["expert_load_max_over_mean"],
-        "seconds_to_first_step": max(rank["seconds_to_first_step"] for rank in ranks),
-        "profile": [rank["profile"] for rank in ranks],
-        "steps_measured": len(ranks[0]["seconds"]),
-    }
-    if layout is not None and layout.pipeline > 1:
-        work = layout.num_micro_batches * layout.virtual_pipeline
-        found["bubble_predicted"] = (layout.pipeline - 1) / (layout.pipeline - 1 + work)
-        # A stage with less work waits too: this is the bubble if all stages worked as long as the slowest.
-        found["waiting_predicted"] = 1 - (1 - found["bubble_predicted"]) * layout.balance
-        found["waiting"] = [
-            1
-            - statistics.median(a / b for a, b in zip(rank["in_stage_seconds"], rank["schedule_seconds"], strict=True))
-            for rank in ranks
-        ]
-    return found
-
-
-def speeds(flags: argparse.Namespace, certified: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def speeds(flags: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What each layout made of the full model; one that is not certified, or fails, is reported and left out."""
+    certified = result["certificates"]
     red = {finding["name"]: finding["beyond"] for finding in certified if finding["beyond"]}
     green = {finding["layout"] for finding in certified if not finding["beyond"]}
-    for name in ["one", *LAYOUTS[flags.gpus]]:
-        if flags.only and name not in flags.only:
-            continue
-        run, layout, world = _run(flags, name)
+    estimate = max([row.get("seconds_taken", 0.0) for row in result["layouts"]], default=0.0) or EXPECTED_SECONDS
+    left, names = [], wanted(flags)
+    exchanges = any("expert" in LAYOUTS[flags.gpus].get(name, {}) for name in names)
+    for name in names:
+        run, layout, _ = _run(flags, name)
         if layout is not None and layout.name not in green:
             print(f"{name}: no speed, its certificate is {red.get(name, 'missing')}", flush=True)
             continue
+        if time.monotonic() + estimate > flags.end:
+            left.append(name)
+            continue
+        print(f"{name}: about {estimate:.0f} s", flush=True)
+        balanced_too = layout.expert > 1 if layout is not None else exchanges
+        plan = Plan(flags.warmup, flags.steps, flags.profiled_steps, routings(run, "both" if balanced_too else "real"))
         began = time.monotonic()
         try:
-            ranks = run_ranks(
-                measure, world, run, layout, flags.device, flags.warmup, flags.steps, timeout_seconds=flags.timeout
-            )
+            found = measured_here(run, layout, name, flags.device, plan, flags.timeout)
         except RuntimeError as error:
             print(f"{name} failed: {error}", flush=True)
             continue
-        found = summary(run, name, layout, ranks)
-        shown = {key: value for key, value in found.items() if not isinstance(value, (list, str))}
-        print(json.dumps(shown), f"{time.monotonic() - began:.0f} s", flush=True)
-        print("  losses", [round(loss, 4) for loss in found["losses"]], flush=True)
-        for rank, part in enumerate(found["profile"]):
-            print(f"  rank {rank}", {key: round(value, 3) for key, value in (part or {}).items()}, flush=True)
+        found["seconds_taken"] = time.monotonic() - began
+        estimate = max(estimate, found["seconds_taken"]) if estimate != EXPECTED_SECONDS else found["seconds_taken"]
+        print("\n".join(report(found, flags.device, random_ids=False)), flush=True)
+        print("losses", [round(loss, 4) for loss in found["losses"]], f"{found['seconds_taken']:.0f} s", flush=True)
         yield found
+    if left:
+        print(f"no time for {', '.join(left)}: call again with --only {','.join(left)}", flush=True)
+
+
+def before(flags: argparse.Namespace) -> dict[str, Any]:
+    """The same layouts by the code of another checkout: what its own scale_out.py records."""
+    folder = flags.baseline.resolve()
+    out = flags.out.resolve().with_suffix(".before.json")
+    path = RunConfig.load(flags.config, flags.overrides).data.path
+    command = [sys.executable, "benchmarks/scale_out.py", "--gpus", flags.gpus, "--config", flags.config]
+    command += ["--certify-config", flags.certify_config, "--device", flags.device, "--parts", "certificate,speed"]
+    command += ["--only", ",".join(wanted(flags)), "--rows-per-gpu", flags.rows_per_gpu, "--warmup", flags.warmup]
+    command += ["--steps", flags.steps, "--timeout", flags.timeout, "--out", out, *flags.overrides]
+    # Paths of a config are from where a command starts.
+    command += [f"data.path={expanded(path).resolve()}"] if path is not None else []
+    shown = [str(word) for word in command]
+    print(f"{folder}: {' '.join(shown)}", flush=True)
+    done = subprocess.run(shown, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)})
+    if done.returncode:
+        raise SystemExit(f"{folder}: its benchmark ended with exit code {done.returncode}")
+    found = json.loads(out.read_text(encoding="utf-8"))
+    return {key: found[key] for key in ("date", "environment", "config", "certificates", "layouts")}
 
 
 def _run(flags: argparse.Namespace, name: str) -> tuple[RunConfig, Layout | None, int]:
@@ -411,11 +266,14 @@ def main() -> None:
     parser.add_argument("--config", default="configs/lfm_3b_h200.yaml")
     parser.add_argument("--certify-config", default="configs/lfm_debug.yaml")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--parts", default="certificate,speed,checkpoint", help="of these, in this order")
+    parser.add_argument("--parts", default="certificate,speed,checkpoint", help="of these and nccl")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="names of layouts")
     parser.add_argument("--rows-per-gpu", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--profiled-steps", type=int, default=1)
+    parser.add_argument("--baseline", type=Path, metavar="DIR", help="a checkout of another commit, measured first")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no layout that would take longer")
     parser.add_argument("--timeout", type=float, default=240, help="seconds that one layout may take")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -423,10 +281,17 @@ def main() -> None:
     unknown = set(flags.only) - {"one", *LAYOUTS[flags.gpus], *CERTIFIED}
     if unknown:
         parser.error(f"--only {','.join(sorted(unknown))}: not one of one,{','.join(LAYOUTS[flags.gpus])}")
+    parts = flags.parts.split(",")
+    if not set(parts) <= PARTS:
+        parser.error(f"--parts {flags.parts}: not all of {','.join(sorted(PARTS))}")
+    if flags.baseline is not None and not (flags.baseline / "benchmarks/scale_out.py").exists():
+        parser.error(f"--baseline {flags.baseline} is no checkout of this repository; make one by git worktree add")
+    flags.end = time.monotonic() + 60 * flags.minutes
     prepare_environment(flags.device)
     result: dict[str, Any] = json.loads(flags.out.read_text(encoding="utf-8")) if flags.out.exists() else {}
     result.setdefault("certificates", [])
     result.setdefault("layouts", [])
+    result.setdefault("nccl", [])
 
     def keep(key: str, found: Iterable[dict[str, Any]]) -> None:
         """Replace the rows of the same names, each as soon as it is there, and write."""
@@ -439,11 +304,15 @@ def main() -> None:
         result.update(date=date.today().isoformat(), environment=environment(), config=config, runs=1)
         flags.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    parts = flags.parts.split(",")
+    if flags.baseline is not None:
+        result["before"] = before(flags)
+        write()
+    if "nccl" in parts:
+        keep("nccl", collectives(flags))
     if "certificate" in parts:
         keep("certificates", certificates(flags))
     if "speed" in parts:
-        keep("layouts", speeds(flags, result["certificates"]))
+        keep("layouts", speeds(flags, result))
     if "checkpoint" in parts:
         result["checkpoint_moved"] = moved_checkpoint(flags)
         write()

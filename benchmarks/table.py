@@ -1,4 +1,4 @@
-"""Write the tables of README.md and of docs/, and the plot of docs/scaling.md, from benchmarks/results/*.json:
+"""Write the tables of README.md and of docs/, and the plots of docs/, from benchmarks/results/*.json:
 `python benchmarks/table.py [--check]`.
 """
 
@@ -11,13 +11,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from benchmarks import ladder
+from benchmarks.model import page
 from benchmarks.ops.case import rate
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS, WATERFALL = ROOT / "benchmarks/results", ROOT / "docs/waterfall.png"
 
 
 def load(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def table() -> str:
@@ -69,6 +71,19 @@ def table() -> str:
         )
     lines += _data(load("prepare"), load("reader"))
     lines += _scaling(load("scale_out_4xh200"), load("certificate_cpu"))
+    return "\n".join(lines)
+
+
+def runs_table() -> str:
+    """The recorded runs of LFM-3B on one GPU."""
+    lines = ["| run | tokens/s (slowest to fastest window) | MFU attended | peak GiB | on |", "| --- " * 5 + "|"]
+    for what, name in (("LFM-3B tied, with the kernels", "lfm_3b_fused"), ("before the kernels", "lfm_3b_h200")):
+        run = load(name)
+        slow, fast = run["tokens_per_second_range"]
+        lines.append(
+            f"| {what}, {run['steps']} steps of {run['tokens_per_step']:,} tokens | {run['tokens_per_second']:,.0f} "
+            f"({slow:,.0f} to {fast:,.0f}) | {run['mfu_attended']:.1%} | {run['peak_memory_gib']:.1f} | {_where(run)} |"
+        )
     return "\n".join(lines)
 
 
@@ -452,6 +467,13 @@ def _where(result: dict) -> str:
 PAGES = {
     "README.md": {"results": table},
     "docs/scaling.md": {"scaling": scaling_table},
+    "docs/performance.md": {
+        "runs": runs_table,
+        "speeds": lambda: page.speeds(page.recorded(RESULTS, "model")),
+        "waterfalls": lambda: page.waterfalls(page.recorded(RESULTS, "model"), WATERFALL),
+        "collectives": lambda: page.collectives(page.recorded(RESULTS, "model")),
+        "peers": lambda: page.peers(page.recorded(RESULTS, "peer")),
+    },
     "docs/kernels.md": {"kernels": kernels_table, "attention": attention_table},
     "docs/data.md": {"tokenizers": tokenizers_table, "prepare": prepare_table},
     "docs/recipe.md": {
@@ -466,9 +488,11 @@ PAGES = {
 
 
 def main() -> None:
+    if "--check" not in sys.argv:
+        page.plot(page.recorded(RESULTS, "model"), WATERFALL)  # a page shows it where it is there
     for name, tables in PAGES.items():
-        page = ROOT / name
-        text = wanted = page.read_text(encoding="utf-8")
+        path = ROOT / name
+        text = wanted = path.read_text(encoding="utf-8")
         for mark, write in tables.items():
             begin, end = f"<!-- {mark}: python benchmarks/table.py -->", f"<!-- /{mark} -->"
             before, _, rest = wanted.partition(begin)
@@ -476,7 +500,7 @@ def main() -> None:
             wanted = f"{before}{begin}\n{write()}\n{end}{after}"
         if "--check" in sys.argv and wanted != text:
             sys.exit(f"the tables of {name} differ from benchmarks/results; run benchmarks/table.py")
-        page.write_text(wanted, encoding="utf-8")
+        path.write_text(wanted, encoding="utf-8")
     if "--check" not in sys.argv:
         plot_scaling(ROOT / "docs/scaling.png")
         plot_recipe(ROOT / "docs/recipe.png")

@@ -1,7 +1,10 @@
-"""Time one op: `python launch/bench.py --op reservoir [--only TEXT] [--out FILE]`, on a GPU.
+"""Time an op or a model: `python launch/bench.py --op reservoir [--only TEXT]`, `... --model CONFIG [key.path=value]`.
 
-Every case is checked against its reference first, and not timed when it is off.  Times are medians, between CUDA
-events, of 5 runs at a time; the floor is what no version could beat.
+An op, on a GPU: every case is checked against its reference first, and not timed when it is off.  Times are medians,
+between CUDA events, of 5 runs at a time; the floor is what no version could beat.
+
+A model, under its config's layout on --gpus N or the processes of a launcher: tokens/s, MFU, and a waterfall, the parts
+of a step that sum to it, with real routing and with forced balance.  A layout is certified first on a small model.
 """
 
 import argparse
@@ -65,18 +68,51 @@ def peer_seconds(name: str, run: Callable[[], object]) -> float | None:
         return None
 
 
+def arguments(ops: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Check and time one op on a GPU, or a model under its layout.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--op", help=", ".join(ops))
+    what.add_argument("--model", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
+    parser.add_argument("--out", type=path_flag, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--only", default="", metavar="TEXT", help="of an op: cases whose name holds this")
+    parser.add_argument("--gpus", type=int, metavar="N", help="of a model: start N processes; default one")
+    parser.add_argument("--routing", choices=("real", "balanced", "both"), default="both", help="of a model's experts")
+    parser.add_argument("--random-ids", action="store_true", help="in place of the data that the config names")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before those that are timed")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps that are timed, by routing")
+    parser.add_argument(
+        "--profiled-steps", type=int, default=2, metavar="N", help="steps after those, for the waterfall"
+    )
+    parser.add_argument("--plot", type=path_flag, metavar="FILE", help="draw the waterfall")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="of the model's config, applied in order"
+    )
+    return parser.parse_intermixed_args()
+
+
 @command
 def main() -> None:
     ops = sorted(path.stem for path in (ROOT / "benchmarks/ops").glob("*.py") if path.stem != "case")
-    parser = argparse.ArgumentParser(description="Check and time one op on a GPU.")
-    parser.add_argument("--op", required=True, help=", ".join(ops))
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this")
-    parser.add_argument("--out", type=path_flag, metavar="FILE", help="write the results as JSON")
-    flags = parser.parse_args()
+    flags = arguments(ops)
+    for path in (flags.out, flags.plot):
+        if path is not None:
+            ready_folder(path.parent)
+    if flags.op is not None and flags.overrides:
+        raise UserError(f"{flags.overrides[0]} goes with --model; an op has no config")
+    if flags.model is not None:
+        for name, least in (("warmup", 1), ("steps", 1), ("profiled_steps", 1)):
+            if getattr(flags, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)} is less than {least}")
+        from benchmarks.model.command import bench_model
+
+        bench_model(flags)
+    else:
+        bench_op(flags, ops)
+
+
+def bench_op(flags: argparse.Namespace, ops: list[str]) -> None:
     if flags.op not in ops:
         raise UserError(f"--op {flags.op} is not one of {', '.join(ops)}")
-    if flags.out is not None:
-        ready_folder(flags.out.parent)
     import torch
 
     if not torch.cuda.is_available():
