@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lfm.kernels.accumulation import accumulate_
 from lfm.kernels.cross_entropy import cross_entropy_, scaled
 from lfm.kernels.gradient_sum import GradientSum, gradient_sum
 from lfm.kernels.linear import add_product_
@@ -84,12 +85,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_grad = needs_grad and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        gradients = _Gradients(hidden, weight, num_classes, bias) if needs_grad else None
+        sums = _sums(weight, bias)
+        waits = sums[0] is not None and sums[0].later is not None
+        gradients = _Gradients(hidden, weight, num_classes, bias, weight_waits=waits) if needs_grad else None
         for _, losses in _by_chunk(hidden, weight[:num_classes], labels, token_weights, bias, shard, gradients):
             total += losses.sum()
         saved = (gradients.hidden, gradients.weight, gradients.bias) if gradients is not None else (None, None, None)
         ctx.save_for_backward(*saved)
-        ctx.weight_dtype, ctx.sums = weight.dtype, _sums(weight, bias)
+        ctx.weight_dtype, ctx.sums, ctx.put_off = weight.dtype, sums, gradients if waits else None
         return total
 
     @staticmethod
@@ -97,6 +100,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         grad_hidden = scaled(grad_hidden, grad, grad_hidden.dtype)
+        if ctx.put_off is not None:
+            put_off, ctx.put_off = ctx.put_off, None
+            ctx.sums[0].put(lambda total, add: accumulate_(total, put_off.make_weight(), factor=grad, add=add))
         parts = zip((grad_weight, grad_bias), ctx.sums, strict=True)
         grad_weight, grad_bias = (_left_to_autograd(part, grad, found, ctx.weight_dtype) for part, found in parts)
         return grad_hidden, grad_weight, None, None, None, grad_bias, None, None
@@ -146,13 +152,31 @@ def _left_to_autograd(
 class _Gradients:
     """Of the output projection's inputs, a chunk of tokens added after the other; weights' at least in fp32."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, num_classes: int, bias: Tensor | None) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, num_classes: int, bias: Tensor | None, *, weight_waits: bool = False
+    ) -> None:
+        """`weight_waits`: the weight's is made by `make_weight` alone; until then the logits are kept."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.hidden = torch.empty_like(hidden)
-        self.weight = torch.empty(weight.shape, dtype=wide, device=weight.device)
-        self.of_classes = self.weight[:num_classes]
-        self.weight[num_classes:].zero_()
+        self._shape, self._dtype, self._num_classes = weight.shape, wide, num_classes
+        self._kept: list[tuple[Tensor, Tensor]] | None = [] if weight_waits else None
+        self.weight = None if weight_waits else self._blank_weight(weight.device)
         self.bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if bias is not None else None
+
+    def _blank_weight(self, device: torch.device) -> Tensor:
+        """Zero for what is no class; the rest is written by the first chunk."""
+        weight = torch.empty(self._shape, dtype=self._dtype, device=device)
+        weight[self._num_classes :].zero_()
+        return weight
+
+    def make_weight(self) -> Tensor:
+        """The weight's gradient, of what was kept; once."""
+        assert self._kept is not None
+        weight = self._blank_weight(self.hidden.device)
+        for i, (grad, hidden) in enumerate(self._kept):
+            add_product_(weight[: self._num_classes], grad, hidden, i > 0)
+        self._kept.clear()
+        return weight
 
     def add(self, part: slice, logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Of tokens `part`, whose `logits` are by now their gradients."""
@@ -160,7 +184,11 @@ class _Gradients:
             self.bias += logits.sum(0)
         grad = logits.to(hidden.dtype)
         torch.mm(grad, weight, out=self.hidden[part])
-        add_product_(self.of_classes, grad, hidden[part], part.start > 0)
+        if self.weight is None:
+            assert self._kept is not None
+            self._kept.append((grad, hidden[part]))
+        else:
+            add_product_(self.weight[: self._num_classes], grad, hidden[part], part.start > 0)
 
 
 def _by_chunk(

@@ -17,18 +17,19 @@ _ROUNDS = 4
 """Simulated rounds of one micro-batch a stage; further ones of a step take as long as the last."""
 
 
-def fastest_sizes(times: StageTimes, stages: int, chunks_per_stage: int, micro_batches: int) -> tuple[int, ...]:
+def fastest_sizes(
+    times: StageTimes, stages: int, chunks_per_stage: int, micro_batches: int, *, keep: int | None
+) -> tuple[int, ...]:
     """Layers of each of the `stages * chunks_per_stage` chunks, at least one in each.
 
     Where there are too many ways to divide them, a local optimum, moving one layer from any chunk to any other makes
-    the step no shorter; for dozens of chunks what is found in a second or two.  Gradients of weights are taken to be
-    made with those of inputs: that some can wait makes a step shorter still.
+    the step no shorter; for dozens of chunks what is found in a second or two.  `keep`: as `simulated_time`.
     """
     num_layers, num_chunks = len(times.layers), stages * chunks_per_stage
 
     @functools.cache
     def step(sizes: tuple[int, ...]) -> float:
-        return step_time(times, sizes, stages, micro_batches)
+        return step_time(times, sizes, stages, micro_batches, keep=keep)
 
     if math.comb(num_layers - 1, num_chunks - 1) <= _ALL:
         return min(_partitions(num_layers, num_chunks), key=step)
@@ -44,12 +45,12 @@ def fastest_sizes(times: StageTimes, stages: int, chunks_per_stage: int, micro_b
     return sizes
 
 
-def step_time(times: StageTimes, sizes: tuple[int, ...], stages: int, micro_batches: int) -> float:
+def step_time(times: StageTimes, sizes: tuple[int, ...], stages: int, micro_batches: int, *, keep: int | None) -> float:
     """Milliseconds of the passes of one step, simulated."""
     chunks = times.chunks(sizes)
 
     def simulated(micro_batches: int) -> float:
-        return simulated_time(chunks, stages, micro_batches, transfer=times.transfer)
+        return simulated_time(chunks, stages, micro_batches, transfer=times.transfer, keep=keep)
 
     rest = micro_batches / stages - _ROUNDS
     if rest <= 0:

@@ -53,7 +53,7 @@ class Layout:
         Those of the pass before the last fill the waits of the plain schedule.  Interleaved stages wait little: there
         gradients of weights only follow those of inputs, and nothing is kept for longer.
         """
-        return 1 if self.pipeline > 1 and self.virtual_pipeline == 1 else 0
+        return waiting_passes(self.pipeline, self.virtual_pipeline)
 
     @property
     def name(self) -> str:
@@ -88,6 +88,11 @@ class Layout:
         return text
 
 
+def waiting_passes(pipeline: int, virtual_pipeline: int) -> int:
+    """`Layout.waiting_passes`."""
+    return 1 if pipeline > 1 and virtual_pipeline == 1 else 0
+
+
 def check_layout(
     model: "ModelConfig",
     parallel: ParallelConfig,
@@ -115,7 +120,8 @@ def check_layout(
         sizes = p.stage_layers or balanced_sizes(costs, head, p.pipeline, p.virtual_pipeline)
     else:
         costs, head = times.costs, times.head.total
-        sizes = p.stage_layers or fastest_sizes(times, p.pipeline, p.virtual_pipeline, r.num_micro_batches)
+        keep = waiting_passes(p.pipeline, p.virtual_pipeline)
+        sizes = p.stage_layers or fastest_sizes(times, p.pipeline, p.virtual_pipeline, r.num_micro_batches, keep=keep)
     ends = list(itertools.accumulate(sizes))
     return Layout(
         world=world_size,

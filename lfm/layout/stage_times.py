@@ -1,7 +1,7 @@
 """What the parts of a model take on a card, from times measured there on one size of the family.
 
 A table a card lies in `costs/`.  Another size takes the FLOPs of its own part at the rate of the measured one, the
-embedding its elements; the head forms its weights' gradient in the forward pass, so that is where its time is.
+embedding its elements; the head forms the gradient of its input in the forward pass.
 """
 
 import functools

@@ -115,10 +115,10 @@ class ParallelEngine(Engine):
             for stage in self.stages:
                 self.zero1.gather_under(stage, stage.layers)
         self.transfers = Transfers(groups, config) if self.layout.pipeline > 1 else None
-        # What waits keeps its inputs, which recomputing is there to drop; the head's are as large as the logits, and a
-        # tied embedding's gradient leaves for the other stage.
+        # What waits keeps its inputs, which recomputing is there to drop; a tied embedding's gradient leaves for the
+        # other stage.
         if self.transfers is not None and recompute == "none":
-            self.transfers.delay(w.parameter for w in self.weights if not w.name.startswith(("embedding.", "head.")))
+            self.transfers.delay(w.parameter for w in self.weights if not w.name.startswith("embedding."))
         speaks = groups.data.rank() == 0 and groups.tensor.rank() == 0
         self.guards = [
             ReservoirGuard(model, self.liquids, speaks=speaks),

@@ -93,7 +93,7 @@ def _activations(run: RunConfig, m: LFMConfig, layout: Layout, rank: int) -> dic
     in_flight = _in_flight(layout, rank)
     chunk_logits = min(CHUNK_ELEMENTS["cuda" if half else "cpu"], tokens * m.vocab_size / tp)
     in_place = half and tp == 1  # else the softmax is formed beside the logits, in fp32
-    waiting = _waiting_elements(run, m, layout, rank)
+    waiting = _waiting_elements(run, m, layout, rank) + last * _waiting_logits(run, m, layout)
     return {
         "activations (estimate)": tokens * size / tp * (kept * num_layers * in_flight + again),
         "loss (estimate)": last * (chunk_logits * (size if in_place else 4 + size) + m.vocab_size * D / tp * 4),
@@ -113,6 +113,12 @@ def _waiting_elements(run: RunConfig, m: LFMConfig, layout: Layout, rank: int) -
         ffn = 2 * D + 3 * m.ffn.ffn_hidden_size
     layers = max(len(chunk) for chunk in layout.stage_chunks(rank))
     return layout.waiting_passes * layers * (attention + ffn)
+
+
+def _waiting_logits(run: RunConfig, m: LFMConfig, layout: Layout) -> float:
+    """A token's, where the head's weight gradient waits: of the pass itself, and of those kept."""
+    waits = layout.pipeline > 1 and run.training.recompute == "none" and not m.is_tied
+    return (1 + layout.waiting_passes) * m.vocab_size if waits else 0
 
 
 def _in_flight(layout: Layout, rank: int) -> float:

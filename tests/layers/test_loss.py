@@ -3,9 +3,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from lfm.kernels.gradient_sum import gradient_sum
 from lfm.layers import loss as loss_module
 from lfm.layers.documents import IGNORED_LABEL
 from lfm.layers.loss import VocabularyShard, linear_cross_entropy, linear_token_losses
+from lfm.parallel.later import LaterProducts
 from tests.comparison import assert_close
 from tests.ranks import run_on_ranks
 from tests.sums import summed, summed_gradient
@@ -113,6 +115,23 @@ def test_a_padded_weight_adds_up_its_own_gradient(fn, chunk_elements, monkeypatc
     assert (got["weight"][30:] == 0).all()
     got["weight"] = got["weight"][:30]
     assert_close(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("chunk_elements", [2**24, 60])
+def test_a_weights_gradient_that_waits_is_the_same(chunk_elements, monkeypatch):
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    hidden, weight, labels, _, token_weights = _problem(dtype=torch.float32)
+    later, found = LaterProducts(), {}
+    for name, kept_by in (("at once", None), ("later", later)):
+        leaf, summing = hidden.clone().requires_grad_(), summed(torch.cat([weight, weight[:2]]), later=kept_by)
+        for factor in (0.37, -1.5):
+            value = linear_cross_entropy(leaf, summing, labels, num_classes=30, token_weights=token_weights)
+            (value * factor).backward()
+        if kept_by is not None:
+            assert gradient_sum(summing).is_empty and len(later) == 1
+            later.run()
+        found[name] = [leaf.grad, summed_gradient(summing)]
+    assert all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))
 
 
 def test_padding_has_no_gradient_without_a_sum_either():

@@ -77,10 +77,10 @@ def test_a_transfer_delays_the_first_and_the_last_micro_batch():
 
 # ms of a step, 8 rows a GPU in micro-batches of 2: without gradients that wait, and with them right behind.
 SIMULATED = {
-    "PP2": ((12, 8), 2, 1511, 1488),
-    "PP2/VP2": ((6, 6, 6, 2), 2, 1420, 1414),
-    "PP4": ((6, 6, 6, 2), 4, 1645, 1604),
-    "PP4, seven first": ((7, 6, 6, 1), 4, 1714, 1638),
+    "PP2": ((12, 8), 2, 1511, 1470),
+    "PP2/VP2": ((6, 6, 6, 2), 2, 1420, 1402),
+    "PP4": ((6, 6, 6, 2), 4, 1645, 1586),
+    "PP4, seven first": ((7, 6, 6, 1), 4, 1714, 1620),
 }
 
 
@@ -98,14 +98,14 @@ def test_smaller_micro_batches_shorten_four_stages_and_kept_gradients_more_so():
     found = [
         simulated_time(times.chunks((6, 6, 6, 2)), 4, 32, transfer=times.transfer, keep=keep) for keep in (None, 0, 1)
     ]
-    assert [round(each) for each in found] == [1522, 1502, 1499]
+    assert [round(each) for each in found] == [1522, 1493, 1481]
 
 
 def test_long_steps_are_extrapolated_exactly():
     times = h200()
     for sizes, stages in (((5, 7, 7, 1), 2), ((6, 6, 6, 2), 4)):
         whole = simulated_time(times.chunks(sizes), stages, 64, transfer=times.transfer)
-        assert step_time(times, sizes, stages, 64) == pytest.approx(whole, rel=1e-3)
+        assert step_time(times, sizes, stages, 64, keep=None) == pytest.approx(whole, rel=1e-3)
 
 
 # The tables.
@@ -125,7 +125,7 @@ def test_a_table_counts_the_measured_model_as_the_code_does(path):
 
 def test_the_flagship_takes_what_was_measured():
     times = h200()
-    assert times.layers[1] == Times(3.9, 6.1, 2.75) and times.head == Times(60, 1, 1)
+    assert times.layers[1] == Times(3.9, 6.1, 2.75) and times.head == Times(42, 1, 19)
     assert tuple(times.layers[4]) == pytest.approx((4.85, 7.02, 3.21))
     assert sum(chunk.total for chunk in times.chunks((6, 6, 6, 2))) == pytest.approx(330, abs=1)
     assert times.transfer == pytest.approx(0.36, abs=0.005)
@@ -133,7 +133,7 @@ def test_the_flagship_takes_what_was_measured():
 
 def test_other_sizes_take_measured_rates():
     assert h200(rows=1).layers[1] == pytest.approx(h200().layers[1].times(0.5))
-    assert h200(vocab_size=2 * FLAGSHIP.vocab_size).head == pytest.approx((120, 2, 2))
+    assert h200(vocab_size=2 * FLAGSHIP.vocab_size).head == pytest.approx((84, 2, 38))
     split = h200(tensor=2)
     assert split.layers[1] == pytest.approx(h200().layers[1].times(0.5))
     # Tensor ranks run the recurrence whole.
@@ -163,7 +163,7 @@ def test_what_was_not_measured_is_balanced_by_flops(card, changes):
 
 def test_stages_of_the_flagship_on_h200():
     assert sizes_of(checked(H200, 2, pipeline=2)) == (12, 8)
-    assert sizes_of(checked(H200, 2, pipeline=2, virtual_pipeline=2)) == (5, 7, 7, 1)
+    assert sizes_of(checked(H200, 2, pipeline=2, virtual_pipeline=2)) == (1, 6, 11, 2)
     assert sizes_of(checked(H200, 4, pipeline=4)) == (6, 6, 6, 2)
     assert (
         checked(H200, 2, pipeline=2).describe().endswith("stages 12 | 8 + head, balance 0.98 by times on NVIDIA H200")
@@ -179,10 +179,10 @@ def test_layers_set_by_hand_stay():
 @pytest.mark.parametrize(("stages", "chunks"), [(2, 2), (2, 4), (4, 2), (4, 3)])
 def test_moving_no_layer_shortens_the_step(stages, chunks):
     times = h200()
-    sizes = fastest_sizes(times, stages, chunks, 4 * stages)
+    sizes = fastest_sizes(times, stages, chunks, 4 * stages, keep=0)
     assert sum(sizes) == 20 and min(sizes) >= 1 and len(sizes) == stages * chunks
-    best = step_time(times, sizes, stages, 4 * stages)
-    assert all(step_time(times, moved, stages, 4 * stages) >= best for moved in moves(sizes))
+    best = step_time(times, sizes, stages, 4 * stages, keep=0)
+    assert all(step_time(times, moved, stages, 4 * stages, keep=0) >= best for moved in moves(sizes))
     assert not math.isnan(best)
 
 
@@ -203,7 +203,6 @@ def test_the_page_says_what_is_simulated():
         plain, interleaved = (
             sizes_of(checked(H200, stages, pipeline=stages, virtual_pipeline=chunks)) for chunks in (1, 2)
         )
-        cells = [cell(stages, by_flops, None), cell(stages, plain, None, 1), cell(stages, interleaved, None, 0)]
+        cells = [cell(stages, by_flops, None), cell(stages, plain, 1), cell(stages, interleaved, 0)]
         row = next(line for line in page.splitlines() if line.startswith(f"| {stages} | {cells[0].partition(':')[0]}:"))
-        said = row.replace("(weight gradients waiting: ", "(").replace(" (", ", ").replace(")", "")
-        assert said == f"| {stages} | {' | '.join(cells)} |"
+        assert row == f"| {stages} | {' | '.join(cells)} |"
