@@ -19,7 +19,7 @@ from lfm.data.batch import Batch
 from lfm.data.stream import BatchStream, open_split
 from lfm.errors import UserError
 from lfm.job.fork import run_ranks
-from lfm.job.process import Process
+from lfm.job.process import Process, prepare_environment
 from lfm.layout.layout import Layout
 from lfm.training.metrics import peak_flops
 from lfm.training.run import RunConfig
@@ -95,6 +95,8 @@ def measure(
 ) -> dict[str, Any]:
     """One process's figures, by routing; `gather` gets them too, while the processes are still connected."""
     began = time.monotonic()
+    if layout is not None:
+        prepare_environment(device_type, tensor=layout.tensor)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.world_size))
     device = torch.device(device_type, process.local_rank) if device_type == "cuda" else torch.device(device_type)
     if device.type == "cuda":

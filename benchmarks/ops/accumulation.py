@@ -21,7 +21,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 def check() -> dict[str, float]:
     total, grad = inputs()
     got = total.clone()
-    accumulate_kernel_(got, grad)
+    accumulate_kernel_(got, grad, None, True)
     return {"total": norm_ratio(got, total.double() + grad.double())}
 
 
@@ -31,7 +31,7 @@ def cases() -> list[Case]:
     return [
         Case(
             "accumulation",
-            graphed(lambda _: accumulate_kernel_(total, grad)),
+            graphed(lambda _: accumulate_kernel_(total, grad, None, True)),
             check,
             {"total": 1e-6},
             *floor(0, moved),

@@ -63,15 +63,19 @@ def require_packages() -> None:
             ) from None
 
 
-def prepare_environment(device_type: str) -> None:
-    """What megatron-core and DeepSpeed read when they are imported, or CUDA when it starts: call it before."""
+def prepare_environment(device_type: str, *, tensor: int = 1) -> None:
+    """What megatron-core and DeepSpeed read when they are imported, or CUDA when it starts: call it before.
+
+    `tensor`: the tensor-parallel size.
+    """
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # megatron-core decorates helpers with torch.compile, which CPU ranks have no use for.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Sequence parallelism overlaps communication with matrix products only when kernels run in launch order; without
-    # GPUs too, megatron-core warns where this is not set.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if tensor > 1:
+        # Sequence parallelism overlaps communication with matrix products only when kernels run in launch order;
+        # without GPUs too, megatron-core warns where this is not set.  ZeRO-1's messages under the passes would queue.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

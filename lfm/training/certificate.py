@@ -21,7 +21,7 @@ from torch import Tensor
 from lfm.data.batch import Batch
 from lfm.files import write_durably
 from lfm.job.fork import run_ranks
-from lfm.job.process import Process
+from lfm.job.process import Process, prepare_environment
 from lfm.layers.router import MEAN_GRID
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout
@@ -193,6 +193,7 @@ def run_layout(
     engine_type: type[ParallelEngine],
 ) -> dict[str, Any]:
     """One process's part of a layout's certificate: its numbers, and its squared gradient deviations by global name."""
+    prepare_environment(device_type, tensor=layout.tensor)
     device = torch.device(f"cuda:{process.local_rank}" if device_type == "cuda" else device_type)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -60,7 +60,7 @@ def started(
         return
 
     require_packages()
-    prepare_environment(device.type)
+    prepare_environment(device.type, tensor=layout.tensor)
     from lfm.parallel import groups as process_groups
 
     seconds = max(SAVING_SECONDS, 2 * run.parallel.hang_timeout_seconds)  # the watch speaks first
