@@ -18,10 +18,10 @@ STEP, DATA_WAIT = PREFIX + "step", PREFIX + "data wait"
 
 COMPUTE = (
     *("attention", "projections", "router", "permutation", "experts", "feed-forward", "liquid", "norms", "embedding"),
-    *("head", "accumulation", "optimizer", "other"),
+    *("head", "accumulation", "weight gradients", "optimizer", "other"),
 )
-"""Kernels by what they compute.  Accumulation: of gradients, where a backward pass hands them over; other: losses,
-copies and all that no range holds."""
+"""Kernels by what they compute.  Accumulation: of gradients, where a backward pass hands them over; weight gradients:
+those that a pipeline's stages put off; other: losses, copies and all that no range holds."""
 COMMUNICATION = ("exchange", "collectives", "bubble")
 """Where nothing computes.  Exchange: all-to-all; bubble: sends and receives, which wait for other stages."""
 IDLE = ("data wait", "host gaps")
@@ -37,7 +37,9 @@ FUNCTIONS = (
     ("lfm.layers.moe", "MoE.forward", "experts"),
     ("lfm.layers.moe", "router_logits", "router"),
     ("lfm.layers.moe", "route", "router"),
-    ("lfm.layers.moe", "observe", "router"),
+    ("lfm.layers.moe", "sampled", "router"),
+    ("lfm.models.decoder", "router_losses", "router"),
+    ("lfm.models.losses", "observe", "router"),
     ("lfm.layers.moe", "sorted_places", "permutation"),
     ("lfm.layers.moe", "dispatch", "permutation"),
     ("lfm.layers.moe", "combine", "permutation"),
@@ -51,6 +53,7 @@ FUNCTIONS = (
 )
 """Module, function as the module's callers find it, part; an inner range counts, not the one around it."""
 IN_PARALLEL = (
+    ("lfm.parallel.later", "LaterProducts.run", "weight gradients"),
     ("lfm.parallel.dispatch", "sorted_places", "permutation"),
     ("lfm.parallel.dispatch", "dispatch", "permutation"),
     ("lfm.parallel.dispatch", "combine", "permutation"),
