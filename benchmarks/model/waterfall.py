@@ -142,7 +142,8 @@ def _read_host(events: Iterable[Event]) -> _Host:
         close(event.thread, event.start)
         outer = stack[-1] if stack else _Open(event, None, None, False)
         part = _part(event, outer.part, nodes)
-        kind = _communication(event.name) or outer.kind
+        # What gloo has under way lies around whatever is computed meanwhile.
+        kind = None if event.is_range else _communication(event.name) or outer.kind
         is_launch = event.name.startswith(("cu", "hip")) and event.sequence < 0 and not event.is_range
         stack.append(_Open(event, part, kind, outer.works or not (event.is_range or is_launch)))
         if event.sequence >= 0 and not event.forward_thread:
