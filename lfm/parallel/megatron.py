@@ -1,7 +1,7 @@
 """megatron-core's tensor parallelism and expert exchange as parts of the plain model.
 
-Layers are batch-first; megatron-core gathers and scatters the first dimension, so the sequence goes first around each
-of its calls (free for one row, a copy for more).
+megatron-core gathers and scatters the first dimension.  Layers are batch-first, so that is the flat `B * T` here: a
+process's share are consecutive tokens of the rows one after the other, and nothing is transposed.
 """
 
 import warnings
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lfm.layers.parts import Parts, TokenDispatcher
 from lfm.layout.layout import Layout
 from lfm.models.registry import ModelConfig
-from lfm.parallel.dispatch import AllToAll, CutByWidth, sequence_first
+from lfm.parallel.dispatch import AllToAll, CutByWidth
 from lfm.parallel.groups import Groups
 
 with warnings.catch_warnings():
@@ -125,9 +125,9 @@ class MegatronParts(Parts):
         if self.tensor_group is None:
             return x
         whole = mappings.gather_from_sequence_parallel_region(
-            sequence_first(x), tensor_parallel_output_grad=partial_gradients, group=self.tensor_group
+            x.flatten(0, 1), tensor_parallel_output_grad=partial_gradients, group=self.tensor_group
         )
-        return whole.transpose(0, 1)
+        return whole.unflatten(0, (len(x), -1))
 
     def gather_units(self, x: Tensor) -> Tensor:
         if self.tensor_group is None:
@@ -149,20 +149,20 @@ class MegatronParts(Parts):
 
 class _Column(ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(sequence_first(x))[0].transpose(0, 1)
+        return super().forward(x.flatten(0, 1))[0].unflatten(0, (len(x), -1))
 
 
 class _Row(RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        y, bias = super().forward(sequence_first(x))
-        y = y.transpose(0, 1)
+        y, bias = super().forward(x.flatten(0, 1))
+        y = y.unflatten(0, (len(x), -1))
         # Every process adds the bias to its own tokens alone.
         return y if bias is None else y + mappings.copy_to_tensor_model_parallel_region(bias, group=self.tp_group)
 
 
 class _Embedding(VocabParallelEmbedding):
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(ids).transpose(0, 1)
+        return super().forward(ids.view(1, -1)).view(len(ids), -1, self.embedding_dim)
 
 
 def _no_init(weight: Tensor) -> Tensor:
