@@ -8,11 +8,13 @@ import warnings
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lfm.layers.parts import Parts, TokenDispatcher
 from lfm.layout.layout import Layout
 from lfm.models.registry import ModelConfig
+from lfm.parallel.cut_linear import column_linear, row_linear
 from lfm.parallel.dispatch import AllToAll, CutByWidth
 from lfm.parallel.groups import Groups
 
@@ -148,15 +150,20 @@ class MegatronParts(Parts):
 
 
 class _Column(ColumnParallelLinear):
+    weight: nn.Parameter
+    tp_group: dist.ProcessGroup
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x.flatten(0, 1))[0].unflatten(0, (len(x), -1))
+        return column_linear(x, self.weight, self.bias, self.tp_group)
 
 
 class _Row(RowParallelLinear):
+    tp_group: dist.ProcessGroup
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        y, bias = super().forward(x.flatten(0, 1))
-        y = y.unflatten(0, (len(x), -1))
+        y = row_linear(x, self.weight, self.tp_group)
         # Every process adds the bias to its own tokens alone.
+        bias = self.bias
         return y if bias is None else y + mappings.copy_to_tensor_model_parallel_region(bias, group=self.tp_group)
 
 
