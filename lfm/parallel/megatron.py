@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lfm.kernels.embedding import embedding
 from lfm.layers.parts import Parts, TokenDispatcher
 from lfm.layout.layout import Layout
 from lfm.models.registry import ModelConfig
@@ -169,7 +170,12 @@ class _Row(RowParallelLinear):
 
 class _Embedding(VocabParallelEmbedding):
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(ids.view(1, -1)).view(len(ids), -1, self.embedding_dim)
+        own = ids.flatten() - self.vocab_start_index
+        elsewhere = (own < 0) | (own >= len(self.weight))
+        # Ids of other processes take some row and add zeros to its gradient: not all the same, whose sum would be long.
+        summands = embedding(own % len(self.weight), self.weight).masked_fill(elsewhere[:, None], 0)
+        x = mappings.reduce_scatter_to_sequence_parallel_region(summands, group=self.tp_group)
+        return x.unflatten(0, (len(ids), -1))
 
 
 def _no_init(weight: Tensor) -> Tensor:
