@@ -1,12 +1,21 @@
-"""Column and row linears of two processes against a whole linear, in rows that do not end where a share does."""
+"""Linears and embedding of two processes against whole ones, in rows that do not end where a share does."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
+
+from lfm.job.fork import run_ranks
+from lfm.layout.config import ParallelConfig
+from lfm.layout.layout import check_layout
+from lfm.models.registry import parse
 from lfm.parallel.cut_linear import column_linear, row_linear
+from lfm.parallel.megatron import MegatronParts, transformer_config
 from tests.comparison import assert_close
+from tests.nested import nested
+from tests.parallel.engine_numbers import join
 from tests.ranks import run_on_ranks
 from tests.sums import summed, summed_gradient
 
@@ -102,3 +111,35 @@ def _frozen(rank):
 def test_what_is_not_trained_has_no_gradient():
     # Of x: the sum over both processes' three columns.
     assert run_on_ranks(_frozen, 2) == [([6.0], None, None, [4.0])] * 2
+
+
+IDS = torch.tensor([[0, 5, 63, 64], [64, 64, 127, 0], [1, 100, 5, 126]])  # of two shards of 64 rows
+
+
+def _embedding(process):
+    sizes = {"hidden_size": D, "seq_length": T, "vocab_size": 128, "num_layers": 1}
+    heads = {"ffn_hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 2}
+    model = parse({"kind": "transformer", **sizes, **nested(**heads)}, source="a test")
+    parallel = ParallelConfig(tensor=2, sequence_parallel=True, zero_stage=1)
+    layout = check_layout(model, parallel, 2, global_batch_size=B, micro_batch_size=B)
+    groups = join(process, layout)
+    parts = MegatronParts(groups, transformer_config(model, layout, torch.float64))
+    embedding = parts.vocabulary_embedding(128, D)
+    weight = torch.arange(128.0 * D, dtype=torch.float64).view(128, D)
+    embedding.weight = torch.nn.Parameter(weight.chunk(2)[process.rank].clone())
+    leaf = summed(embedding.weight)
+    embedding.weight.gradient_sum = leaf.gradient_sum
+    x = embedding(IDS)
+    assert x.shape == (B, T // 2, D)
+    (x * (1 + process.rank)).sum().backward()
+    assert embedding.weight.grad is None
+    return {"x": x.detach().numpy(), "weight": summed_gradient(leaf).numpy()}
+
+
+def test_a_cut_embedding_gives_shares_and_adds_up_its_rows():
+    first, second = run_ranks(_embedding, 2, timeout_seconds=60)
+    weight = torch.arange(128.0 * D, dtype=torch.float64).view(128, D).requires_grad_()
+    x = F.embedding(IDS, weight).flatten(0, 1)
+    (x * torch.tensor([1.0, 2.0]).repeat_interleave(B * T // 2)[:, None]).sum().backward()
+    assert torch.equal(torch.cat([torch.from_numpy(part["x"]) for part in (first, second)]).flatten(0, 1), x)
+    assert torch.equal(torch.cat([torch.from_numpy(part["weight"]) for part in (first, second)]), weight.grad)
