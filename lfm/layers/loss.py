@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lfm.kernels.accumulation import accumulate_
-from lfm.kernels.cross_entropy import cross_entropy_, scaled
+from lfm.kernels.cross_entropy import cross_entropy_, joined_sums, scaled, shard_gradient_, shard_sums
 from lfm.kernels.gradient_sum import GradientSum, gradient_sum
 from lfm.kernels.linear import add_product_
 from lfm.layers.documents import IGNORED_LABEL
@@ -229,21 +229,14 @@ def _vocabulary_parallel_(
 ) -> Tensor:
     """As `cross_entropy_`, of logits `[n, V]` whose columns are cut over the shard's group; the losses are the same on
     all processes."""
-    n, V = logits.shape
-    kept, label = labels != IGNORED_LABEL, labels - shard.first_id
-    here = kept & (label >= 0) & (label < V)
-    label = label.masked_fill(~here, 0)[:, None]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    top = wide.amax(-1) if V else wide.new_full((n,), -torch.inf)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
-    mine = wide.gather(1, label)[:, 0] * here if V else wide.new_zeros(n)
-    sums = torch.stack([(wide - top[:, None]).exp().sum(-1), mine])
-    dist.all_reduce(sums, group=shard.group)
-    log_normalizer, label_logit = sums[0].log() + top, sums[1]
-    if gradient and V:
-        softmax = wide.sub_(log_normalizer[:, None]).exp_()
-        softmax.scatter_add_(1, label, -here.to(wide.dtype)[:, None])
-        softmax.mul_(kept[:, None])
-        logits.copy_(softmax if token_weights is None else softmax.mul_(token_weights[:, None]))
-    losses = (log_normalizer - label_logit) * kept
-    return losses if token_weights is None else losses * token_weights
+    # One without a label is in no shard.
+    own = labels - shard.first_id
+    sums = shard_sums(logits, own)
+    of_all = sums.new_empty(shard.group.size() * len(sums), 3)
+    dist.all_gather_into_tensor(of_all, sums.contiguous(), group=shard.group)
+    log_normalizer, label_logit = joined_sums(of_all.view(-1, *sums.shape))
+    factors = sums.new_ones(len(labels)) if token_weights is None else token_weights
+    factors = factors.masked_fill(labels == IGNORED_LABEL, 0)
+    if gradient:
+        shard_gradient_(logits, own, log_normalizer, factors)
+    return (log_normalizer - label_logit) * factors

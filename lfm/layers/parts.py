@@ -12,8 +12,9 @@ from lfm.layers.linear import Linear
 class Parts:
     """The plain parts: one process holds every weight and every token.
 
-    `tensor_size` processes share the heads, the widths and the vocabulary.  Their activations between layers are cut
-    along the sequence: `T` below is then this process's share, `[B, T / tensor_size, D]`.
+    `tensor_size` processes share the heads, the widths and the vocabulary.  Each has its share of the activations
+    between layers, of the size that `[B, T, D]` below has with `T = whole T / tensor_size`: of the rows one after the
+    other, the first process has the first `B T` tokens.  So a share is B pieces of rows, T consecutive tokens each.
     """
 
     tensor_size: int = 1

@@ -29,8 +29,8 @@ class CutByWidth(TokenDispatcher):
         return self.parts.whole_sequence(x, partial_gradients=True), experts, self.parts.shared(weights)
 
     def finish(self, y: Tensor) -> Tensor:
-        own = mappings.reduce_scatter_to_sequence_parallel_region(sequence_first(y), group=self.parts.tensor_group)
-        return own.transpose(0, 1)
+        own = mappings.reduce_scatter_to_sequence_parallel_region(y.flatten(0, 1), group=self.parts.tensor_group)
+        return own.unflatten(0, (len(y), -1))
 
 
 class AllToAll(TokenDispatcher):
@@ -43,17 +43,14 @@ class AllToAll(TokenDispatcher):
     def __init__(self, num_experts: int, groups: Groups) -> None:
         super().__init__(num_experts)
         self.group = groups.expert
-        self.tensor_size, self.tensor_rank = groups.layout.tensor, groups.tensor.rank()
+        self.tensor_rank = groups.tensor.rank()
         self.count = num_experts // groups.layout.expert
         self.first = self.group.rank() * self.count
 
     def prepare(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x, self._own_tokens(x, experts), self._own_tokens(x, weights)
-
-    def _own_tokens(self, x: Tensor, routing: Tensor) -> Tensor:
-        B, T, _ = x.shape
-        rows = routing.view(B, self.tensor_size, T, -1)
-        return rows[:, self.tensor_rank].reshape(B * T, -1)
+        n = x.shape[:2].numel()
+        own = slice(self.tensor_rank * n, (self.tensor_rank + 1) * n)
+        return x, experts[own], weights[own]
 
     def run(self, inputs: Tensor, load: Tensor, compute: Any) -> Tensor:
         sent = load.view(-1, self.count)  # [destination, its experts]
@@ -70,7 +67,3 @@ class AllToAll(TokenDispatcher):
         rows = mappings.all_to_all(self.group, combine(rows, place), to_each, from_each)
         dropped = len(inputs) - kept
         return torch.cat([rows, rows.new_zeros(dropped, rows.shape[1])]) if dropped else rows
-
-
-def sequence_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).contiguous()

@@ -1,19 +1,22 @@
 """megatron-core's tensor parallelism and expert exchange as parts of the plain model.
 
-Layers are batch-first; megatron-core gathers and scatters the first dimension, so the sequence goes first around each
-of its calls (free for one row, a copy for more).
+megatron-core gathers and scatters the first dimension.  Layers are batch-first, so that is the flat `B * T` here: a
+process's share are consecutive tokens of the rows one after the other, and nothing is transposed.
 """
 
 import warnings
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from lfm.kernels.embedding import embedding
 from lfm.layers.parts import Parts, TokenDispatcher
 from lfm.layout.layout import Layout
 from lfm.models.registry import ModelConfig
-from lfm.parallel.dispatch import AllToAll, CutByWidth, sequence_first
+from lfm.parallel.cut_linear import column_linear, row_linear
+from lfm.parallel.dispatch import AllToAll, CutByWidth
 from lfm.parallel.groups import Groups
 
 with warnings.catch_warnings():
@@ -125,9 +128,9 @@ class MegatronParts(Parts):
         if self.tensor_group is None:
             return x
         whole = mappings.gather_from_sequence_parallel_region(
-            sequence_first(x), tensor_parallel_output_grad=partial_gradients, group=self.tensor_group
+            x.flatten(0, 1), tensor_parallel_output_grad=partial_gradients, group=self.tensor_group
         )
-        return whole.transpose(0, 1)
+        return whole.unflatten(0, (len(x), -1))
 
     def gather_units(self, x: Tensor) -> Tensor:
         if self.tensor_group is None:
@@ -148,21 +151,31 @@ class MegatronParts(Parts):
 
 
 class _Column(ColumnParallelLinear):
+    weight: nn.Parameter
+    tp_group: dist.ProcessGroup
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(sequence_first(x))[0].transpose(0, 1)
+        return column_linear(x, self.weight, self.bias, self.tp_group)
 
 
 class _Row(RowParallelLinear):
+    tp_group: dist.ProcessGroup
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        y, bias = super().forward(sequence_first(x))
-        y = y.transpose(0, 1)
+        y = row_linear(x, self.weight, self.tp_group)
         # Every process adds the bias to its own tokens alone.
+        bias = self.bias
         return y if bias is None else y + mappings.copy_to_tensor_model_parallel_region(bias, group=self.tp_group)
 
 
 class _Embedding(VocabParallelEmbedding):
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(ids).transpose(0, 1)
+        own = ids.flatten() - self.vocab_start_index
+        elsewhere = (own < 0) | (own >= len(self.weight))
+        # Ids of other processes take some row and add zeros to its gradient: not all the same, whose sum would be long.
+        summands = embedding(own % len(self.weight), self.weight).masked_fill(elsewhere[:, None], 0)
+        x = mappings.reduce_scatter_to_sequence_parallel_region(summands, group=self.tp_group)
+        return x.unflatten(0, (len(ids), -1))
 
 
 def _no_init(weight: Tensor) -> Tensor:

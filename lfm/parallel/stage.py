@@ -82,7 +82,8 @@ class Stage(nn.Module):
 
 
 class DecoderStage(Stage):
-    """A piece of a decoder: it takes and gives hidden states `[T, B, D]`."""
+    """A piece of a decoder: it takes and gives hidden states, of which the schedule only knows that they have the shape
+    `[T, B, D]`: they lie in memory as `[B, T, D]`."""
 
     piece: Decoder
     received: Tensor | None = None
@@ -99,7 +100,7 @@ class DecoderStage(Stage):
             x = self.piece.embed(rows.ids)
         else:
             assert self.received is not None
-            x = self.received.transpose(0, 1)
+            x = self.received.view(len(rows.ids), -1, self.received.shape[-1])
         recompute = self.recompute if self.factors is not None else "none"
         x, _, found = self.piece.run(x, self.piece.context(rows, x.dtype, recompute=recompute))
         sums = found.sums(self.piece.config.num_layers)
@@ -111,7 +112,7 @@ class DecoderStage(Stage):
             sums |= {name: value.detach().clone() for name, value in own.items()}
             x = self._weighted(own)
         else:
-            x = x.transpose(0, 1).contiguous()
+            x = x.contiguous().view(x.shape[1], x.shape[0], -1)
         self.losses.append(Losses({name: value.detach() for name, value in sums.items()}, found.measure))
         return x
 

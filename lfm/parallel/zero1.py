@@ -47,6 +47,9 @@ class Bucket:
     sums: list[GradientSum] = field(default_factory=list)
     additions: list[int] = field(default_factory=list)
     """By parameter, in this step."""
+    due: list[int] | None = None
+    """As many there were in the first step; a parameter that had none then lacks in every step."""
+    has_left: bool = False
     lacking: int = 0
     """Parameters that still await an addition."""
     reduction: dist.Work | None = None
@@ -97,8 +100,7 @@ class Zero1(BF16_Optimizer):
         """In the order in which the forward pass comes to them."""
         self._shared = [b for b in self.buckets if any(p is tied for p in b.parameters for tied in shared)]
         self._counted = [part for bucket in self.buckets for part in self._counted_parts(bucket)]
-        self._micro_batches: int | None = None
-        self._reduced = 0
+        self._leaves_early, self._reduced = False, 0
         self._merge_groups()
         for bucket in self.buckets:
             self._sum_gradients(bucket)
@@ -151,28 +153,31 @@ class Zero1(BF16_Optimizer):
             parameter.register_post_accumulate_grad_hook(add)
         bucket.additions = [0] * len(bucket.sums)
 
-    def start_gradients(self, micro_batches: int | None) -> None:
-        """Before the first pass of a step, in which every parameter's gradient is added to once a micro-batch.
+    def start_gradients(self, *, leaves_early: bool) -> None:
+        """Before the first pass of a step.
 
-        None: it is not known how often, and nothing leaves before the end.
+        `leaves_early`: every step adds to each parameter as often as the first one did, so that buckets can leave
+        while passes still run.  Else, and in the first step, all leave at the end.
         """
-        self._micro_batches, self._reduced = micro_batches, 0
+        self._leaves_early, self._reduced = leaves_early, 0
         for bucket in self.buckets:
-            bucket.lacking, bucket.reduction = len(bucket.sums), None
+            bucket.lacking, bucket.reduction, bucket.has_left = len(bucket.sums), None, False
             bucket.additions = [0] * len(bucket.sums)
             for total in bucket.sums:
                 total.start()
 
     @torch.no_grad()
     def _added(self, bucket: Bucket, i: int) -> None:
+        if bucket.has_left:
+            raise RuntimeError(
+                f"{self.param_names[bucket.parameters[i]]} has more gradients in this step than it had in the first, "
+                "and its sum is on its way: this is a bug of the objective or the model"
+            )
         bucket.additions[i] += 1
-        if self._micro_batches is None or bucket.additions[i] < self._micro_batches:
+        if not self._leaves_early or bucket.due is None or bucket.additions[i] != bucket.due[i]:
             return
-        # The first bucket leaves last, when the passes are over: a tied embedding is added to by lookup and head.
-        is_first = bucket is self.buckets[0]
-        assert is_first or bucket.additions[i] == self._micro_batches, "a gradient was added to a bucket that has left"
         bucket.lacking -= 1
-        while self._reduced < len(self.buckets) - 1 and self._next_to_leave.lacking == 0:
+        while self._reduced < len(self.buckets) and self._next_to_leave.lacking == 0:
             self._reduce(self._next_to_leave)
 
     @property
@@ -182,6 +187,7 @@ class Zero1(BF16_Optimizer):
     def _reduce(self, bucket: Bucket) -> None:
         """Start to sum a bucket over its ranks."""
         self._reduced += 1
+        bucket.has_left = True
         if bucket.group.size() == 1:
             return
         if bucket.gradient.is_cuda:
@@ -194,6 +200,8 @@ class Zero1(BF16_Optimizer):
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """After the last pass, and after every product that was put off: reduce what has not left, await the rest."""
+        for bucket in self.buckets:
+            bucket.due = bucket.due or bucket.additions
         while self._reduced < len(self.buckets):
             for total in self._next_to_leave.sums:
                 total.finish()

@@ -92,11 +92,10 @@ def _activations(run: RunConfig, m: LFMConfig, layout: Layout, rank: int) -> dic
     again = {"none": 0, "selective": ffn + liquid, "full": attention + ffn + liquid}[t.recompute]
     in_flight = _in_flight(layout, rank)
     chunk_logits = min(CHUNK_ELEMENTS["cuda" if half else "cpu"], tokens * m.vocab_size / tp)
-    in_place = half and tp == 1  # else the softmax is formed beside the logits, in fp32
     waiting = _waiting_elements(run, m, layout, rank) + last * _waiting_logits(run, m, layout)
     return {
         "activations (estimate)": tokens * size / tp * (kept * num_layers * in_flight + again),
-        "loss (estimate)": last * (chunk_logits * (size if in_place else 4 + size) + m.vocab_size * D / tp * 4),
+        "loss (estimate)": last * (chunk_logits * (size if half else 4 + size) + m.vocab_size * D / tp * 4),
         **({"waiting weight gradients (estimate)": tokens * size / tp * waiting} if waiting else {}),
     }
 
@@ -106,11 +105,14 @@ def _waiting_elements(run: RunConfig, m: LFMConfig, layout: Layout, rank: int) -
     if run.training.recompute != "none":
         return 0
     D = m.hidden_size
-    attention = 4 * D + 2 * m.attention.num_query_groups * m.head_size if m.attention is not None else 0
+    # What goes into columns and comes out of rows is whole on every tensor rank, while the rest is cut.
+    whole = D * layout.tensor
+    attention = 2 * whole + 2 * D + 2 * m.attention.num_query_groups * m.head_size if m.attention is not None else 0
     if isinstance(m.ffn, MoEConfig):
-        ffn = m.ffn.moe_router_topk * (2 * D + 3 * m.ffn.moe_ffn_hidden_size)
+        rows = 2 * (whole if layout.expert == 1 else D)
+        ffn = m.ffn.moe_router_topk * (rows + 3 * m.ffn.moe_ffn_hidden_size)
     else:
-        ffn = 2 * D + 3 * m.ffn.ffn_hidden_size
+        ffn = 2 * whole + 3 * m.ffn.ffn_hidden_size
     layers = max(len(chunk) for chunk in layout.stage_chunks(rank))
     return layout.waiting_passes * layers * (attention + ffn)
 

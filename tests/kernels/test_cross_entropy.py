@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lfm.kernels.cross_entropy import cross_entropy_, scaled
+from lfm.kernels.cross_entropy import cross_entropy_, joined_sums, scaled, shard_gradient_, shard_sums
 from tests.comparison import assert_close
 
 # The CPU interprets the kernels.  Its interpreter cuts fp32 off to bf16 where a GPU rounds, hence fp16 there.
@@ -93,6 +93,51 @@ def test_labels_of_another_shape_are_refused():
         cross_entropy_(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64))
 
 
+def _in_shards(logits, labels, factors, widths, backend):
+    """Losses and the gradient, from each shard alone and the sums of all."""
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    shards = [s.clone() for s in logits.split(widths, 1)]
+    own = [labels - start for start in starts]
+    sums = [shard_sums(*pair, backend=backend) for pair in zip(shards, own, strict=True)]
+    log_normalizer, label_logit = joined_sums(torch.stack(sums))
+    for shard, label in zip(shards, own, strict=True):
+        shard_gradient_(shard, label, log_normalizer, factors, backend=backend)
+    return {"losses": (log_normalizer - label_logit) * factors, "gradient": torch.cat(shards, 1)}
+
+
+def _compare_shards(n, widths, dtype, bounds, backend):
+    logits = (2 * torch.randn(n, sum(widths), device=DEVICE)).to(dtype)
+    # One label in each shard's first and last column, and rows without a label.
+    ends = [end for i, width in enumerate(widths) if width for end in (sum(widths[:i]), sum(widths[: i + 1]) - 1)]
+    labels = torch.tensor((ends * n)[:n], device=DEVICE)
+    labels[1::3] = -100
+    factors = torch.randn(n, device=DEVICE).masked_fill(labels < 0, 0)
+    want = _truth(logits, labels)
+    want = {"losses": want["losses"].detach() * factors, "gradient": want["gradient"] * factors[:, None]}
+    got = _in_shards(logits, labels, factors, widths, backend)
+    assert (got["gradient"][1::3] == 0).all()
+    for name, bound in zip(("losses", "gradient"), bounds, strict=True):
+        assert_close({name: got[name]}, {name: want[name]}, bound)
+
+
+@pytest.mark.parametrize(
+    "dtype, bounds", [(torch.float32, (1e-6, 1e-6)), (torch.float16, (1e-6, 5e-4))], ids=["fp32", "fp16"]
+)
+@pytest.mark.parametrize("n, widths", [(6, [1, 1]), (7, [40, 40, 17, 0]), (5, [8200, 20_011])], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_shards_of_the_vocabulary_give_what_the_whole_gives(n, widths, dtype, bounds, backend):
+    _compare_shards(n, widths, dtype, bounds, backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_shard_of_small_logits_beside_one_of_large_ones_stays_finite(backend):
+    logits = torch.full((2, 300), -1e4, device=DEVICE)
+    logits[:, 7] = 1e4
+    got = _in_shards(logits, torch.tensor([7, 208], device=DEVICE), torch.ones(2, device=DEVICE), [100, 200], backend)
+    assert got["losses"].tolist() == [0, 2e4]
+    assert got["gradient"][0].abs().max() == 0 and got["gradient"][1, 7] == 1 and got["gradient"][1, 208] == -1
+
+
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 5, 1001)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_scaled_gradient_is_rounded_once(shape, dtype):
@@ -110,6 +155,12 @@ def test_a_factor_of_several_numbers_is_refused():
 @pytest.mark.parametrize("n, V", [(512, 128_256), (100, 50_257)])
 def test_large_vocabularies_equal_float64(n, V):
     _compare(n, V, torch.bfloat16, (1e-6, 3e-3), scale=2.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [[64_128, 64_128], [25_129, 25_128]], ids=str)
+def test_large_shards_equal_float64(widths):
+    _compare_shards(512, widths, torch.bfloat16, (1e-6, 3e-3), "triton")
 
 
 @pytest.mark.gpu

@@ -60,9 +60,9 @@ BALANCES = {
 }
 
 
-def problem(recompute="none", model=SMALL, dtype=torch.float32) -> Problem:
+def problem(recompute="none", model=SMALL, dtype=torch.float32, micro_batch_size=1) -> Problem:
     optimizer = AdamWConfig(lr=1e-2, clip_grad=0.5)
-    how = {"micro_batch_size": 1, "steps": 2, "recompute": recompute, "dtype": dtype}
+    how = {"micro_batch_size": micro_batch_size, "steps": 2, "recompute": recompute, "dtype": dtype}
     return Problem(model, optimizer, seed=5, rows=8, **how)
 
 
@@ -76,11 +76,12 @@ def expected_in_bf16() -> Numbers:
     return in_one_process(problem(dtype=torch.bfloat16), "cpu")
 
 
-def finding(name: str, expected: Numbers, fault=None, model=SMALL, dtype=torch.float32):
+def finding(name: str, expected: Numbers, fault=None, model=SMALL, dtype=torch.float32, micro_batch_size=1):
     world, parallel, recompute = LAYOUTS[name]
-    layout = check_layout(model, parallel, world, global_batch_size=8, micro_batch_size=1)
+    layout = check_layout(model, parallel, world, global_batch_size=8, micro_batch_size=micro_batch_size)
     engine_type = FAULTS[fault] if fault else ParallelEngine
-    return certify(layout, problem(recompute, model, dtype), expected, device_type="cpu", engine_type=engine_type)
+    asked = problem(recompute, model, dtype, micro_batch_size)
+    return certify(layout, asked, expected, device_type="cpu", engine_type=engine_type)
 
 
 @functools.cache
@@ -124,6 +125,14 @@ def test_a_layout_computes_what_one_process_computes(name, expected):
     found = finding(name, expected)
     assert found.beyond == []
     assert len(found.drift) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batch_size"),
+    [("tp2", 4), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("tp2_pp2", "tp2_ep2", "tp2_dp2_z2"))],
+)
+def test_a_layout_that_cuts_several_rows_computes_what_one_process_computes(name, micro_batch_size, expected):
+    assert finding(name, expected, micro_batch_size=micro_batch_size).beyond == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 from lfm.errors import NonFiniteError, UserError
 from lfm.job.fork import run_ranks
 from lfm.job.process import Process
+from lfm.kernels.gradient_sum import gradient_sum
 from lfm.layers.liquid import ReservoirConfig
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout, check_layout
@@ -256,6 +258,22 @@ def test_a_group_may_have_parameters_of_one_stage_alone():
     assert not {key: value for key, value in deviations(ranks, expected, start).items() if not value <= 1e-4}
 
 
+def _spoil_gradient(weight: torch.Tensor) -> Callable[[], None]:
+    """Let it be NaN, wherever it goes; what ends that."""
+    found = gradient_sum(weight)
+    if found is None:
+        return weight.register_hook(lambda gradient: gradient * torch.nan).remove
+    after = found.after
+    assert after is not None
+
+    def spoilt() -> None:
+        found.total.fill_(torch.nan)
+        after()
+
+    found.after = spoilt
+    return lambda: setattr(found, "after", after)
+
+
 def _fail(process: Process, layout: Layout, problem: Problem) -> dict[str, Any]:
     """What the engine says to a gradient, then to a weight, that is NaN on rank 1 alone."""
     engine = parallel_engine(problem, join(process, layout))
@@ -263,14 +281,14 @@ def _fail(process: Process, layout: Layout, problem: Problem) -> dict[str, Any]:
     engine.evaluate(batch)
     before, said = state(engine), []
     qkv = next(weight.parameter for weight in engine.weights if weight.name.endswith("qkv.weight"))
-    hook = qkv.register_hook(lambda gradient: gradient * torch.nan) if process.rank == 1 else None
+    restore = _spoil_gradient(qkv) if process.rank == 1 else None
     engine.forward_backward(batch[own])
     try:
         engine.step(0.1)
     except NonFiniteError as error:
         said.append(str(error))
-    if hook is not None:
-        hook.remove()
+    if restore is not None:
+        restore()
         with torch.no_grad():
             getattr(qkv, "ds_tensor", qkv).data.fill_(torch.nan)
     try:

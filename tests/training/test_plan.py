@@ -86,6 +86,16 @@ def test_stages_together_hold_the_model_and_a_second_copy_of_tied_weights(tied):
     assert fullest == max(stages, key=lambda stage: sum(stage.values()))
 
 
+def test_tensor_ranks_keep_whole_what_goes_into_columns_and_comes_out_of_rows():
+    run, layout = with_layout("TP2", 1, "parallel.pipeline=2")
+    stages = [stage_memory(run, layout, rank) for rank in range(2)]
+    products = (3072 + 5120 / 2) + (3072 / 2 + 3072) + 2 * (3072 + 2 * 1152 / 2 + 1152 / 2 + 3072)
+    tokens = run.training.micro_batch_size * 8192
+    layers = [sum(len(chunk) for chunk in layout.stage_chunks(rank)) for rank in range(2)]
+    waiting = [stage["waiting weight gradients (estimate)"] for stage in stages]
+    assert waiting == [2 * tokens * products * n for n in layers]
+
+
 @pytest.mark.parametrize("keys", [["parallel.virtual_pipeline=2"], ["training.recompute=full"]], ids=str)
 def test_gradients_that_do_not_wait_hold_nothing(keys):
     assert not any("waiting" in name for name in memory_estimate(*with_layout("PP2", 1, *keys)))

@@ -1,5 +1,5 @@
 """Triton kernels of the in-place cross entropy, where a program owns one row (one pass finds its normalizer, one
-writes), and of scaling a gradient."""
+writes), of its two passes over a shard of the vocabulary, and of scaling a gradient."""
 
 import torch
 import triton
@@ -10,6 +10,42 @@ LANES, PER_LANE, NUM_WARPS = 2048, 8, 32
 """Eight neighbours are one 16-byte load, and meet within their thread; two such loads a thread are in flight."""
 
 SCALED_BLOCK, SCALED_WARPS = 4096, 8
+
+
+@triton.jit
+def _top_and_sum(logits, V, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+    """The largest logit of a row, and the sum of exp(logit - largest)."""
+    lane = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]  # [LANES, PER_LANE]
+    # Every lane has its own running maximum and sum, so that no step waits for another lane.  It starts at a finite
+    # maximum: a lane that sees no logit must not form inf - inf.
+    top = tl.full([LANES], -1e30, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    for tile in range(tl.cdiv(V, LANES * PER_LANE)):
+        column = tile * (LANES * PER_LANE) + lane
+        x = tl.load(logits + column, column < V, other=-float("inf"), eviction_policy="evict_last").to(tl.float32)
+        new_top = tl.maximum(top, tl.max(x, 1))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top[:, None]), 1)
+        top = new_top
+    row_top = tl.max(top, 0)
+    return row_top, tl.sum(total * tl.exp(top - row_top), 0)
+
+
+@triton.jit
+def _write_gradient(
+    logits, V, label, log_normalizer, weight, kept, WEIGHTED: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr
+):
+    """Over the logits of a row; of one that is not kept, zeros."""
+    lane = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
+    num_tiles = tl.cdiv(V, LANES * PER_LANE)
+    for i in range(num_tiles):
+        # Backwards: what was read last is still in the cache, where what is written must not take its place.
+        column = (num_tiles - 1 - i) * (LANES * PER_LANE) + lane
+        x = tl.load(logits + column, column < V, other=-float("inf"), eviction_policy="evict_first").to(tl.float32)
+        softmax = tl.exp(x - log_normalizer)
+        grad = tl.where(column == label, softmax - 1, softmax)
+        if WEIGHTED:
+            grad *= weight
+        tl.store(logits + column, tl.where(kept, grad, 0.0), column < V, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -30,21 +66,8 @@ def _cross_entropy_kernel(
     label = tl.load(labels + row).to(tl.int32)
     # Read before anything is written: the reductions below are barriers between this and the second pass.
     label_logit = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
-    lane = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]  # [LANES, PER_LANE]
-    num_tiles = tl.cdiv(V, LANES * PER_LANE)
-
-    # Every lane has its own running maximum and sum, so that no step waits for another lane.  It starts at a finite
-    # maximum: a lane that sees no logit must not form inf - inf.
-    top = tl.full([LANES], -1e30, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    for tile in range(num_tiles):
-        column = tile * (LANES * PER_LANE) + lane
-        x = tl.load(logits + column, column < V, other=-float("inf"), eviction_policy="evict_last").to(tl.float32)
-        new_top = tl.maximum(top, tl.max(x, 1))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top[:, None]), 1)
-        top = new_top
-    row_top = tl.max(top, 0)
-    log_normalizer = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), 0))
+    top, total = _top_and_sum(logits, V, LANES, PER_LANE)
+    log_normalizer = top + tl.log(total)
     kept = label >= 0
     loss = log_normalizer - label_logit
     weight = 1.0
@@ -52,17 +75,30 @@ def _cross_entropy_kernel(
         weight = tl.load(token_weights + row).to(tl.float32)
         loss *= weight
     tl.store(losses + row, tl.where(kept, loss, 0.0))
-
     if GRADIENT:
-        for i in range(num_tiles):
-            # Backwards: what was read last is still in the cache, where what is written must not take its place.
-            column = (num_tiles - 1 - i) * (LANES * PER_LANE) + lane
-            x = tl.load(logits + column, column < V, other=-float("inf"), eviction_policy="evict_first").to(tl.float32)
-            softmax = tl.exp(x - log_normalizer)
-            grad = tl.where(column == label, softmax - 1, softmax)
-            if WEIGHTED:
-                grad *= weight
-            tl.store(logits + column, tl.where(kept, grad, 0.0), column < V, eviction_policy="evict_first")
+        _write_gradient(logits, V, label, log_normalizer, weight, kept, WEIGHTED, LANES, PER_LANE)
+
+
+@triton.jit
+def _shard_sums_kernel(logits, labels, sums, stride, V, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    label = tl.load(labels + row).to(tl.int32)
+    label_logit = tl.load(logits + label, (label >= 0) & (label < V), other=0.0).to(tl.float32)
+    top, total = _top_and_sum(logits, V, LANES, PER_LANE)
+    tl.store(sums + row * 3, top)
+    tl.store(sums + row * 3 + 1, total)
+    tl.store(sums + row * 3 + 2, label_logit)
+
+
+@triton.jit
+def _shard_gradient_kernel(
+    logits, labels, log_normalizers, factors, stride, V, LANES: tl.constexpr, PER_LANE: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    factor, log_normalizer = tl.load(factors + row).to(tl.float32), tl.load(log_normalizers + row)
+    label = tl.load(labels + row).to(tl.int32)
+    _write_gradient(logits + row * stride, V, label, log_normalizer, factor, factor != 0, True, LANES, PER_LANE)
 
 
 def cross_entropy_kernel_(
@@ -78,6 +114,26 @@ def cross_entropy_kernel_(
         arguments = (logits, labels.contiguous(), weights, losses, logits.stride(0), V, gradient, weighted)
         _cross_entropy_kernel[(n,)](*arguments, LANES, PER_LANE, num_warps=NUM_WARPS)
     return losses
+
+
+def shard_sums_kernel(logits: Tensor, labels: Tensor) -> Tensor:
+    """As `op.shard_sums`; logits with any row stride."""
+    assert logits.stride(1) == 1 or logits.shape[1] == 1, logits.stride()
+    n, V = logits.shape
+    sums = torch.empty(n, 3, dtype=torch.float32, device=logits.device)
+    if n:
+        arguments = (logits, labels.contiguous(), sums, logits.stride(0), V)
+        _shard_sums_kernel[(n,)](*arguments, LANES, PER_LANE, num_warps=NUM_WARPS)
+    return sums
+
+
+def shard_gradient_kernel_(logits: Tensor, labels: Tensor, log_normalizer: Tensor, factors: Tensor) -> None:
+    """As `op.shard_gradient_`; logits with any row stride."""
+    assert logits.stride(1) == 1 or logits.shape[1] == 1, logits.stride()
+    n, V = logits.shape
+    if n:
+        rows = (labels.contiguous(), log_normalizer.contiguous(), factors.contiguous())
+        _shard_gradient_kernel[(n,)](logits, *rows, logits.stride(0), V, LANES, PER_LANE, num_warps=NUM_WARPS)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""`cross_entropy_` and `scaled`: checks and the choice of path."""
+"""`cross_entropy_`, its two passes over a shard of the vocabulary, and `scaled`: checks and the choice of path."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from lfm.kernels.backend import Backend, draw, runs_triton
-from lfm.kernels.cross_entropy.reference import cross_entropy_reference_, scaled_reference
+from lfm.kernels.cross_entropy.reference import (
+    cross_entropy_reference_,
+    scaled_reference,
+    shard_gradient_reference_,
+    shard_sums_reference,
+)
 
 
 def cross_entropy_(
@@ -23,11 +28,7 @@ def cross_entropy_(
     `gradient`, the logits are overwritten by the gradient of the losses' sum, (softmax(logits) - onehot(label)) times
     the weight, rounded once to their dtype; autograd does not see it.
     """
-    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"logits has shape {list(logits.shape)}, labels is {labels.dtype} of shape {list(labels.shape)}; they must "
-            "be [n, V] and torch.int64 [n]"
-        )
+    _check(logits, labels)
     if token_weights is not None and (token_weights.shape != labels.shape or token_weights.dtype.itemsize < 4):
         raise ValueError(
             f"token_weights is {token_weights.dtype} of shape {list(token_weights.shape)}; it must be at least "
@@ -38,6 +39,51 @@ def cross_entropy_(
     from lfm.kernels.cross_entropy.kernel import cross_entropy_kernel_
 
     return cross_entropy_kernel_(logits, labels, gradient, token_weights)
+
+
+def shard_sums(logits: Tensor, labels: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Of logits `[n, V]`, a shard of the vocabulary: `[n, 3]`, at least fp32, of each row the largest logit, the sum of
+    exp(logit - largest), and the label's logit, 0 where the int64 `labels [n]`, counted from the shard's first column,
+    point outside it."""
+    _check(logits, labels)
+    # A process may hold nothing but padding.
+    if logits.shape[1] == 0 or not runs_triton(logits, backend, _shard_comparison, logits.shape[1]):
+        return shard_sums_reference(logits, labels)
+    from lfm.kernels.cross_entropy.kernel import shard_sums_kernel
+
+    return shard_sums_kernel(logits, labels)
+
+
+def joined_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The `shard_sums [shards, n, 3]` of all shards -> logarithm of the normalizer and the label's logit, `[n]` each.
+
+    The order of the additions is that of the shards: whoever has the same sums gets the same bits.
+    """
+    top, total, label_logit = sums.unbind(-1)
+    largest = top.amax(0)
+    return largest + (total * (top - largest).exp()).sum(0).log(), label_logit.sum(0)
+
+
+def shard_gradient_(
+    logits: Tensor, labels: Tensor, log_normalizer: Tensor, factors: Tensor, *, backend: Backend = "auto"
+) -> None:
+    """Overwrite `logits [n, V]`, a shard of the vocabulary, by (exp(logit - log_normalizer) - onehot(label)) times the
+    row's factor, rounded once; `labels` as for `shard_sums`, `log_normalizer` and `factors [n]` as it gives them."""
+    _check(logits, labels)
+    if logits.shape[1] == 0 or not runs_triton(logits, backend, _shard_comparison, logits.shape[1]):
+        shard_gradient_reference_(logits, labels, log_normalizer, factors)
+        return
+    from lfm.kernels.cross_entropy.kernel import shard_gradient_kernel_
+
+    shard_gradient_kernel_(logits, labels, log_normalizer, factors)
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"logits has shape {list(logits.shape)}, labels is {labels.dtype} of shape {list(labels.shape)}; they must "
+            "be [n, V] and torch.int64 [n]"
+        )
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, *, backend: Backend = "auto") -> Tensor:
@@ -65,3 +111,19 @@ def _comparison(device: torch.device, dtype: torch.dtype, num_classes: int) -> I
     losses = cross_entropy_(logits, labels, token_weights=weights, backend="triton")
     yield "the losses", losses, cross_entropy_reference_(wide, labels, True, weights)
     yield "the gradient", logits, wide
+
+
+def _shard_comparison(
+    device: torch.device, dtype: torch.dtype, num_classes: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    logits = draw(0, 4, num_classes, device=device, dtype=dtype)
+    labels = torch.tensor([num_classes - 1, -100, num_classes, 0], device=device)
+    factors = torch.tensor([1.0, 0.0, -0.3, 2.0], device=device)
+    wide = logits.to(torch.float32, copy=True)
+    sums, want = shard_sums(logits, labels, backend="triton"), shard_sums_reference(wide, labels)
+    for i, name in enumerate(("largest logit", "normalizer", "label's logit")):
+        yield f"the {name} of a shard", sums[:, i], want[:, i]
+    log_normalizer, _ = joined_sums(torch.stack([want, want]))
+    shard_gradient_(logits, labels, log_normalizer, factors, backend="triton")
+    shard_gradient_reference_(wide, labels, log_normalizer, factors)
+    yield "the gradient of a shard", logits, wide
