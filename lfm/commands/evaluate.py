@@ -57,7 +57,7 @@ def held_out(checkpoint: Path, *, data: Path | None, device: Device, config: Eva
     model, _, checkpoint = open_model(checkpoint, device=device)
     path = data or read_manifest(checkpoint, warn=False)["config"].get("data", {}).get("path")
     if path is None:
-        raise UserError(f"{checkpoint} was trained on several data sets; name one with --data DIR")
+        raise UserError(f"{checkpoint} names no single data set that it was trained on; name one with --data DIR")
     c = model.config
     _check_data(expanded(path), config.split, checkpoint, c.seq_length)
     of_data = DataConfig(path=str(path), allow_smaller_tokenizer=True)
