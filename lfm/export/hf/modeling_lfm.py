@@ -288,6 +288,18 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(u)) * self.up(u))
 
 
+class DecayRate(nn.Module):
+    """`W_delta z + b_delta`, the bias in at least float32; no nn.Linear, so that no adapter takes it for one."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return wide(F.linear(z, self.weight)) + wide(self.bias)
+
+
 class DiagonalLiquid(nn.Module):
     """`W_y (o * h)`, where every channel forgets at its own rate, and all comes from the same input z:
 
@@ -299,13 +311,13 @@ class DiagonalLiquid(nn.Module):
         super().__init__()
         self.delta_min = delta_min
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.delta = nn.Linear(hidden_size, hidden_size)
+        self.delta = DecayRate(hidden_size)
         self.gate = nn.Linear(hidden_size, hidden_size, bias=False)
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, z: Tensor, state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs `[B, T, D]`, and the state `[B, D]` after the last token, from that before the first."""
-        x = wide(F.linear(z, self.delta.weight.to(z.dtype))) + wide(self.delta.bias)
+        x = self.delta(z)
         # exp(-softplus(x)) is sigmoid(-x).  Whichever of alpha and 1 - alpha is small is computed, so that both have
         # all their digits.
         small = math.exp(-self.delta_min) * torch.sigmoid(-x.abs())
@@ -389,19 +401,30 @@ class Balance(nn.Module):
         return getattr(self, "drift", 0.0) - getattr(self, "mean", 0.0)
 
 
+class Router(nn.Module):
+    """Logits of experts, in at least float32; no nn.Linear, so that no adapter takes it for one."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+
+    def forward(self, u: Tensor) -> Tensor:
+        return F.linear(wide(u), wide(self.weight))
+
+
 class MoE(nn.Module):
     """`sum_i w_i expert_i(u)` over the chosen experts, w a softmax of their logits; dropless."""
 
     def __init__(self, hidden_size: int, config: dict[str, Any]) -> None:
         super().__init__()
         self.top_k, count = config["moe_router_topk"], config["num_moe_experts"]
-        self.router = nn.Linear(hidden_size, count, bias=False)
+        self.router = Router(hidden_size, count)
         self.balance = Balance(count, config["balance"])
         self.experts = nn.ModuleList(SwiGLU(hidden_size, config["moe_ffn_hidden_size"]) for _ in range(count))
 
     def forward(self, u: Tensor) -> Tensor:
         rows = u.flatten(0, 1)
-        logits = F.linear(wide(rows), wide(self.router.weight))
+        logits = self.router(rows)
         # Stable: which of two equal ones comes first is then defined.
         chosen = (logits + self.balance.bias()).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         weights = logits.gather(-1, chosen).softmax(-1)
@@ -449,10 +472,12 @@ def liquid_layers(config: Any) -> range:
 
 class LFMForCausalLM(StatefulCausalLM):
     config_class = LFMConfig
-    fp32_modules = ("reservoirs", "balance", "delta.bias")
+    fp32_modules = ("balance", "delta.bias")
 
     def __init__(self, config: LFMConfig) -> None:
         super().__init__(config)
+        if config.liquid is not None and config.liquid.get("train_reservoir") is False:
+            self.fp32_modules = (*self.fp32_modules, "reservoirs")
         stored_rows = -(-config.vocab_size // config.vocab_size_multiple) * config.vocab_size_multiple
         self.embedding = nn.Embedding(stored_rows, config.hidden_size)
         self.layers: Any = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))

@@ -278,7 +278,7 @@ class PhaseReservoir(nn.Module):
 
 class LiquidLMForCausalLM(StatefulCausalLM):
     config_class = LiquidLMConfig
-    fp32_modules = ("reservoir",)
+    fp32_modules = ("reservoir.values", "reservoir.phases")
 
     def __init__(self, config: LiquidLMConfig) -> None:
         super().__init__(config)

@@ -226,6 +226,18 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(u)) * self.up(u))
 
 
+class DecayRate(nn.Module):
+    """`W_delta z + b_delta`, the bias in at least float32; no nn.Linear, so that no adapter takes it for one."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return wide(F.linear(z, self.weight)) + wide(self.bias)
+
+
 class DiagonalLiquid(nn.Module):
     """`W_y (o * h)`, where every channel forgets at its own rate, and all comes from the same input z:
 
@@ -237,13 +249,13 @@ class DiagonalLiquid(nn.Module):
         super().__init__()
         self.delta_min = delta_min
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.delta = nn.Linear(hidden_size, hidden_size)
+        self.delta = DecayRate(hidden_size)
         self.gate = nn.Linear(hidden_size, hidden_size, bias=False)
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, z: Tensor, state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs `[B, T, D]`, and the state `[B, D]` after the last token, from that before the first."""
-        x = wide(F.linear(z, self.delta.weight.to(z.dtype))) + wide(self.delta.bias)
+        x = self.delta(z)
         # exp(-softplus(x)) is sigmoid(-x).  Whichever of alpha and 1 - alpha is small is computed, so that both have
         # all their digits.
         small = math.exp(-self.delta_min) * torch.sigmoid(-x.abs())

@@ -275,8 +275,8 @@ class LiquidCell(nn.Module):
         drive = self.ih.times(x, ih)
 
         def field(h: Tensor) -> tuple[Tensor, Tensor]:
-            tau = F.linear(torch.cat((x, h), -1), wide(self.tau_input.weight), wide(self.tau_input.bias))
-            tau = F.linear(F.silu(tau), wide(self.tau_output.weight), wide(self.tau_output.bias))
+            tau = self.tau_input(torch.cat((x, h), -1).to(self.tau_input.weight.dtype))
+            tau = wide(self.tau_output(F.silu(tau)))
             return torch.tanh(drive + self.hh.times(h, hh)), F.softplus(tau) + 0.2
 
         if not self.adaptive_steps:
@@ -305,6 +305,7 @@ class LiquidCell(nn.Module):
 
 class LiquidNNForCausalLM(StatefulCausalLM):
     config_class = LiquidNNConfig
+    fp32_modules = ("cells",)
 
     def __init__(self, config: LiquidNNConfig) -> None:
         super().__init__(config)
