@@ -44,6 +44,11 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write(source: Source, out: Path, settings: Any) -> None:
+    if source.kind not in CLASSES:
+        raise UserError(
+            f"{shown(source.path)} is of kind {source.kind}, which has no model code for transformers (kinds: "
+            f"{', '.join(CLASSES)}); take --format safetensors"
+        )
     write_weights(source, out, settings.dtype)
     tokenizer = source.tokenizer()
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.eod_id}

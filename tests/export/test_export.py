@@ -17,14 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lfm.checkpoint.folder import find
 from lfm.commands import export, import_weights
 from lfm.data.tokenizer import Tokenizer, train_bpe
+from lfm.errors import UserError
 from lfm.export import formats, huggingface
 from lfm.export.incoming import write_run
 from lfm.export.source import Source
 from lfm.files import listed
 from lfm.inference.load import load_model
 from lfm.inference.sampling import SamplingConfig, generate
+from lfm.training.loop import train
 from tests.export.checkpoints import TREES, VARIANTS, checkpoint_of
-from tests.training.tiny_run import checkpoint_tensors
+from tests.training.tiny_run import checkpoint_tensors, losses, tiny_run
 
 TEXTS = ["to be, or not to be: that is the question. " * 3, "def f(x):\n    return x + 1\n", "<|endoftext|> is a name"]
 
@@ -287,3 +289,15 @@ def test_weights_that_do_not_fit_are_one_sentence(runs, lfm, tmp_path):
     tensors["final_norm.weight"] = torch.ones(32, dtype=torch.int32)
     save_file(tensors, copy("whole_numbers") / "model.safetensors", metadata={"format": "pt"})
     refused("final_norm.weight of", "whole_numbers")
+
+
+def test_training_starts_from_imported_weights_and_does_not_take_them_for_a_state(text_data, lfm, tmp_path):
+    train(tiny_run(tmp_path, text_data, "training.steps=2", "name=first"))
+    assert lfm("export", "--checkpoint", tmp_path / "first", "--out", tmp_path / "hf", "--no-compare")[0] == 0
+    assert lfm("import", tmp_path / "hf", "--out", tmp_path / "back")[0] == 0
+    short = ("training.steps=1", "validation.max_rows=2")
+    train(tiny_run(tmp_path, text_data, *short, "name=second", f"checkpoint.init_from={tmp_path / 'back'}"))
+    train(tiny_run(tmp_path, text_data, *short, "name=third", f"checkpoint.init_from={tmp_path / 'first'}"))
+    assert losses(tmp_path / "second") == losses(tmp_path / "third")
+    with pytest.raises(UserError, match=r"was imported and has weights alone.*checkpoint\.init_from="):
+        train(tiny_run(tmp_path, text_data, "training.steps=3", f"checkpoint.resume={tmp_path / 'back'}"))

@@ -156,7 +156,7 @@ def test_the_loss_is_of_the_next_token_and_gradients_are_ours(family):
 
 def test_files_stand_alone_and_what_they_share_is_the_same_in_all():
     sources, shared = sorted(FOLDER.glob("modeling_*.py")), defaultdict(dict)
-    assert [path.stem.removeprefix("modeling_") for path in sources] == sorted(CLASSES)
+    assert [path.stem.removeprefix("modeling_") for path in sources] == sorted(CLASSES) == sorted(FAMILIES)
     for path in sources:
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body:
