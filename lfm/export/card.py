@@ -13,7 +13,7 @@ _PRACTICE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}", trust_remote_code=True)
 prompts = tokenizer(["Once upon a time"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=50)))
 ```"""

@@ -36,7 +36,7 @@ class Hub:
             if name in self.models:
                 return 409, {}, {"error": "exists", "url": f"{self.address}/{name}"}
             self.models[name] = {}
-            if wanted.get("private"):
+            if wanted.get("private") or wanted.get("visibility") == "private":
                 self.private.add(name)
             return 200, {}, {"url": f"{self.address}/{name}"}
         if path == "/api/validate-yaml":

@@ -145,7 +145,7 @@ def test_one_file_holds_all_that_an_import_needs(runs, lfm, tmp_path):
 
 
 def test_the_tokenizer_gives_the_ids_of_training_and_pads_on_the_left(runs, tokenizer, tmp_path):
-    theirs = AutoTokenizer.from_pretrained(exported(runs["lfm"], tmp_path / "hf"))
+    theirs = AutoTokenizer.from_pretrained(exported(runs["lfm"], tmp_path / "hf"), trust_remote_code=True)
     for text in [*TEXTS, "", "  caf\u00e9 \U0001f600"]:
         assert theirs(text)["input_ids"] == tokenizer.encode(text)
         assert theirs.decode(tokenizer.encode(text)) == text
@@ -179,7 +179,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     batch = tokenizer(["to be", "def f(x):", "to be, or not"], padding=True, return_tensors="pt")
     made = model.generate(**batch, max_new_tokens=5, do_sample=False, eos_token_id=None)
     for text, row in zip(["to be", "def f(x):", "to be, or not"], made):
