@@ -30,7 +30,11 @@ class EvaluateConfig(Config):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score a split of a data set with a trained model.")
     parser.add_argument(
-        "--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="run or step_* folder"
+        "--checkpoint",
+        required=True,
+        type=path_flag,
+        metavar="RUN_OR_STEP",
+        help="run or step_* folder, or hf://USER/NAME",
     )
     parser.add_argument(
         "--data", type=path_flag, metavar="DIR", help="data set folder; default: the run's own data.path"

@@ -49,7 +49,11 @@ class Hub:
         if found is None or found[1] not in self.models:
             return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "Repository not found"}
         name, what, rest = found.groups()
-        return getattr(self, f"_{what}")(name, rest, body)
+        answers = {"preupload": self._preupload, "info": self._info, "commit": self._commit}
+        answers |= {"revision": self._revision, "tree": self._tree, "resolve": self._resolve}
+        if what not in answers:
+            return 404, {"X-Error-Code": "EntryNotFound"}, {"error": f"nothing is at {path}"}
+        return answers[what](name, rest, body)
 
     def _preupload(self, name: str, _: str, body: bytes) -> tuple[int, dict[str, str], Any]:
         files = json.loads(body)["files"]
@@ -77,6 +81,17 @@ class Hub:
             return 404, {"X-Error-Code": "RevisionNotFound"}, {"error": "Invalid rev"}
         files = [{"rfilename": path} for path in self.models[name]]
         return 200, {}, {"id": name, "modelId": name, "sha": self.commit(name), "siblings": files, "tags": []}
+
+    def _tree(self, name: str, revision: str, _: bytes) -> tuple[int, dict[str, str], Any]:
+        """As the newer clients list files."""
+        if revision not in ("main", self.commit(name)):
+            return 404, {"X-Error-Code": "RevisionNotFound"}, {"error": "Invalid rev"}
+        found = []
+        for path, content in self.models[name].items():
+            oid, size = hashlib.sha256(content).hexdigest(), len(content)
+            large = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if _mode(path) == "lfs" else {}
+            found.append({"type": "file", "path": path, "size": size, "oid": oid, **large})
+        return 200, {}, found
 
     def _resolve(self, name: str, rest: str, _: bytes) -> tuple[int, dict[str, str], Any]:
         content = self.models[name].get(rest.partition("/")[2])
