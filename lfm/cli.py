@@ -25,6 +25,8 @@ WORDS = {
     "generate": Word("lfm.commands.generate", "continue prompts"),
     "chat": Word("lfm.commands.chat", "talk to a model"),
     "eval": Word("lfm.commands.evaluate", "held-out loss and bits per byte of a checkpoint"),
+    "export": Word("lfm.commands.export", "a checkpoint for others: Hugging Face transformers, safetensors"),
+    "import": Word("lfm.commands.import_weights", "a run folder of what lfm export wrote"),
     "plot": Word("lfm.commands.plot", "curves of runs: loss, throughput, expert load, reservoirs"),
     "certify": Word("lfm.commands.certify", "compare parallel layouts with one process"),
     "plasticity": Word("lfm.commands.plasticity", "does a model with plastic synapses learn new words from a text?"),

@@ -8,6 +8,7 @@ import pytest
 from data_pipeline import audit, inspect, labelled, prepare, verify
 from data_pipeline.prepare_config import PrepareConfig
 from launch import bench, chat, generate, plasticity, pretrain
+from lfm.commands import export, import_weights
 from lfm.errors import UserError
 from lfm.files import expanded
 
@@ -36,6 +37,10 @@ TAKERS = {
     "chat --state": (chat, ["--checkpoint", "runs/none", "--state", "PATH"]),
     "plasticity --checkpoint": (plasticity, ["--checkpoint", "PATH"]),
     "plasticity --out": (plasticity, ["--checkpoint", "runs/none", "--out", "PATH"]),
+    "export --checkpoint": (export, ["--checkpoint", "PATH", "--out", "runs/none"]),
+    "export --out": (export, ["--checkpoint", "runs/none", "--out", "PATH"]),
+    "import": (import_weights, ["PATH", "--out", "runs/none"]),
+    "import --out": (import_weights, ["runs/none", "--out", "PATH"]),
     "bench --out": (bench, ["--op", "router", "--out", "PATH"]),
     "verify": (verify, ["PATH"]),
     "inspect": (inspect, ["PATH"]),

@@ -16,4 +16,5 @@ class CheckpointConfig(Config):
     resume: PathText = "auto"
     """auto: go on from the run's newest checkpoint, if any; never: refuse a run folder that has one; or a path."""
     init_from: PathText | None = None
-    """Run or checkpoint whose weights alone start this run (continued pre-training); optimizer and data start anew."""
+    """Run or checkpoint, or hf://USER/NAME, whose weights alone start this run (continued pre-training); optimizer and
+    data start anew."""

@@ -57,6 +57,11 @@ def _said(value: Any) -> str:
 def check_optimizer(checkpoint: Path, manifest: dict[str, Any], kind: str) -> None:
     """Raises UserError unless the checkpoint holds the state of an optimizer of this kind."""
     stored = manifest["config"].get("optimizer", {}).get("kind", "adamw")
+    if stored == "none":
+        raise UserError(
+            f"checkpoint {checkpoint} was imported and has weights alone, no optimizer's state to go on with; start a "
+            f"new run from them (name=NAME checkpoint.init_from={checkpoint})"
+        )
     if stored != kind:
         raise UserError(
             f"checkpoint {checkpoint} has the state of optimizer.kind={stored} and the config says {kind}; set it "

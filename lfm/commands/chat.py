@@ -32,7 +32,11 @@ def main() -> None:
         description="Talk with a trained model in the terminal; text appears as it is made."
     )
     parser.add_argument(
-        "--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="run or step_* folder"
+        "--checkpoint",
+        required=True,
+        type=path_flag,
+        metavar="RUN_OR_STEP",
+        help="run or step_* folder, or hf://USER/NAME",
     )
     parser.add_argument(
         "--state", type=path_flag, metavar="FILE", help="go on from this state if it exists; keep it there"

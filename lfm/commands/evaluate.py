@@ -30,7 +30,11 @@ class EvaluateConfig(Config):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score a split of a data set with a trained model.")
     parser.add_argument(
-        "--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="run or step_* folder"
+        "--checkpoint",
+        required=True,
+        type=path_flag,
+        metavar="RUN_OR_STEP",
+        help="run or step_* folder, or hf://USER/NAME",
     )
     parser.add_argument(
         "--data", type=path_flag, metavar="DIR", help="data set folder; default: the run's own data.path"
@@ -57,7 +61,7 @@ def held_out(checkpoint: Path, *, data: Path | None, device: Device, config: Eva
     model, _, checkpoint = open_model(checkpoint, device=device)
     path = data or read_manifest(checkpoint, warn=False)["config"].get("data", {}).get("path")
     if path is None:
-        raise UserError(f"{checkpoint} was trained on several data sets; name one with --data DIR")
+        raise UserError(f"{checkpoint} names no single data set that it was trained on; name one with --data DIR")
     c = model.config
     _check_data(expanded(path), config.split, checkpoint, c.seq_length)
     of_data = DataConfig(path=str(path), allow_smaller_tokenizer=True)

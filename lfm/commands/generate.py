@@ -40,7 +40,11 @@ def main() -> None:
         "on: --prompt with the seed that --json gives repeats a continuation.",
     )
     parser.add_argument(
-        "--checkpoint", required=True, type=path_flag, metavar="RUN_OR_STEP", help="run or step_* folder"
+        "--checkpoint",
+        required=True,
+        type=path_flag,
+        metavar="RUN_OR_STEP",
+        help="run or step_* folder, or hf://USER/NAME",
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")

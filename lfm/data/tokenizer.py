@@ -138,6 +138,10 @@ class Tokenizer:
         """The id of a token by its name; None: there is none."""
         return self._inner.token_to_id(token)
 
+    def token_of(self, token_id: int) -> str:
+        """The name of the token with this id."""
+        return self._inner.id_to_token(token_id)
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`.  Raises UserError where the vocabulary lacks it and has no token for that either."""
         with self._refusing_in_a_sentence():

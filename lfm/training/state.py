@@ -18,6 +18,7 @@ from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_tokenizer, open_training, open_validation, resume_row
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import NonFiniteError, UserError
+from lfm.export.hub import located
 from lfm.files import refusing
 from lfm.inference.sampling import check_prompts
 from lfm.job.ranks import Ranks
@@ -275,7 +276,7 @@ def _checkpoint_to_resume(run: RunConfig) -> Path | None:
     if wanted == "auto":
         return existing[-1]
     try:
-        return checkpoint.find(Path(wanted))
+        return checkpoint.find(located(wanted))
     except UserError as error:
         raise UserError(f"checkpoint.resume={wanted}: {error}; or set it to auto or never") from None
 
@@ -285,7 +286,7 @@ def starting_weights(run: RunConfig, ranks: Ranks) -> Checkpoint | None:
     if run.checkpoint.init_from is None:
         return None
     way_out = "leave checkpoint.init_from out"
-    return verified(checkpoint.find(Path(run.checkpoint.init_from)), run, ranks, way_out=way_out)
+    return verified(checkpoint.find(located(run.checkpoint.init_from)), run, ranks, way_out=way_out)
 
 
 def verified(path: Path, run: RunConfig, ranks: Ranks, *, way_out: str = "start a new run (name=NAME)") -> Checkpoint:

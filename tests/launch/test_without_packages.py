@@ -8,6 +8,7 @@ WITHOUT = """
 import sys
 
 ABSENT = ("triton", "streaming", "megatron", "deepspeed", "matplotlib", "tensorboard", "s3fs", "wandb")
+ABSENT += ("transformers", "safetensors")
 
 
 class Absent:
