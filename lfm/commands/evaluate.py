@@ -40,14 +40,17 @@ def main() -> None:
         "--data", type=path_flag, metavar="DIR", help="data set folder; default: the run's own data.path"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--int8", action="store_true", help="products of 8-bit integers, on a CPU (docs/export.md)")
     add_flags(parser, EvaluateConfig)
     flags = parser.parse_args()
     config = from_flags(EvaluateConfig, flags)
-    for line in held_out(flags.checkpoint, data=flags.data, device=flags.device, config=config):
+    for line in held_out(flags.checkpoint, data=flags.data, device=flags.device, config=config, int8=flags.int8):
         print(line)
 
 
-def held_out(checkpoint: Path, *, data: Path | None, device: Device, config: EvaluateConfig) -> Iterator[str]:
+def held_out(
+    checkpoint: Path, *, data: Path | None, device: Device, config: EvaluateConfig, int8: bool = False
+) -> Iterator[str]:
     """Lines of what a checkpoint's loss on a split is; `data` None: of the data set that its run names.
 
     Raises UserError for data of another tokenizer, whose ids mean something else, or of rows of another length.
@@ -58,7 +61,7 @@ def held_out(checkpoint: Path, *, data: Path | None, device: Device, config: Eva
     from lfm.evaluation.held_out import evaluate, score
     from lfm.inference.load import open_model
 
-    model, _, checkpoint = open_model(checkpoint, device=device)
+    model, _, checkpoint = open_model(checkpoint, device=device, int8=int8)
     path = data or read_manifest(checkpoint, warn=False)["config"].get("data", {}).get("path")
     if path is None:
         raise UserError(f"{checkpoint} names no single data set that it was trained on; name one with --data DIR")

@@ -59,6 +59,7 @@ def main() -> None:
     )
     parser.add_argument("--no-plasticity", action="store_true", help="kind liquidnn: traces neither act nor change")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--int8", action="store_true", help="products of 8-bit integers, on a CPU (docs/export.md)")
     add_flags(parser, SamplingConfig)
     flags = parser.parse_args()
     sampling = from_flags(SamplingConfig, flags)
@@ -68,7 +69,7 @@ def main() -> None:
         requests = read_requests(flags.prompts, sampling)
     from lfm.inference.load import open_model
 
-    model, tokenizer, _ = open_model(flags.checkpoint, device=flags.device)
+    model, tokenizer, _ = open_model(flags.checkpoint, device=flags.device, int8=flags.int8)
     if flags.no_plasticity:
         turn_plasticity_off(model)
     ids = encoded(requests, tokenizer, model)

@@ -11,6 +11,7 @@ from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 from lfm.export.hub import located
 from lfm.export.source import Source
+from lfm.inference.int8 import use_int8
 from lfm.kernels.backend import working_dtype
 from lfm.models.language_model import LanguageModel
 
@@ -30,11 +31,18 @@ def load_model(
     return model, source.manifest, source.path
 
 
-def open_model(path: Path | str, *, device: Literal["auto", "cpu", "cuda"]) -> tuple[LanguageModel, Tokenizer, Path]:
-    """A verified checkpoint's model, in `working_dtype` of the device, its tokenizer, and the checkpoint's path."""
+def open_model(
+    path: Path | str, *, device: Literal["auto", "cpu", "cuda"], int8: bool = False
+) -> tuple[LanguageModel, Tokenizer, Path]:
+    """A verified checkpoint's model, in `working_dtype` of the device, its tokenizer, and the checkpoint's path.
+
+    `int8`: as `lfm.inference.int8` has it.
+    """
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for and no GPU is visible; use --device cpu")
     where = torch.device("cuda" if cuda else "cpu")
     model, _, checkpoint = load_model(path, device=where, dtype=working_dtype(where))
+    if int8:
+        use_int8(model)
     return model, Tokenizer.from_file(checkpoint / TOKENIZER_NAME), checkpoint
