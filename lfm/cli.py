@@ -24,7 +24,7 @@ WORDS = {
     "init": Word("lfm.commands.init", "write a commented config of a run, to be changed"),
     "generate": Word("lfm.commands.generate", "continue prompts"),
     "chat": Word("lfm.commands.chat", "talk to a model"),
-    "eval": Word("lfm.commands.evaluate", "held-out loss and bits per byte of a checkpoint"),
+    "eval": Word("lfm.commands.evaluate", "score texts, tasks or held-out rows with checkpoints, and compare them"),
     "plot": Word("lfm.commands.plot", "curves of runs: loss, throughput, expert load, reservoirs"),
     "certify": Word("lfm.commands.certify", "compare parallel layouts with one process"),
     "plasticity": Word("lfm.commands.plasticity", "does a model with plastic synapses learn new words from a text?"),
