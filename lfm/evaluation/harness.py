@@ -249,13 +249,17 @@ def _loaded(manager: TaskManager, spec: str) -> TaskDict:
         hint = f"did you mean {near[0]}?" if near else "name one that it knows, or a YAML file or folder"
         raise UserError(f"{shown(spec)} is no task of this project or lm-evaluation-harness; {hint}")
     try:
-        return manager.load([spec])
+        found = manager.load([spec])
     except Exception as error:  # whatever a task's own code, its YAML or the data set library raise
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"task {shown(spec)} cannot be loaded ({why}); data of shipped tasks are made by "
             "`python -m data_pipeline.make_tasks`, those of others come from the Hugging Face hub"
         ) from None
+    for name, task in found["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise UserError(f"task {shown(name)} runs code or shows pictures, which is not done here; leave it out")
+    return found
 
 
 @contextlib.contextmanager

@@ -185,6 +185,7 @@ def test_no_random_numbers_of_the_process_are_drawn(tokenizer, tasks_folder):
         ("none.yaml", "none.yaml is no file"),
         ("EMPTY", "holds no YAML file of a task"),
         ("BROKEN", "cannot be loaded"),
+        ("UNSAFE", "task own_choices runs code or shows pictures"),
         ("stdlib_lines", "data of shipped tasks are made by `python -m data_pipeline.make_tasks`"),
     ],
 )
@@ -195,6 +196,10 @@ def test_a_task_that_is_none_is_one_sentence(wanted, words, tasks_folder, tmp_pa
     if wanted == "BROKEN":
         wanted = str(tmp_path / "broken.yaml")
         (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\noutput_type: none_such\n")
+    if wanted == "UNSAFE":
+        wanted = str(tmp_path / "unsafe.yaml")
+        tree = json.loads((tasks_folder / "own_choices.yaml").read_text())
+        (tmp_path / "unsafe.yaml").write_text(json.dumps({**tree, "unsafe_code": True}))
     with pytest.raises(UserError, match=words) as refused:
         open_tasks([wanted], [tasks_folder])
     assert "\n" not in str(refused.value)
