@@ -86,7 +86,7 @@ def main() -> None:
     add_flags(parser, EvaluateConfig)
     flags = parser.parse_args()
     config = from_flags(EvaluateConfig, flags)
-    _check_flags(flags)
+    _check_flags(flags, config)
     names = _names(flags.checkpoint)
     documents, tasks = _opened(flags)
     found = []
@@ -103,7 +103,12 @@ def main() -> None:
             write_durably(flags.out, content.encode())
 
 
-def _check_flags(flags: argparse.Namespace) -> None:
+def _check_flags(flags: argparse.Namespace, config: EvaluateConfig) -> None:
+    for key, needs in {"context": "text", "stride": "text", "limit": "tasks", "num_fewshot": "tasks"}.items():
+        if getattr(config, key) != EvaluateConfig.model_fields[key].default and not getattr(flags, needs):
+            raise UserError(
+                f"--{key.replace('_', '-')} is of --{needs}, which is not given; give it, or leave this out"
+            )
     if flags.data is not None and (flags.text or flags.tasks):
         raise UserError("--data is a data set whose split is scored; it does not go with --text or --tasks")
     if flags.include_path and not flags.tasks:

@@ -148,6 +148,8 @@ class Tasks:
     """Tasks with their data, to be evaluated any number of times."""
 
     loaded: TaskDict
+    own_fewshot: dict[str, int | None]
+    """Worked examples that each task asks for itself; None: it leaves that open."""
 
     def evaluate(
         self,
@@ -164,11 +166,11 @@ class Tasks:
         """
         adapter = HarnessModel(model, tokenizer, batch_size=batch_size)
         with _aside():
-            for task in self.loaded["tasks"].values():
-                own = task.get_config("num_fewshot")
+            for name, task in self.loaded["tasks"].items():
+                own = self.own_fewshot[name]
                 # A task that asks for none is one whose question is broken by examples.
-                if own is None or (num_fewshot is not None and own != 0):
-                    task.set_config(key="num_fewshot", value=num_fewshot or 0)
+                shots = own if own == 0 or num_fewshot is None else num_fewshot
+                task.set_config(key="num_fewshot", value=shots or 0)
                 task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
             # No bootstrap of the harness's: it starts processes.
             found: Any = evaluate(lm=adapter, task_dict=self.loaded, limit=limit, bootstrap_iters=0)
@@ -222,7 +224,8 @@ def open_tasks(wanted: Sequence[str], folders: Sequence[Path] = ()) -> Tasks:
             tasks |= found["tasks"]
             groups |= found.get("groups", {})
             children |= found.get("group_map", {})
-    return Tasks({"tasks": tasks, "groups": groups, "group_map": children})
+    own_fewshot = {name: task.get_config("num_fewshot") for name, task in tasks.items()}
+    return Tasks({"tasks": tasks, "groups": groups, "group_map": children}, own_fewshot)
 
 
 def _is_file(spec: str) -> bool:

@@ -149,6 +149,8 @@ def tasks_folder(tmp_path_factory):
     choices |= {"doc_to_target": "gold", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
     made = {"task": "own_made", "output_type": "generate_until", "doc_to_target": "{{choices[gold]}}"}
     made |= {"generation_kwargs": {"until": [" "], "max_gen_toks": 4}, "metric_list": [{"metric": "exact_match"}]}
+    group = {"group": "own_group", "task": ["own_choices"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "own_group.yaml").write_text(json.dumps(group))
     for task in (choices, made):
         (folder / f"{task['task']}.yaml").write_text(json.dumps(common | task))
     return folder
@@ -167,6 +169,31 @@ def test_tasks_of_a_folder_give_the_same_at_every_batch_size(model, tokenizer, t
     again = tasks.evaluate(model, tokenizer, batch_size=8, limit=5)
     assert again["own_choices"].num_documents == 5
     assert np.array_equal(again["own_choices"].by_document["acc"], found[8]["own_choices"].by_document["acc"][:5])
+
+
+def test_a_group_is_its_tasks_and_their_mean(tokenizer, tasks_folder):
+    model = LiquidNet(LiquidNetConfig(hidden_size=16, num_layers=1, vocab_size=290)).eval()
+    found = open_tasks(["own_group"], [tasks_folder]).evaluate(model, tokenizer, batch_size=8)
+    assert found.keys() == {"own_group", "own_choices"}
+    assert found["own_group"].metrics["acc"] == found["own_choices"].metrics["acc"]
+    assert found["own_group"].standard_error("acc") is None
+
+
+def test_worked_examples_stand_before_each_question(tokenizer, tasks_folder, monkeypatch):
+    model = LiquidNet(LiquidNetConfig(hidden_size=16, num_layers=1, vocab_size=290)).eval()
+    tasks, contexts = open_tasks(["own_choices"], [tasks_folder]), []
+    scored = HarnessModel.loglikelihood
+
+    def seen(self, requests, disable_tqdm=True):
+        contexts.append([request.args[0] for request in requests])
+        return scored(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(HarnessModel, "loglikelihood", seen)
+    for shots in (None, 2, 2):
+        tasks.evaluate(model, tokenizer, batch_size=8, limit=3, num_fewshot=shots)
+    plain, first, again = contexts
+    assert first == again and all(few.endswith(alone) and few != alone for few, alone in zip(first, plain, strict=True))
+    assert first[0].count("\n\n") == 2
 
 
 def test_no_random_numbers_of_the_process_are_drawn(tokenizer, tasks_folder):

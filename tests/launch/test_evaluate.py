@@ -108,6 +108,8 @@ def test_a_task_file_is_scored_at_every_batch_size_alike(runs, lfm_eval, tmp_pat
         (["--text", "TEXT", "--context", "65"], "context=65 is more than the model's 64"),
         (["--text", "TEXT", "--stride", "64"], "leaves windows of 64 nothing in common"),
         (["--text", "TEXT", "--data", "data"], "does not go with --text or --tasks"),
+        (["--stride", "8"], "--stride is of --text, which is not given"),
+        (["--text", "TEXT", "--num-fewshot", "0"], "--num-fewshot is of --tasks, which is not given"),
         (["--include-path", "tasks"], "name those to be scored with --tasks"),
         (["--tasks", "none.yaml"], "none.yaml is no file; name a task"),
         (["--tasks", "stdlib_lines", "--include-path", "none"], "is no folder of tasks"),
