@@ -9,6 +9,7 @@ reads them by configs/tasks/.  Models that were trained on that text have seen w
 """
 
 import ast
+import bisect
 import json
 import re
 import sys
@@ -106,7 +107,7 @@ def _next_lines(text: str, draws: np.random.Generator) -> Iterator[Document]:
     for number in sorted(draws.choice(places, min(3, len(places)), replace=False).tolist()) if places else ():
         line, context = lines[number], lines[number - _CONTEXT_LINES : number]
         near = {other for other in by_indentation[_indentation(line)] if other != line and other not in context}
-        others = sorted(near, key=lambda other: (abs(len(other) - len(line)), other))[: _CHOICES - 1]
+        others = _others(line, near, draws)
         if len(others) == _CHOICES - 1:
             choices, gold = _shuffled([line, *others], draws)
             yield {"context": "\n".join(context) + "\n", "choices": choices, "gold": gold}
@@ -114,6 +115,15 @@ def _next_lines(text: str, draws: np.random.Generator) -> Iterator[Document]:
 
 def _indentation(line: str) -> int:
     return len(line) - len(line.lstrip())
+
+
+def _others(right: str, wrong: set[str], draws: np.random.Generator) -> list[str]:
+    """Wrong answers about as long as the right one, whose place among them by length is drawn: length tells nothing."""
+    by_length = sorted(wrong, key=lambda text: (len(text), text))
+    middle = bisect.bisect_left(by_length, (len(right), right), key=lambda text: (len(text), text))
+    shorter = int(draws.integers(_CHOICES))
+    first = middle - shorter
+    return by_length[first : first + _CHOICES - 1] if first >= 0 else []
 
 
 def _shuffled(choices: Sequence[str], draws: np.random.Generator) -> tuple[list[str], int]:
@@ -154,7 +164,7 @@ def _definitions(config: MakeTasksConfig, draws: np.random.Generator) -> list[Do
         row = rows[place]
         drawn = draws.choice(by_label[row.label], min(24, len(by_label[row.label])), replace=False).tolist()
         others = {rows[i].text for i in drawn if rows[i].group != row.group and rows[i].text != row.text}
-        near = sorted(others, key=lambda text: (abs(len(text) - len(row.text)), text))[: _CHOICES - 1]
+        near = _others(row.text, others, draws)
         if len(near) == _CHOICES - 1:
             choices, gold = _shuffled([row.text, *near], draws)
             found.append({"word": row.group, "subject": row.label, "choices": choices, "gold": gold})

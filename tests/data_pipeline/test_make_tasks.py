@@ -39,7 +39,7 @@ def read(tmp_path, name):
 def test_the_files_are_what_the_tasks_read(sources, tmp_path, capsys):
     main(sources)
     said = capsys.readouterr().out
-    assert "stdlib_lines.jsonl: 3 documents" in said and "gcide_words.jsonl: 20 documents" in said
+    assert "stdlib_lines.jsonl: 3 documents" in said and "gcide_words.jsonl: 18 documents" in said
     (cloze,) = read(tmp_path, "stdlib_last_word")
     assert cloze == {"context": PARAGRAPH.rsplit(" ", 1)[0], "word": "document"}
     code = (tmp_path / "code.py").read_text()
@@ -51,6 +51,11 @@ def test_the_files_are_what_the_tasks_read(sources, tmp_path, capsys):
     for document in read(tmp_path, "gcide_words"):
         right = document["choices"][document["gold"]]
         assert f"{ord(document['word'][-1])} petals" in right and len(set(document["choices"])) == 4
+    by_length = [sorted(d["choices"], key=lambda text: (len(text), text)) for d in read(tmp_path, "gcide_words")]
+    ranks = [
+        row.index(d["choices"][d["gold"]]) for row, d in zip(by_length, read(tmp_path, "gcide_words"), strict=True)
+    ]
+    assert set(ranks) == {0, 1, 2, 3}, "length tells nothing"
 
 
 def test_the_same_text_and_seed_give_the_same_files(sources, tmp_path):
