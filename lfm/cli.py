@@ -24,7 +24,7 @@ WORDS = {
     "init": Word("lfm.commands.init", "write a commented config of a run, to be changed"),
     "generate": Word("lfm.commands.generate", "continue prompts"),
     "chat": Word("lfm.commands.chat", "talk to a model"),
-    "eval": Word("lfm.commands.evaluate", "held-out loss and bits per byte of a checkpoint"),
+    "eval": Word("lfm.commands.evaluate", "score texts, tasks or held-out rows with checkpoints, and compare them"),
     "export": Word("lfm.commands.export", "a checkpoint for others: Hugging Face transformers, safetensors"),
     "import": Word("lfm.commands.import_weights", "a run folder of what lfm export wrote"),
     "plot": Word("lfm.commands.plot", "curves of runs: loss, throughput, expert load, reservoirs"),

@@ -20,7 +20,9 @@ def packages(python: str, platform: str, *extras: str) -> set[str]:
     environment = {**os.environ, "UV_PYTHON_DOWNLOADS": "never", "MACOSX_DEPLOYMENT_TARGET": "14.0"}  # as torch needs
     if "PIP_INDEX_URL" in os.environ:
         environment["UV_DEFAULT_INDEX"] = os.environ["PIP_INDEX_URL"]
-    wheels = ["--only-binary", ":all:", "--no-binary", "deepspeed"]  # of which there is the source alone
+    wheels = ["--only-binary", ":all:"]
+    for source in ("deepspeed", "rouge-score", "sqlitedict", "word2number"):  # of which there is the source alone
+        wheels += ["--no-binary", source]
     done = subprocess.run(
         [uv.find_uv_bin(), "pip", "compile", "--no-header", "--no-annotate", "pyproject.toml", *wheels]
         + ["--python-version", python, "--python-platform", platform]

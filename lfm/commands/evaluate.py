@@ -1,51 +1,182 @@
-"""Evaluate: `python launch/evaluate.py --checkpoint runs/NAME --data DIR`: held-out loss and bits per byte."""
+"""Evaluate: `lfm eval --checkpoint runs/NAME [--checkpoint OTHER] [--text FILE ...] [--tasks NAME,...]`.
+
+Without texts or tasks, the held-out rows of the run's own data set.
+"""
 
 import argparse
 import functools
+import json
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lfm.config import Config, add_flags, from_flags, path_flag
+from lfm.config import Config, Count, add_flags, from_flags, path_flag
+from lfm.errors import UserError
 from lfm.exits import command
-from lfm.files import exists, expanded, shown
+from lfm.files import exists, expanded, ready_folder, refusing, shown, write_durably
+from lfm.talk import waiting
+
+if TYPE_CHECKING:
+    from lfm.commands.evaluation_report import Evaluated
+    from lfm.evaluation.harness import Tasks
+    from lfm.evaluation.text import Document
+    from lfm.models.language_model import LanguageModel
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
 class EvaluateConfig(Config):
     split: Literal["train", "validation"] = "validation"
-    """Which rows: those that were trained on, or held out."""
+    """Which rows of a data set: those that were trained on, or held out."""
     max_rows: int = Field(default=0, ge=0, lt=1 << 31)
     """Only the first so many rows; 0: all."""
-    batch_rows: int = Field(default=8, gt=0, le=1 << 16)
-    """Rows scored at once."""
+    batch_size: int = Field(default=8, gt=0, le=1 << 16)
+    """Rows, texts or requests of tasks scored at once; no result depends on it but for rounding."""
+    context: int = Field(default=0, ge=0, le=1 << 24)
+    """Of --text: tokens of a window; 0: the model's context, and where that has no limit whole texts, the state
+    carried."""
+    stride: int = Field(default=0, ge=0, le=1 << 24)
+    """Of --text: tokens between the beginnings of two windows; 0: half a window."""
+    limit: Count | None = None
+    """Of --tasks: only the first so many documents of each."""
+    num_fewshot: int | None = Field(default=None, ge=0, le=1000)
+    """Of --tasks: worked examples before each question, instead of the task's own number."""
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score a split of a data set with a trained model.")
+    parser = argparse.ArgumentParser(
+        description="Score texts, tasks or a split of a data set with trained models.  Several checkpoints are "
+        "compared with the first: differences with paired bootstrap intervals.",
+    )
     parser.add_argument(
         "--checkpoint",
         required=True,
+        action="append",
         type=path_flag,
         metavar="RUN_OR_STEP",
-        help="run or step_* folder, or hf://USER/NAME",
+        help="run or step_* folder, or hf://USER/NAME; may be given several times",
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        action="extend",
+        type=path_flag,
+        metavar="FILE",
+        help="perplexity and bits per byte of each",
+    )
+    parser.add_argument(
+        "--tasks",
+        action="append",
+        metavar="NAME,...",
+        help="of lm-evaluation-harness: names of its own or this project's, YAML files, folders of them",
+    )
+    parser.add_argument(
+        "--include-path", action="append", type=path_flag, metavar="DIR", help="folder of more tasks to be named"
     )
     parser.add_argument(
         "--data", type=path_flag, metavar="DIR", help="data set folder; default: the run's own data.path"
     )
+    parser.add_argument("--out", type=path_flag, metavar="FILE", help="write everything as JSON")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--int8", action="store_true", help="products of 8-bit integers, on a CPU (docs/export.md)")
     add_flags(parser, EvaluateConfig)
     flags = parser.parse_args()
     config = from_flags(EvaluateConfig, flags)
-    for line in held_out(flags.checkpoint, data=flags.data, device=flags.device, config=config, int8=flags.int8):
+    _check_flags(flags, config)
+    names = _names(flags.checkpoint)
+    documents, tasks = _opened(flags)
+    found = []
+    for name, checkpoint in zip(names, flags.checkpoint, strict=True):
+        found.append(_evaluate(name, checkpoint, documents, tasks, flags, config))
+    from lfm.commands.evaluation_report import report, tables
+
+    for line in tables(found, documents):
         print(line)
+    if flags.out is not None:
+        settings = {**config.model_dump(), "tasks": flags.tasks or [], "device": flags.device}
+        content = json.dumps(report(found, documents, settings), indent=1, allow_nan=False) + "\n"
+        with refusing("give another file with --out FILE"):
+            write_durably(flags.out, content.encode())
+
+
+def _check_flags(flags: argparse.Namespace, config: EvaluateConfig) -> None:
+    for key, needs in {"context": "text", "stride": "text", "limit": "tasks", "num_fewshot": "tasks"}.items():
+        if getattr(config, key) != EvaluateConfig.model_fields[key].default and not getattr(flags, needs):
+            raise UserError(
+                f"--{key.replace('_', '-')} is of --{needs}, which is not given; give it, or leave this out"
+            )
+    if flags.data is not None and (flags.text or flags.tasks):
+        raise UserError("--data is a data set whose split is scored; it does not go with --text or --tasks")
+    if flags.include_path and not flags.tasks:
+        raise UserError("--include-path is a folder of tasks; name those to be scored with --tasks")
+    if flags.out is not None:
+        if flags.out.is_dir():
+            raise UserError(f"--out {shown(flags.out)} is a folder; name a file in it")
+        ready_folder(flags.out.parent)
+
+
+def _names(checkpoints: Sequence[Path]) -> list[str]:
+    """Short names that tell them apart."""
+    if len({str(path) for path in checkpoints}) < len(checkpoints):
+        raise UserError("a checkpoint is named twice; name each once")
+    for depth in range(1, 1 + max(len(path.absolute().parts) for path in checkpoints)):
+        names = ["/".join(path.absolute().parts[-depth:]) for path in checkpoints]
+        if len(set(names)) == len(names):
+            return [shown(name) for name in names]
+    return [shown(path) for path in checkpoints]
+
+
+def _opened(flags: argparse.Namespace) -> "tuple[list[Document], Tasks | None]":
+    """What is to be scored, before any model is opened.  Raises UserError."""
+    documents, tasks = [], None
+    if flags.text:
+        from lfm.evaluation.text import read_documents
+
+        documents = read_documents(flags.text)
+    if flags.tasks:
+        from lfm.evaluation.tasks import open_tasks
+
+        names = [name for words in flags.tasks for name in words.split(",") if name]
+        with waiting("opening tasks"):
+            tasks = open_tasks(names, flags.include_path or ())
+    return documents, tasks
+
+
+def _evaluate(
+    name: str,
+    path: Path,
+    documents: "Sequence[Document]",
+    tasks: "Tasks | None",
+    flags: argparse.Namespace,
+    config: EvaluateConfig,
+) -> "Evaluated":
+    from lfm.checkpoint.manifest import read_manifest
+    from lfm.commands.evaluation_report import Evaluated
+    from lfm.inference.load import open_model
+
+    model, tokenizer, checkpoint = open_model(path, device=flags.device, int8=flags.int8)
+    step = read_manifest(checkpoint, warn=False)["progress"]["step"]
+    found = Evaluated(name, checkpoint, step, model.config.kind, model.config.count_parameters().total)
+    if not documents and tasks is None:
+        lines, found.held_out = _held_out(model, checkpoint, flags.data, config)
+        print("\n".join(lines))
+    if documents:
+        from lfm.evaluation.text import WindowConfig, score_texts
+
+        windows = WindowConfig(context=config.context, stride=config.stride)
+        with waiting(f"scoring texts with {name}"):
+            found.texts = score_texts(model, tokenizer, documents, windows, batch_size=config.batch_size)
+    if tasks is not None:
+        with waiting(f"scoring tasks with {name}"):
+            found.tasks = tasks.evaluate(
+                model, tokenizer, batch_size=config.batch_size, limit=config.limit, num_fewshot=config.num_fewshot
+            )
+    return found
 
 
 def held_out(
@@ -55,13 +186,20 @@ def held_out(
 
     Raises UserError for data of another tokenizer, whose ids mean something else, or of rows of another length.
     """
-    from lfm.checkpoint.manifest import read_manifest
-    from lfm.data.stream import DataConfig, open_split
-    from lfm.errors import UserError
-    from lfm.evaluation.held_out import evaluate, score
     from lfm.inference.load import open_model
 
     model, _, checkpoint = open_model(checkpoint, device=device, int8=int8)
+    yield from _held_out(model, checkpoint, data, config)[0]
+
+
+def _held_out(
+    model: "LanguageModel", checkpoint: Path, data: Path | None, config: EvaluateConfig
+) -> tuple[list[str], dict[str, Any]]:
+    """Lines, and the same as JSON values."""
+    from lfm.checkpoint.manifest import read_manifest
+    from lfm.data.stream import DataConfig, open_split
+    from lfm.evaluation.held_out import evaluate, score
+
     path = data or read_manifest(checkpoint, warn=False)["config"].get("data", {}).get("path")
     if path is None:
         raise UserError(f"{checkpoint} names no single data set that it was trained on; name one with --data DIR")
@@ -70,23 +208,28 @@ def held_out(
     of_data = DataConfig(path=str(path), allow_smaller_tokenizer=True)
     rows = open_split(of_data, config.split, seq_length=c.seq_length, vocab_size=c.vocab_size)
     found = evaluate(
-        functools.partial(score, model), rows, max_rows=config.max_rows or None, batch_rows=config.batch_rows
+        functools.partial(score, model), rows, max_rows=config.max_rows or None, batch_rows=config.batch_size
     )
-    read = min(config.max_rows or len(rows), len(rows))
-    yield f"{checkpoint}: {config.split} split of {path}, {read:,} of {len(rows):,} rows"
-    yield f"loss {found.loss:.4f} nats over {found.labels:,} labels, perplexity {math.exp(min(found.loss, 700)):.2f}"
+    read, perplexity = min(config.max_rows or len(rows), len(rows)), math.exp(min(found.loss, 700))
+    lines = [
+        f"{checkpoint}: {config.split} split of {path}, {read:,} of {len(rows):,} rows",
+        f"loss {found.loss:.4f} nats over {found.labels:,} labels, perplexity {perplexity:.2f}",
+    ]
+    record: dict[str, Any] = {"data": str(path), "split": config.split, "rows": read, "labels": found.labels}
+    record |= {"loss": found.loss, "perplexity": perplexity}
     if read == len(rows) and rows.index.text_bytes and not found.masked:
         bits = found.bits_per_byte(rows.index.text_bytes, c.vocab_size)
         unigram = found.unigram_bits_per_byte(rows.index.text_bytes)
-        yield f"{bits:.4f} bits per byte of text (unigram entropy of the same tokens {unigram:.4f})"
+        lines.append(f"{bits:.4f} bits per byte of text (unigram entropy of the same tokens {unigram:.4f})")
+        record |= {"bits_per_byte": bits, "unigram_bits_per_byte": unigram}
     elif found.masked:
-        yield "no bits per byte: a mask leaves parts of the text out of the loss"
+        lines.append("no bits per byte: a mask leaves parts of the text out of the loss")
+    return lines, record
 
 
 def _check_data(data: Path, split: str, checkpoint: Path, seq_length: int) -> None:
     from lfm.data.format import INDEX_NAME, TOKENIZER_NAME, read_index
     from lfm.data.tokenizer import Tokenizer
-    from lfm.errors import UserError
 
     own, of_data = checkpoint / TOKENIZER_NAME, data / TOKENIZER_NAME
     again = (

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import hashlib
+import itertools
 import json
 import re
 import secrets
@@ -162,6 +163,35 @@ class Tokenizer:
                 f"{self._source} cannot encode every text ({' '.join(str(error).split())}); give it a token for what "
                 "it does not know, or take a byte-level tokenizer"
             ) from None
+
+    def encode_bytes(self, data: bytes) -> tuple[list[int], list[int]]:
+        """The ids of a file's content, and for each the place of the byte that its text begins with.
+
+        Bytes that are no UTF-8 get the ids of single bytes.  Raises UserError for them where the tokenizer has none,
+        and as `encode` does.
+        """
+        ids: list[int] = []
+        starts: list[int] = []
+        text, at = data.decode(errors="surrogateescape"), 0
+        for part in re.split("([\udc80-\udcff]+)", text):
+            if "\udc80" <= part[:1] <= "\udcff":
+                if not self._gives_all_back:
+                    raise UserError(
+                        f"byte {at:,} is no UTF-8, and {self._source} has no tokens for single bytes; convert the "
+                        "text, for instance by `iconv -f latin1 -t utf-8`"
+                    )
+                found = part.encode(errors="surrogateescape")
+                ids += [self._inner.token_to_id(byte_alphabet()[byte]) for byte in found]
+                starts += range(at, at + len(found))
+                at += len(found)
+                continue
+            with self._refusing_in_a_sentence():
+                encoding = self._encoder.encode(part, add_special_tokens=False)
+            ids += encoding.ids
+            ends = [at, *itertools.accumulate((len(character.encode()) for character in part), initial=at)][1:]
+            starts += [ends[start] for start, _ in encoding.offsets]
+            at = ends[-1]
+        return ids, starts
 
     def encode_prompt(self, text: str, *, begin: bool = True) -> list[int]:
         """The ids of what a user typed; with `begin`, as the beginning of a document.

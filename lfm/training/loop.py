@@ -36,6 +36,7 @@ from lfm.training.state import (
     starting_point,
     starting_weights,
 )
+from lfm.training.task_scores import score_tasks
 
 STOPPED = "stopped"
 """In the run folder: step and cause, while a run is stopped that has steps to go; what a job is requeued for."""
@@ -127,6 +128,13 @@ def train_steps(run: RunConfig, start: Started, state: TrainState, saves: Saves)
         if _due(step, run.samples.every_steps) or last or _patience_is_over(run, state.progress):
             with saves.before_damage_ends_the_run():
                 _sample(run, state)
+            state.speed.restart()
+        if run.evaluation.tasks and (
+            _due(step, run.evaluation.every_steps) or last or _patience_is_over(run, state.progress)
+        ):
+            watch.phase(f"step {step}: tasks", allow_seconds=SAVING_SECONDS)
+            with saves.before_damage_ends_the_run():
+                _score_tasks(run, state)
             state.speed.restart()
         if _due(step, run.checkpoint.every_steps):
             saves.save()
@@ -293,6 +301,12 @@ def _sample(run: RunConfig, state: TrainState) -> None:
         write_durably(path, whole.encode())
     except OSError as error:
         complain(f"{path} is not written ({reason(error)})")
+
+
+def _score_tasks(run: RunConfig, state: TrainState) -> None:
+    record = score_tasks(run, state)
+    if state.metrics is not None:
+        state.metrics.write(record)
 
 
 def progress_bar(state: TrainState) -> tqdm:

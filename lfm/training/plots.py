@@ -1,6 +1,7 @@
 """Curves of runs, drawn from their metrics.jsonl: the loss plot of a run folder, and the page of `lfm plot`."""
 
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,9 +193,31 @@ def _load(axes: Axes, run: Curves, colour: str) -> bool:
     return bool(tokens)
 
 
+def _tasks(axes: Axes, run: Curves, colour: str) -> bool:
+    """A line a task, named at its end: acc_norm where the task has it, else acc or exact_match."""
+
+    def value(record: dict[str, Any], name: str) -> float | None:
+        scores = (record.get("tasks") or {}).get(name) or {}
+        return next((scores[metric] for metric in ("acc_norm", "acc", "exact_match") if metric in scores), None)
+
+    names = sorted({name for record in run.records for name in record.get("tasks") or {}})
+    is_drawn = False
+    for name, style in zip(names, itertools.cycle(("-", "--", "-.", ":"))):
+        tokens, values = run.of(lambda r, name=name: value(r, name))
+        if tokens:
+            axes.plot(tokens, values, style, color=colour, linewidth=1.3, marker="o", markersize=3)
+            end = (tokens[-1], values[-1])
+            axes.annotate(
+                name, end, xytext=(3, 3), textcoords="offset points", fontsize=7, color=colour, parse_math=False
+            )
+            is_drawn = True
+    return is_drawn
+
+
 PANELS = (
     Panel("loss: training (line) and held out (points)", "nats per token", _loss),
     Panel("held-out bits per byte of text", "bits", _line("validation_bits_per_byte", "o-")),
+    Panel("tasks", "share right", _tasks),
     Panel("throughput", "tokens/s", _line("tokens_per_second")),
     Panel("MFU", "share of the data sheet", _line("mfu")),
     Panel("gradient norm", "", _line("grad_norm")),

@@ -79,6 +79,21 @@ class SamplesConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
 
 
+class EvaluationConfig(Config):
+    tasks: tuple[str, ...] = ()
+    """Of lm-evaluation-harness or this project: names, YAML files or folders of them; needs the extra `lm-eval`."""
+    include_path: tuple[PathText, ...] = ()
+    """Folders of more tasks to be named."""
+    every_steps: CountOrZero = 0
+    """Score the tasks this often while training; 0: only at the end."""
+    limit: Count | None = None
+    """Only the first so many documents of each task; null: all."""
+    num_fewshot: int | None = Field(default=None, ge=0, le=1000)
+    """Worked examples before each question; null: the task's own number."""
+    batch_size: Rows = 8
+    """Requests scored at once."""
+
+
 class RunConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Run folder under `output`; auto: the family's own name for a model of these dimensions."""
@@ -94,6 +109,7 @@ class RunConfig(Config):
     parallel: ParallelConfig = ParallelConfig()
     validation: ValidationConfig = ValidationConfig()
     samples: SamplesConfig = SamplesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -109,6 +125,11 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.device=mps does not go with parallel.zero_stage={self.parallel.zero_stage}: several "
                 "processes need CUDA or CPUs"
+            )
+        if self.evaluation.tasks and self.parallel.zero_stage > 0:
+            raise ValueError(
+                "evaluation.tasks are scored by a model in one process, which does not go with "
+                f"parallel.zero_stage={self.parallel.zero_stage}; score checkpoints by `lfm eval --tasks` instead"
             )
         if self.training.dtype == "float16" and self.parallel.zero_stage > 0:
             raise ValueError(

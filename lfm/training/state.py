@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,14 +18,18 @@ from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_tokenizer, open_training, open_validation, resume_row
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import NonFiniteError, UserError
+from lfm.evaluation.tasks import open_tasks
 from lfm.export.hub import located
-from lfm.files import refusing
+from lfm.files import expanded, refusing
 from lfm.inference.sampling import check_prompts
 from lfm.job.ranks import Ranks
 from lfm.talk import say
 from lfm.training.engine import Engine, Read, StepResult
 from lfm.training.metrics import Metrics, Speed
 from lfm.training.run import RunConfig
+
+if TYPE_CHECKING:
+    from lfm.evaluation.harness import Tasks
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class RunData:
     tokenizer: Tokenizer
     prompts: list[list[int]]
     """Of samples, as ids."""
+    tasks: "Tasks | None" = None
 
 
 @dataclass
@@ -205,7 +210,7 @@ class TrainState:
 
 
 def open_data(run: RunConfig) -> RunData:
-    """Raises UserError for data that do not fit the model, and prompts that do not fit its context."""
+    """Raises UserError for data that do not fit the model, prompts that do not fit its context, and unknown tasks."""
     sizes = {"seq_length": run.model.seq_length, "vocab_size": run.model.vocab_size}
     rows = open_training(run.data, **sizes, rows_per_step=run.training.global_batch_size)
     held_out = open_validation(run.data, **sizes)
@@ -215,7 +220,10 @@ def open_data(run: RunConfig) -> RunData:
         check_prompts(prompts, run.model.context_limit)
     except UserError as error:
         raise UserError(f"samples.prompts: {error}") from None
-    return RunData(rows, held_out, tokenizer, prompts)
+    tasks = None
+    if run.evaluation.tasks:
+        tasks = open_tasks(run.evaluation.tasks, [expanded(path) for path in run.evaluation.include_path])
+    return RunData(rows, held_out, tokenizer, prompts, tasks)
 
 
 def make_state(
