@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lfm.kernels.gradient_sum import gradient_sum
 from lfm.models.language_model import LanguageModel
 from lfm.parallel.megatron import MegatronParts
 from lfm.parallel.zero import Weight
@@ -31,15 +32,15 @@ class UnreducedReplicatedWeight(ParallelEngine):
 
 
 class DoubledExpertGradient(ParallelEngine):
+    """In the first step, the one that is compared; it sends nothing before its passes are over."""
+
     def _run(self, *arguments: Any, **options: Any) -> None:
-        hooks = [
-            weight.parameter.register_hook(lambda gradient: 2 * gradient)
-            for weight in self.weights
-            if ".experts." in self.global_parts[weight.name][0].name
-        ]
         super()._run(*arguments, **options)
-        for hook in hooks:
-            hook.remove()
+        for weight in self.weights:
+            total = gradient_sum(weight.parameter)
+            is_expert = ".experts." in self.global_parts[weight.name][0].name
+            if is_expert and total is not None and self.optimizer_step == 0 and not total.is_empty:
+                total.total.mul_(2)
 
 
 class BalanceOfOwnRows(ParallelEngine):
