@@ -25,7 +25,7 @@ WORDS = {
     "generate": Word("lfm.commands.generate", "continue prompts"),
     "chat": Word("lfm.commands.chat", "talk to a model"),
     "eval": Word("lfm.commands.evaluate", "score texts, tasks or held-out rows with checkpoints, and compare them"),
-    "export": Word("lfm.commands.export", "a checkpoint for others: Hugging Face transformers, safetensors"),
+    "export": Word("lfm.commands.export", "a checkpoint for others: Hugging Face transformers, safetensors, ONNX"),
     "import": Word("lfm.commands.import_weights", "a run folder of what lfm export wrote"),
     "plot": Word("lfm.commands.plot", "curves of runs: loss, throughput, expert load, reservoirs"),
     "certify": Word("lfm.commands.certify", "compare parallel layouts with one process"),

@@ -48,6 +48,7 @@ class Format:
 FORMATS = {
     "hf": Format("lfm.export.huggingface", True, "a folder for Hugging Face transformers, with its model code"),
     "safetensors": Format("lfm.export.single_file", False, "one file with weights, configuration and tokenizer"),
+    "onnx": Format("lfm.export.onnx_graphs", True, "a folder of ONNX graphs, for a prompt and for one token"),
 }
 
 

@@ -146,6 +146,15 @@ def compare(source: Source, out: Path, settings: Any) -> Iterator[str]:
         raise RuntimeError(f"the exported model of {source.path} computes something else: {worst:.1e} off")
 
 
+def remote_model(source: Source) -> Any:
+    """The checkpoint in the code that is exported, in float32 and in evaluation mode."""
+    require("transformers", purpose="the exported model's code")
+    module, name = import_module(f"lfm.export.hf.modeling_{source.kind}"), CLASSES[source.kind]
+    model = getattr(module, f"{name}ForCausalLM")(getattr(module, f"{name}Config")(**source.tree))
+    model.load_state_dict(source.read(expected_tensors(source.config), torch.float32))
+    return model.eval()
+
+
 def read(place: Path) -> Incoming:
     """Weights and configuration of the folder; its code is not run."""
     config = _read_json(place / "config.json")

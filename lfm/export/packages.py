@@ -1,4 +1,4 @@
-"""Packages of the extra `hf`."""
+"""Packages of the extras `hf` and `onnx`."""
 
 import importlib
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from lfm.errors import UserError
 
 
-def require(module: str, *, purpose: str) -> Any:
+def require(module: str, *, purpose: str, extra: str = "hf") -> Any:
     """Import an optional package.  Raises UserError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0].replace("_", "-")
         raise UserError(
-            f"{purpose} needs the package {package}; install it with `pip install 'lfm-training[hf]'`"
+            f"{purpose} needs the package {package}; install it with `pip install 'lfm-training[{extra}]'`"
         ) from None

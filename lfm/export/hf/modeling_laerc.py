@@ -9,7 +9,7 @@ side it stands.  The loss is that of the next token.
 # The methods of transformers that are overridden have other parameters in every version.
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +208,31 @@ def held(mask: Tensor | None, t: int, new: Tensor, old: Tensor) -> Tensor:
     return new if mask is None else torch.where(mask[:, t].view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
+def over_time(
+    step: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...], columns: tuple[Tensor, ...], mask: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`state = step(state, *column)` of one column of `columns` `[B, T, ...]` after the other, where it is a token.
+
+    Returns the first part of every state `[B, T, ...]`, and the last state.
+    """
+    if torch.compiler.is_exporting() and columns[0].shape[1] != 1:
+        # A loop of the graph's own, so that it takes any length; an exported graph has no mask.
+        from torch._higher_order_ops.scan import scan
+
+        def body(before: tuple[Tensor, ...], column: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+            after = step(before, *column)
+            return after, after[0].clone()
+
+        end, first = scan(body, state, tuple(part.transpose(0, 1) for part in columns))
+        return first.transpose(0, 1), end
+    first = []
+    for t in range(columns[0].shape[1]):
+        after = step(state, *(part[:, t] for part in columns))
+        state = tuple(held(mask, t, new, old) for new, old in zip(after, state, strict=True))
+        first.append(state[0])
+    return torch.stack(first, 1), state
+
+
 class Reservoir(nn.Module):
     """`r_t = tanh(U h_t + b_u + W r_{t-1} + b_w)`, all of it frozen and in at least float32."""
 
@@ -226,11 +251,9 @@ class Reservoir(nn.Module):
     def forward(self, h: Tensor, state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """States `[B, T, R]`, and the last one `[B, R]`, from that before the first token."""
         drive = F.linear(h.to(self.input_weight.dtype), self.input_weight, self.input_bias + self.recurrent_bias)
-        states = []
-        for t in range(h.shape[1]):
-            state = held(mask, t, torch.tanh(F.linear(state, self.recurrent_weight) + drive[:, t]), state)
-            states.append(state)
-        return torch.stack(states, 1).to(h.dtype), state
+        weight = self.recurrent_weight
+        states, (state,) = over_time(lambda r, x: (torch.tanh(F.linear(r[0], weight) + x),), (state,), (drive,), mask)
+        return states.to(h.dtype), state
 
 
 class MLP(nn.Module):

@@ -11,7 +11,7 @@ balance losses, and experts are dropless.
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,6 +214,31 @@ def held(mask: Tensor | None, t: int, new: Tensor, old: Tensor) -> Tensor:
     return new if mask is None else torch.where(mask[:, t].view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
+def over_time(
+    step: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...], columns: tuple[Tensor, ...], mask: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`state = step(state, *column)` of one column of `columns` `[B, T, ...]` after the other, where it is a token.
+
+    Returns the first part of every state `[B, T, ...]`, and the last state.
+    """
+    if torch.compiler.is_exporting() and columns[0].shape[1] != 1:
+        # A loop of the graph's own, so that it takes any length; an exported graph has no mask.
+        from torch._higher_order_ops.scan import scan
+
+        def body(before: tuple[Tensor, ...], column: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+            after = step(before, *column)
+            return after, after[0].clone()
+
+        end, first = scan(body, state, tuple(part.transpose(0, 1) for part in columns))
+        return first.transpose(0, 1), end
+    first = []
+    for t in range(columns[0].shape[1]):
+        after = step(state, *(part[:, t] for part in columns))
+        state = tuple(held(mask, t, new, old) for new, old in zip(after, state, strict=True))
+        first.append(state[0])
+    return torch.stack(first, 1), state
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -257,8 +282,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = (F.rms_norm(heads, heads.shape[-1:], eps=1e-6) for heads in (q, k))
         k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        causal = visible is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True)
+        causal, gqa = visible is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=gqa)
         return self.o(y.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -268,7 +293,7 @@ def visible_keys(tokens: Tensor, length: int) -> Tensor | None:
     None: all before it and itself.  Padding sees itself, because a softmax over nothing is not defined.
     """
     columns = tokens.shape[1]
-    if bool(tokens.all()) and length in (1, columns):
+    if not torch.compiler.is_exporting() and bool(tokens.all()) and length in (1, columns):
         return None
     key = torch.arange(columns, device=tokens.device)
     query = key[columns - length :, None]
@@ -334,6 +359,8 @@ def scanned(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
 
     Hillis & Steele 1986: after pass n, (a, b) at t take h from 2^n steps before to t.
     """
+    if torch.compiler.is_exporting():  # the number of passes is the length's
+        return over_time(lambda h, a, b: (a * h[0] + b,), (start,), (a, b), None)[0]
     b = torch.cat((b[:, :1] + a[:, :1] * start[:, None], b[:, 1:]), 1)
     step = 1
     while step < b.shape[1]:
@@ -377,12 +404,13 @@ class Liquid(nn.Module):
         """Outputs `[B, T, D]`, and the states `[B, R, N]` after the last token, from those before the first."""
         drive = wide(self.input_scaling * self.input(u)).unflatten(-1, (self.num_reservoirs, self.size))
         weight = torch.stack([reservoir.matrix() for reservoir in self.reservoirs])
-        states, a = [], self.leak_rate
-        for t in range(u.shape[1]):
-            squashed = torch.tanh(torch.einsum("rnm,brm->brn", weight, state) + drive[:, t])
-            state = held(mask, t, (1 - a) * state + a * squashed, state)
-            states.append(state)
-        return self.output(torch.stack(states, 1).flatten(-2).to(u.dtype)), state
+        a = self.leak_rate
+
+        def step(h: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
+            return ((1 - a) * h[0] + a * torch.tanh(torch.einsum("rnm,brm->brn", weight, h[0]) + x),)
+
+        states, (state,) = over_time(step, (state,), (drive,), mask)
+        return self.output(states.flatten(-2).to(u.dtype)), state
 
 
 class Balance(nn.Module):
@@ -425,10 +453,18 @@ class MoE(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         rows = u.flatten(0, 1)
         logits = self.router(rows)
+        ranked, y = logits + self.balance.bias(), torch.zeros_like(rows)
+        if torch.compiler.is_exporting():
+            # ONNX has no stable sort, but the first of equal ones in its TopK; and every expert reads every token,
+            # because how many each has is not known.
+            chosen = ranked.topk(self.top_k, dim=-1).indices
+            share = torch.zeros_like(logits).scatter(-1, chosen, logits.gather(-1, chosen).softmax(-1)).to(rows.dtype)
+            for e, expert in enumerate(self.experts):
+                y = y + share[:, e, None] * expert(rows)
+            return y.view_as(u)
         # Stable: which of two equal ones comes first is then defined.
-        chosen = (logits + self.balance.bias()).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        chosen = ranked.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         weights = logits.gather(-1, chosen).softmax(-1)
-        y = torch.zeros_like(rows)
         for e, expert in enumerate(self.experts):
             row, place = (chosen == e).nonzero(as_tuple=True)
             y = y.index_add(0, row, (weights[row, place, None].to(rows.dtype)) * expert(rows[row]))

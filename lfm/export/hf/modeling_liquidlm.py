@@ -10,7 +10,7 @@ side it stands.  The loss is that of the next token.
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +208,31 @@ def held(mask: Tensor | None, t: int, new: Tensor, old: Tensor) -> Tensor:
     return new if mask is None else torch.where(mask[:, t].view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
+def over_time(
+    step: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...], columns: tuple[Tensor, ...], mask: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`state = step(state, *column)` of one column of `columns` `[B, T, ...]` after the other, where it is a token.
+
+    Returns the first part of every state `[B, T, ...]`, and the last state.
+    """
+    if torch.compiler.is_exporting() and columns[0].shape[1] != 1:
+        # A loop of the graph's own, so that it takes any length; an exported graph has no mask.
+        from torch._higher_order_ops.scan import scan
+
+        def body(before: tuple[Tensor, ...], column: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+            after = step(before, *column)
+            return after, after[0].clone()
+
+        end, first = scan(body, state, tuple(part.transpose(0, 1) for part in columns))
+        return first.transpose(0, 1), end
+    first = []
+    for t in range(columns[0].shape[1]):
+        after = step(state, *(part[:, t] for part in columns))
+        state = tuple(held(mask, t, new, old) for new, old in zip(after, state, strict=True))
+        first.append(state[0])
+    return torch.stack(first, 1), state
+
+
 class StackedLSTM(nn.Module):
     """`i, f, g, o = W_ih x + b_ih + W_hh h + b_hh;  c = sig(f) c + sig(i) tanh(g);  h = sig(o) tanh(c)`, a layer on the
     other, in at least float32; names, shapes and gate order are those of torch.nn.LSTM.
@@ -234,18 +259,13 @@ class StackedLSTM(nn.Module):
                 y = F.dropout(y, self.dropout, self.training)
             weights = [wide(self.get_parameter(name)) for name in self.names(layer)]
             state = (h[:, layer].contiguous(), c[:, layer].contiguous())
-            if mask is None:
+            if mask is None and not torch.compiler.is_exporting():
                 train = torch.is_grad_enabled()
                 start = [part[None] for part in state]
                 y, h_end, c_end = torch.lstm(y, start, weights, True, 1, 0.0, train, False, True)
                 state = (h_end[0], c_end[0])
             else:
-                outputs = []
-                for t in range(y.shape[1]):
-                    new = torch.lstm_cell(y[:, t], state, *weights)
-                    state = (held(mask, t, new[0], state[0]), held(mask, t, new[1], state[1]))
-                    outputs.append(state[0])
-                y = torch.stack(outputs, 1)
+                y, state = over_time(lambda s, x, w=weights: torch.lstm_cell(x, s, *w), state, (y,), mask)
             ends.append(state)
         return y.to(x.dtype), torch.stack([h for h, _ in ends], 1), torch.stack([c for _, c in ends], 1)
 

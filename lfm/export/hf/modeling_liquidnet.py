@@ -10,7 +10,7 @@ side it stands.  The loss is that of the next token.
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,6 +203,31 @@ def held(mask: Tensor | None, t: int, new: Tensor, old: Tensor) -> Tensor:
     return new if mask is None else torch.where(mask[:, t].view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
+def over_time(
+    step: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...], columns: tuple[Tensor, ...], mask: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`state = step(state, *column)` of one column of `columns` `[B, T, ...]` after the other, where it is a token.
+
+    Returns the first part of every state `[B, T, ...]`, and the last state.
+    """
+    if torch.compiler.is_exporting() and columns[0].shape[1] != 1:
+        # A loop of the graph's own, so that it takes any length; an exported graph has no mask.
+        from torch._higher_order_ops.scan import scan
+
+        def body(before: tuple[Tensor, ...], column: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+            after = step(before, *column)
+            return after, after[0].clone()
+
+        end, first = scan(body, state, tuple(part.transpose(0, 1) for part in columns))
+        return first.transpose(0, 1), end
+    first = []
+    for t in range(columns[0].shape[1]):
+        after = step(state, *(part[:, t] for part in columns))
+        state = tuple(held(mask, t, new, old) for new, old in zip(after, state, strict=True))
+        first.append(state[0])
+    return torch.stack(first, 1), state
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -272,6 +297,8 @@ def scanned(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
 
     Hillis & Steele 1986: after pass n, (a, b) at t take h from 2^n steps before to t.
     """
+    if torch.compiler.is_exporting():  # the number of passes is the length's
+        return over_time(lambda h, a, b: (a * h[0] + b,), (start,), (a, b), None)[0]
     b = torch.cat((b[:, :1] + a[:, :1] * start[:, None], b[:, 1:]), 1)
     step = 1
     while step < b.shape[1]:

@@ -11,7 +11,7 @@ next token.
 # The methods of transformers that are overridden have other parameters in every version.
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,6 +225,31 @@ def held(mask: Tensor | None, t: int, new: Tensor, old: Tensor) -> Tensor:
     return new if mask is None else torch.where(mask[:, t].view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
+def over_time(
+    step: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...], columns: tuple[Tensor, ...], mask: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`state = step(state, *column)` of one column of `columns` `[B, T, ...]` after the other, where it is a token.
+
+    Returns the first part of every state `[B, T, ...]`, and the last state.
+    """
+    if torch.compiler.is_exporting() and columns[0].shape[1] != 1:
+        # A loop of the graph's own, so that it takes any length; an exported graph has no mask.
+        from torch._higher_order_ops.scan import scan
+
+        def body(before: tuple[Tensor, ...], column: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+            after = step(before, *column)
+            return after, after[0].clone()
+
+        end, first = scan(body, state, tuple(part.transpose(0, 1) for part in columns))
+        return first.transpose(0, 1), end
+    first = []
+    for t in range(columns[0].shape[1]):
+        after = step(state, *(part[:, t] for part in columns))
+        state = tuple(held(mask, t, new, old) for new, old in zip(after, state, strict=True))
+        first.append(state[0])
+    return torch.stack(first, 1), state
+
+
 class PlasticSynapse(nn.Module):
     """`(W + alpha * M) x + b`, where M is the trace of what fired together.  Miconi et al. 2018, arXiv 1804.02464."""
 
@@ -247,7 +272,8 @@ class PlasticSynapse(nn.Module):
         eta, decay = 0.03 * F.softplus(wide(self.log_eta)), wide(self.logit_decay).sigmoid()
         outer = post[:, :, None] * pre[:, None]
         if tokens is not None:
-            outer = outer[tokens].mean(0, keepdim=True) if bool(tokens.any()) else torch.zeros_like(outer)
+            rows = outer if torch.compiler.is_exporting() else outer[tokens]  # an exported graph has no padding
+            outer = rows.mean(0, keepdim=True) if rows.shape[0] else torch.zeros_like(outer)
         trace = decay * trace + eta * outer
         largest = 0.3 * torch.linalg.vector_norm(wide(self.weight))
         squared = trace.square().sum((1, 2), keepdim=True)
@@ -286,7 +312,8 @@ class LiquidCell(nn.Module):
         # Each sequence has its own number of steps: the fewest that are no longer than its least time constant.
         tau = field(h)[1].detach()
         steps = (1 / tau.amin(-1, keepdim=True)).ceil().long().clamp(self.steps, max(self.steps, 5))
-        for k in range(int(steps.max())):
+        most = max(self.steps, 5) if torch.compiler.is_exporting() else int(steps.max())
+        for k in range(most):
             h = torch.where(k < steps, self.stepped(h, field, 1 / steps.to(h.dtype), 0.5 * (steps > 1)), h)
         return h
 
@@ -329,29 +356,38 @@ class LiquidNNForCausalLM(StatefulCausalLM):
 
     def advance(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Cells above each other, `s_i = dropout(norm(cell(x, s_i) + x))` being both state and output."""
-        c, dtype, now = self.config, x.dtype, dict(state.tensors)
+        dtype, now = x.dtype, dict(state.tensors)
         new = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
         read = now["position"][:, None] + new.cumsum(1)
         now["position"] = read[:, -1]
-        inputs, outputs = wide(x) + self.position_signal(read - 1, wide(x).dtype), []
-        for t in range(x.shape[1]):
-            y = inputs[:, t]
-            for i, cell in enumerate(self.cells):
-                before = now[f"hidden.{i}"]
-                names = (f"trace.{i}.ih", f"trace.{i}.hh")
-                if self.plastic and names[0] in now:
-                    ih, hh = (now[name] for name in names)
-                    h = cell(y, before, ih, hh)
-                    tokens = new[:, t].bool() if c.trace_mode == "batch_mean" else None
-                    with torch.set_grad_enabled(c.trace_grad and torch.is_grad_enabled()):
-                        now[names[0]] = held(mask, t, cell.ih.updated(ih, h, y, tokens), ih)
-                        now[names[1]] = held(mask, t, cell.hh.updated(hh, h, h, tokens), hh)
-                else:
-                    h = cell(y, before, None, None)
-                y = F.dropout(normed(self.norms[i], h + y), c.dropout, self.training)
-                now[f"hidden.{i}"] = held(mask, t, y, before)
-            outputs.append(y)
-        return normed(self.final_norm, torch.stack(outputs, 1)).to(dtype), now
+        inputs = wide(x) + self.position_signal(read - 1, wide(x).dtype)
+        top = f"hidden.{len(self.cells) - 1}"  # the output of each column
+        moving = ("hidden", "trace") if self.plastic else ("hidden",)
+        names = [top, *(name for name in now if name.startswith(moving) and name != top)]
+
+        def step(before: tuple[Tensor, ...], y: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+            after = self.stepped(dict(zip(names, before, strict=True)), y, tokens)
+            return tuple(after[name] for name in names)
+
+        y, end = over_time(step, tuple(now[name] for name in names), (inputs, new.bool()), mask)
+        return normed(self.final_norm, y).to(dtype), now | dict(zip(names, end, strict=True))
+
+    def stepped(self, now: dict[str, Tensor], y: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """The state after one column of inputs `[B, D]`, of which `tokens` `[B]` are no padding."""
+        c = self.config
+        for i, cell in enumerate(self.cells):
+            names = (f"trace.{i}.ih", f"trace.{i}.hh")
+            if self.plastic and names[0] in now:
+                ih, hh = (now[name] for name in names)
+                h = cell(y, now[f"hidden.{i}"], ih, hh)
+                rows = tokens if c.trace_mode == "batch_mean" else None
+                with torch.set_grad_enabled(c.trace_grad and torch.is_grad_enabled()):
+                    now |= {names[0]: cell.ih.updated(ih, h, y, rows), names[1]: cell.hh.updated(hh, h, h, rows)}
+            else:
+                h = cell(y, now[f"hidden.{i}"], None, None)
+            y = F.dropout(normed(self.norms[i], h + y), c.dropout, self.training)
+            now[f"hidden.{i}"] = y
+        return now
 
     def position_signal(self, position: Tensor, dtype: torch.dtype) -> Tensor:
         """Sines and cosines of wavelengths from 2 pi to 20,000 pi tokens, interleaved: `[B, T, D]`."""

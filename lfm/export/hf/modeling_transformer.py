@@ -251,8 +251,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = (F.rms_norm(heads, heads.shape[-1:], eps=1e-6) for heads in (q, k))
         k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        causal = visible is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True)
+        causal, gqa = visible is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=gqa)
         return self.o(y.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -262,7 +262,7 @@ def visible_keys(tokens: Tensor, length: int) -> Tensor | None:
     None: all before it and itself.  Padding sees itself, because a softmax over nothing is not defined.
     """
     columns = tokens.shape[1]
-    if bool(tokens.all()) and length in (1, columns):
+    if not torch.compiler.is_exporting() and bool(tokens.all()) and length in (1, columns):
         return None
     key = torch.arange(columns, device=tokens.device)
     query = key[columns - length :, None]
