@@ -148,15 +148,18 @@ def _scaling(four: dict, cpus: dict) -> list[str]:
             f"{moved[other][step]:.4f}, of the run that saved it {moved[saved][step]:.4f} (bf16) | {where} |"
         )
     certificates = [
-        ("NCCL, two NVIDIA H200", load("certificate_2xh200")["layouts"]),
-        ("NCCL, four NVIDIA H200", four["certificates"]),
-        ("gloo, 2 CPU cores", cpus["layouts"]),
+        ("NCCL, two NVIDIA H200; fp32", load("certificate_2xh200")["layouts"]),
+        ("NCCL, two NVIDIA H200; fp32, ZeRO-1 by buckets", load("certificate_2xh200_buckets")["layouts"]),
+        ("the same in bf16", load("certificate_2xh200_buckets")["layouts_bfloat16"]),
+        ("NCCL, four NVIDIA H200; fp32", four["certificates"]),
+        ("gloo, 2 CPU cores; fp32", cpus["layouts"]),
+        ("gloo, 2 CPU cores; bf16", cpus["layouts_bfloat16"]),
     ]
     for name, layouts in certificates:
         worst = {key: max(row["deviations"][key] for row in layouts) for key in layouts[0]["deviations"]}
         within = sum(not row["beyond"] for row in layouts)
         lines.append(
-            f"| certificate of `lfm_debug` against one process, fp32 | {within} of {len(layouts)} layouts "
+            f"| certificate of `lfm_debug` against one process | {within} of {len(layouts)} layouts "
             f"within bounds; largest relative deviation: loss {worst['loss']:.0e}, gradient of a parameter "
             f"{worst['gradient']:.0e}, norm {worst['norm']:.0e}, auxiliary losses {worst['auxiliary']:.0e} | {name} |"
         )
@@ -190,6 +193,30 @@ def scaling_table() -> str:
                 f"{shares['kernels']:,.0f} |"
             )
     return "\n".join(lines)
+
+
+def two_gpus_table() -> str:
+    """Layouts of two GPUs by two commits, each next to one GPU of its own session."""
+    result = load("two_gpus_2xh200")
+    lines = [
+        "| commit | layout | tokens/s per GPU (slowest to fastest step) | of one GPU | MFU attended | peak GiB | "
+        "communication alone | neither | kernels a step |",
+        "| --- " * 9 + "|",
+    ]
+    for session in result["sessions"]:
+        one = next(row for row in session["layouts"] if row["gpus"] == 1)
+        for row in session["layouts"]:
+            slow, fast = row["range"]
+            shares = {key: statistics.mean(part[key] for part in row["profile"]) for key in row["profile"][0]}
+            communication = shares["collective"] + shares["send_receive"]
+            lines.append(
+                f"| {session['environment']['commit']} | {row['layout']}{_stages(row)} | "
+                f"{row['tokens_per_second_per_gpu']:,.0f} ({slow:,.0f} to {fast:,.0f}) | "
+                f"{row['tokens_per_second_per_gpu'] / one['tokens_per_second_per_gpu']:.1%} | "
+                f"{row['mfu_attended']:.1%} | {max(row['peak_memory_gib']):.1f} | "
+                f"{communication:.0%} | {shares['idle']:.0%} | {shares['kernels']:,.0f} |"
+            )
+    return "\n".join([*lines, "", f"Two NVIDIA H200, torch 2.11.0, {result['date']}, 1 run each."])
 
 
 def _stages(row: dict) -> str:
@@ -466,7 +493,7 @@ def _where(result: dict) -> str:
 
 PAGES = {
     "README.md": {"results": table},
-    "docs/scaling.md": {"scaling": scaling_table},
+    "docs/scaling.md": {"scaling": scaling_table, "two-gpus": two_gpus_table},
     "docs/performance.md": {
         "runs": runs_table,
         "speeds": lambda: page.speeds(page.recorded(RESULTS, "model")),
