@@ -378,8 +378,10 @@ def test_copies_of_a_weight_stay_bitwise_alike(name, kind, count, dtype):
 @pytest.mark.parametrize(
     ("name", "bound"),
     [
-        *((name, 1e-6) for name in ("dp2_z2", "dp2_z3")),
-        *(pytest.param(name, 1e-6, marks=slow) for name in ("dp2", "dp2_z2_offload", "dp2_z3_offload")),
+        ("dp2", 1e-6),
+        # Stages 2 and 3 take each micro-batch's gradient in bf16, where products elsewhere add to a sum in fp32.
+        *((name, 1e-2) for name in ("dp2_z2", "dp2_z3")),
+        *(pytest.param(name, 1e-2, marks=slow) for name in ("dp2_z2_offload", "dp2_z3_offload")),
         # Tokens of two processes meet in one product of an expert; the embedding's two gradients are rounded apart.
         *((name, 1e-2) for name in ("ep2", "pp2")),
         # Summands of a matrix product are rounded apart.
