@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import comm as deepspeed_comm
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 from lfm.kernels.backend import widest
 from lfm.kernels.gradient_sum import GradientSum
 from lfm.parallel.groups import Groups
+
+# Rank 0 collects garbage twice for each group, to print its memory: half a minute for a hundred buckets.
+bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 Update = Callable[..., None]
 """`OptimizerKind.update`."""
