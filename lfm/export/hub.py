@@ -34,7 +34,7 @@ def located(path: Path | str) -> Path:
     """
     address = parsed(str(path))
     if address is None:
-        return Path(path)
+        return expanded(path)
     repository, snapshot = address[0], downloaded(*address)
     run = expanded(CACHE) / repository.replace("/", "--") / snapshot.name
     if not whole_checkpoints(run / "checkpoints"):

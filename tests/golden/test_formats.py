@@ -1,7 +1,7 @@
 """Checkpoints that older versions wrote: they load, and go on as those versions went on.
 
 `FAMILY/expected.txt` beside each is what the version that wrote it then did: two steps (loss, cross entropy, norm), the
-digest chain, and a hash of every tensor of the last checkpoint.
+digest chain, and a hash of every tensor of the last checkpoint; those of frozen ones are compared.
 """
 
 import hashlib
@@ -16,11 +16,9 @@ from lfm.inference.load import open_model
 from lfm.training.loop import train
 from lfm.training.metrics_file import read_metrics
 from lfm.training.run import RunConfig
-from tests.golden.problems import environment_key
 from tests.training.tiny_run import checkpoint_tensors
 
 HERE = Path(__file__).parent
-WRITTEN_ON = "authenticamd_25_17_avx512_torch2.13.0"
 SAVED = [path.relative_to(HERE) for path in sorted(HERE.glob("format_*/*"))]
 
 
@@ -50,9 +48,8 @@ def test_an_older_checkpoint_goes_on_as_its_version_did(saved, tmp_path, monkeyp
         step, *numbers = line.split()
         found = [records[int(step)][key] for key in ("loss", "cross_entropy", "grad_norm")]
         assert found == pytest.approx([float.fromhex(number) for number in numbers], rel=1e-5)
-        if environment_key() == WRITTEN_ON:
-            assert [number.hex() for number in found] == numbers
     assert tensors.keys() == hashes.keys()
-    if environment_key() == WRITTEN_ON:
-        for name, tensor in tensors.items():
+    # Those versions rounded gradients elsewhere: what training moves differs in its last bits.
+    for name, tensor in tensors.items():
+        if name.startswith("frozen."):
             assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16] == hashes[name], name

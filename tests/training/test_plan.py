@@ -81,7 +81,9 @@ def test_stages_together_hold_the_model_and_a_second_copy_of_tied_weights(tied):
     # A pass's products, of tokens x (inputs + outputs): qkv, out, and for each of two experts gate-up and down.
     products = (3072 + 5120) + (3072 + 3072) + 2 * (3072 + 2 * 1152 + 1152 + 3072)
     waiting = [stage["waiting weight gradients (estimate)"] for stage in stages]
-    assert waiting == [2 * 8192 * products * n for n in layers]
+    # And the logits of the pass itself and of the one kept, where the head's gradient waits.
+    logits = [0, 0 if tied else 2 * run.model.vocab_size]
+    assert waiting == [2 * 8192 * (products * n + head) for n, head in zip(layers, logits, strict=True)]
     fullest = memory_estimate(run, layout)
     assert fullest == max(stages, key=lambda stage: sum(stage.values()))
 
@@ -93,7 +95,8 @@ def test_tensor_ranks_keep_whole_what_goes_into_columns_and_comes_out_of_rows():
     tokens = run.training.micro_batch_size * 8192
     layers = [sum(len(chunk) for chunk in layout.stage_chunks(rank)) for rank in range(2)]
     waiting = [stage["waiting weight gradients (estimate)"] for stage in stages]
-    assert waiting == [2 * tokens * products * n for n in layers]
+    logits = [0, 2 * run.model.vocab_size / 2]
+    assert waiting == [2 * tokens * (products * n + head) for n, head in zip(layers, logits, strict=True)]
 
 
 @pytest.mark.parametrize("keys", [["parallel.virtual_pipeline=2"], ["training.recompute=full"]], ids=str)
