@@ -1,7 +1,7 @@
 """Where products put the gradient of a weight: into its fp32 sum, inside the product, now or later."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -20,9 +20,9 @@ class Later(Protocol):
 class GradientSum:
     """The sum of a parameter's gradients over the micro-batches of a step.
 
-    An engine gives a parameter one, as its attribute `gradient_sum`.  A product whose weight has one adds its gradient
+    An engine gives a parameter one by `give_sum`.  A product whose weight has one adds its gradient
     to `total` itself and returns none to autograd; what other operations return to autograd reaches `add` through the
-    hook that the engine makes, which also runs, and finds no gradient, where there are no others.
+    hook of `give_sum`.
     """
 
     def __init__(self, total: Tensor, *, after: Callable[[], None] | None = None, later: Later | None = None) -> None:
@@ -58,6 +58,18 @@ class GradientSum:
         self.is_empty = False
         if self.after is not None:
             self.after()
+
+
+def give_sum(parameter: Tensor, found: GradientSum) -> None:
+    """Make it the parameter's; what operations leave to autograd is added to it too, and freed."""
+    cast(Any, parameter).gradient_sum = found
+
+    def add(parameter: Tensor) -> None:
+        if parameter.grad is not None:  # hooks run where all was left to the products too
+            found.add(parameter.grad)
+            parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(add)
 
 
 def gradient_sum(weight: Tensor) -> GradientSum | None:

@@ -22,7 +22,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from lfm.kernels.backend import widest
-from lfm.kernels.gradient_sum import GradientSum
+from lfm.kernels.gradient_sum import GradientSum, give_sum
 from lfm.parallel.groups import Groups
 
 # Rank 0 collects garbage twice for each group, to print its memory: half a minute for a hundred buckets.
@@ -147,14 +147,7 @@ class Zero1(BF16_Optimizer):
         for i, (parameter, view) in enumerate(zip(bucket.parameters, views, strict=False)):
             total = GradientSum(view.view(parameter.shape), after=partial(self._added, bucket, i))
             bucket.sums.append(total)
-            cast(Any, parameter).gradient_sum = total
-
-            def add(parameter: Tensor, total: GradientSum = total) -> None:
-                if parameter.grad is not None:  # hooks run where all was left to the products too
-                    total.add(parameter.grad)
-                    parameter.grad = None
-
-            parameter.register_post_accumulate_grad_hook(add)
+            give_sum(parameter, total)
         bucket.additions = [0] * len(bucket.sums)
 
     def start_gradients(self, *, leaves_early: bool) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
 from lfm.evaluation.held_out import score
 from lfm.kernels.backend import widest
-from lfm.kernels.gradient_sum import GradientSum
+from lfm.kernels.gradient_sum import GradientSum, give_sum
 from lfm.layers.liquid import Liquid
 from lfm.layers.router import Balance
 from lfm.models.global_names import global_views, moving_names
@@ -119,19 +119,11 @@ class LocalEngine(Engine):
             torch._foreach_copy_([*self.working.values()], [*self.working])  # pyright: ignore[reportPrivateImportUsage]
 
     def _gradient_sums(self) -> dict[str, GradientSum]:
-        """One for each parameter, and what adds to it the gradients that its products leave to autograd, and frees
-        them."""
+        """One for each parameter."""
         sums = {}
         for name, parameter in self.model.named_parameters():
-            found = sums[name] = GradientSum(torch.zeros_like(self.masters[name], requires_grad=False))
-            cast(Any, parameter).gradient_sum = found
-
-            def add(parameter: Tensor, found: GradientSum = found) -> None:
-                if parameter.grad is not None:  # hooks run where all was left to the products too
-                    found.add(parameter.grad)
-                    parameter.grad = None
-
-            parameter.register_post_accumulate_grad_hook(add)
+            sums[name] = GradientSum(torch.zeros_like(self.masters[name], requires_grad=False))
+            give_sum(parameter, sums[name])
         return sums
 
     def _start_gradients(self) -> None:
