@@ -1,6 +1,6 @@
 """LFM-3B on the GPUs of one host: `python benchmarks/scale_out.py --gpus 4 --out FILE [key.path=value ...]`.
 
-1. The certificate on a small config over NCCL, for every layout below and every composed one that fits.
+1. The certificate on a small config over NCCL, in fp32 and bf16, for every layout below and every composed one that fits.
 2. Steps of the full model under each layout on real packed rows with real routing, timed and then profiled; where
    experts are spread, with forced balance too.  A layout whose certificate is red gets no speed.  `one` is the local
    engine on one GPU with as many rows a GPU: what scaling is measured against.
@@ -28,6 +28,8 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+import torch
 
 from benchmarks.model.certified import Certifier
 from benchmarks.model.collectives import CONNECTIONS, measure_collectives
@@ -95,10 +97,8 @@ def parallel_config(gpus: int, name: str) -> ParallelConfig:
 
 
 def certificates(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A finding for every layout of LAYOUTS and of the certificate with this number of processes."""
-    certifier = Certifier(
-        RunConfig.load(flags.certify_config, CERTIFIED_OVERRIDES.get(flags.gpus, [])), device_type=flags.device
-    )
+    """A finding for every layout of LAYOUTS and of the certificate with this number of processes, by dtype."""
+    small = RunConfig.load(flags.certify_config, CERTIFIED_OVERRIDES.get(flags.gpus, []))
     layouts: dict[str, tuple[ParallelConfig, Recompute]] = {}
     for name, (world, parallel, recompute) in CERTIFIED.items():
         if world == flags.gpus:
@@ -108,9 +108,12 @@ def certificates(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         whole = parallel_config(flags.gpus, name).model_copy(update={"stage_layers": None})
         if (whole, "none") not in layouts.values():
             layouts[name] = whole, "none"
-    for name, (parallel, recompute) in layouts.items():
-        if not flags.only or name in flags.only:
-            yield {"name": name, **asdict(certifier.certify(parallel, flags.gpus, recompute))}
+    for dtype in flags.certify_dtype:
+        certifier = Certifier(small, flags.device, getattr(torch, dtype))
+        for name, (parallel, recompute) in layouts.items():
+            if not flags.only or name in flags.only:
+                finding = certifier.certify(parallel, flags.gpus, recompute)
+                yield {"name": f"{name} in {dtype}", "dtype": dtype, **asdict(finding)}
 
 
 def collectives(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -143,15 +146,15 @@ def wanted(flags: argparse.Namespace) -> list[str]:
 def speeds(flags: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What each layout made of the full model; one that is not certified, or fails, is reported and left out."""
     certified = result["certificates"]
-    red = {finding["name"]: finding["beyond"] for finding in certified if finding["beyond"]}
-    green = {finding["layout"] for finding in certified if not finding["beyond"]}
+    red = {finding["layout"]: finding["beyond"] for finding in certified if finding["beyond"]}
+    green = {finding["layout"] for finding in certified} - set(red)
     estimate = max([row.get("seconds_taken", 0.0) for row in result["layouts"]], default=0.0) or EXPECTED_SECONDS
     left, names = [], wanted(flags)
     exchanges = any("expert" in LAYOUTS[flags.gpus].get(name, {}) for name in names)
     for name in names:
         run, layout, _ = _run(flags, name)
         if layout is not None and layout.name not in green:
-            print(f"{name}: no speed, its certificate is {red.get(name, 'missing')}", flush=True)
+            print(f"{name}: no speed, its certificate is {red.get(layout.name, 'missing')}", flush=True)
             continue
         if time.monotonic() + estimate > flags.end:
             left.append(name)
@@ -265,6 +268,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, choices=LAYOUTS, required=True)
     parser.add_argument("--config", default="configs/lfm_3b_h200.yaml")
     parser.add_argument("--certify-config", default="configs/lfm_debug.yaml")
+    parser.add_argument("--certify-dtype", type=lambda text: text.split(","), default=["float32", "bfloat16"])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--parts", default="certificate,speed,checkpoint", help="of these and nccl")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="names of layouts")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from lfm.errors import UserError
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import check_layout
@@ -18,10 +20,10 @@ _ROWS = 8
 
 
 class Certifier:
-    """Certificates of one small run; what one process computes is computed once."""
+    """Certificates of one small run with weights in `dtype`; what one process computes is computed once."""
 
-    def __init__(self, small: RunConfig, device_type: str) -> None:
-        self.small, self.device_type = small, device_type
+    def __init__(self, small: RunConfig, device_type: str, dtype: torch.dtype = torch.float32) -> None:
+        self.small, self.device_type, self.dtype = small, device_type, dtype
         self._expected: Numbers | None = None
 
     def certify(self, parallel: ParallelConfig, world: int, recompute: Recompute = "none") -> Finding:
@@ -29,14 +31,23 @@ class Certifier:
         small, began = self.small, time.monotonic()
         rows = max(_ROWS, world)
         problem = Problem(
-            small.model, small.optimizer, small.seed, rows=rows, micro_batch_size=1, steps=1, recompute=recompute
+            small.model,
+            small.optimizer,
+            small.seed,
+            rows=rows,
+            micro_batch_size=1,
+            steps=1,
+            dtype=self.dtype,
+            recompute=recompute,
         )
-        layout = check_layout(small.model, parallel, world, global_batch_size=rows, micro_batch_size=1)
+        half = self.dtype.itemsize == 2
+        layout = check_layout(small.model, parallel, world, global_batch_size=rows, micro_batch_size=1, half=half)
         self._expected = self._expected or in_one_process(problem, self.device_type)
         finding = certify(layout, problem, self._expected, device_type=self.device_type)
         deviations = " ".join(f"{key} {value:.1e}" for key, value in finding.deviations.items())
         verdict = "; ".join(finding.beyond) or "certified"
-        print(f"{finding.layout}: {verdict}: {deviations} ({time.monotonic() - began:.0f} s)", flush=True)
+        shown = f"{finding.layout} in {str(self.dtype).removeprefix('torch.')}"
+        print(f"{shown}: {verdict}: {deviations} ({time.monotonic() - began:.0f} s)", flush=True)
         return finding
 
 
