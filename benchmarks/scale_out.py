@@ -1,6 +1,7 @@
 """LFM-3B on the GPUs of one host: `python benchmarks/scale_out.py --gpus 4 --out FILE [key.path=value ...]`.
 
-1. The certificate on a small config over NCCL, in fp32 and bf16, for every layout below and every composed one that fits.
+1. The certificate on a small config over NCCL, in fp32 and bf16, for every layout below and every composed one that
+   fits.
 2. Steps of the full model under each layout on real packed rows with real routing, timed and then profiled; where
    experts are spread, with forced balance too.  A layout whose certificate is red gets no speed.  `one` is the local
    engine on one GPU with as many rows a GPU: what scaling is measured against.

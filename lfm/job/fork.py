@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import queue
+import random
 import socket
 import time
 import traceback
@@ -23,9 +24,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lfm.parallel.megatron", "lfm.parallel.stage", "lfm.parallel.zero"])
     results = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     ranks = [Process(r, world_size, r, world_size, "127.0.0.1", port) for r in range(world_size)]
     workers = [context.Process(target=_run, args=(function, process, args, results)) for process in ranks]
     for worker in workers:
@@ -53,6 +52,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             if worker.is_alive():
                 worker.kill()
     return [found[rank] for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    """Below those that systems hand out: one of them could be a neighbour's, of NCCL, before rank 0 listens."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _run(function: Callable[..., Any], process: Process, args: tuple[Any, ...], results: Any) -> None:

@@ -102,9 +102,10 @@ class MoE(nn.Module):
             # Dropped assignments sort last, behind every expert, and are computed by none.
             flat = torch.where(flat < 0, E, flat)
         load = routing.load if len(experts) == len(routing.experts) else count(flat, E)
+        announced = self.dispatcher.announce(load)
         place = sorted_places(flat, E + 1).view_as(experts)
         inputs = dispatch(x.flatten(0, 1), place)
-        outputs = self.dispatcher.run(inputs, load, self._experts)
+        outputs = self.dispatcher.run(inputs, load, announced, self._experts)
         y = combine(outputs, place, weights)
         return self.dispatcher.finish(y.view_as(x)), routing
 

@@ -1,6 +1,7 @@
 """What a layer takes from outside, so that a parallel build can swap it: linears, shared weights, token dispatcher."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -76,7 +77,10 @@ class TokenDispatcher(nn.Module):
         """Tokens `[B, T, D]` and the routing of whole rows, `[B * whole T, k]` each -> both for the same tokens."""
         return x, experts, weights
 
-    def run(self, inputs: Tensor, load: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def announce(self, load: Tensor) -> Any:
+        """Tell the others `load [num_experts]` of the rows that `run` will get; for it, as soon as it is known."""
+
+    def run(self, inputs: Tensor, load: Tensor, announced: Any, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`compute(rows, load)` at the experts' home for `inputs [m, D]`, sorted by expert, dropped rows last."""
         return compute(inputs, load)
 

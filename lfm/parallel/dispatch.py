@@ -4,12 +4,10 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lfm.kernels.permutation import combine, dispatch, sorted_places
-from lfm.layers.moe import count
 from lfm.layers.parts import Parts, TokenDispatcher
+from lfm.parallel.exchange import Counts, Routes, exchange
 from lfm.parallel.groups import Groups
 
 with warnings.catch_warnings():
@@ -33,10 +31,10 @@ class CutByWidth(TokenDispatcher):
         return own.unflatten(0, (len(y), -1))
 
 
-class AllToAll(TokenDispatcher):
+class Spread(TokenDispatcher):
     """Experts are divided over the expert group; rows travel to their expert and back, routing weights stay at home.
 
-    Rows arrive grouped by source and, within it, by expert.  Rows are exchanged rather than weighted expert outputs,
+    Rows arrive grouped by expert and, within it, by source.  Rows are exchanged rather than weighted expert outputs,
     so that a token's sum is formed in the plain model's order.
     """
 
@@ -52,18 +50,13 @@ class AllToAll(TokenDispatcher):
         own = slice(self.tensor_rank * n, (self.tensor_rank + 1) * n)
         return x, experts[own], weights[own]
 
-    def run(self, inputs: Tensor, load: Tensor, compute: Any) -> Tensor:
-        sent = load.view(-1, self.count)  # [destination, its experts]
-        arriving = torch.empty_like(sent)  # [source, my experts]
-        dist.all_to_all_single(arriving, sent.contiguous(), group=self.group)
-        # The one wait of a layer for the device: the exchange needs its sizes on the host.
-        to_each, from_each = torch.stack([sent.sum(1), arriving.sum(1)]).tolist()
-        kept, num_arriving = sum(to_each), sum(from_each)
-        rows = mappings.all_to_all(self.group, inputs[:kept], from_each, to_each)
-        experts = torch.arange(self.count, device=load.device).repeat(len(from_each))
-        experts = experts.repeat_interleave(arriving.flatten(), output_size=num_arriving)
-        place = sorted_places(experts, self.count)[:, None]
-        rows = compute(dispatch(rows, place), count(experts, self.count))
-        rows = mappings.all_to_all(self.group, combine(rows, place), to_each, from_each)
+    def announce(self, load: Tensor) -> Counts:
+        return Counts(load.view(-1, self.count), self.group)
+
+    def run(self, inputs: Tensor, load: Tensor, announced: Counts, compute: Any) -> Tensor:
+        routes = Routes.to_experts(*announced.read())
+        kept = sum(n for spans in routes.leaving for _, n in spans)
+        rows = compute(exchange(inputs[:kept], routes, self.group), announced.arriving.sum(0))
+        rows = exchange(rows, routes.back(), self.group)
         dropped = len(inputs) - kept
         return torch.cat([rows, rows.new_zeros(dropped, rows.shape[1])]) if dropped else rows
