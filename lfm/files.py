@@ -163,12 +163,15 @@ def remove_temporaries(folder: Path) -> None:
 
 
 @contextmanager
-def refusing(way_out: str) -> Iterator[None]:
-    """What the system refuses within becomes a UserError that names the path, the reason and the way out."""
+def refusing(way_out: str, *, at: Path | None = None) -> Iterator[None]:
+    """What the system refuses within becomes a UserError that names the path, the reason and the way out.
+
+    A full disk names no path: `at` is what was being written.
+    """
     try:
         yield
     except OSError as error:
-        path = error.filename2 or error.filename
+        path = error.filename2 or error.filename or at
         if path is None:
             raise UserError(f"{reason(error)}; {way_out}") from error
         raise UserError(f"{shown(Path(os.fsdecode(path)))} cannot be used ({reason(error)}); {way_out}") from error

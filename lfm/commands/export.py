@@ -2,14 +2,25 @@
 
 import argparse
 import os
+import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lfm.config import path_flag
 from lfm.errors import UserError
 from lfm.exits import command
-from lfm.files import exists, is_free, partial_folder, ready_folder, refusing, remove_tree, replace_folder, shown
+from lfm.files import (
+    behind_links,
+    exists,
+    is_free,
+    partial_folder,
+    ready_folder,
+    refusing,
+    remove_tree,
+    replace_folder,
+    shown,
+)
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
@@ -47,9 +58,13 @@ def main() -> None:
         hub.check_repository(flags.push_to_hub)
         if flags.format != "hf":
             raise UserError(f"--push-to-hub is for --format hf, and this is --format {flags.format}")
+    if flags.licence is not None and not (flags.licence.strip() and flags.licence.isprintable()):
+        raise UserError(f"--licence {shown(flags.licence)} is no name of a licence; give one line, such as apache-2.0")
     chosen = FORMATS[flags.format]
     check_free(flags.out, is_folder=chosen.is_folder)
     source = Source(hub.located(flags.checkpoint))
+    if behind_links(source.path) in behind_links(flags.out).parents:
+        raise UserError(f"--out {shown(flags.out)} is in the checkpoint itself, and would go with it; give another")
     settings = Settings(getattr(torch, DTYPES[flags.dtype]), flags.licence)
     with written_whole(flags.out, is_folder=chosen.is_folder) as partial:
         chosen.write(source, partial, settings)
@@ -61,7 +76,11 @@ def main() -> None:
     for line in lines:
         print(line)
     if flags.push_to_hub is not None:
-        print(hub.push(flags.out, flags.push_to_hub, private=flags.private))
+        try:
+            print(hub.push(flags.out, flags.push_to_hub, private=flags.private))
+        except UserError as error:
+            again = f"hf upload {flags.push_to_hub} {shlex.quote(shown(flags.out))}"
+            raise UserError(f"{error}; the folder is whole, and `{again}` uploads it") from None
 
 
 def check_free(out: Path, *, is_folder: bool) -> None:
@@ -74,10 +93,11 @@ def check_free(out: Path, *, is_folder: bool) -> None:
 
 @contextmanager
 def written_whole(out: Path, *, is_folder: bool) -> Iterator[Path]:
-    """Where to write what will be `out`, beside it; however that ends, `out` is whole or not there."""
+    """Where to write what will be `out`, beside it; however that ends, `out` is whole or nothing new is there."""
+    made = [folder for folder in out.absolute().parents if not exists(folder)]
     ready_folder(out.parent)
     partial = partial_folder(out) if is_folder else out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with refusing("make room there, or give another --out"):
+    with refusing("make room there, or give another --out", at=out):
         try:
             remove_tree(partial)
             if is_folder:
@@ -89,4 +109,7 @@ def written_whole(out: Path, *, is_folder: bool) -> Iterator[Path]:
                 os.replace(partial, out)
         except BaseException:
             remove_tree(partial)
+            with suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
             raise

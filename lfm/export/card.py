@@ -1,13 +1,14 @@
 """README.md of an exported model: what the run's records say of it, and how it is used."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lfm.export.source import Source
-from lfm.files import exists, read_file
+from lfm.files import exists, read_file, shown
 
 _PRACTICE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +28,7 @@ def card(source: Source, *, dtype: str, licence: str | None) -> str:
         head.insert(0, f"license: {json.dumps(licence)}")
     return "\n".join(
         [
-            *("---", *head, "---", "", f"# {name}", ""),
+            *("---", *head, "---", "", f"# {shown(name)}", ""),
             f"A language model of family `{source.kind}` with {parameters(source)}.",
             *("", "## Use", "", _PRACTICE.format(place="PATH_OR_NAME"), ""),
             f"`modeling_{source.kind}.py` is the model's code; it needs torch and transformers. "
@@ -54,9 +55,9 @@ def training(source: Source) -> Iterator[str]:
     config, progress = source.manifest["config"], source.manifest["progress"]
     data, steps = config.get("data") or {}, config.get("training") or {}
     if data.get("path"):
-        yield f"- data: `{Path(data['path']).name}`"
+        yield f"- data: `{named(str(data['path']))}`"
     for stream in data.get("streams") or ():
-        yield f"- data: `{stream.get('name')}`, proportion {stream.get('proportion')}"
+        yield f"- data: `{shown(str(stream.get('name')))}`, proportion {stream.get('proportion')}"
     yield f"- {progress['step']:,} steps, {progress['tokens']:,} tokens"
     if "global_batch_size" in steps:
         yield f"- {steps['global_batch_size']} rows of {source.config.seq_length} tokens a step"
@@ -69,6 +70,14 @@ def training(source: Source) -> Iterator[str]:
     best = progress["best_validation"]
     if best is not None:
         yield f"- best validation loss: {best:.4f} nats per token"
+
+
+def named(path: str) -> str:
+    """The last part of a path or URL: the rest is this machine's, and may hold names and keys of users."""
+    _, is_url, behind = path.partition("://")
+    if is_url:
+        path = re.split("[?#]", behind.partition("/")[2])[0]
+    return shown(Path(path).name)
 
 
 def limits(source: Source) -> Iterator[str]:

@@ -56,4 +56,11 @@ def read(place: Path) -> Incoming:
     """What lies at `place`, in whichever format.  Raises UserError where it is none that can be read."""
     if not exists(place):
         raise UserError(f"{shown(place)} does not exist; give a folder or file that `lfm export` wrote")
+    if exists(place / "prefill.onnx") or place.suffix == ".onnx":
+        raise UserError(
+            f"{shown(place)} is of --format onnx, whose graphs have no weights by name; "
+            "give what --format hf or safetensors wrote"
+        )
+    if exists(place / "checkpoints") or exists(place / "manifest.json"):
+        raise UserError(f"{shown(place)} is a run or checkpoint already; give it to --checkpoint as it is")
     return FORMATS["hf" if place.is_dir() else "safetensors"].read(place)

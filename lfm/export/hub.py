@@ -7,6 +7,7 @@ not run.  HF_ENDPOINT, HF_TOKEN and the like are huggingface_hub's own.
 import os
 import re
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,12 @@ from lfm.export.incoming import write_run
 from lfm.export.packages import require
 from lfm.files import expanded, remove_tree, shown
 
+CONFIG_NAME = "config.json"
 CACHE = "~/.cache/lfm/hub"
 """Runs made of what was downloaded: `user--name/COMMIT`."""
 
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_NOT_FOR_YOU = ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError")
 # One slash where a path was made of the text.
 _ADDRESS = re.compile(rf"hf:/{{1,2}}({_NAME})(?:@([\w./-]+))?")
 
@@ -53,11 +56,18 @@ def parsed(text: str) -> tuple[str, str | None] | None:
 
 
 def downloaded(repository: str, revision: str | None = None) -> Path:
-    """The folder of the hub's cache with a model's files; its name is the commit."""
+    """The folder of the hub's cache with a model's files; its name is the commit.
+
+    Its configuration comes first: of what is no model of this project nothing more is fetched.
+    """
     hub = require("huggingface_hub", purpose=f"hf://{repository}")
-    wanted = ["*.json", "*.safetensors"]
-    with _explained(f"hf://{repository}", "cannot be read"):
-        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    what, wanted, unwanted = f"hf://{repository}", ["*.json", "*.safetensors"], ["*/*"]
+    with _explained(what, "cannot be read"):
+        config = Path(hub.hf_hub_download(repository, CONFIG_NAME, revision=revision))
+    huggingface.read_config(config)
+    with _explained(what, "cannot be read"):
+        commit = config.parent.name
+        return Path(hub.snapshot_download(repository, revision=commit, allow_patterns=wanted, ignore_patterns=unwanted))
 
 
 def _import(snapshot: Path, run: Path, *, name: str) -> None:
@@ -98,10 +108,12 @@ def _explained(what: str, cannot: str) -> Iterator[None]:
         yield
     except Exception as error:
         name, status = type(error).__name__, _status(error)
-        if name in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError") or status in (401, 403, 404):
+        if name in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+            why = f"it has no {CONFIG_NAME}; name a model that `lfm export` made"
+        elif name in _NOT_FOR_YOU or status in (401, 403, 404):
             why = "the hub has none of that name, or not for you; correct it, or set HF_TOKEN"
         else:
-            cause = " ".join(f"{name}: {error}".split())[:200]
+            cause = textwrap.shorten(f"{name}: {error}", 200, placeholder=" ...")
             why = (
                 f"{cause}; check the connection (HF_ENDPOINT={os.environ.get('HF_ENDPOINT', 'https://huggingface.co')})"
             )

@@ -157,34 +157,52 @@ def remote_model(source: Source) -> Any:
 
 def read(place: Path) -> Incoming:
     """Weights and configuration of the folder; its code is not run."""
-    config = _read_json(place / "config.json")
+    tree = read_config(place / "config.json")
+    tokenizer = read_file(place / TOKENIZER_NAME) if exists(place / TOKENIZER_NAME) else None
+    record = tree.get("lfm")
+    return Incoming(place, tree, _files(place), tokenizer, record if isinstance(record, dict) else {})
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A config.json with its `kind`.  Raises UserError for one that is not of this project's models."""
+    config = _read_json(file)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type.startswith(MODEL_TYPE):
         raise UserError(
-            f"{shown(place / 'config.json')} is of model_type {model_type!r}; lfm imports what `lfm export` wrote, "
+            f"{shown(file)} is of model_type {model_type!r}; lfm imports what `lfm export` wrote, "
             f"whose model_type begins with {MODEL_TYPE}"
         )
+    return {**config, "kind": model_type.removeprefix(MODEL_TYPE)}
+
+
+def _files(place: Path) -> dict[str, Path]:
+    """Tensor by name -> its file.  Raises UserError for a file that is not in the folder, or a tensor in two."""
+    names: list[Any] = [WEIGHTS]
     if exists(place / INDEX):
         shards = _read_json(place / INDEX).get("weight_map")
-        names: list[Any] = list(dict.fromkeys(shards.values())) if isinstance(shards, dict) else [None]
+        names = list(shards.values()) if isinstance(shards, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(f"{shown(place / INDEX)} is no index of files in its folder; export the model again")
-        files = {tensor: place / name for name in names for tensor in holdings(place / name)[0]}
-    else:
-        if not exists(place / WEIGHTS):
-            raise UserError(f"{shown(place)} has no {WEIGHTS}; give a folder that `lfm export --format hf` wrote")
-        files = dict.fromkeys(holdings(place / WEIGHTS)[0], place / WEIGHTS)
-    tokenizer = read_file(place / TOKENIZER_NAME) if exists(place / TOKENIZER_NAME) else None
-    record = config.get("lfm")
-    tree = {**config, "kind": model_type.removeprefix(MODEL_TYPE)}
-    return Incoming(place, tree, files, tokenizer, record if isinstance(record, dict) else {})
+    elif not exists(place / WEIGHTS):
+        raise UserError(f"{shown(place)} has no {WEIGHTS}; give a folder that `lfm export --format hf` wrote")
+    files: dict[str, Path] = {}
+    for name in dict.fromkeys(names):
+        for tensor in holdings(place / name)[0]:
+            if tensor in files:
+                raise UserError(
+                    f"{shown(place)} has the tensor {shown(tensor)} twice, in {files[tensor].name} and {shown(name)}; "
+                    "export the model again"
+                )
+            files[tensor] = place / name
+    return files
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not exists(path):
         raise UserError(f"{shown(path)} does not exist; give a folder that `lfm export --format hf` wrote")
+    content = read_file(path)
     try:
-        tree = json.loads(read_file(path))
+        tree = json.loads(content)
     except (ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict):

@@ -20,6 +20,7 @@ from lfm.models.registry import FAMILIES, ModelConfig, parse
 
 NO_CHAIN = "0" * 32
 """Of the digests of what a run read, which an import does not know."""
+_WAY_OUT = "give weights and configuration of one model, as `lfm export` writes them"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Incoming:
         """Raises UserError where the keys are none of a family's."""
         kind = self.tree.get("kind")
         known = {family.model_fields["kind"].default: family for family in FAMILIES}
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise UserError(
                 f"{shown(self.place)} is of kind {kind!r}, which is no family of this project; it has "
                 f"{', '.join(known)}, as `lfm export` writes them"
@@ -58,6 +59,7 @@ def write_run(incoming: Incoming, folder: Path, *, name: str, tokenizer: bytes |
     a number that is none.
     """
     config = incoming.config()
+    _check_count(incoming, config)
     wanted = expected_tensors(config)
     _check_names(incoming, wanted)
     definition = _checked_tokenizer(incoming, tokenizer, config)
@@ -80,19 +82,33 @@ def write_run(incoming: Incoming, folder: Path, *, name: str, tokenizer: bytes |
     return folder / "checkpoints" / f"step_{step:08d}"
 
 
+def _check_count(incoming: Incoming, config: Any) -> None:
+    """A model is laid out part by part to know its tensors: for a million experts that takes minutes.
+
+    Each layer has a tensor at least, and each expert.
+    """
+    moe = getattr(config, "moe", None)
+    experts = 1 if moe is None else moe.num_moe_experts
+    if len(incoming.files) < config.num_layers * experts:
+        of_each = f" of {experts:,} experts" if experts > 1 else ""
+        raise UserError(
+            f"{shown(incoming.place)} has {len(incoming.files):,} tensors, too few for the {config.num_layers:,} "
+            f"layers{of_each} that its configuration describes; {_WAY_OUT}"
+        )
+
+
 def _check_names(incoming: Incoming, wanted: Mapping[str, Expected]) -> None:
     missing = sorted(wanted.keys() - incoming.files.keys())
     unknown = sorted(incoming.files.keys() - wanted.keys())
-    way_out = "give weights and configuration of one model, as `lfm export` writes them"
     if missing:
         raise UserError(
             f"{shown(incoming.place)} lacks the tensor {missing[0]} (and {len(missing) - 1} more) that its "
-            f"configuration describes; {way_out}"
+            f"configuration describes; {_WAY_OUT}"
         )
     if unknown:
         raise UserError(
             f"{shown(incoming.place)} has a tensor {shown(unknown[0])} (and {len(unknown) - 1} more) that is none of "
-            f"its configuration's; {way_out}"
+            f"its configuration's; {_WAY_OUT}"
         )
 
 

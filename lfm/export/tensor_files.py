@@ -23,8 +23,14 @@ def holdings(file: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def save(tensors: Mapping[str, Tensor], file: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file, to the disk, that those may read who may read its folder."""
+    """Write a file, to the disk, that those may read who may read its folder.  Raises UserError where it cannot."""
+    safetensors = require("safetensors", purpose=f"writing {shown(file)}")
     save_file = require("safetensors.torch", purpose=f"writing {shown(file)}").save_file
-    save_file(dict(tensors), str(file), metadata={"format": "pt", **(metadata or {})})
+    try:
+        save_file(dict(tensors), str(file), metadata={"format": "pt", **(metadata or {})})
+    except safetensors.SafetensorError as error:  # what the system refuses, too
+        raise UserError(
+            f"{shown(file)} cannot be written ({reason(error)}); make room there, or give another --out"
+        ) from None
     os.chmod(file, file.parent.stat().st_mode & 0o666)  # the package makes it its owner's alone
     sync(file)

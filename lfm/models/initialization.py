@@ -67,9 +67,9 @@ def materialize(make: Callable[[], AnyModel], *, device: torch.device, dtype: to
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        kind = cast(Any, model).config.kind
+        kind, where = cast(Any, model).config.kind, "machine" if device.type == "meta" else device.type
         raise UserError(
-            f"the weights of model.kind={kind} take {needed / 2**30:,.1f} GiB and this {device.type} has "
+            f"the weights of model.kind={kind} take {needed / 2**30:,.1f} GiB and this {where} has "
             f"{there / 2**30:,.1f}; make model.num_layers, its widths or model.vocab_size smaller"
         )
     return model.to_empty(device=device)

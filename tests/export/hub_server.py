@@ -20,6 +20,10 @@ class Hub:
     stored: dict[str, bytes] = field(default_factory=dict)
     """Large files by sha256."""
     private: set[str] = field(default_factory=set)
+    locked: set[str] = field(default_factory=set)
+    """Names that are not for this user."""
+    begun: dict[str, bytes] = field(default_factory=dict)
+    """What a new model holds."""
     asked: list[str] = field(default_factory=list)
 
     def commit(self, name: str) -> str:
@@ -35,7 +39,9 @@ class Hub:
             name = f"{wanted['organization']}/{wanted['name']}"
             if name in self.models:
                 return 409, {}, {"error": "exists", "url": f"{self.address}/{name}"}
-            self.models[name] = {}
+            if name in self.locked:
+                return 403, {}, {"error": "Forbidden"}
+            self.models[name] = dict(self.begun)
             if wanted.get("private") or wanted.get("visibility") == "private":
                 self.private.add(name)
             return 200, {}, {"url": f"{self.address}/{name}"}
@@ -93,8 +99,11 @@ class Hub:
             found.append({"type": "file", "path": path, "size": size, "oid": oid, **large})
         return 200, {}, found
 
-    def _resolve(self, name: str, rest: str, _: bytes) -> tuple[int, dict[str, str], Any]:
-        content = self.models[name].get(rest.partition("/")[2])
+    def _resolve(self, name: str, rest: str, body: bytes) -> tuple[int, dict[str, str], Any]:
+        revision, _, path = rest.partition("/")
+        if revision not in ("main", self.commit(name)):
+            return 404, {"X-Error-Code": "RevisionNotFound"}, {"error": "Invalid rev"}
+        content = self.models[name].get(path)
         if content is None:
             return 404, {"X-Error-Code": "EntryNotFound"}, {"error": "Entry not found"}
         etag = hashlib.sha256(content).hexdigest()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,14 +19,14 @@ from lfm.checkpoint.folder import find
 from lfm.commands import export, import_weights
 from lfm.data.tokenizer import Tokenizer, train_bpe
 from lfm.errors import UserError
-from lfm.export import formats, huggingface
+from lfm.export import card, formats, huggingface
 from lfm.export.incoming import write_run
 from lfm.export.source import Source
 from lfm.files import listed
 from lfm.inference.load import load_model
 from lfm.inference.sampling import SamplingConfig, generate
 from lfm.training.loop import train
-from tests.export.checkpoints import TREES, VARIANTS, checkpoint_of
+from tests.export.checkpoints import ATTENTION, TREES, VARIANTS, checkpoint_of
 from tests.training.tiny_run import checkpoint_tensors, losses, tiny_run
 
 TEXTS = ["to be, or not to be: that is the question. " * 3, "def f(x):\n    return x + 1\n", "<|endoftext|> is a name"]
@@ -228,6 +229,14 @@ def test_whatever_fails_nothing_is_left_and_nothing_is_written_over(runs, lfm, t
         ("import", tmp_path / "file", "--out", tmp_path / "full"): "holds something else",
         ("import", tmp_path / "file", "--out", tmp_path / "a b"): "a run's name is of letters",
         ("import", "hf://one", "--out", tmp_path / "a"): "write hf://USER/NAME",
+        ("import", run, "--out", tmp_path / "a"): "is a run or checkpoint already; give it to --checkpoint",
+        ("import", find(run), "--out", tmp_path / "a"): "is a run or checkpoint already; give it to --checkpoint",
+        ("export", "--checkpoint", run, "--out", find(run) / "hf"): "is in the checkpoint itself, and would go with it",
+        ("export", "--checkpoint", run, "--out", tmp_path / "a", "--licence", "a\n---"): "give one line, such as",
+        (
+            *("export", "--checkpoint", run, "--format", "onnx", "--dtype", "bf16"),
+            *("--out", tmp_path / "new/folders/a"),
+        ): "is float32 alone, not bfloat16",
     }.items():
         code, said = lfm(*words)
         assert code == 2 and sentence in said and said.count("\n") == 1, said
@@ -235,6 +244,33 @@ def test_whatever_fails_nothing_is_left_and_nothing_is_written_over(runs, lfm, t
     code, said = lfm("export", "--checkpoint", run, "--out", tmp_path / "a")
     assert code == 130
     assert listed(tmp_path) == before and (tmp_path / "full/letter.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", ["hf", "safetensors"])
+def test_a_full_disk_is_one_sentence(format, runs, lfm, tmp_path):
+    # As a disk does that is full after 20 kB; Python ignores the signal that comes first.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+    try:
+        code, said = lfm("export", "--checkpoint", runs["lstm"], "--format", format, "--out", tmp_path / "a/out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and said.count("\n") == 1, said
+    assert str(tmp_path / "a") in said and "make room there, or give another --out" in said
+    assert listed(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "path, shown",
+    [
+        ("/home/me/stories", "stories"),
+        ("s3://key:secret@bucket/a/stories?token=secret#secret", "stories"),
+        ("s3://key:secret@bucket", ""),
+        ("a/b\n---\nc", "b\\x0a---\\x0ac"),
+    ],
+)
+def test_a_card_names_data_by_the_last_part_of_their_path_alone(path, shown):
+    assert card.named(path) == shown
 
 
 def changed(folder: Path, file: str, change) -> None:
@@ -272,6 +308,28 @@ def test_weights_that_do_not_fit_are_one_sentence(runs, lfm, tmp_path):
     refused("has no model.safetensors", "no_weights")
     (copy("outside") / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../whole/model.safetensors"}}')
     refused("is no index of files in its folder", "outside")
+    for number, shards in enumerate([{"a": {"b": 1}}, {"a": [1]}, {"a": None}, ["a"]]):
+        (copy(f"index_{number}") / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+        refused("is no index of files in its folder", f"index_{number}")
+    shutil.copyfile(whole / "model.safetensors", copy("twice") / "other.safetensors")
+    index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
+    (tmp_path / "twice/model.safetensors.index.json").write_text(json.dumps(index))
+    refused("twice, in model.safetensors and other.safetensors", "twice")
+    os.mkfifo(copy("unreadable") / "tokenizer")
+    os.replace(tmp_path / "unreadable/tokenizer", tmp_path / "unreadable/config.json")
+    refused("config.json is not a regular file", "unreadable")
+    # Such a model would take minutes and all memory to be laid out.
+    many = {"num_layers": 1000, "vocab_size_multiple": 256, "attention": ATTENTION}
+    many |= {
+        "ffn": {"kind": "moe", "num_moe_experts": 1 << 20, "moe_ffn_hidden_size": 32},
+        "model_type": "lfm_training_lfm",
+    }
+    changed(copy("many"), "config.json", lambda tree: tree.update(many))
+    refused("has 10 tensors, too few for the 1,000 layers of 1,048,576 experts", "many")
+    changed(copy("vast"), "config.json", lambda tree: tree.update(hidden_size=1 << 20))
+    refused("GiB and this machine has", "vast")
+    (copy("graphs") / "prefill.onnx").touch()
+    refused("is of --format onnx, whose graphs have no weights by name", "graphs")
     (copy("no_tokenizer") / "tokenizer.json").unlink()
     refused("has no tokenizer.json; give one with --tokenizer FILE", "no_tokenizer")
     large = tmp_path / "large.json"
@@ -280,8 +338,15 @@ def test_weights_that_do_not_fit_are_one_sentence(runs, lfm, tmp_path):
     own = find(runs["lstm"]) / "tokenizer.json"
     assert lfm("import", tmp_path / "no_tokenizer", "--out", tmp_path / "given", "--tokenizer", own)[0] == 0
 
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
+    with safe_open(whole / "model.safetensors", "pt") as opened:
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}
+    for number, kind in enumerate([[], {}, None, 1]):
+        metadata = {"lfm.model": json.dumps({"kind": kind}), "lfm.tokenizer": own.read_text()}
+        save_file(weights, tmp_path / f"kind_{number}", metadata=metadata)
+        refused(f"is of kind {kind!r}, which is no family", f"kind_{number}")
     tensors = load_file(whole / "model.safetensors")
     tensors["final_norm.weight"][3] = torch.nan
     save_file(tensors, copy("nan") / "model.safetensors", metadata={"format": "pt"})

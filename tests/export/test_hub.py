@@ -54,19 +54,27 @@ def test_a_model_goes_to_the_hub_and_is_a_checkpoint_by_its_address(tmp_path):
     tokenizer = train_bpe(["to be, or not to be " * 20], 300, allow_smaller=True)
     run = checkpoint_of(TREES["lstm"], tokenizer, tmp_path / "own")
     failing = {
+        "hf://me/foreign": "config.json is of model_type 'llama'; lfm imports what `lfm export` wrote",
+        "hf://me/texts": "hf://me/texts cannot be read: it has no config.json; name a model that `lfm export` made",
         "hf://me/none": "hf://me/none cannot be read: the hub has none of that name, or not for you",
         "hf://me/small@v2": "the hub has none of that name, or not for you; correct it, or set HF_TOKEN",
         "hf://me": "is no address of the hub; write hf://USER/NAME",
     }
     with running_hub() as hub:
+        hub.begun = {".gitattributes": b"", "old/notes.json": b"{}"}
+        hub.models["me/foreign"] = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"large"}
+        hub.models["me/texts"] = {"README.md": b"no model"}
         pushing = ("export", "--checkpoint", run, "--out", tmp_path / "out", "--no-compare")
-        pushed, want, found, imported, *failed = lfm(
+        refusing = ("export", "--checkpoint", run, "--out", tmp_path / "whole", "--no-compare")
+        hub.locked.add("you/locked")
+        pushed, want, found, imported, refused, *failed = lfm(
             tmp_path,
             hub.address,
             (*pushing, "--push-to-hub", "me/small", "--private"),
             ("generate", "--checkpoint", run, *PROMPT),
             ("generate", "--checkpoint", "hf://me/small", *PROMPT),
             ("import", "hf://me/small@main", "--out", tmp_path / "back"),
+            (*refusing, "--push-to-hub", "you/locked"),
             *(("generate", "--checkpoint", address, *PROMPT) for address in failing),
         )
         assert pushed[0] == 0 and hub.private == {"me/small"} and f"{hub.address}/me/small" in pushed[1], pushed
@@ -76,9 +84,14 @@ def test_a_model_goes_to_the_hub_and_is_a_checkpoint_by_its_address(tmp_path):
         fetched = [request for request in hub.asked if request.startswith("GET") and "/resolve/" in request]
         assert len(fetched) == len(set(fetched)) > 3, "what was fetched is kept"
         assert not any(request.endswith(".py") for request in fetched), "no code is"
+        assert not any("/old/" in request for request in fetched), "nor are folders"
+        assert not any("me/foreign" in request and "safetensors" in request for request in hub.asked)
         cached = tmp_path / ".cache/lfm/hub/me--small" / hub.commit("me/small")
         assert [path.name for path in cached.parent.iterdir()] == [cached.name]
         assert imported[0] == 0, imported
+        assert refused[0] == 2 and refused[2].count("\n") == 1, refused
+        assert f"the folder is whole, and `hf upload you/locked {tmp_path / 'whole'}` uploads it" in refused[2], refused
+        assert (tmp_path / "whole/model.safetensors").exists()
         for (code, _, said), sentence in zip(failed, failing.values(), strict=True):
             assert code == 2 and sentence in said and said.count("\n") == 1, said
     ((code, _, said),) = lfm(tmp_path, hub.address, ("generate", "--checkpoint", "hf://you/other", *PROMPT))
