@@ -7,7 +7,9 @@ import argparse
 import functools
 import json
 import math
+import os
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -115,9 +117,28 @@ def _check_flags(flags: argparse.Namespace, config: EvaluateConfig) -> None:
     if flags.include_path and not flags.tasks:
         raise UserError("--include-path is a folder of tasks; name those to be scored with --tasks")
     if flags.out is not None:
-        if flags.out.is_dir():
-            raise UserError(f"--out {shown(flags.out)} is a folder; name a file in it")
-        ready_folder(flags.out.parent)
+        _check_out(flags.out, flags.text or ())
+
+
+def _check_out(out: Path, texts: Sequence[Path]) -> None:
+    """Raise UserError where nothing can be written, or what must not be lost would be: before hours of scoring."""
+    if out.is_dir():
+        raise UserError(f"--out {shown(out)} is a folder; name a file in it")
+    if out.exists():
+        if not out.is_file():
+            raise UserError(f"--out {shown(out)} is no regular file; name one, whose content is replaced")
+        if any(out.samefile(text) for text in texts):
+            raise UserError(f"--out {shown(out)} is one of --text, which would be lost; name another file")
+        if _is_standard_output(out):
+            raise UserError(f"--out {shown(out)} is where the tables go; name another file")
+    ready_folder(out.parent)
+
+
+def _is_standard_output(file: Path) -> bool:
+    try:
+        return os.path.samestat(file.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # it is closed, or a notebook's
+        return False
 
 
 def _names(checkpoints: Sequence[Path]) -> list[str]:
@@ -142,6 +163,8 @@ def _opened(flags: argparse.Namespace) -> "tuple[list[Document], Tasks | None]":
         from lfm.evaluation.tasks import open_tasks
 
         names = [name for words in flags.tasks for name in words.split(",") if name]
+        if not names:
+            raise UserError("--tasks names no task; name some, as in --tasks stdlib_lines,gcide_words")
         with waiting("opening tasks"):
             tasks = open_tasks(names, flags.include_path or ())
     return documents, tasks

@@ -34,7 +34,7 @@ def tables(found: Sequence[Evaluated], documents: Sequence[Document]) -> Iterato
     if documents:
         rows = [["text", "bytes", *(f"{head}: {what}" for head in heads for what in ("perplexity", "bits/byte"))]]
         for name, scores in _by_text(found):
-            cells = [cell for score in scores for cell in (f"{score.perplexity:.3f}", _number(score.bits_per_byte))]
+            cells = [cell for score in scores for cell in (_number(score.perplexity, 3), _number(score.bits_per_byte))]
             rows.append([name, f"{scores[0].num_bytes:,}", *cells])
         yield from _aligned(rows)
         for name, scores in _by_text(found):
@@ -124,8 +124,8 @@ def _record(of: str, metric: str, first: Evaluated, other: Evaluated, interval: 
     }
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -5,6 +5,8 @@ import difflib
 import io
 import logging
 import random
+import textwrap
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +140,11 @@ def _sampling(kwargs: dict[str, Any], *, seed: int) -> SamplingConfig:
     tree = {"top_k": 50, "top_p": 1.0} | tree if samples else {"greedy": True}
     if given:
         raise UserError(f"a task's generation_kwargs hold {', '.join(given)}, unknown here; take another task")
-    stop = [until] if isinstance(until, str) else list(until)
+    stop = [until] if isinstance(until, str) else until
+    if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
+        raise UserError(
+            f"a task's generation_kwargs have until = {until!r}, no text or list of texts; correct the task"
+        )
     tree |= {"max_new_tokens": most[0] if most else _MAX_NEW_TOKENS, "stop": [text for text in stop if text]}
     return SamplingConfig.from_tree({**tree, "seed": seed}, source="a task's generation_kwargs")
 
@@ -172,9 +178,33 @@ class Tasks:
                 shots = own if own == 0 or num_fewshot is None else num_fewshot
                 task.set_config(key="num_fewshot", value=shots or 0)
                 task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-            # No bootstrap of the harness's: it starts processes.
-            found: Any = evaluate(lm=adapter, task_dict=self.loaded, limit=limit, bootstrap_iters=0)
+            with _explained(list(self.loaded["tasks"])):
+                # No bootstrap of the harness's: it starts processes.
+                found: Any = evaluate(lm=adapter, task_dict=self.loaded, limit=limit, bootstrap_iters=0)
         return {name: _result(name, values, found) for name, values in found["results"].items()}
+
+
+@contextlib.contextmanager
+def _explained(names: Sequence[str]) -> Iterator[None]:
+    """What YAML, code or a document of a task brings the harness to becomes a UserError; errors of ours stay."""
+    which = f"task {names[0]}" if len(names) == 1 else "one of the tasks " + textwrap.shorten(", ".join(names), 200)
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{which}: {error}") from None
+    except Exception as error:
+        own = [frame.filename == __file__ for frame in traceback.extract_tb(error.__traceback__)]
+        if any(own[own.index(False) :]) or isinstance(error, (torch.OutOfMemoryError, OSError)):
+            raise
+        raise UserError(f"{which} cannot be scored ({_why(error)}); correct its YAML or its documents") from None
+
+
+def _why(error: BaseException) -> str:
+    """In a line, with what caused it: errors of the data set library often say nothing themselves."""
+    if isinstance(error, StopIteration):
+        return "it has no documents"
+    cause = "" if error.__cause__ is None else f", from {_why(error.__cause__)}"
+    return textwrap.shorten(f"{type(error).__name__}: {error}{cause}", 300, placeholder=" ...")
 
 
 def _result(name: str, values: dict[str, Any], found: dict[str, Any]) -> TaskResult:
@@ -254,11 +284,13 @@ def _loaded(manager: TaskManager, spec: str) -> TaskDict:
     try:
         found = manager.load([spec])
     except Exception as error:  # whatever a task's own code, its YAML or the data set library raise
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"task {shown(spec)} cannot be loaded ({why}); data of shipped tasks are made by "
-            "`python -m data_pipeline.make_tasks`, those of others come from the Hugging Face hub"
-        ) from None
+        if (shipped_configs() / "tasks" / f"{spec}.yaml").exists():
+            way_out = "its data are made by `python -m data_pipeline.make_tasks`"
+        elif Path(spec).is_file():
+            way_out = "correct the YAML or its data"
+        else:
+            way_out = "data of the harness's own tasks come from the Hugging Face hub"
+        raise UserError(f"task {shown(spec)} cannot be loaded ({_why(error)}); {way_out}") from None
     for name, task in found["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError(f"task {shown(name)} runs code or shows pictures, which is not done here; leave it out")

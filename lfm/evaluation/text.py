@@ -58,9 +58,9 @@ class TextScore:
     """Characters that the tokenizer does not give back: they have no bits."""
 
     @property
-    def perplexity(self) -> float:
-        """Per token: no measure between tokenizers."""
-        return math.exp(min(self.nats / max(1, self.labels), 700))
+    def perplexity(self) -> float | None:
+        """Per token: no measure between tokenizers; None where no token follows another."""
+        return math.exp(min(self.nats / self.labels, 700)) if self.labels else None
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -120,6 +120,41 @@ def test_what_is_longer_than_the_context_loses_its_beginning(model, tokenizer):
     assert likely == pytest.approx(likelihood(model, cut, number - len(ids))[0], abs=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "task, document, words",
+    [
+        ("own_choices", {"choices": []}, "not enough values"),
+        ("own_choices", {"gold": None}, "TypeError"),
+        ("own_choices", {"choices": [1, 2]}, "cannot be scored"),
+        ("own_made", {"generation_kwargs": {"until": 7}}, "have until = 7, no text or list of texts"),
+        ("own_made", {"generation_kwargs": {"max_gen_toks": -1}}, "input should be greater than 0"),
+        ("own_choices", {"metric_list": [{"metric": "acc", "aggregation": "none_such"}]}, "cannot be scored"),
+    ],
+)
+def test_a_document_or_setting_that_breaks_the_harness_is_one_sentence(
+    task, document, words, tokenizer, tasks_folder, tmp_path
+):
+    """Found while scoring, when models are loaded, and in a run, steps made."""
+    tree = json.loads((tasks_folder / f"{task}.yaml").read_text())
+    documents = [json.loads(line) for line in (tasks_folder / "documents.jsonl").read_text().splitlines()[:3]]
+    tree |= {key: value for key, value in document.items() if key not in documents[0]}
+    documents[1] |= {key: value for key, value in document.items() if key in documents[0]}
+    tree["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "documents.jsonl")
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tmp_path / "task.yaml").write_text(json.dumps(tree))
+    model = LiquidNet(LiquidNetConfig(hidden_size=16, num_layers=1, vocab_size=290)).eval()
+    tasks = open_tasks([str(tmp_path / "task.yaml")])
+    with pytest.raises(UserError, match=f"^task {task}.*{words}") as refused:
+        tasks.evaluate(model, tokenizer, batch_size=8)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_error_of_the_model_is_not_taken_for_the_tasks(tokenizer, tasks_folder):
+    model = LiquidNet(LiquidNetConfig(hidden_size=16, num_layers=1, vocab_size=8)).eval()  # ids lie beyond
+    with pytest.raises(IndexError):
+        open_tasks([str(tasks_folder / "own_choices.yaml")]).evaluate(model, tokenizer, batch_size=8)
+
+
 def test_a_generation_key_that_is_unknown_or_too_long_is_refused(model, tokenizer):
     adapter = HarnessModel(model, tokenizer, batch_size=1)
     with pytest.raises(UserError, match="hold num_beams, unknown here"):
@@ -211,9 +246,10 @@ def test_no_random_numbers_of_the_process_are_drawn(tokenizer, tasks_folder):
         pytest.param("own_choises", "own_choises is no task .*did you mean own_choices", marks=pytest.mark.slow),
         ("none.yaml", "none.yaml is no file"),
         ("EMPTY", "holds no YAML file of a task"),
-        ("BROKEN", "cannot be loaded"),
+        ("BROKEN", "cannot be loaded .*correct the YAML or its data"),
+        ("NONE", r"cannot be loaded \(it has no documents\); correct the YAML or its data"),
         ("UNSAFE", "task own_choices runs code or shows pictures"),
-        ("stdlib_lines", "data of shipped tasks are made by `python -m data_pipeline.make_tasks`"),
+        ("stdlib_lines", "its data are made by `python -m data_pipeline.make_tasks`"),
     ],
 )
 def test_a_task_that_is_none_is_one_sentence(wanted, words, tasks_folder, tmp_path, monkeypatch):
@@ -223,6 +259,13 @@ def test_a_task_that_is_none_is_one_sentence(wanted, words, tasks_folder, tmp_pa
     if wanted == "BROKEN":
         wanted = str(tmp_path / "broken.yaml")
         (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\noutput_type: none_such\n")
+    if wanted == "NONE":
+        wanted = str(tmp_path / "none.yaml")
+        (tmp_path / "none.jsonl").touch()
+        tree = json.loads((tasks_folder / "own_choices.yaml").read_text())
+        (tmp_path / "none.yaml").write_text(
+            json.dumps({**tree, "dataset_kwargs": {"data_files": {"test": str(tmp_path / "none.jsonl")}}})
+        )
     if wanted == "UNSAFE":
         wanted = str(tmp_path / "unsafe.yaml")
         tree = json.loads((tasks_folder / "own_choices.yaml").read_text())

@@ -151,4 +151,4 @@ def test_an_empty_file_is_refused_and_a_text_of_one_token_has_no_label(tmp_path,
     with pytest.raises(UserError, match="is empty"):
         read_documents([tmp_path / "empty"])
     (found,) = score_texts(carried, tokenizer, [document("a", b"d")], WindowConfig(), batch_size=1)
-    assert found.labels == 0 and found.bits_per_byte == pytest.approx(math.log2(290))
+    assert found.labels == 0 and found.perplexity is None and found.bits_per_byte == pytest.approx(math.log2(290))

@@ -1,7 +1,9 @@
 """`lfm eval` of texts and tasks, of one checkpoint and of several."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -115,6 +117,9 @@ def test_a_task_file_is_scored_at_every_batch_size_alike(runs, lfm_eval, tmp_pat
         (["--tasks", "stdlib_lines", "--include-path", "none"], "is no folder of tasks"),
         (["--checkpoint", "RUN", "--text", "TEXT"], "named twice"),
         (["--text", "TEXT", "--out", "FOLDER"], "is a folder; name a file in it"),
+        (["--text", "TEXT", "--out", "TEXT"], "is one of --text, which would be lost; name another file"),
+        (["--text", "TEXT", "--out", "FIFO"], "is no regular file; name one, whose content is replaced"),
+        (["--tasks", ","], "--tasks names no task; name some"),
         (["--batch-size", "0"], "batch_size"),
     ],
 )
@@ -125,12 +130,28 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
         pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'lfm-training[lm-eval]'")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    named = {"RUN": runs[0], "TEXT": texts[0], "FOLDER": tmp_path / "folder"}
+    os.mkfifo(tmp_path / "fifo")
+    named = {"RUN": runs[0], "TEXT": texts[0], "FOLDER": tmp_path / "folder", "FIFO": tmp_path / "fifo"}
     before = sorted(tmp_path.rglob("*"))
     out = [] if "--out" in arguments else ["--out", "out.json"]
     code, stdout, errors = lfm_eval("--checkpoint", runs[0], *(named.get(word, word) for word in arguments), *out)
     assert code == 2 and stdout == "" and errors.startswith("error: ") and words in errors and errors.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "fifo").is_fifo() and texts[0].read_text() == TEXT
+
+
+def test_what_is_written_does_not_take_the_place_of_the_tables(runs, texts, tmp_path):
+    words = ["eval", "--checkpoint", runs[0], "--text", texts[0], "--out", tmp_path / "out"]
+    with (tmp_path / "out").open("w") as out:
+        command = [sys.executable, "-m", "lfm", *map(str, words)]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("is where the tables go; name another file\n"), done.stderr
+
+
+def test_a_text_of_one_token_has_no_perplexity(runs, texts, lfm_eval, tmp_path):
+    texts[1].write_text("x")
+    code, table, _ = lfm_eval("--checkpoint", runs[0], "--text", texts[1], "--out", tmp_path / "out.json")
+    assert code == 0 and table.splitlines()[1].split()[2] == "-"
+    assert json.loads((tmp_path / "out.json").read_text())["checkpoints"][0]["texts"][0]["perplexity"] is None
 
 
 def test_a_checkpoint_without_a_tokenizer_is_one_sentence(runs, texts, lfm_eval, tmp_path):

@@ -60,6 +60,15 @@ def test_a_run_whose_tasks_cannot_be_opened_does_not_begin(text_data, tmp_path):
     assert not (run.folder / "checkpoints").exists()
 
 
+def test_a_document_that_cannot_be_scored_ends_the_run_saved(text_data, tmp_path, task):
+    documents = (tmp_path / "documents.jsonl").read_text().replace('"gold": 2', '"gold": null')
+    (tmp_path / "documents.jsonl").write_text(documents)
+    run = tiny_run(tmp_path, text_data, f"evaluation.tasks=[{task}]", "evaluation.every_steps=2")
+    with pytest.raises(UserError, match=r"^task own cannot be scored"):
+        train(run)
+    assert (run.folder / "checkpoints/step_00000002").is_dir()
+
+
 def test_several_processes_are_told_to_score_checkpoints_instead(text_data, tmp_path):
     with pytest.raises(UserError, match=r"one process.*score checkpoints by `lfm eval --tasks`"):
         tiny_run(tmp_path, text_data, "evaluation.tasks=[own]", "parallel.zero_stage=1")
