@@ -53,7 +53,7 @@ def compare(checkpoint: Path, exported: Path, tasks: Tasks, batch_sizes: list[in
             for metric, value in metrics.items():
                 ours = own[task].metrics[metric]
                 row = {"family": model.config.kind, "batch_size": batch_size, "task": task, "metric": metric}
-                error = abs(ours - value) / (max(1.0, abs(value)) if metric == "perplexity" else 1.0)
+                error = abs(ours - value) / (max(1.0, abs(value)) if metric.endswith("perplexity") else 1.0)
                 rows.append({**row, "ours": ours, "exported": value, "error": error})
     return rows
 
