@@ -58,6 +58,8 @@ def main() -> None:
         hub.check_repository(flags.push_to_hub)
         if flags.format != "hf":
             raise UserError(f"--push-to-hub is for --format hf, and this is --format {flags.format}")
+    if flags.private and flags.push_to_hub is None:
+        raise UserError("--private is of --push-to-hub, which is not given; give it, or leave this out")
     if flags.licence is not None and not (flags.licence.strip() and flags.licence.isprintable()):
         raise UserError(f"--licence {shown(flags.licence)} is no name of a licence; give one line, such as apache-2.0")
     chosen = FORMATS[flags.format]

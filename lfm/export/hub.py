@@ -18,7 +18,7 @@ from lfm.errors import UserError
 from lfm.export import huggingface
 from lfm.export.incoming import write_run
 from lfm.export.packages import require
-from lfm.files import expanded, remove_tree, shown
+from lfm.files import exists, expanded, remove_tree, shown
 
 CONFIG_NAME = "config.json"
 CACHE = "~/.cache/lfm/hub"
@@ -61,13 +61,18 @@ def downloaded(repository: str, revision: str | None = None) -> Path:
     Its configuration comes first: of what is no model of this project nothing more is fetched.
     """
     hub = require("huggingface_hub", purpose=f"hf://{repository}")
-    what, wanted, unwanted = f"hf://{repository}", ["*.json", "*.safetensors"], ["*/*"]
-    with _explained(what, "cannot be read"):
-        config = Path(hub.hf_hub_download(repository, CONFIG_NAME, revision=revision))
-    huggingface.read_config(config)
-    with _explained(what, "cannot be read"):
-        commit = config.parent.name
-        return Path(hub.snapshot_download(repository, revision=commit, allow_patterns=wanted, ignore_patterns=unwanted))
+
+    def fetched(commit: str | None, wanted: list[str]) -> Path:
+        with _explained(f"hf://{repository}", "cannot be read"):
+            return Path(
+                hub.snapshot_download(repository, revision=commit, allow_patterns=wanted, ignore_patterns=["*/*"])
+            )
+
+    snapshot = fetched(revision, [CONFIG_NAME])
+    if not exists(snapshot / CONFIG_NAME):
+        raise UserError(f"hf://{repository} has no {CONFIG_NAME}; name a model that `lfm export` made")
+    huggingface.read_config(snapshot / CONFIG_NAME)
+    return fetched(snapshot.name, ["*.json", "*.safetensors"])
 
 
 def _import(snapshot: Path, run: Path, *, name: str) -> None:
@@ -108,9 +113,7 @@ def _explained(what: str, cannot: str) -> Iterator[None]:
         yield
     except Exception as error:
         name, status = type(error).__name__, _status(error)
-        if name in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
-            why = f"it has no {CONFIG_NAME}; name a model that `lfm export` made"
-        elif name in _NOT_FOR_YOU or status in (401, 403, 404):
+        if name in _NOT_FOR_YOU or status in (401, 403, 404):
             why = "the hub has none of that name, or not for you; correct it, or set HF_TOKEN"
         else:
             cause = textwrap.shorten(f"{name}: {error}", 200, placeholder=" ...")

@@ -231,6 +231,7 @@ def test_whatever_fails_nothing_is_left_and_nothing_is_written_over(runs, lfm, t
         ("import", "hf://one", "--out", tmp_path / "a"): "write hf://USER/NAME",
         ("import", run, "--out", tmp_path / "a"): "is a run or checkpoint already; give it to --checkpoint",
         ("import", find(run), "--out", tmp_path / "a"): "is a run or checkpoint already; give it to --checkpoint",
+        ("export", "--checkpoint", run, "--out", tmp_path / "a", "--private"): "--private is of --push-to-hub, which",
         ("export", "--checkpoint", run, "--out", find(run) / "hf"): "is in the checkpoint itself, and would go with it",
         ("export", "--checkpoint", run, "--out", tmp_path / "a", "--licence", "a\n---"): "give one line, such as",
         (

@@ -55,7 +55,7 @@ def test_a_model_goes_to_the_hub_and_is_a_checkpoint_by_its_address(tmp_path):
     run = checkpoint_of(TREES["lstm"], tokenizer, tmp_path / "own")
     failing = {
         "hf://me/foreign": "config.json is of model_type 'llama'; lfm imports what `lfm export` wrote",
-        "hf://me/texts": "hf://me/texts cannot be read: it has no config.json; name a model that `lfm export` made",
+        "hf://me/texts": "hf://me/texts has no config.json; name a model that `lfm export` made",
         "hf://me/none": "hf://me/none cannot be read: the hub has none of that name, or not for you",
         "hf://me/small@v2": "the hub has none of that name, or not for you; correct it, or set HF_TOKEN",
         "hf://me": "is no address of the hub; write hf://USER/NAME",
