@@ -202,8 +202,9 @@ def _by_chunk(
 ) -> Iterator[tuple[slice, Tensor]]:
     """The losses of one chunk of tokens after the other; their gradients are added to `gradients`, if given."""
     rows = len(weight) if shard is None else shard.stored_rows
-    for chunk in torch.arange(len(hidden)).split(_chunk_tokens(hidden.device, rows)):
-        part = slice(int(chunk[0]), int(chunk[-1]) + 1)
+    size = _chunk_tokens(hidden.device, rows)
+    for start in range(0, len(hidden), size):
+        part = slice(start, min(start + size, len(hidden)))
         logits = hidden[part] @ weight.T
         if bias is not None:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).add_(bias)

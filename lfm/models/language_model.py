@@ -59,6 +59,12 @@ class FamilyConfig(Config, abc.ABC):
         """What parallel.expert must divide, by its key."""
         return {}
 
+    def needs_host(self, *, packed: bool) -> str | None:
+        """Why a training step cannot be made by the device alone, as words after "because"; None: it can.
+
+        `packed`: rows hold several documents."""
+        return None
+
     @property
     def context_limit(self) -> int | None:
         """The most tokens that prompt and continuation may reach; None where the state does not grow with them."""

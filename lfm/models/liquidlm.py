@@ -45,6 +45,9 @@ class LiquidLMConfig(FamilyConfig):
     """Length of a training row in tokens; the state has no limit."""
     vocab_size: Vocabulary = 50_265
 
+    def needs_host(self, *, packed: bool) -> str | None:
+        return "packed documents are sorted by length, which the host does" if packed else None
+
     @property
     def is_tied(self) -> bool:
         return False

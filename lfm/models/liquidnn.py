@@ -76,6 +76,9 @@ class LiquidNNConfig(FamilyConfig):
             raise ValueError("num_fast=0 and num_deep=0 leave no cell; the least is num_deep=1")
         return self
 
+    def needs_host(self, *, packed: bool) -> str | None:
+        return "windows of a row begin and end where the host says"
+
     @property
     def num_layers(self) -> int:
         return self.num_fast + self.num_deep

@@ -23,7 +23,7 @@ from lfm.models.decoder import Decoder
 from lfm.models.global_names import moving_names
 from lfm.models.initialization import materialize, start_moving
 from lfm.models.language_model import LanguageModel, Recompute
-from lfm.models.losses import Measured, Objective, Term, combined
+from lfm.models.losses import Measured, Objective, Term, combined, stacked
 from lfm.models.registry import ModelConfig, build
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel.global_parts import copy_own_slice, global_parts
@@ -324,7 +324,8 @@ class ParallelEngine(Engine):
         """The one wait for the device of a step: losses, counts, what was measured, and the norm."""
         self.phase("sums over all processes")
         measured = self.config.measured
-        found = combined(measured, [losses.measure() for stage in self.stages for losses in stage.losses])
+        of_stages = [losses.measure() for stage in self.stages for losses in stage.losses]
+        found = combined(measured, [stacked(measured, of_stages)])
         table = self._loss_table(self.terms)
         whole = {measure.name: _whole(measure, found.get(measure.name), self.device) for measure in measured}
         largest = {measure.name: whole[measure.name] for measure in measured if measure.over == "max"}
