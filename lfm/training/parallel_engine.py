@@ -390,20 +390,20 @@ class ParallelEngine(Engine):
         self.phase("optimizer step")
         for group in inner_optimizer(self.deepspeed).param_groups:
             group["lr"] = lr * group["lr_multiple"]
-        norm = self._step_of_deepspeed() if self.zero1 is None else self._step_of_zero1(self.zero1)
+        norm = self._step_of_deepspeed() if self.zero1 is None else self._step_of_zero1(self.zero1, lr)
         self._updates += 1
         if self._after_update():
             publish_masters(self.deepspeed, self.weights, self.fragments)
         return norm
 
-    def _step_of_zero1(self, zero1: Zero1) -> float:
+    def _step_of_zero1(self, zero1: Zero1, lr: float) -> float:
         norm = self._norm
         if not math.isfinite(norm):
             bad = zero1.first_bad_gradient()
             self._refuse(bad and f"gradient norm is not finite ({norm}); first non-finite gradient: {bad}")
         # With DeepSpeed's epsilon, which tells only where the norm itself is tiny.
         clip = self.optimizer_config.clip_grad / (norm + 1e-6)
-        zero1.step(scale=clip if 0 < clip < 1 else 1.0)
+        zero1.step(lr=lr, scale=clip if 0 < clip < 1 else 1.0)
         return norm
 
     def _step_of_deepspeed(self) -> float:
