@@ -13,8 +13,12 @@ SCALED_BLOCK, SCALED_WARPS = 4096, 8
 
 
 @triton.jit
-def _top_and_sum(logits, V, LANES: tl.constexpr, PER_LANE: tl.constexpr):
-    """The largest logit of a row, and the sum of exp(logit - largest)."""
+def _top_and_sum(logits, V, columns, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+    """The largest logit of a row, and the sum of exp(logit - largest).
+
+    Up to `columns` there is memory that may be read: where that is a multiple of 16, a load takes eight at once, though
+    V be odd.
+    """
     lane = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]  # [LANES, PER_LANE]
     # Every lane has its own running maximum and sum, so that no step waits for another lane.  It starts at a finite
     # maximum: a lane that sees no logit must not form inf - inf.
@@ -22,7 +26,8 @@ def _top_and_sum(logits, V, LANES: tl.constexpr, PER_LANE: tl.constexpr):
     total = tl.zeros([LANES], tl.float32)
     for tile in range(tl.cdiv(V, LANES * PER_LANE)):
         column = tile * (LANES * PER_LANE) + lane
-        x = tl.load(logits + column, column < V, other=-float("inf"), eviction_policy="evict_last").to(tl.float32)
+        x = tl.load(logits + column, column < columns, other=0, eviction_policy="evict_last").to(tl.float32)
+        x = tl.where(column < V, x, -float("inf"))
         new_top = tl.maximum(top, tl.max(x, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top[:, None]), 1)
         top = new_top
@@ -32,20 +37,21 @@ def _top_and_sum(logits, V, LANES: tl.constexpr, PER_LANE: tl.constexpr):
 
 @triton.jit
 def _write_gradient(
-    logits, V, label, log_normalizer, weight, kept, WEIGHTED: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr
-):
-    """Over the logits of a row; of one that is not kept, zeros."""
+    logits, V, columns, label, log_normalizer, weight, kept,
+    WEIGHTED: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr,
+):  # fmt: skip
+    """Over the logits of a row, and zeros behind them up to `columns`; of one that is not kept, zeros alone."""
     lane = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
     num_tiles = tl.cdiv(V, LANES * PER_LANE)
     for i in range(num_tiles):
         # Backwards: what was read last is still in the cache, where what is written must not take its place.
         column = (num_tiles - 1 - i) * (LANES * PER_LANE) + lane
-        x = tl.load(logits + column, column < V, other=-float("inf"), eviction_policy="evict_first").to(tl.float32)
-        softmax = tl.exp(x - log_normalizer)
+        x = tl.load(logits + column, column < columns, other=0, eviction_policy="evict_first").to(tl.float32)
+        softmax = tl.where(column < V, tl.exp(x - log_normalizer), 0.0)
         grad = tl.where(column == label, softmax - 1, softmax)
         if WEIGHTED:
             grad *= weight
-        tl.store(logits + column, tl.where(kept, grad, 0.0), column < V, eviction_policy="evict_first")
+        tl.store(logits + column, tl.where(kept, grad, 0.0), column < columns, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -56,6 +62,7 @@ def _cross_entropy_kernel(
     losses,
     stride,
     V,
+    columns,
     GRADIENT: tl.constexpr,
     WEIGHTED: tl.constexpr,
     LANES: tl.constexpr,
@@ -66,7 +73,7 @@ def _cross_entropy_kernel(
     label = tl.load(labels + row).to(tl.int32)
     # Read before anything is written: the reductions below are barriers between this and the second pass.
     label_logit = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
-    top, total = _top_and_sum(logits, V, LANES, PER_LANE)
+    top, total = _top_and_sum(logits, V, columns, LANES, PER_LANE)
     log_normalizer = top + tl.log(total)
     kept = label >= 0
     loss = log_normalizer - label_logit
@@ -76,7 +83,7 @@ def _cross_entropy_kernel(
         loss *= weight
     tl.store(losses + row, tl.where(kept, loss, 0.0))
     if GRADIENT:
-        _write_gradient(logits, V, label, log_normalizer, weight, kept, WEIGHTED, LANES, PER_LANE)
+        _write_gradient(logits, V, columns, label, log_normalizer, weight, kept, WEIGHTED, LANES, PER_LANE)
 
 
 @triton.jit
@@ -85,7 +92,7 @@ def _shard_sums_kernel(logits, labels, sums, stride, V, LANES: tl.constexpr, PER
     logits += row * stride
     label = tl.load(labels + row).to(tl.int32)
     label_logit = tl.load(logits + label, (label >= 0) & (label < V), other=0.0).to(tl.float32)
-    top, total = _top_and_sum(logits, V, LANES, PER_LANE)
+    top, total = _top_and_sum(logits, V, V, LANES, PER_LANE)
     tl.store(sums + row * 3, top)
     tl.store(sums + row * 3 + 1, total)
     tl.store(sums + row * 3 + 2, label_logit)
@@ -98,11 +105,11 @@ def _shard_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     factor, log_normalizer = tl.load(factors + row).to(tl.float32), tl.load(log_normalizers + row)
     label = tl.load(labels + row).to(tl.int32)
-    _write_gradient(logits + row * stride, V, label, log_normalizer, factor, factor != 0, True, LANES, PER_LANE)
+    _write_gradient(logits + row * stride, V, V, label, log_normalizer, factor, factor != 0, True, LANES, PER_LANE)
 
 
 def cross_entropy_kernel_(
-    logits: Tensor, labels: Tensor, gradient: bool, token_weights: Tensor | None = None
+    logits: Tensor, labels: Tensor, gradient: bool, token_weights: Tensor | None = None, *, padding: int = 0
 ) -> Tensor:
     """As `op.cross_entropy_`; logits with any row stride."""
     assert logits.stride(1) == 1 or logits.shape[1] == 1, logits.stride()
@@ -111,7 +118,8 @@ def cross_entropy_kernel_(
     if n:
         weighted = token_weights is not None
         weights = token_weights.contiguous() if weighted else losses  # not read
-        arguments = (logits, labels.contiguous(), weights, losses, logits.stride(0), V, gradient, weighted)
+        sizes = (logits.stride(0), V, V + padding)
+        arguments = (logits, labels.contiguous(), weights, losses, *sizes, gradient, weighted)
         _cross_entropy_kernel[(n,)](*arguments, LANES, PER_LANE, num_warps=NUM_WARPS)
     return losses
 

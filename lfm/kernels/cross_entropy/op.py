@@ -20,6 +20,7 @@ def cross_entropy_(
     *,
     token_weights: Tensor | None = None,
     gradient: bool = True,
+    padding: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
     """-log softmax(logits)[label] in nats, `[n]`, at least fp32, of `logits [n, V]` and int64 `labels [n]`.
@@ -27,8 +28,14 @@ def cross_entropy_(
     A position with a negative label counts nothing; `token_weights [n]`, at least fp32, multiply the losses.  With
     `gradient`, the logits are overwritten by the gradient of the losses' sum, (softmax(logits) - onehot(label)) times
     the weight, rounded once to their dtype; autograd does not see it.
+
+    padding: elements of memory behind each row of logits that belong to nobody, and are left anyhow.  With them a row
+    whose length is odd is read as fast as others.
     """
     _check(logits, labels)
+    if padding < 0 or (len(logits) > 1 and padding > logits.stride(0) - logits.shape[1]):
+        room = logits.stride(0) - logits.shape[1]
+        raise ValueError(f"padding={padding} is more than the {room} elements between two rows of logits")
     if token_weights is not None and (token_weights.shape != labels.shape or token_weights.dtype.itemsize < 4):
         raise ValueError(
             f"token_weights is {token_weights.dtype} of shape {list(token_weights.shape)}; it must be at least "
@@ -38,7 +45,7 @@ def cross_entropy_(
         return cross_entropy_reference_(logits, labels, gradient, token_weights)
     from lfm.kernels.cross_entropy.kernel import cross_entropy_kernel_
 
-    return cross_entropy_kernel_(logits, labels, gradient, token_weights)
+    return cross_entropy_kernel_(logits, labels, gradient, token_weights, padding=padding)
 
 
 def shard_sums(logits: Tensor, labels: Tensor, *, backend: Backend = "auto") -> Tensor:
