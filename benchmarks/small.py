@@ -241,7 +241,8 @@ def measure_peer(name: str, device: torch.device) -> dict[str, Any]:
     import transformers
 
     run = run_of("transformer_small", device.type)
-    model, tokens = run.model, run.training.global_batch_size * run.model.seq_length
+    model: Any = run.model
+    tokens = run.training.global_batch_size * model.seq_length
     config = transformers.LlamaConfig(
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_layers,
@@ -347,7 +348,7 @@ def main() -> None:
     if unknown:
         raise UserError(f"--only {unknown[0]}: there are {', '.join((*PRESETS, *PEERS))}")
     end = time.monotonic() + 60 * flags.minutes
-    content = json.loads(flags.out.read_text(encoding="utf-8")) if flags.out.exists() else {"rows": []}
+    content: dict[str, Any] = json.loads(flags.out.read_text(encoding="utf-8")) if flags.out.exists() else {"rows": []}
     for name in flags.only.split(","):
         left = end - time.monotonic()
         if left <= 0:
