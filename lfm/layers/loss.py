@@ -184,7 +184,7 @@ class _Gradients:
     def add(self, part: slice, logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Of tokens `part`, whose `logits` are by now their gradients."""
         if self.bias is not None:
-            self.bias += logits.sum(0)
+            self.bias += logits.sum(0, dtype=self._dtype)
         grad = logits.to(hidden.dtype)
         torch.mm(grad, weight, out=self.hidden[part])
         if self.weight is None:
@@ -209,12 +209,13 @@ def _by_chunk(
     for start in range(0, len(hidden), size):
         part = slice(start, min(start + size, len(hidden)))
         logits, padding = _logits(hidden[part], weight)
-        if bias is not None:
-            logits, padding = logits.to(torch.promote_types(logits.dtype, torch.float32)).add_(bias), 0
+        given = bias if hidden.is_cuda else None  # else added here: a CPU's logits are not read once more for it
+        if bias is not None and given is None:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).add_(bias)
         weights = token_weights[part] if token_weights is not None else None
         how = {"token_weights": weights, "gradient": gradients is not None}
         if shard is None:
-            losses = cross_entropy_(logits, labels[part], padding=padding, **how)
+            losses = cross_entropy_(logits, labels[part], bias=given, padding=padding, **how)
         else:
             losses = _vocabulary_parallel_(logits, labels[part], shard, **how)
         if gradients is not None:

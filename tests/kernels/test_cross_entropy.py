@@ -54,6 +54,18 @@ def test_memory_between_rows_changes_nothing(V, padding, backend):
     assert torch.equal(logits, want) and whole[:, V + padding :].isnan().all()
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("V", [300, 8191])
+def test_a_bias_is_added_to_every_row(V, backend):
+    logits, bias = torch.randn(5, V, device=DEVICE), torch.randn(V, device=DEVICE)
+    labels = torch.tensor([V - 1, -100, 0, 7, 7], device=DEVICE)
+    want = _truth(logits + bias, labels)
+    losses = cross_entropy_(logits, labels, bias=bias, backend=backend)
+    assert_close({"losses": losses, "gradient": logits}, {k: x.detach() for k, x in want.items()}, 1e-6)
+    with pytest.raises(ValueError, match=r"bias has shape \[2\]; it must be \["):
+        cross_entropy_(logits, labels, bias=bias[:2])
+
+
 def test_padding_that_is_not_there_is_refused():
     logits, labels = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"padding=1 is more than the 0 elements between two rows"):

@@ -20,6 +20,7 @@ def cross_entropy_(
     *,
     token_weights: Tensor | None = None,
     gradient: bool = True,
+    bias: Tensor | None = None,
     padding: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -29,10 +30,13 @@ def cross_entropy_(
     `gradient`, the logits are overwritten by the gradient of the losses' sum, (softmax(logits) - onehot(label)) times
     the weight, rounded once to their dtype; autograd does not see it.
 
+    bias: `[V]`, added to each row in at least fp32; the gradient of its sum over rows is that of the logits.
     padding: elements of memory behind each row of logits that belong to nobody, and are left anyhow.  With them a row
     whose length is odd is read as fast as others.
     """
     _check(logits, labels)
+    if bias is not None and bias.shape != logits.shape[1:]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{logits.shape[1]}]")
     if padding < 0 or (len(logits) > 1 and padding > logits.stride(0) - logits.shape[1]):
         room = logits.stride(0) - logits.shape[1]
         raise ValueError(f"padding={padding} is more than the {room} elements between two rows of logits")
@@ -42,10 +46,10 @@ def cross_entropy_(
             f"torch.float32 and {list(labels.shape)}"
         )
     if not runs_triton(logits, backend, _comparison, logits.shape[1]):
-        return cross_entropy_reference_(logits, labels, gradient, token_weights)
+        return cross_entropy_reference_(logits, labels, gradient, token_weights, bias)
     from lfm.kernels.cross_entropy.kernel import cross_entropy_kernel_
 
-    return cross_entropy_kernel_(logits, labels, gradient, token_weights, padding=padding)
+    return cross_entropy_kernel_(logits, labels, gradient, token_weights, bias=bias, padding=padding)
 
 
 def shard_sums(logits: Tensor, labels: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -118,6 +122,11 @@ def _comparison(device: torch.device, dtype: torch.dtype, num_classes: int) -> I
     losses = cross_entropy_(logits, labels, token_weights=weights, backend="triton")
     yield "the losses", losses, cross_entropy_reference_(wide, labels, True, weights)
     yield "the gradient", logits, wide
+    logits, bias = draw(2, 4, num_classes, device=device, dtype=dtype), draw(3, num_classes, device=device, dtype=dtype)
+    wide = logits.to(torch.float32, copy=True)
+    losses = cross_entropy_(logits, labels, bias=bias, backend="triton")
+    yield "the losses with a bias", losses, cross_entropy_reference_(wide, labels, True, bias=bias)
+    yield "the gradient with a bias", logits, wide
 
 
 def _shard_comparison(
