@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
@@ -33,6 +33,7 @@ from lfm.data.batch import Batch
 from lfm.errors import UserError
 from lfm.exits import command
 from lfm.files import ready_folder, write_durably
+from lfm.layers.lstm import StackedLSTM
 from lfm.training.local_engine import LocalEngine
 from lfm.training.run import RunConfig, environment
 from lfm.training.start import local_engine
@@ -52,6 +53,7 @@ PRESETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "laerc_library_chunked": ("laerc_owt", (*LIBRARY, *CHUNKS)),
     "laerc_library_chunked_bf16": ("laerc_owt", (*LIBRARY, *CHUNKS, "training.dtype=bfloat16")),
     "liquidlm": ("liquidlm", ("training.global_batch_size=32",)),
+    "liquidlm_packed": ("liquidlm", ("training.global_batch_size=32",)),
     "liquidnet_tiny": ("liquidnet_tiny", ()),
     "liquidnet_small_packed": ("liquidnet_small", ()),
     "transformer_small_packed": ("transformer_small", ()),
@@ -154,8 +156,19 @@ def rate(tokens: int, windows: list[float]) -> dict[str, Any]:
     }
 
 
+def _lstms(engine: LocalEngine) -> list[StackedLSTM]:
+    return [module for module in engine.model.modules() if isinstance(module, StackedLSTM)]
+
+
+def _set_lstms(engine: LocalEngine, backend: Literal["library", "steps"], device: torch.device) -> None:
+    """Both ways are compared by the same kernels; the one without recordings is timed by what it takes by itself."""
+    for module in _lstms(engine) if device.type == "cuda" else ():
+        module.backend = backend
+
+
 def kernels_of(one: Callable[[], Any], steps: int = 3) -> dict[str, Any]:
     """What the device does in a step: microseconds by kernel, the longest first."""
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -164,7 +177,7 @@ def kernels_of(one: Callable[[], Any], steps: int = 3) -> dict[str, Any]:
         torch.cuda.synchronize()
     times: dict[str, list[float]] = {}
     for event in seen.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             times.setdefault(event.name, []).append(event.device_time)
     order = sorted(times, key=lambda name: -sum(times[name]))
     return {
@@ -187,9 +200,11 @@ def measure(name: str, device: torch.device, parity_steps: int) -> dict[str, Any
         return Steps(engine_of(run, device, mode), rows, run.optimizer.peak_lr(run.model.hidden_size))
 
     plain, began = steps("off"), time.monotonic()
+    _set_lstms(plain.engine, "steps", device)
     want = [plain.one() for _ in range(parity_steps)]
     took = time.monotonic() - began
     say(f"{name}: {parity_steps} steps kernel by kernel in {took:.1f} s, last loss {want[-1][0]:.4f}")
+    _set_lstms(plain.engine, "library", device)
     found: dict[str, Any] = {
         "name": name,
         "config": run.model_dump(mode="json"),
@@ -200,6 +215,15 @@ def measure(name: str, device: torch.device, parity_steps: int) -> dict[str, Any
         "target": TARGETS.get(name),
     }
     say(f"{name}: {found['plain']['tokens_per_second']:,.0f} tokens/s kernel by kernel")
+    if _lstms(plain.engine) and device.type == "cuda":
+        library = steps("off")
+        _set_lstms(library.engine, "library", device)
+        theirs = [library.one() for _ in range(parity_steps)]
+        found["library_lstm"] = {
+            "largest_difference": spread(want, theirs),
+            "last_losses": [want[-1][0], theirs[-1][0]],
+        }
+        del library
     replayed, began = steps("required"), time.monotonic()
     got = [replayed.one() for _ in range(parity_steps)]
     parity: dict[str, Any] = {
@@ -210,6 +234,7 @@ def measure(name: str, device: torch.device, parity_steps: int) -> dict[str, Any
     }
     if got != want:
         again = steps("off")
+        _set_lstms(again.engine, "steps", device)
         own = [again.one() for _ in range(parity_steps)]
         parity["plain_to_plain"] = spread(own, want)
         del again

@@ -59,10 +59,9 @@ class FamilyConfig(Config, abc.ABC):
         """What parallel.expert must divide, by its key."""
         return {}
 
-    def needs_host(self, *, packed: bool) -> str | None:
-        """Why a training step cannot be made by the device alone, as words after "because"; None: it can.
-
-        `packed`: rows hold several documents."""
+    @property
+    def needs_host(self) -> str | None:
+        """Why no training step can be made by the device alone, as words after "because"; None: it may be."""
         return None
 
     @property

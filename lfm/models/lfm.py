@@ -76,7 +76,8 @@ class LFMConfig(UnitScaleConfig):
     def lays_out(self) -> frozenset[str]:
         return frozenset({"data", "tensor", "pipeline"} | ({"expert"} if self.moe is not None else set()))
 
-    def needs_host(self, *, packed: bool) -> str | None:
+    @property
+    def needs_host(self) -> str | None:
         return "experts take as many rows as tokens chose them" if self.moe is not None else None
 
     @property

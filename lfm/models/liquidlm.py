@@ -45,9 +45,6 @@ class LiquidLMConfig(FamilyConfig):
     """Length of a training row in tokens; the state has no limit."""
     vocab_size: Vocabulary = 50_265
 
-    def needs_host(self, *, packed: bool) -> str | None:
-        return "packed documents are sorted by length, which the host does" if packed else None
-
     @property
     def is_tied(self) -> bool:
         return False
@@ -155,8 +152,7 @@ class LiquidLM(LanguageModel):
             phase = self.reservoir.phase(positions[:1])
         else:
             positions = documents.positions
-            longest = max(length for row in documents.lengths for length in row)
-            phase = self.reservoir.phase(torch.arange(longest, device=ids.device))[positions]
+            phase = self.reservoir.phase(torch.arange(documents.longest, device=ids.device))[positions]
         dropout = self.config.hidden_dropout
         q = F.dropout(self.reservoir(self.embedding(ids), phase), dropout, self.training)
         o, (h, c) = self.lstm(q, state=(state.h, state.c) if state else None, documents=documents)

@@ -76,7 +76,8 @@ class LiquidNNConfig(FamilyConfig):
             raise ValueError("num_fast=0 and num_deep=0 leave no cell; the least is num_deep=1")
         return self
 
-    def needs_host(self, *, packed: bool) -> str | None:
+    @property
+    def needs_host(self) -> str | None:
         return "windows of a row begin and end where the host says"
 
     @property

@@ -35,9 +35,6 @@ class LSTMConfig(FamilyConfig):
     """Length of a training row in tokens; the state has no limit."""
     vocab_size: Vocabulary = 50_257
 
-    def needs_host(self, *, packed: bool) -> str | None:
-        return "packed documents are sorted by length, which the host does" if packed else None
-
     def layer_cost(self, layer: int, attended: float | None = None) -> Cost:
         return lstm_cost(self.hidden_size, self.hidden_size)
 

@@ -217,16 +217,16 @@ class LocalEngine(Engine):
 
     def update(self, batch: Batch, lr: float) -> tuple[StepResult, float]:
         """Where the device can make such a step without the host, it is recorded once and then replayed."""
-        found = self._replayed_update(batch, lr) if self._records(batch) else None
+        found = self._replayed_update(batch, lr) if self._records() else None
         return super().update(batch, lr) if found is None else found
 
-    def _records(self, batch: Batch) -> bool:
+    def _records(self) -> bool:
         if self.recorder is None:
             return False
         obstacle, kind = None, self.optimizer_config.model_dump()["kind"]
         if not self.optimizer_config.waits_for_nothing:
             obstacle = f"the update of optimizer.kind={kind} waits for the device"
-        obstacle = obstacle or self.config.needs_host(packed=any(len(row) > 1 for row in batch.lengths))
+        obstacle = obstacle or self.config.needs_host
         if obstacle is not None:
             self._tell(obstacle)
         return obstacle is None
