@@ -13,7 +13,7 @@ from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError, UserError
 from lfm.evaluation.held_out import score
 from lfm.kernels.backend import widest
-from lfm.kernels.gradient_sum import GradientSum, give_sum
+from lfm.kernels.gradient_sum import GradientSum, Together, give_sum
 from lfm.kernels.recording import recording
 from lfm.layers.documents import UNITS, Counts, Rows, Unit
 from lfm.layers.liquid import Liquid
@@ -112,6 +112,7 @@ class LocalEngine(Engine):
         self.working = {self.masters[name]: p for name, p in named if self.masters[name] is not p}
         """By master, the weight that the model works with, where that is another tensor."""
         self.publish_masters()
+        self.together = Together()
         self.sums = self._gradient_sums()
         self.numbers = _Numbers(device, torch.promote_types(dtype, torch.float32))
         self.cuda_graph: CudaGraph = cuda_graph
@@ -172,7 +173,8 @@ class LocalEngine(Engine):
         """One for each parameter."""
         sums = {}
         for name, parameter in self.model.named_parameters():
-            sums[name] = GradientSum(torch.zeros_like(self.masters[name], requires_grad=False))
+            total = torch.zeros_like(self.masters[name], requires_grad=False)
+            sums[name] = GradientSum(total, together=self.together)
             give_sum(parameter, sums[name])
         return sums
 
@@ -318,6 +320,7 @@ class LocalEngine(Engine):
         for losses in self.model.loss_parts(part, self.objective, recompute=self.recompute):
             loss = weighted(self.terms, losses.sums, self.numbers)
             (loss if self.loss_scale is None else loss * self.numbers.loss_scale).backward()
+            self.together.add()
             summed += torch.stack([losses.sums[name].detach() for name in names])
             found.append(losses.measure())
         return _Passes(summed, stacked(self.config.measured, found))
