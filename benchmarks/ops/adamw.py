@@ -11,28 +11,35 @@ from lfm.kernels.adamw.kernel import adamw_kernel_
 from lfm.kernels.adamw.reference import adamw_reference_
 
 SHAPE = (8, 2304, 3072)
-HOW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "scale": 0.5}
+LR, SCALE, DECAY = 1e-3, 0.5, 0.1
+HOW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decays": [DECAY]}
 
 
 @functools.cache
 def inputs() -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator("cuda").manual_seed(0)
     tensors = [torch.rand(SHAPE, generator=generator, device="cuda") for _ in range(4)]
-    return tensors, torch.tensor([1.5, 3.0], device="cuda")
+    return tensors, torch.tensor([1.5, 3.0, SCALE, 0.0], device="cuda")
+
+
+def lists(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    p, g, m, v = tensors
+    return [p], [g], [m], [v]
 
 
 def check() -> dict[str, float]:
-    tensors, corrections = inputs()
+    tensors, shared = inputs()
     got, want = [t.clone() for t in tensors], [t.double() for t in tensors]
-    adamw_kernel_(got[0], got[1], got[2], got[3], corrections, **HOW, working=None)
-    adamw_reference_(want[0], want[1], want[2], want[3], corrections.double(), **HOW, working=None)
+    lrs = torch.tensor([LR], device="cuda")
+    adamw_kernel_(*lists(got), lrs, shared, **HOW, workings=[None])
+    adamw_reference_(*lists(want), lrs.double(), shared.double(), **HOW, workings=[None])
     return {name: norm_ratio(got[i], want[i]) for i, name in ((0, "parameter"), (2, "exp_avg"), (3, "exp_avg_sq"))}
 
 
 def in_passes(parameter: Tensor, working: Tensor) -> None:
     """Scaling, torch's fused update, and the copy."""
     tensors, _ = inputs()
-    tensors[1].mul_(HOW["scale"])
+    tensors[1].mul_(SCALE)
     step = torch.ones((), device="cuda")
     beta1, beta2 = HOW["betas"]
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
@@ -42,10 +49,10 @@ def in_passes(parameter: Tensor, working: Tensor) -> None:
         [tensors[3]],
         [],
         [step],
-        lr=HOW["lr"],
+        lr=LR,
         beta1=beta1,
         beta2=beta2,
-        weight_decay=HOW["weight_decay"],
+        weight_decay=DECAY,
         eps=HOW["eps"],
         amsgrad=False,
         maximize=False,
@@ -54,14 +61,14 @@ def in_passes(parameter: Tensor, working: Tensor) -> None:
 
 
 def cases() -> list[Case]:
-    tensors, corrections = inputs()
-    p, g, m, v = tensors
+    tensors, shared = inputs()
+    p, lrs = tensors[0], torch.tensor([LR], device="cuda")
     working = torch.empty(SHAPE, dtype=torch.bfloat16, device="cuda")
     moved = 30.0 * p.numel()
     return [
         Case(
             "update",
-            graphed(lambda _: adamw_kernel_(p, g, m, v, corrections, **HOW, working=working)),
+            graphed(lambda _: adamw_kernel_(*lists(tensors), lrs, shared, **HOW, workings=[working])),
             check,
             {"parameter": 1e-6, "exp_avg": 1e-6, "exp_avg_sq": 1e-6},
             *floor(0, moved),

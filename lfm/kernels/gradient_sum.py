@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from lfm.kernels.accumulation import accumulate_
@@ -17,6 +18,35 @@ class Later(Protocol):
     def put(self, work: Callable[[], None]) -> None: ...
 
 
+class Together:
+    """Small gradients that wait for each other, to be added to their sums in one launch: a model has hundreds of them,
+    and each alone takes as long."""
+
+    LARGEST = 1 << 16
+    """Elements; larger ones would be kept for no gain."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[GradientSum, Tensor]] = []
+
+    def put(self, found: "GradientSum", gradient: Tensor) -> None:
+        self._waiting.append((found, gradient))
+
+    def add(self) -> None:
+        """All that wait: behind a backward pass, and before something else is added to one of their sums."""
+        waiting, self._waiting = self._waiting, []
+        while waiting:  # once, but where a sum has several of them
+            first: dict[int, tuple[GradientSum, Tensor]] = {}
+            more = [item for item in waiting if first.setdefault(id(item[0]), item) is not item]
+            for is_empty, op in ((True, torch._foreach_copy_), (False, torch._foreach_add_)):  # pyright: ignore[reportPrivateImportUsage]
+                chosen = [(found, gradient) for found, gradient in first.values() if found.is_empty is is_empty]
+                if chosen:
+                    with torch.no_grad():
+                        op([found.total for found, _ in chosen], [gradient for _, gradient in chosen])
+            for found, _ in first.values():
+                found.is_empty = found.waits = False
+            waiting = more
+
+
 class GradientSum:
     """The sum of a parameter's gradients over the micro-batches of a step.
 
@@ -25,12 +55,23 @@ class GradientSum:
     hook of `give_sum`.
     """
 
-    def __init__(self, total: Tensor, *, after: Callable[[], None] | None = None, later: Later | None = None) -> None:
+    def __init__(
+        self,
+        total: Tensor,
+        *,
+        after: Callable[[], None] | None = None,
+        later: Later | None = None,
+        together: Together | None = None,
+    ) -> None:
         """`total`: contiguous, of the parameter's shape, in fp32 or wider; `after` is called behind each addition;
-        `later` takes products that need not be made before the pass goes on, None: all are made at once."""
-        self.total, self.after, self.later = total, after, later
+        `later` takes products that need not be made before the pass goes on, None: all are made at once; `together`
+        small gradients, until its owner has them added, None: each is added by itself."""
+        assert after is None or together is None
+        self.total, self.after, self.later, self.together = total, after, later, together
         self.is_empty = True
         """Nothing was added yet: the next gradient is written over what `total` holds."""
+        self.waits = False
+        """Whether `together` has a gradient for it."""
 
     def start(self) -> None:
         """Before the first micro-batch of a step: no need to fill `total` with zeros."""
@@ -38,6 +79,7 @@ class GradientSum:
 
     def finish(self) -> None:
         """After the last: a parameter that had no gradient has one of zeros."""
+        assert not self.waits, "a gradient still waits for others"
         if self.is_empty:
             self.total.zero_()
             self.is_empty = False
@@ -51,9 +93,15 @@ class GradientSum:
 
     def add(self, gradient: Tensor, *, factor: Tensor | None = None) -> None:
         """A gradient that is there already, times `factor`, a tensor of one number, if given."""
+        if self.together is not None and factor is None and gradient.numel() <= Together.LARGEST:
+            self.together.put(self, gradient)
+            self.waits = True
+            return
         self._make(lambda total, add: accumulate_(total, gradient, factor=factor, add=add))
 
     def _make(self, product: Product) -> None:
+        if self.waits and self.together is not None:
+            self.together.add()
         product(self.total, not self.is_empty)
         self.is_empty = False
         if self.after is not None:

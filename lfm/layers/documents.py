@@ -5,8 +5,9 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -17,6 +18,19 @@ Unit = Literal["label", "row", "document"]
 """What a term of the loss is a mean over."""
 UNITS: tuple[Unit, ...] = ("label", "row", "document")
 """In the order of `Counts`."""
+
+
+class NeedsTheHost(RuntimeError):
+    """Something asks for numbers of a step that its device alone has."""
+
+
+class _OfTheDeviceAlone(tuple[tuple[int, ...], ...]):
+    """In place of lengths that change from one replay of a recorded step to the next."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise NeedsTheHost("documents are told apart by their lengths, which the host reads")
+
+    __iter__ = __len__ = __getitem__ = _refuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +48,23 @@ class Documents:
     """How many positions of each row have a label, counted on the host."""
     label_mask: Bool[Tensor, "B T"] | None = None
     """Whether the id at a position may be a label, beside `positions`; None: every one may."""
+    given_boundaries: Int[Tensor, " S"] | None = None
+    """Of `on_device`."""
+
+    @classmethod
+    def on_device(
+        cls,
+        positions: Int[Tensor, "B T"],
+        *,
+        row_is_one_document: bool,
+        label_mask: Bool[Tensor, "B T"] | None = None,
+        boundaries: Int[Tensor, " S"],
+    ) -> "Documents":
+        """Documents of which the host knows nothing: of a step that is recorded once and replayed on others.
+
+        `boundaries` may have more documents at the end, which are empty.  Raises NeedsTheHost where lengths are read.
+        """
+        return cls(_OfTheDeviceAlone(), positions, row_is_one_document, (), label_mask, boundaries)
 
     @classmethod
     def from_lengths(
@@ -50,8 +81,10 @@ class Documents:
         totals = {sum(row) for row in lengths}
         if len(totals) != 1 or any(length < 1 for row in lengths for length in row):
             raise ValueError(f"document lengths must be positive and sum to one row length, not {sorted(totals)}")
-        positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
         frozen = tuple(tuple(int(length) for length in row) for row in lengths)
+        flat = np.fromiter(itertools.chain.from_iterable(frozen), np.int64)
+        first = np.repeat(flat.cumsum() - flat, flat)  # of each token's document, in the flattened batch
+        positions = torch.from_numpy((np.arange(len(first)) - first).reshape(len(frozen), -1))
         if label_mask is None:
             counts = [sum(row) - len(row) for row in frozen]
         elif label_mask.shape != positions.shape:
@@ -77,12 +110,16 @@ class Documents:
     @functools.cached_property
     def boundaries(self) -> Int[Tensor, " S"]:
         """Where each document of the flattened batch starts, and where the last one ends; int32, beside positions."""
+        if self.given_boundaries is not None:
+            return self.given_boundaries
         ends = itertools.accumulate((length for row in self.lengths for length in row), initial=0)
         return torch.tensor(list(ends), dtype=torch.int32).to(self.positions.device, non_blocking=True)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """Tokens of the longest document; of those of the device alone, of a row."""
+        if self.given_boundaries is not None:
+            return self.positions.shape[1]
         return max(length for row in self.lengths for length in row)
 
     def slice_rows(self, start: int, stop: int) -> "Documents":

@@ -19,6 +19,9 @@ from lfm.layers.documents import IGNORED_LABEL
 # after the first reads and writes the weight's whole gradient.
 CHUNK_ELEMENTS = {"cuda": 2**30, "cpu": 2**24}
 
+ROW_ALIGNMENT = 64
+"""Elements: 128 bytes of bf16."""
+
 
 @dataclass(frozen=True)
 class VocabularyShard:
@@ -181,7 +184,7 @@ class _Gradients:
     def add(self, part: slice, logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Of tokens `part`, whose `logits` are by now their gradients."""
         if self.bias is not None:
-            self.bias += logits.sum(0)
+            self.bias += logits.sum(0, dtype=self._dtype)
         grad = logits.to(hidden.dtype)
         torch.mm(grad, weight, out=self.hidden[part])
         if self.weight is None:
@@ -202,20 +205,36 @@ def _by_chunk(
 ) -> Iterator[tuple[slice, Tensor]]:
     """The losses of one chunk of tokens after the other; their gradients are added to `gradients`, if given."""
     rows = len(weight) if shard is None else shard.stored_rows
-    for chunk in torch.arange(len(hidden)).split(_chunk_tokens(hidden.device, rows)):
-        part = slice(int(chunk[0]), int(chunk[-1]) + 1)
-        logits = hidden[part] @ weight.T
-        if bias is not None:
+    size = _chunk_tokens(hidden.device, rows)
+    for start in range(0, len(hidden), size):
+        part = slice(start, min(start + size, len(hidden)))
+        logits, padding = _logits(hidden[part], weight)
+        given = bias if hidden.is_cuda else None  # else added here: a CPU's logits are not read once more for it
+        if bias is not None and given is None:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).add_(bias)
         weights = token_weights[part] if token_weights is not None else None
         how = {"token_weights": weights, "gradient": gradients is not None}
         if shard is None:
-            losses = cross_entropy_(logits, labels[part], **how)
+            losses = cross_entropy_(logits, labels[part], bias=given, padding=padding, **how)
         else:
             losses = _vocabulary_parallel_(logits, labels[part], shard, **how)
         if gradients is not None:
             gradients.add(part, logits, hidden, weight)
         yield part, losses
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+    """`hidden weight^T`, and how many elements lie behind each row of it.
+
+    On a GPU rows begin where matrix units can fetch them: those of 50,257 numbers would be multiplied several times
+    slower, here and in both products of the backward pass.
+    """
+    n, V = len(hidden), len(weight)
+    padding = -V % ROW_ALIGNMENT
+    if not hidden.is_cuda or padding == 0:
+        return hidden @ weight.T, 0
+    rows = hidden.new_empty(n, V + padding)
+    return torch.mm(hidden, weight.T, out=rows[:, :V]), padding
 
 
 def _chunk_tokens(device: torch.device, vocabulary: int) -> int:

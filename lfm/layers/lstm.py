@@ -1,13 +1,15 @@
 """Stacked LSTM over packed rows, with a functional state."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lfm.kernels.lstm import lstm_layer, takes
+from lfm.kernels.recording import is_recording
 from lfm.layers.cost import Cost, matrices
 from lfm.layers.documents import Documents
 
@@ -16,9 +18,14 @@ class StackedLSTM(nn.Module):
     """`i, f, g, o = W_ih x + b_ih + W_hh h + b_hh;  c = sig(f) c + sig(i) tanh(g);  h = sig(o) tanh(c)`, a layer on
     the other, with dropout between layers while training.
 
-    Hochreiter & Schmidhuber 1997; the names, shapes and gate order are torch.nn.LSTM's.  All of it runs in at least
-    fp32: on a GPU bf16 weights become fp32 for the call, and cuDNN multiplies fp32 in TF32, in which they are exact.
+    Hochreiter & Schmidhuber 1997; the names, shapes and gate order are torch.nn.LSTM's.  By the library all of it runs
+    in at least fp32: on a GPU bf16 weights become fp32 for the call, and cuDNN multiplies fp32 in TF32, in which they
+    are exact.  By steps, which take no state, outputs are rounded to the weights' dtype between the layers.
     """
+
+    backend: Literal["auto", "library", "steps"] = "auto"
+    """steps: our kernels, a launch a step (`lfm.kernels.lstm`); auto: those in a step that is recorded, where launches
+    cost nothing and the kernels run, else torch's library."""
 
     def __init__(self, input_size: int, hidden_size: int, *, num_layers: int, dropout: float) -> None:
         super().__init__()
@@ -43,8 +50,11 @@ class StackedLSTM(nn.Module):
         assert state is None or documents is None
         B, T, _ = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
-        sizes, tokens, final, y = None, None, None, x.to(wide)
-        if documents is not None and not documents.row_is_one_document:
+        sizes, tokens, final = None, None, None
+        packed = documents is not None and not documents.row_is_one_document
+        by_steps = state is None and T > 1 and self._takes_steps(x)
+        y = x if by_steps else x.to(wide)
+        if documents is not None and packed and not by_steps:
             tokens, sizes, final = pack_documents(documents.lengths, x.device)
             y = y.flatten(0, 1).index_select(0, tokens)
         sequences = B if sizes is None else int(sizes[0])
@@ -56,6 +66,12 @@ class StackedLSTM(nn.Module):
         for layer in range(self.num_layers):
             if layer > 0:
                 y = F.dropout(y, self.dropout, self.training)
+            if by_steps:
+                starts = documents.starts if documents is not None and packed else None
+                y, h, c = lstm_layer(y, *(self.get_parameter(name) for name in _names(layer)), reset=starts)
+                ends_h.append(h)
+                ends_c.append(c)
+                continue
             if state is None:
                 start = [y.new_zeros(1, sequences, self.hidden_size)] * 2
             else:
@@ -74,6 +90,11 @@ class StackedLSTM(nn.Module):
         if tokens is not None:
             y = torch.empty_like(y).index_copy(0, tokens, y).unflatten(0, (B, T))
         return y.to(x.dtype), (torch.stack(ends_h, 1), torch.stack(ends_c, 1))
+
+    def _takes_steps(self, x: Tensor) -> bool:
+        if self.backend == "auto":
+            return is_recording() and takes(x, self.hidden_size)
+        return self.backend == "steps"
 
     def _weights(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
         weights = [self.get_parameter(name) for name in _names(layer)]

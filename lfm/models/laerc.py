@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lfm.config import Depth, Tokens, Vocabulary, Width
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
 from lfm.layers.cost import Cost, frozen_matrices, matrices
+from lfm.layers.linear import Linear
 from lfm.layers.residual import ResidualStream
 from lfm.layers.stored import Stored
 from lfm.models.decoder import Block, Context, Decoder, Memory
@@ -201,8 +202,8 @@ class MLP(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, output_size: int) -> None:
         super().__init__()
-        self.up = nn.Linear(input_size, hidden_size)
-        self.down = nn.Linear(hidden_size, output_size)
+        self.up = Linear(input_size, hidden_size)
+        self.down = Linear(hidden_size, output_size)
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
         return self.down(F.gelu(self.up(x)))

@@ -60,6 +60,11 @@ class FamilyConfig(Config, abc.ABC):
         return {}
 
     @property
+    def needs_host(self) -> str | None:
+        """Why no training step can be made by the device alone, as words after "because"; None: it may be."""
+        return None
+
+    @property
     def context_limit(self) -> int | None:
         """The most tokens that prompt and continuation may reach; None where the state does not grow with them."""
         return None

@@ -77,6 +77,10 @@ class LFMConfig(UnitScaleConfig):
         return frozenset({"data", "tensor", "pipeline"} | ({"expert"} if self.moe is not None else set()))
 
     @property
+    def needs_host(self) -> str | None:
+        return "experts take as many rows as tokens chose them" if self.moe is not None else None
+
+    @property
     def has_wide_parameters(self) -> bool:
         return isinstance(self.liquid, DiagonalConfig)
 

@@ -152,8 +152,7 @@ class LiquidLM(LanguageModel):
             phase = self.reservoir.phase(positions[:1])
         else:
             positions = documents.positions
-            longest = max(length for row in documents.lengths for length in row)
-            phase = self.reservoir.phase(torch.arange(longest, device=ids.device))[positions]
+            phase = self.reservoir.phase(torch.arange(documents.longest, device=ids.device))[positions]
         dropout = self.config.hidden_dropout
         q = F.dropout(self.reservoir(self.embedding(ids), phase), dropout, self.training)
         o, (h, c) = self.lstm(q, state=(state.h, state.c) if state else None, documents=documents)

@@ -77,6 +77,10 @@ class LiquidNNConfig(FamilyConfig):
         return self
 
     @property
+    def needs_host(self) -> str | None:
+        return "windows of a row begin and end where the host says"
+
+    @property
     def num_layers(self) -> int:
         return self.num_fast + self.num_deep
 

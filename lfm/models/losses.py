@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lfm.kernels.backend import widest
 from lfm.kernels.reservoir import RecurrenceStats
-from lfm.layers.documents import Counts, Rows, Unit
+from lfm.layers.documents import Rows, Unit
 from lfm.layers.head import Head, Hidden
 from lfm.layers.moe import MoEConfig
 from lfm.layers.router import BiasBalance, Routing, fixed_point, observe
@@ -81,7 +81,13 @@ class Objective(Protocol):
 Number = TypeVar("Number", float, Tensor)
 
 
-def weighted(terms: Iterable[Term], sums: Mapping[str, Number], counts: Counts) -> Any:
+class Denominators(Protocol):
+    """`Counts`, or the same on a device."""
+
+    def of(self, unit: Unit) -> Any: ...
+
+
+def weighted(terms: Iterable[Term], sums: Mapping[str, Number], counts: Denominators) -> Any:
     """The loss: over labels, rows and documents in the order of the terms, the weighted sums divided by the count."""
     total: dict[Unit, Any] = {}
     for term in terms:
@@ -90,15 +96,30 @@ def weighted(terms: Iterable[Term], sums: Mapping[str, Number], counts: Counts) 
     return sum(value / counts.of(unit) for unit, value in total.items())
 
 
-def combined(measured: Sequence[Measured], found: Sequence[Measurements]) -> dict[str, tuple[list[int], Tensor]]:
-    """Of several forward passes: name -> the layers that are here, in order, and fp64 `[layers, width]`."""
-    table: dict[str, tuple[list[int], Tensor]] = {}
+Table = dict[str, tuple[list[int], Tensor]]
+"""Name -> the layers that are here, in order, and numbers of each."""
+
+
+def stacked(measured: Sequence[Measured], found: Sequence[Measurements]) -> Table:
+    """Of several forward passes: `[layers, passes, width]`."""
+    table: Table = {}
     for measure in measured:
         layers = sorted({layer for each in found for layer in each[measure.name]})
         if not layers:
             continue
         of_layers = [each[measure.name][i] for i in layers for each in found if i in each[measure.name]]
-        values = torch.stack(of_layers).view(len(layers), -1, measure.width)  # of as many passes for each layer
+        table[measure.name] = layers, torch.stack(of_layers).view(len(layers), -1, measure.width)
+    return table
+
+
+def combined(measured: Sequence[Measured], tables: Sequence[Table]) -> Table:
+    """Of what `stacked` gives of all passes of a step, which have the same layers: fp64 `[layers, width]`."""
+    table: Table = {}
+    for measure in measured:
+        if not any(measure.name in each for each in tables):
+            continue
+        layers = tables[0][measure.name][0]
+        values = torch.cat([each[measure.name][1] for each in tables], 1)
         over = {"sum": values.sum, "mean": values.mean, "max": values.amax}[measure.over]
         table[measure.name] = layers, over(1).to(widest(values.device))
     return table

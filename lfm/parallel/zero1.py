@@ -233,13 +233,17 @@ class Zero1(BF16_Optimizer):
     # The update.
 
     @torch.no_grad()
-    def step(self, closure: None = None, *, scale: float = 1.0) -> None:
+    def step(self, closure: None = None, *, lr: float = 0.0, scale: float = 1.0) -> None:
         """Update with the gradient times `scale`, and start to gather the weights."""
         assert closure is None
+        device = self.groups.device
+        lr_there, scale_there = (torch.full((), x, dtype=widest(device), device=device) for x in (lr, scale))
+        refused = torch.zeros((), dtype=torch.bool, device=device)
         for bucket in self.buckets:
             bucket.master.grad = bucket.own_gradient
         self.wait_for_weights()
-        self._update(self.optimizer, scale=scale, working={b.master: b.own_working for b in self.buckets})
+        working = {b.master: b.own_working for b in self.buckets}
+        self._update(self.optimizer, lr=lr_there, scale=scale_there, refused=refused, working=working)
         self._gather()
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def forward_backward(self, batch: Batch) -> StepResult:
-        """Gradients of one optimizer step, from this process's rows of it.
+        """Gradients of one optimizer step, from this process's rows of it; `step` then makes the update.
 
         Each term is summed and divided by the labels, rows or documents of the whole step: neither micro-batches nor
         processes matter.  Raises NonFiniteError naming the rows of the first bad micro-batch.
@@ -80,6 +80,11 @@ class Engine(abc.ABC):
         inf: gradients of float16 overflowed, and the update was skipped.  Raises NonFiniteError, without an update,
         when the norm is not finite for another reason.
         """
+
+    def update(self, batch: Batch, lr: float) -> tuple[StepResult, float]:
+        """One optimizer step: what `forward_backward` and `step` give, one after the other."""
+        result = self.forward_backward(batch)
+        return result, self.step(lr)
 
     @abc.abstractmethod
     def evaluate(self, batch: Batch) -> tuple[float, int]:

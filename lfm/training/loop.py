@@ -158,8 +158,7 @@ def _update(run: RunConfig, state: TrainState, batch: Batch, watch: Watch) -> _U
     try:
         watch.phase(f"step {step + 1}: forward and backward")
         engine.start_step(step, run.training.steps)
-        result = engine.forward_backward(batch)
-        grad_norm = engine.step(lr)
+        result, grad_norm = engine.update(batch, lr)
     except NonFiniteError as error:
         numbers = state.data.rows.order(run.seed, state.position, run.training.global_batch_size).tolist()
         made_by = f"; the updates before it were made with optimizer.lr={run.optimizer.lr:g}" if step > 0 else ""

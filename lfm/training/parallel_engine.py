@@ -23,7 +23,7 @@ from lfm.models.decoder import Decoder
 from lfm.models.global_names import moving_names
 from lfm.models.initialization import materialize, start_moving
 from lfm.models.language_model import LanguageModel, Recompute
-from lfm.models.losses import Measured, Objective, Term, combined
+from lfm.models.losses import Measured, Objective, Term, combined, stacked
 from lfm.models.registry import ModelConfig, build
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.parallel.global_parts import copy_own_slice, global_parts
@@ -324,7 +324,8 @@ class ParallelEngine(Engine):
         """The one wait for the device of a step: losses, counts, what was measured, and the norm."""
         self.phase("sums over all processes")
         measured = self.config.measured
-        found = combined(measured, [losses.measure() for stage in self.stages for losses in stage.losses])
+        of_stages = [losses.measure() for stage in self.stages for losses in stage.losses]
+        found = combined(measured, [stacked(measured, of_stages)])
         table = self._loss_table(self.terms)
         whole = {measure.name: _whole(measure, found.get(measure.name), self.device) for measure in measured}
         largest = {measure.name: whole[measure.name] for measure in measured if measure.over == "max"}
@@ -389,20 +390,20 @@ class ParallelEngine(Engine):
         self.phase("optimizer step")
         for group in inner_optimizer(self.deepspeed).param_groups:
             group["lr"] = lr * group["lr_multiple"]
-        norm = self._step_of_deepspeed() if self.zero1 is None else self._step_of_zero1(self.zero1)
+        norm = self._step_of_deepspeed() if self.zero1 is None else self._step_of_zero1(self.zero1, lr)
         self._updates += 1
         if self._after_update():
             publish_masters(self.deepspeed, self.weights, self.fragments)
         return norm
 
-    def _step_of_zero1(self, zero1: Zero1) -> float:
+    def _step_of_zero1(self, zero1: Zero1, lr: float) -> float:
         norm = self._norm
         if not math.isfinite(norm):
             bad = zero1.first_bad_gradient()
             self._refuse(bad and f"gradient norm is not finite ({norm}); first non-finite gradient: {bad}")
         # With DeepSpeed's epsilon, which tells only where the norm itself is tiny.
         clip = self.optimizer_config.clip_grad / (norm + 1e-6)
-        zero1.step(scale=clip if 0 < clip < 1 else 1.0)
+        zero1.step(lr=lr, scale=clip if 0 < clip < 1 else 1.0)
         return norm
 
     def _step_of_deepspeed(self) -> float:

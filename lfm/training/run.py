@@ -28,6 +28,7 @@ from lfm.objectives.registry import ObjectiveConfig
 from lfm.training.metrics import LoggingConfig
 from lfm.training.optimizer.adamw import AdamWConfig
 from lfm.training.optimizer.registry import OptimizerConfig
+from lfm.training.recorder import CudaGraph
 from lfm.training.schedule import ScheduleConfig
 
 
@@ -45,6 +46,9 @@ class TrainingConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Working weights and activations; auto: bfloat16 (with fp32 masters) on a GPU, float16 on one that has no
     bfloat16 (compute capability below 8.0), float32 on a CPU."""
+    cuda_graph: CudaGraph = "auto"
+    """Record the steps of one process whole, and replay them without launching every kernel: auto, on a CUDA GPU where
+    the device alone can make them; required, end the run where it cannot."""
     initial_loss_scale: float = Field(default=2.0**16, ge=1, le=2.0**60)
     """Of float16: what the loss is multiplied by at the start.  It halves, and the update is skipped, when a gradient
     overflows; it doubles after 2000 updates without."""
@@ -130,6 +134,11 @@ class RunConfig(Config):
             raise ValueError(
                 "evaluation.tasks are scored by a model in one process, which does not go with "
                 f"parallel.zero_stage={self.parallel.zero_stage}; score checkpoints by `lfm eval --tasks` instead"
+            )
+        if self.training.cuda_graph == "required" and self.parallel.zero_stage > 0:
+            raise ValueError(
+                f"training.cuda_graph=required does not go with parallel.zero_stage={self.parallel.zero_stage}: only "
+                "steps of one process are recorded; set training.cuda_graph=auto or parallel.zero_stage=0"
             )
         if self.training.dtype == "float16" and self.parallel.zero_stage > 0:
             raise ValueError(

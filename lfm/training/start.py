@@ -90,6 +90,11 @@ def _device(run: RunConfig, process: Process) -> torch.device:
     if run.device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("training.device=mps needs an Apple GPU, and none is visible; use training.device=cpu or auto")
     if run.device.type != "cuda":
+        if run.training.cuda_graph == "required":
+            raise UserError(
+                f"training.cuda_graph=required needs a CUDA GPU, and this run trains on {run.device.type}; "
+                "set it to auto"
+            )
         return run.device
     if process.local_rank >= torch.cuda.device_count():
         visible = torch.cuda.device_count()
@@ -125,6 +130,7 @@ def local_engine(run: RunConfig, device: torch.device) -> Engine:
         recompute=run.training.recompute,
         objective=run.objective,
         initial_loss_scale=run.training.initial_loss_scale,
+        cuda_graph=run.training.cuda_graph,
     )
 
 

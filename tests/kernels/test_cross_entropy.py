@@ -42,6 +42,36 @@ def test_the_kernel_equals_the_definition(n, V, dtype, bounds):
     _compare(n, V, dtype, bounds)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("V, padding", [(300, 20), (8191, 1), (20_011, 53)])
+def test_memory_between_rows_changes_nothing(V, padding, backend):
+    labels = torch.tensor([V - 1, -100, 0], device=DEVICE)
+    whole = torch.full((3, V + padding + 2), torch.nan, device=DEVICE)
+    logits = whole[:, :V].copy_(torch.randn(3, V, device=DEVICE))
+    want = logits.clone()
+    alone = cross_entropy_(want, labels, backend=backend)
+    assert torch.equal(cross_entropy_(logits, labels, padding=padding, backend=backend), alone)
+    assert torch.equal(logits, want) and whole[:, V + padding :].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("V", [300, 8191])
+def test_a_bias_is_added_to_every_row(V, backend):
+    logits, bias = torch.randn(5, V, device=DEVICE), torch.randn(V, device=DEVICE)
+    labels = torch.tensor([V - 1, -100, 0, 7, 7], device=DEVICE)
+    want = _truth(logits + bias, labels)
+    losses = cross_entropy_(logits, labels, bias=bias, backend=backend)
+    assert_close({"losses": losses, "gradient": logits}, {k: x.detach() for k, x in want.items()}, 1e-6)
+    with pytest.raises(ValueError, match=r"bias has shape \[2\]; it must be \["):
+        cross_entropy_(logits, labels, bias=bias[:2])
+
+
+def test_padding_that_is_not_there_is_refused():
+    logits, labels = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"padding=1 is more than the 0 elements between two rows"):
+        cross_entropy_(logits, labels, padding=1)
+
+
 @pytest.mark.parametrize("n, V", [(5, 300), (3, 20_011)])
 def test_weights_of_rows_multiply_losses_and_gradients(n, V):
     logits = torch.randn(n, V, device=DEVICE)

@@ -102,6 +102,28 @@ def test_bf16_weights_run_in_fp32():
     assert h.dtype == c.dtype == torch.float32 and torch.equal(h, want_h) and torch.equal(c, want_c)
 
 
+@pytest.mark.parametrize("lengths", [[[9]] * 3, [[9], [2, 7], [1] * 9]], ids=["whole", "packed"])
+def test_steps_are_the_librarys(lengths):
+    ours, like = (StackedLSTM(5, 16, num_layers=2, dropout=0.0) for _ in range(2))
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            like.get_parameter(name).copy_(parameter.normal_(0, 0.3))
+    like.backend, x = "steps", torch.randn(3, 9, 5)
+    found = []
+    for module in (ours, like):
+        leaf = x.clone().requires_grad_()
+        y, (h, c) = module(leaf, documents=Documents.from_lengths(lengths, "cpu"))
+        y.square().sum().backward()
+        grads = {name: parameter.grad for name, parameter in module.named_parameters()}
+        found.append({"y": y.detach(), "h": h.detach(), "c": c.detach(), "x": leaf.grad, **grads})
+    assert_close(found[1], found[0], 2e-6)
+    like.dropout = 0.4
+    assert not torch.equal(like(x)[0], like(x)[0])
+    # From a state there are none.
+    state = (torch.randn(3, 2, 16), torch.randn(3, 2, 16))
+    assert torch.equal(like.eval()(x, state=state)[0], ours.eval()(x, state=state)[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[[40], [40]], [[40], [3, 37]]], ids=["whole", "packed"])
 def test_a_gpu_equals_the_cpu(lengths):

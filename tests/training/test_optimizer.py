@@ -50,6 +50,26 @@ def test_lion_is_the_papers_program_1():
     assert engine.optimizer_step == 3 and {key.partition(".")[0] for key in engine.tensors()} == set(engine.state_kinds)
 
 
+def _numbers(lr, scale, *, refused=False, device="cpu"):
+    wide = {name: torch.tensor(x, dtype=torch.float64, device=device) for name, x in (("lr", lr), ("scale", scale))}
+    return {**wide, "refused": torch.tensor(refused, device=device)}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_refused_update_leaves_everything_as_it_is(device):
+    config, parameter = AdamWConfig(), torch.nn.Parameter(torch.ones(3, device=device))
+    optimizer = config.build(parameter_groups(config, [("weight", parameter)]))
+    optimizer.state[parameter] = config.new_state(parameter)
+    working = {parameter: torch.zeros(3, dtype=torch.bfloat16, device=device)}
+    for refused in (False, True):
+        before = [tensor.clone() for tensor in (parameter.detach(), *optimizer.state[parameter].values())]
+        parameter.grad = torch.tensor([1.0, torch.nan if refused else 2.0, 3.0], device=device)
+        config.update(optimizer, **_numbers(1e-2, 1.0, refused=refused, device=device), working=working)
+        after = [parameter.detach(), *optimizer.state[parameter].values()]
+        assert all(torch.equal(a, b) == refused for a, b in zip(before, after, strict=True))
+        assert torch.equal(working[parameter], parameter.bfloat16())
+
+
 @pytest.mark.parametrize("kind", [AdamWConfig, LionConfig])
 def test_the_first_gradient_is_told_from_the_state(kind):
     config, gradient = kind(), torch.tensor([-3.0, 0.0, 0.25])
@@ -57,7 +77,7 @@ def test_the_first_gradient_is_told_from_the_state(kind):
     parameter.grad = gradient.clone()
     optimizer = config.build(parameter_groups(config, [("weight", parameter)]))
     optimizer.state[parameter] = config.new_state(parameter)
-    config.update(optimizer, scale=0.5, working={})
+    config.update(optimizer, **_numbers(1e-3, 0.5), working={})
     torch.testing.assert_close(config.first_gradient(optimizer.state[parameter]), 0.5 * gradient)
 
 
@@ -77,7 +97,7 @@ def test_an_update_on_a_gpu_is_that_of_torch():
         for name, shape in shapes.items():
             ours[name].grad = torch.randn(shape, device="cuda")
             theirs[name].grad = 0.25 * ours[name].grad
-        config.update(optimizers[0], scale=0.25, working=working)
+        config.update(optimizers[0], **_numbers(1e-2, 0.25, device="cuda"), working=working)
         optimizers[1].step()
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter, theirs[name], rtol=1e-6, atol=1e-7)

@@ -30,6 +30,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_makes_no_float64_tensor(family, monkeypatch):
     run = RunConfig.load(f"configs/{family}_debug.yaml", ["model.vocab_size=64", "model.seq_length=32"])
+    monkeypatch.setattr(backend, "WITHOUT_FLOAT64", {"cpu"})
     engine = LocalEngine(
         run.model,
         run.optimizer,
@@ -40,7 +41,6 @@ def test_a_step_makes_no_float64_tensor(family, monkeypatch):
     )
     ids = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(1))
     batch = Batch(ids, [[32], [20, 12]])
-    monkeypatch.setattr(backend, "WITHOUT_FLOAT64", {"cpu"})
     # What is read back becomes float64 on the host, which is the device here.
     monkeypatch.setattr(torch.Tensor, "double", lambda self: self.float())
     engine.start_step(0, 10)

@@ -2,6 +2,7 @@
 writes), of its two passes over a shard of the vocabulary, and of scaling a gradient."""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,8 +14,21 @@ SCALED_BLOCK, SCALED_WARPS = 4096, 8
 
 
 @triton.jit
-def _top_and_sum(logits, V, LANES: tl.constexpr, PER_LANE: tl.constexpr):
-    """The largest logit of a row, and the sum of exp(logit - largest)."""
+def _biased(x, bias, column, V, columns, BIASED: tl.constexpr):
+    """Logits in fp32, and what lies behind them as -inf."""
+    x = x.to(tl.float32)
+    if BIASED:
+        x += tl.load(bias + column, column < columns, other=0, eviction_policy="evict_last").to(tl.float32)
+    return tl.where(column < V, x, -float("inf"))
+
+
+@triton.jit
+def _top_and_sum(logits, bias, V, columns, BIASED: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+    """The largest logit of a row, and the sum of exp(logit - largest).
+
+    Up to `columns` there is memory that may be read: where that is a multiple of 16, a load takes eight at once, though
+    V be odd.
+    """
     lane = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]  # [LANES, PER_LANE]
     # Every lane has its own running maximum and sum, so that no step waits for another lane.  It starts at a finite
     # maximum: a lane that sees no logit must not form inf - inf.
@@ -22,7 +36,8 @@ def _top_and_sum(logits, V, LANES: tl.constexpr, PER_LANE: tl.constexpr):
     total = tl.zeros([LANES], tl.float32)
     for tile in range(tl.cdiv(V, LANES * PER_LANE)):
         column = tile * (LANES * PER_LANE) + lane
-        x = tl.load(logits + column, column < V, other=-float("inf"), eviction_policy="evict_last").to(tl.float32)
+        x = tl.load(logits + column, column < columns, other=0, eviction_policy="evict_last")
+        x = _biased(x, bias, column, V, columns, BIASED)
         new_top = tl.maximum(top, tl.max(x, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top[:, None]), 1)
         top = new_top
@@ -32,31 +47,35 @@ def _top_and_sum(logits, V, LANES: tl.constexpr, PER_LANE: tl.constexpr):
 
 @triton.jit
 def _write_gradient(
-    logits, V, label, log_normalizer, weight, kept, WEIGHTED: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr
-):
-    """Over the logits of a row; of one that is not kept, zeros."""
+    logits, bias, V, columns, label, log_normalizer, weight, kept,
+    BIASED: tl.constexpr, WEIGHTED: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr,
+):  # fmt: skip
+    """Over the logits of a row, and zeros behind them up to `columns`; of one that is not kept, zeros alone."""
     lane = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
     num_tiles = tl.cdiv(V, LANES * PER_LANE)
     for i in range(num_tiles):
         # Backwards: what was read last is still in the cache, where what is written must not take its place.
         column = (num_tiles - 1 - i) * (LANES * PER_LANE) + lane
-        x = tl.load(logits + column, column < V, other=-float("inf"), eviction_policy="evict_first").to(tl.float32)
-        softmax = tl.exp(x - log_normalizer)
+        x = tl.load(logits + column, column < columns, other=0, eviction_policy="evict_first")
+        softmax = tl.exp(_biased(x, bias, column, V, columns, BIASED) - log_normalizer)
         grad = tl.where(column == label, softmax - 1, softmax)
         if WEIGHTED:
             grad *= weight
-        tl.store(logits + column, tl.where(kept, grad, 0.0), column < V, eviction_policy="evict_first")
+        tl.store(logits + column, tl.where(kept, grad, 0.0), column < columns, eviction_policy="evict_first")
 
 
 @triton.jit
 def _cross_entropy_kernel(
     logits,
+    bias,
     labels,
     token_weights,
     losses,
     stride,
     V,
+    columns,
     GRADIENT: tl.constexpr,
+    BIASED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
@@ -66,7 +85,9 @@ def _cross_entropy_kernel(
     label = tl.load(labels + row).to(tl.int32)
     # Read before anything is written: the reductions below are barriers between this and the second pass.
     label_logit = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
-    top, total = _top_and_sum(logits, V, LANES, PER_LANE)
+    if BIASED:
+        label_logit += tl.load(bias + tl.maximum(label, 0)).to(tl.float32)
+    top, total = _top_and_sum(logits, bias, V, columns, BIASED, LANES, PER_LANE)
     log_normalizer = top + tl.log(total)
     kept = label >= 0
     loss = log_normalizer - label_logit
@@ -76,7 +97,9 @@ def _cross_entropy_kernel(
         loss *= weight
     tl.store(losses + row, tl.where(kept, loss, 0.0))
     if GRADIENT:
-        _write_gradient(logits, V, label, log_normalizer, weight, kept, WEIGHTED, LANES, PER_LANE)
+        _write_gradient(
+            logits, bias, V, columns, label, log_normalizer, weight, kept, BIASED, WEIGHTED, LANES, PER_LANE
+        )
 
 
 @triton.jit
@@ -85,7 +108,7 @@ def _shard_sums_kernel(logits, labels, sums, stride, V, LANES: tl.constexpr, PER
     logits += row * stride
     label = tl.load(labels + row).to(tl.int32)
     label_logit = tl.load(logits + label, (label >= 0) & (label < V), other=0.0).to(tl.float32)
-    top, total = _top_and_sum(logits, V, LANES, PER_LANE)
+    top, total = _top_and_sum(logits, logits, V, V, False, LANES, PER_LANE)
     tl.store(sums + row * 3, top)
     tl.store(sums + row * 3 + 1, total)
     tl.store(sums + row * 3 + 2, label_logit)
@@ -98,11 +121,18 @@ def _shard_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     factor, log_normalizer = tl.load(factors + row).to(tl.float32), tl.load(log_normalizers + row)
     label = tl.load(labels + row).to(tl.int32)
-    _write_gradient(logits + row * stride, V, label, log_normalizer, factor, factor != 0, True, LANES, PER_LANE)
+    logits += row * stride
+    _write_gradient(logits, logits, V, V, label, log_normalizer, factor, factor != 0, False, True, LANES, PER_LANE)
 
 
 def cross_entropy_kernel_(
-    logits: Tensor, labels: Tensor, gradient: bool, token_weights: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    gradient: bool,
+    token_weights: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    padding: int = 0,
 ) -> Tensor:
     """As `op.cross_entropy_`; logits with any row stride."""
     assert logits.stride(1) == 1 or logits.shape[1] == 1, logits.stride()
@@ -111,7 +141,10 @@ def cross_entropy_kernel_(
     if n:
         weighted = token_weights is not None
         weights = token_weights.contiguous() if weighted else losses  # not read
-        arguments = (logits, labels.contiguous(), weights, losses, logits.stride(0), V, gradient, weighted)
+        sizes = (logits.stride(0), V, V + padding)
+        added = logits if bias is None else F.pad(bias, (0, padding)).contiguous()
+        rows = (logits, added, labels.contiguous(), weights, losses)
+        arguments = (*rows, *sizes, gradient, bias is not None, weighted)
         _cross_entropy_kernel[(n,)](*arguments, LANES, PER_LANE, num_warps=NUM_WARPS)
     return losses
 

@@ -20,6 +20,8 @@ def cross_entropy_(
     *,
     token_weights: Tensor | None = None,
     gradient: bool = True,
+    bias: Tensor | None = None,
+    padding: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
     """-log softmax(logits)[label] in nats, `[n]`, at least fp32, of `logits [n, V]` and int64 `labels [n]`.
@@ -27,18 +29,27 @@ def cross_entropy_(
     A position with a negative label counts nothing; `token_weights [n]`, at least fp32, multiply the losses.  With
     `gradient`, the logits are overwritten by the gradient of the losses' sum, (softmax(logits) - onehot(label)) times
     the weight, rounded once to their dtype; autograd does not see it.
+
+    bias: `[V]`, added to each row in at least fp32; the gradient of its sum over rows is that of the logits.
+    padding: elements of memory behind each row of logits that belong to nobody, and are left anyhow.  With them a row
+    whose length is odd is read as fast as others.
     """
     _check(logits, labels)
+    if bias is not None and bias.shape != logits.shape[1:]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; it must be [{logits.shape[1]}]")
+    if padding < 0 or (len(logits) > 1 and padding > logits.stride(0) - logits.shape[1]):
+        room = logits.stride(0) - logits.shape[1]
+        raise ValueError(f"padding={padding} is more than the {room} elements between two rows of logits")
     if token_weights is not None and (token_weights.shape != labels.shape or token_weights.dtype.itemsize < 4):
         raise ValueError(
             f"token_weights is {token_weights.dtype} of shape {list(token_weights.shape)}; it must be at least "
             f"torch.float32 and {list(labels.shape)}"
         )
     if not runs_triton(logits, backend, _comparison, logits.shape[1]):
-        return cross_entropy_reference_(logits, labels, gradient, token_weights)
+        return cross_entropy_reference_(logits, labels, gradient, token_weights, bias)
     from lfm.kernels.cross_entropy.kernel import cross_entropy_kernel_
 
-    return cross_entropy_kernel_(logits, labels, gradient, token_weights)
+    return cross_entropy_kernel_(logits, labels, gradient, token_weights, bias=bias, padding=padding)
 
 
 def shard_sums(logits: Tensor, labels: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -111,6 +122,11 @@ def _comparison(device: torch.device, dtype: torch.dtype, num_classes: int) -> I
     losses = cross_entropy_(logits, labels, token_weights=weights, backend="triton")
     yield "the losses", losses, cross_entropy_reference_(wide, labels, True, weights)
     yield "the gradient", logits, wide
+    logits, bias = draw(2, 4, num_classes, device=device, dtype=dtype), draw(3, num_classes, device=device, dtype=dtype)
+    wide = logits.to(torch.float32, copy=True)
+    losses = cross_entropy_(logits, labels, bias=bias, backend="triton")
+    yield "the losses with a bias", losses, cross_entropy_reference_(wide, labels, True, bias=bias)
+    yield "the gradient with a bias", logits, wide
 
 
 def _shard_comparison(

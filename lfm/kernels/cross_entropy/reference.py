@@ -5,10 +5,16 @@ from torch import Tensor
 
 
 def cross_entropy_reference_(
-    logits: Tensor, labels: Tensor, gradient: bool, token_weights: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    gradient: bool,
+    token_weights: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     kept = labels >= 0
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        wide = wide + bias
     label = labels.masked_fill(~kept, 0)[:, None]
     log_normalizer = wide.logsumexp(-1)
     losses = (log_normalizer - wide.gather(1, label)[:, 0]) * kept

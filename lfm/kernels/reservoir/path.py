@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from lfm.kernels.recording import is_recording
 from lfm.kernels.reservoir import cluster, cluster_fp32
 from lfm.kernels.reservoir.chunked import (
     backward_sweep,
@@ -80,9 +81,12 @@ def _counting(sweep: Callable[..., tuple[Tensor, Tensor | None, Outcome]]) -> Fo
 
 
 def _is_worth_a_graph(drive: Tensor, plan: ChunkPlan, with_backward: bool) -> bool:
-    """Whether one step loop is worth a CUDA graph, and not too long for one; only training's shapes repeat."""
+    """Whether one step loop is worth a CUDA graph, and not too long for one; only training's shapes repeat.
+
+    A step that is recorded whole has it in its own.
+    """
     steps = min(plan.chunk_length + plan.warmup, drive.shape[1])
-    return with_backward and drive.is_cuda and 1 < steps <= _MOST_GRAPHED_STEPS
+    return with_backward and drive.is_cuda and not is_recording() and 1 < steps <= _MOST_GRAPHED_STEPS
 
 
 PATHS = (

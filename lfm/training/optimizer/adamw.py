@@ -22,35 +22,43 @@ class AdamWConfig(OptimizerKind):
 
     state_title: ClassVar[str] = "AdamW moments"
     state_keys: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    waits_for_nothing: ClassVar[bool] = True
 
     def build(self, groups: Sequence[Group], *, fused: bool = True) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self._for_torch(groups), lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
     @torch.no_grad()
-    def update(self, optimizer: torch.optim.Optimizer, *, scale: float, working: Mapping[Tensor, Tensor]) -> None:
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        lr: Tensor,
+        scale: Tensor,
+        refused: Tensor,
+        working: Mapping[Tensor, Tensor],
+    ) -> None:
         """On a GPU in one pass over all of it."""
         named = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
         if not named or not named[0][1].is_cuda:
-            super().update(optimizer, scale=scale, working=working)
+            super().update(optimizer, lr=lr, scale=scale, refused=refused, working=working)
             return
         states = [optimizer.state[parameter] for _, parameter in named]
-        torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore[reportPrivateImportUsage]
-        betas = torch.tensor(self.betas, dtype=torch.float64).to(named[0][1].device, non_blocking=True)
-        corrections = (1 / (1 - betas ** states[0]["step"])).float()  # all have seen as many updates
-        for (group, parameter), state in zip(named, states, strict=True):
-            adamw_(
-                parameter,
-                parameter.grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                corrections,
-                lr=group["lr"],
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=group["weight_decay"],
-                scale=scale,
-                working=working.get(parameter),
-            )
+        torch._foreach_add_([state["step"] for state in states], 1 - refused.float())  # pyright: ignore[reportPrivateImportUsage]
+        step = states[0]["step"].double()  # all have seen as many updates
+        corrections = [1 / (1 - beta**step) for beta in self.betas]
+        rates = {group["lr_multiple"]: lr * group["lr_multiple"] for group in optimizer.param_groups}
+        adamw_(
+            [parameter for _, parameter in named],
+            [parameter.grad for _, parameter in named],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            torch.stack([rates[group["lr_multiple"]] for group, _ in named]).float(),
+            torch.stack([*corrections, scale.double(), refused.double()]).float(),
+            betas=self.betas,
+            eps=self.eps,
+            weight_decays=[group["weight_decay"] for group, _ in named],
+            workings=[working.get(parameter) for _, parameter in named],
+        )
 
     def first_gradient(self, state: Mapping[str, Tensor]) -> Tensor:
         return state["exp_avg"] / (1 - self.betas[0])

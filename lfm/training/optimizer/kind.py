@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -55,6 +55,8 @@ class OptimizerKind(Config, abc.ABC):
     """What `--dry-run` calls its state."""
     state_keys: ClassVar[tuple[str, ...]]
     """What it keeps beside each parameter: tensors of its shape, which a checkpoint holds under these names."""
+    waits_for_nothing: ClassVar[bool] = False
+    """Whether its update on a GPU can be recorded in a CUDA graph, and knows how to be refused on the device."""
 
     def peak_lr(self, hidden_size: int) -> float:
         """Of a model of this width."""
@@ -73,15 +75,30 @@ class OptimizerKind(Config, abc.ABC):
         """
 
     @torch.no_grad()
-    def update(self, optimizer: torch.optim.Optimizer, *, scale: float, working: Mapping[Tensor, Tensor]) -> None:
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        lr: Tensor,
+        scale: Tensor,
+        refused: Tensor,
+        working: Mapping[Tensor, Tensor],
+    ) -> None:
         """Update what `build` made with the gradients times `scale`, which they may be left as.
 
+        lr, scale, refused: tensors of one number on the parameters' device, those two in its widest dtype, refused
+        bool: kinds that wait for nothing then leave all as it is; others are never given such gradients.
         working: by parameter, its copy in another dtype, which is given the new value.
         """
+        # torch's fused kernels for CPUs read a tensor themselves.
+        rate = lr if self.waits_for_nothing and lr.device.type == "cpu" else float(lr)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_multiple"]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if scale != 1:
-            gradients = [parameter.grad for parameter in parameters]
-            torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+        gradients = [parameter.grad for parameter in parameters]
+        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+        if self.waits_for_nothing:
+            cast(Any, optimizer).found_inf = refused.float()
         optimizer.step()
         if working:
             torch._foreach_copy_([*working.values()], [*working])  # pyright: ignore[reportPrivateImportUsage]

@@ -1,0 +1,35 @@
+"""Whether what runs now is, or will be, part of a step that is recorded whole: then nothing waits for the device.
+
+An op that must know whether its result is good enough leaves that to whoever records, who makes the step again where it
+is not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+# Of the process and not of a thread: a backward pass runs in threads of its own.
+_verdicts: list[Tensor] | None = None
+
+
+def is_recording() -> bool:
+    return _verdicts is not None
+
+
+def judge_later(verdict: Tensor) -> None:
+    """Within `recording`: a bool `[]` that says whether a result may be used."""
+    assert _verdicts is not None
+    _verdicts.append(verdict)
+
+
+@contextmanager
+def recording() -> Iterator[list[Tensor]]:
+    """Within it results are used unjudged; gives the verdicts on them, on the device."""
+    global _verdicts
+    assert _verdicts is None, "a recording inside a recording"
+    _verdicts = []
+    try:
+        yield _verdicts
+    finally:
+        _verdicts = None

@@ -1,0 +1,177 @@
+"""Whole steps without the host: functions of the device alone, recorded once as CUDA graphs and replayed.
+
+A recorded function reads tensors that stay where they are; whoever replays it writes new numbers into those first.
+"""
+
+import contextlib
+import gc
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from lfm.layers.documents import Documents, NeedsTheHost, Rows
+
+CudaGraph = Literal["auto", "off", "required"]
+
+REHEARSALS = 2
+"""Calls before a recording: the first compiles what it needs, the second shows whether anything waits for the host."""
+_MOST_RECORDINGS = 12
+"""Kept at once, in one pool of memory; shapes are few, and warm-ups of reservoirs move by notches."""
+
+T = TypeVar("T")
+
+
+class CannotRecord(Exception):
+    """Why a step is not replayed, as words after "because"."""
+
+
+@dataclass
+class _Recording(Generic[T]):
+    calls: int = 0
+    replay: Callable[[], None] | None = None
+    found: T | None = None
+
+
+class Recorder:
+    """Runs functions by key: a first few calls as they are, then from a recording.
+
+    Elsewhere than on a CUDA GPU a recording is the function itself, called again: so a CPU computes what a GPU replays.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._recordings: OrderedDict[Hashable, _Recording[Any]] = OrderedDict()
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.replays = device.type == "cuda"
+
+    def run(self, key: Hashable, function: Callable[[], T], *, may_wait: bool = False) -> T:
+        """What `function` returns.  Of a replay that is what the recording returned, whose tensors hold new numbers.
+
+        `may_wait`: rehearsals are not watched for what waits for the host.  Raises CannotRecord, having made part of a
+        rehearsal or nothing.
+        """
+        found = self._recordings.setdefault(key, _Recording())
+        self._recordings.move_to_end(key)
+        if len(self._recordings) > _MOST_RECORDINGS:
+            self._recordings.popitem(last=False)
+        found.calls += 1
+        if not self.replays or found.calls <= REHEARSALS:
+            with self._rehearsing(watched=found.calls > 1 and not may_wait):
+                return function()
+        if found.replay is None:
+            found.found, found.replay = self.record(function)
+        found.replay()
+        assert found.found is not None
+        return found.found
+
+    @contextlib.contextmanager
+    def _rehearsing(self, *, watched: bool) -> Iterator[None]:
+        """On the stream that recordings are made on, where libraries then have what they need."""
+        if self._stream is None:
+            with _told_apart():
+                yield
+            return
+        here, before = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
+        self._stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(self._stream), _told_apart():
+                if watched:
+                    torch.cuda.set_sync_debug_mode("error")
+                yield
+        except RuntimeError as error:
+            if "synchronizing CUDA operation" not in str(error):
+                raise
+            raise CannotRecord(f"something in it waits for the device ({_first_line(error)})") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            here.wait_stream(self._stream)
+
+    def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        """What `function` returned, and what replays it."""
+        graph = torch.cuda.CUDAGraph()
+        options: dict[str, Any] = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        if self._pool is not None:
+            options["pool"] = self._pool
+        collects = gc.isenabled()
+        try:
+            gc.disable()  # what it frees, another thread's tensors too, does not belong into a recording
+            # The backward of autograd runs in a thread of its own, on the same stream.
+            with torch.cuda.graph(graph, **options), _told_apart():
+                found = function()
+        except CannotRecord:
+            raise
+        except Exception as error:  # of CUDA, of a library or of a kernel's launcher: whatever does not record
+            raise CannotRecord(f"its recording fails ({type(error).__name__}: {_first_line(error)})") from error
+        finally:
+            if collects:
+                gc.enable()
+        self._pool = graph.pool()
+        return found, graph.replay
+
+
+@contextlib.contextmanager
+def _told_apart() -> Iterator[None]:
+    try:
+        yield
+    except NeedsTheHost as error:
+        raise CannotRecord(str(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+class FixedRows:
+    """Rows of one kind in tensors that stay where they are."""
+
+    def __init__(self, like: Rows) -> None:
+        def blank(x: Tensor) -> Tensor:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+        documents = like.documents
+        self._ids, self._positions = blank(like.ids), blank(documents.positions)
+        self._mask = None if documents.label_mask is None else blank(documents.label_mask)
+        self._extras = {name: blank(x) for name, x in like.extras.items()}
+        self._one_each = documents.row_is_one_document
+        self._boundaries = documents.boundaries.new_full((_boundaries(like),), like.ids.numel())
+        if self._one_each:  # those of all such rows
+            self._boundaries.copy_(documents.boundaries)
+
+    @staticmethod
+    def kind(rows: Rows) -> Hashable:
+        """What rows must have in common to be loaded into the same tensors."""
+        d = rows.documents
+        extras = tuple((name, x.shape, x.dtype) for name, x in sorted(rows.extras.items()))
+        return rows.ids.shape, d.row_is_one_document, d.label_mask is not None, _boundaries(rows), extras
+
+    def load(self, rows: Rows) -> Rows:
+        """With the numbers of `rows`, which are of this kind; what a recorded function is given."""
+        d = rows.documents
+        self._ids.copy_(rows.ids)
+        self._positions.copy_(d.positions)
+        if self._mask is not None and d.label_mask is not None:
+            self._mask.copy_(d.label_mask)
+        for name, x in self._extras.items():
+            x.copy_(rows.extras[name])
+        if not self._one_each:
+            count = len(d.boundaries)
+            self._boundaries[:count].copy_(d.boundaries)
+            self._boundaries[count:].fill_(self._ids.numel())  # documents beyond the last are empty
+        documents = Documents.on_device(
+            self._positions,
+            row_is_one_document=self._one_each,
+            label_mask=self._mask,
+            boundaries=self._boundaries,
+        )
+        return Rows(self._ids, documents, self._extras)
+
+
+def _boundaries(rows: Rows) -> int:
+    """How many document boundaries such rows are given, so that kinds are few: a power of two and one."""
+    count = sum(map(len, rows.documents.lengths))
+    return (count if rows.documents.row_is_one_document else 1 << (count - 1).bit_length()) + 1
