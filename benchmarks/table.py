@@ -196,27 +196,30 @@ def scaling_table() -> str:
 
 
 def two_gpus_table() -> str:
-    """Layouts of two GPUs by two commits, each next to one GPU of its own session."""
-    result = load("two_gpus_2xh200")
+    """Layouts of two GPUs by two commits, each next to one GPU of the same host, in one session."""
+    result = load("model_two_gpus")
     lines = [
-        "| commit | layout | tokens/s per GPU (slowest to fastest step) | of one GPU | MFU attended | peak GiB | "
-        "communication alone | neither | kernels a step |",
-        "| --- " * 9 + "|",
+        "| commit | layout | routing | tokens/s per GPU (slowest to fastest step) | of one GPU | MFU attended | "
+        "peak GiB | communication alone | neither | kernels a step |",
+        "| --- " * 10 + "|",
     ]
-    for session in result["sessions"]:
+    for session in (result["before"], result):
+        commit = session["environment"]["commit"]
         one = next(row for row in session["layouts"] if row["gpus"] == 1)
         for row in session["layouts"]:
-            slow, fast = row["range"]
-            shares = {key: statistics.mean(part[key] for part in row["profile"]) for key in row["profile"][0]}
-            communication = shares["collective"] + shares["send_receive"]
-            lines.append(
-                f"| {session['environment']['commit']} | {row['layout']}{_stages(row)} | "
-                f"{row['tokens_per_second_per_gpu']:,.0f} ({slow:,.0f} to {fast:,.0f}) | "
-                f"{row['tokens_per_second_per_gpu'] / one['tokens_per_second_per_gpu']:.1%} | "
-                f"{row['mfu_attended']:.1%} | {max(row['peak_memory_gib']):.1f} | "
-                f"{communication:.0%} | {shares['idle']:.0%} | {shares['kernels']:,.0f} |"
-            )
-    return "\n".join([*lines, "", f"Two NVIDIA H200, torch 2.11.0, {result['date']}, 1 run each."])
+            routings = {"real": row} | ({"balanced": row["balanced"]} if row["gpus"] > 1 and "balanced" in row else {})
+            for routing, found in routings.items():
+                slow, fast = found["range"]
+                shares = {key: statistics.mean(part[key] for part in found["profile"]) for key in found["profile"][0]}
+                communication = shares["collective"] + shares["send_receive"]
+                lines.append(
+                    f"| {commit} | {row['layout']}{_stages(row)} | {routing} | "
+                    f"{found['tokens_per_second_per_gpu']:,.0f} ({slow:,.0f} to {fast:,.0f}) | "
+                    f"{found['tokens_per_second_per_gpu'] / one['tokens_per_second_per_gpu']:.1%} | "
+                    f"{found['mfu_attended']:.1%} | {max(found['peak_memory_gib']):.1f} | "
+                    f"{communication:.0%} | {shares['idle']:.0%} | {shares['kernels']:,.0f} |"
+                )
+    return "\n".join([*lines, "", f"NVIDIA H200 of one host, torch 2.11.0, {result['date']}, 1 run each."])
 
 
 def _stages(row: dict) -> str:
