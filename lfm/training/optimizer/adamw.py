@@ -43,7 +43,8 @@ class AdamWConfig(OptimizerKind):
             super().update(optimizer, lr=lr, scale=scale, refused=refused, working=working)
             return
         states = [optimizer.state[parameter] for _, parameter in named]
-        torch._foreach_add_([state["step"] for state in states], 1 - refused.float())  # pyright: ignore[reportPrivateImportUsage]
+        # One for each: of a single tensor older versions of torch ask for the number, which a recording may not.
+        torch._foreach_add_([state["step"] for state in states], [1 - refused.float()] * len(states))  # pyright: ignore[reportPrivateImportUsage]
         step = states[0]["step"].double()  # all have seen as many updates
         corrections = [1 / (1 - beta**step) for beta in self.betas]
         rates = {group["lr_multiple"]: lr * group["lr_multiple"] for group in optimizer.param_groups}
