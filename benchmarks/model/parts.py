@@ -23,8 +23,7 @@ COMPUTE = (
 """Kernels by what they compute.  Accumulation: of gradients, where a backward pass hands them over; weight gradients:
 those that a pipeline's stages put off; other: losses, copies and all that no range holds."""
 COMMUNICATION = ("exchange", "collectives", "bubble")
-"""Where nothing computes.  Exchange: rows to experts and back; bubble: other sends and receives, which wait for other
-stages."""
+"""Where nothing computes.  Exchange: all-to-all; bubble: sends and receives, which wait for other stages."""
 IDLE = ("data wait", "host gaps")
 """Where no kernel runs."""
 PARTS = (*COMPUTE, *COMMUNICATION, *IDLE)
@@ -55,7 +54,9 @@ FUNCTIONS = (
 """Module, function as the module's callers find it, part; an inner range counts, not the one around it."""
 IN_PARALLEL = (
     ("lfm.parallel.later", "LaterProducts.run", "weight gradients"),
-    ("lfm.parallel.exchange", "travel", "exchange"),
+    ("lfm.parallel.dispatch", "sorted_places", "permutation"),
+    ("lfm.parallel.dispatch", "dispatch", "permutation"),
+    ("lfm.parallel.dispatch", "combine", "permutation"),
 )
 """As FUNCTIONS, where the parallel engine runs."""
 

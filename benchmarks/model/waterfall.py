@@ -116,9 +116,7 @@ def _kernels(device: Iterable[Event], host: _Host) -> Iterator[tuple[int, int, s
             kind = kind or of_operation
         name = kernel.name.lower()
         if "nccl" in name:
-            part = "exchange" if "exchange" in (part, kind) else "bubble" if "sendrecv" in name else "collectives"
-        elif part == "exchange":
-            part = "permutation"  # rows that stay
+            part = kind if kind == "exchange" else "bubble" if "sendrecv" in name else "collectives"
         yield kernel.start, kernel.end, part or "other"
 
 
@@ -147,8 +145,6 @@ def _read_host(events: Iterable[Event]) -> _Host:
         kind = _communication(event.name) or outer.kind
         if event.is_range and not event.name.startswith("nccl:"):
             kind = None  # what gloo has under way lies around whatever is computed meanwhile
-        elif kind is not None and part == "exchange":
-            kind = "exchange"
         is_launch = event.name.startswith(("cu", "hip")) and event.sequence < 0 and not event.is_range
         stack.append(_Open(event, part, kind, outer.works or not (event.is_range or is_launch)))
         if event.sequence >= 0 and not event.forward_thread:

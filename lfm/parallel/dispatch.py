@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfm.kernels.permutation import combine, dispatch, sorted_places
 from lfm.layers.parts import Parts, TokenDispatcher
-from lfm.parallel.exchange import Counts, Routes, exchange
+from lfm.parallel.exchange import Counts, exchange
 from lfm.parallel.groups import Groups
 
 with warnings.catch_warnings():
@@ -31,10 +32,10 @@ class CutByWidth(TokenDispatcher):
         return own.unflatten(0, (len(y), -1))
 
 
-class Spread(TokenDispatcher):
+class AllToAll(TokenDispatcher):
     """Experts are divided over the expert group; rows travel to their expert and back, routing weights stay at home.
 
-    Rows arrive grouped by expert and, within it, by source.  Rows are exchanged rather than weighted expert outputs,
+    Rows arrive grouped by source and, within it, by expert.  Rows are exchanged rather than weighted expert outputs,
     so that a token's sum is formed in the plain model's order.
     """
 
@@ -54,9 +55,13 @@ class Spread(TokenDispatcher):
         return Counts(load.view(-1, self.count), self.group)
 
     def run(self, inputs: Tensor, load: Tensor, announced: Counts, compute: Any) -> Tensor:
-        routes = Routes.to_experts(*announced.read())
-        kept = sum(n for spans in routes.leaving for _, n in spans)
-        rows = compute(exchange(inputs[:kept], routes, self.group), announced.arriving.sum(0))
-        rows = exchange(rows, routes.back(), self.group)
+        to_each, from_each = announced.read()
+        kept, num_arriving = sum(to_each), sum(from_each)
+        rows = exchange(inputs[:kept], from_each, to_each, self.group)
+        experts = torch.arange(self.count, device=load.device).repeat(len(from_each))
+        experts = experts.repeat_interleave(announced.arriving.flatten(), output_size=num_arriving)
+        place = sorted_places(experts, self.count)[:, None]
+        rows = compute(dispatch(rows, place), announced.arriving.sum(0))
+        rows = exchange(combine(rows, place), to_each, from_each, self.group)
         dropped = len(inputs) - kept
         return torch.cat([rows, rows.new_zeros(dropped, rows.shape[1])]) if dropped else rows

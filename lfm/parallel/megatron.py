@@ -16,7 +16,7 @@ from lfm.layers.parts import Parts, TokenDispatcher
 from lfm.layout.layout import Layout
 from lfm.models.registry import ModelConfig
 from lfm.parallel.cut_linear import column_linear, row_linear
-from lfm.parallel.dispatch import CutByWidth, Spread
+from lfm.parallel.dispatch import AllToAll, CutByWidth
 from lfm.parallel.groups import Groups
 
 with warnings.catch_warnings():
@@ -144,7 +144,7 @@ class MegatronParts(Parts):
 
     def token_dispatcher(self, num_experts: int) -> TokenDispatcher:
         if self.groups.layout.expert > 1:
-            return Spread(num_experts, self.groups)
+            return AllToAll(num_experts, self.groups)
         if self.tensor_group is not None:
             return CutByWidth(num_experts, self)
         return TokenDispatcher(num_experts)

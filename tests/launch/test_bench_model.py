@@ -119,7 +119,7 @@ def test_random_rows_are_dealt_as_the_data_are(tmp_path, text_data):
 
 def test_every_function_that_is_marked_is_there():
     for module, path, part in (*FUNCTIONS, *IN_PARALLEL):
-        assert part in (*COMPUTE, "exchange") and callable(attrgetter(path)(importlib.import_module(module)))
+        assert part in COMPUTE and callable(attrgetter(path)(importlib.import_module(module)))
 
 
 def kernel(name, start, end, *, launch=0, operation=0):
@@ -179,24 +179,6 @@ def test_kernels_belong_to_ranges_nodes_and_operations_and_overlap_counts_once()
         "host gaps": 28,
     }
     assert sum(parts.values()) == 100 and fall.kernels == 7
-
-
-def test_rows_to_experts_are_told_from_what_stages_send():
-    sends = [
-        host(STEP, 0, 100, is_range=True),
-        host("lfm: exchange", 0, 10, is_range=True),
-        host("nccl:coalesced", 1, 9, is_range=True),
-        host("cudaLaunchKernelExC", 2, 3, correlation=1),
-        host("cudaLaunchKernel", 9, 10, correlation=2),
-        host("nccl:send", 11, 19, is_range=True),
-        host("cudaLaunchKernelExC", 12, 13, correlation=3),
-        kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 20, 50, launch=1),
-        kernel("copy of rows that stay", 20, 25, launch=2),
-        kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 50, 60, launch=3),
-    ]
-    (fall,) = waterfalls(sends)
-    parts = {part: round(1e6 * ms) for part, ms in fall.parts.items() if ms}
-    assert parts == {"permutation": 5, "exchange": 25, "bubble": 10, "host gaps": 60}
 
 
 def test_scaling_takes_the_profilers_time_from_gaps_first():
