@@ -1,4 +1,4 @@
-"""A set of arms to be compared on equal terms: what is in its YAML, and the ordinary run that each arm, rate and seed is."""
+"""A set of arms to be compared on equal terms: its YAML, and the ordinary run that each arm, rate and seed is."""
 
 import json
 import math
@@ -54,7 +54,7 @@ class MatchConfig(Config):
 class ArmConfig(Config):
     config: PathText
     """Run file, or the name of a shipped one: the arm's model and its own recipe."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default={})
     """What differs from it and from `common`, as in a run file."""
     rates: tuple[PositiveFloat, ...] = ()
     """Its learning rates (optimizer.lr); none: the set's."""

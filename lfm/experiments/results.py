@@ -84,9 +84,7 @@ class Result:
                 [r["tokens"], r["validation_loss"], r.get("validation_bits_per_byte")] for r in self.validation
             ],
             "training": thinned,
-            **{
-                key: self.finished[key] for key in ("accuracy", "accuracy_longer", "plasticity") if key in self.finished
-            },
+            **{key: self.finished[key] for key in ("accuracy", "accuracy_longer") if key in self.finished},
             # What another machine, or another day, gives otherwise.
             "speed": {
                 "tokens_per_second": self.tokens_per_second,
@@ -123,8 +121,10 @@ def read_result(planned: Planned) -> Result | None:
 
 
 def _windows(steps: Sequence[Mapping[str, Any]], starts: set[int]) -> list[tuple[int, float]]:
-    """Tokens and seconds at each record.  The first window after a start, which compiles kernels, takes the speed of the
-    one behind it; validation and saving are in no window.
+    """Tokens and seconds at each record.
+
+    The first window after a start, which compiles kernels, takes the speed of the one behind it; validation and saving
+    are in no window.
     """
     found, before, seconds = [], {"step": 0, "tokens": 0}, 0.0
     for i, record in enumerate(steps):
@@ -150,9 +150,10 @@ def check_same_rows(results: Sequence[Result]) -> None:
         both = min(len(result.rows), len(reference.rows))
         if result.rows[both - 1] != reference.rows[both - 1]:
             step = next(i for i in range(both) if result.rows[i] != reference.rows[i]) + 1
+            one, other = shown(result.planned.folder), shown(reference.planned.folder)
             raise UserError(
-                f"the runs {shown(result.planned.folder)} and {shown(reference.planned.folder)} read different rows from "
-                f"step {step} on: their data was changed in between; remove the folder of the one that read the wrong rows"
+                f"the runs {one} and {other} read different rows from step {step} on: their data was changed in "
+                "between; remove the folder of the one that read the wrong rows"
             )
 
 
