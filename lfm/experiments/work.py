@@ -1,11 +1,14 @@
 """One run of a set, in a process of its own: train it, measure it, and say that it is finished."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +80,12 @@ def _measured(run: RunConfig, is_probe: bool, plasticity_words: int) -> dict[str
 
 
 def _end_with_parent() -> None:
-    """Ask the system for SIGTERM, upon which a run saves, when the process that made this one is gone; on Linux."""
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
+    """SIGTERM, upon which a run saves and ends, when the process that made this one is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
-    parent, set_parent_death_signal = os.getppid(), 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:
+    def watch() -> None:
+        wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch the harness", daemon=True).start()
