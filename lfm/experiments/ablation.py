@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, field_validator, model_validator
 from typing_extensions import Self
 
 from lfm.config import Config, Count, CountOrZero, PathText, Rows
@@ -85,13 +85,18 @@ class AblationConfig(Config):
     """Of initialisation and data order; the best rate of an arm is trained with all of them."""
     match: MatchConfig = MatchConfig()
     arms: dict[Name, ArmConfig] = Field(min_length=1)
-    """By name; the first is what the others are matched with."""
+    """By name; the first is what the others are matched with.  null takes one of a base file away."""
     probes: ProbesConfig | None = None
     """Trained on by every arm too, at each of its rates with the first seed."""
     plasticity_words: CountOrZero = 0
     """Made-up words by which each trained model's plasticity is judged, see `lfm plasticity`; 0: it is not."""
     keep_checkpoints: bool = False
     """false: those of a run are removed once it is finished and measured."""
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _without_null(cls, arms: Any) -> Any:
+        return {name: arm for name, arm in arms.items() if arm is not None} if isinstance(arms, dict) else arms
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -168,7 +173,7 @@ def planned_run(
 ) -> Planned:
     """The run of an arm on a task; `steps` in place of those that the set's tokens are.  Raises UserError."""
     own = ablation.arms[arm]
-    name = "untrained" if own.untrained else f"lr_{rate:g}"
+    name = "untrained" if own.untrained else f"lr_{rate:g}".replace("+", "")
     fixed: dict[str, Any] = {
         "output": str(ablation.folder / task / arm),
         "name": f"{name}_seed_{seed}",
@@ -196,14 +201,12 @@ def planned_run(
         steps = 1
     overrides = [*_DEFAULTS, *_overrides(ablation.common), *_overrides(own.set)]
     try:
-        given = RunConfig.load(own.config, [*overrides, *_assigned(fixed), "training.steps=1"])
-        if task in PROBES:
-            # Rows are short, and a micro-batch that a set gives for its own need not divide the batch of a probe.
-            fixed["training.micro_batch_size"] = math.gcd(
-                given.training.global_batch_size, given.training.micro_batch_size
-            )
-        if steps is None:
-            steps = math.ceil(ablation.tokens / (given.training.global_batch_size * given.model.seq_length))
+        if steps is None or task in PROBES:
+            given = RunConfig.load(own.config, [*overrides, "training.steps=1"])
+            rows, micro = given.training.global_batch_size, given.training.micro_batch_size
+            steps = steps or math.ceil(ablation.tokens / (rows * given.model.seq_length))
+            if task in PROBES:  # whose batch the micro-batch of the set's own rows need not divide
+                fixed["training.micro_batch_size"] = math.gcd(fixed["training.global_batch_size"], micro)
         run = RunConfig.load(own.config, [*overrides, *_assigned(fixed), f"training.steps={steps}"])
     except UserError as error:
         raise UserError(f"arm {arm}: {error}") from None

@@ -17,7 +17,6 @@ import torch
 from lfm.errors import UserError
 from lfm.experiments.ablation import (
     PILOT,
-    PILOT_STEPS,
     TEXT,
     AblationConfig,
     Planned,
@@ -43,6 +42,8 @@ _SECONDS_BETWEEN_PICTURES = 20.0
 _SECONDS_FOR_A_SAVE = 180.0
 """How long the processes of a harness that was killed may hold their runs."""
 _LAST_LINES = 8
+_FEWEST_STEPS = 10
+"""Of a run with match.by=seconds."""
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Harness:
             return None
         assert self.ablation.match.seconds is not None
         tokens = pilot.run.training.global_batch_size * pilot.run.model.seq_length
-        return max(PILOT_STEPS, round(self.ablation.match.seconds * result.tokens_per_second / tokens))
+        return max(_FEWEST_STEPS, round(self.ablation.match.seconds * result.tokens_per_second / tokens))
 
     def is_asked(self, planned: Planned) -> bool:
         """Whether this session is to run it."""
@@ -248,7 +249,7 @@ def run_set(harness: Harness, gpus: Sequence[str | None], *, minutes: float | No
             harness.write(harness.look(), last=True)
     left = harness.count_left(harness.planned())
     if left:
-        say(f"{left} runs are left{f', by {cause}' if cause else ''}; the same command goes on")
+        say(f"{_runs(left)} left{f', by {cause}' if cause else ''}; the same command goes on")
     say(f"{folder / 'RESULT.md'}, RESULT.json and RESULT.png hold what there is")
     return not harness.failed
 
@@ -410,6 +411,10 @@ def _wait_until_free(planned: Planned) -> None:
             say(f"waiting for the process that trains in {shown(planned.folder)}")
             said = True
         time.sleep(0.2)
+
+
+def _runs(count: int) -> str:
+    return "1 run is" if count == 1 else f"{count:,} runs are"
 
 
 def _last_lines(log: Path) -> str:

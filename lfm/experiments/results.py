@@ -327,7 +327,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     if edges:
         notes.append(f"At an edge of its learning rates, beyond which a better one may lie: {', '.join(edges)}.")
     if result["missing"]:
-        notes.append(f"Not complete: {len(result['missing'])} runs are missing.")
+        notes.append(f"Not complete: of what is known to be wanted, {len(result['missing'])} are missing.")
     environment = result["environment"]
     if environment:
         where = environment["gpu"] or f"{environment['cpu_threads']} CPU threads"
