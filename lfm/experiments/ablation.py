@@ -25,8 +25,8 @@ UNTRAINED_RATE = 1e-12
 
 
 def _is_name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
-        raise ValueError(f"{text!r} becomes the name of a folder; take letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", text):
+        raise ValueError(f"{text!r} becomes the name of a folder, and a part of a key; take letters, digits, _ and -")
     return text
 
 
