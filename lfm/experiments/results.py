@@ -15,6 +15,7 @@ from lfm.experiments.ablation import PILOT, TEXT, AblationConfig, Planned
 from lfm.experiments.matching import Size
 from lfm.experiments.probes import CHANCE
 from lfm.files import exists, read_file, shown
+from lfm.models.liquidnn import MiniLiquidGPT
 from lfm.training.metrics_file import read_metrics
 
 FINISHED = "finished.json"
@@ -55,6 +56,13 @@ class Result:
         return None if self.diverged or not self.validation else self.validation[-1].get("validation_bits_per_byte")
 
     @property
+    def loss_by_mode(self) -> dict[str, float]:
+        """Of a family that is validated in several ways, such as with plasticity off and on."""
+        last = {} if self.diverged or not self.validation else self.validation[-1]
+        modes = MiniLiquidGPT.evaluation_modes
+        return {mode: last[f"validation_loss_{mode}"] for mode in modes if f"validation_loss_{mode}" in last}
+
+    @property
     def tokens(self) -> int:
         return self.windows[-1][0] if self.windows else 0
 
@@ -78,6 +86,7 @@ class Result:
             "tokens": self.tokens,
             "held_out_loss": None if math.isinf(self.loss) else self.loss,
             "bits_per_byte": self.bits_per_byte,
+            **({"held_out_by_mode": self.loss_by_mode} if self.loss_by_mode else {}),
             "diverged": self.finished["diverged"],
             "rows": self.rows[-1] if self.rows else None,
             "validation": [
@@ -217,6 +226,9 @@ def _arm(ablation: AblationConfig, arm: str, size: Size, results: Sequence[Resul
             chosen = next(result for result in tried if result.planned.rate == rate)
             kept = {key: chosen.finished[key] for key in ("accuracy", "accuracy_longer")}
             found["probes"][task] = {"rate": rate, **kept, "chance": CHANCE[task]}
+    modes = [result.loss_by_mode for result in good]
+    if any(modes):
+        found["held_out_by_mode"] = {mode: _band([each[mode] for each in modes]) for mode in modes[0]}
     words = [Probe(**word) for result in good for word in result.finished.get("plasticity", ())]
     if words:
         comparisons = compare(words, seed=0)
@@ -304,16 +316,18 @@ def _accuracy(found: Mapping[str, Any] | None) -> str:
 
 
 def _plasticity(arms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What reading does to a word's own meaning over the others, by arm."""
-    some = next(arm for arm in arms if "plasticity" in arm)["plasticity"]
-    names = [f"{c['condition']} against {c['control']} (99%)" for c in some]
-    lines = [f"| arm | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
-    for arm in arms:
-        cells = []
-        for c in arm.get("plasticity", []):
+    """By arm: held-out loss with plasticity off and on, and what reading does to a word's own meaning."""
+    told = [arm for arm in arms if "plasticity" in arm]
+    names = [f"{c['condition']} against {c['control']} (99%)" for c in told[0]["plasticity"]]
+    modes = [mode.replace("_", " ") for mode in told[0]["held_out_by_mode"]]
+    heads = ["arm", *(f"held-out loss, {mode}" for mode in modes), *names]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for arm in told:
+        cells = [arm["name"], *map(_band_text, arm["held_out_by_mode"].values())]
+        for c in arm["plasticity"]:
             gain, low, high = map(math.expm1, (c["change"], *c["interval"]))
             cells.append(f"{gain:+.1%} ({low:+.1%} to {high:+.1%})")
-        lines.append(f"| {arm['name']} | {' | '.join(cells or [''] * len(names))} |")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
