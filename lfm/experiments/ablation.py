@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from lfm.config import Config, Count, CountOrZero, PathText, Rows
 from lfm.errors import UserError
-from lfm.experiments.probes import PROBES, SEQ_LENGTH, VOCAB_SIZE
+from lfm.experiments.probes import PROBES, SEQ_LENGTH, VOCAB_SIZE, Probe
 from lfm.files import expanded
 from lfm.training.run import RunConfig
 
@@ -65,7 +65,7 @@ class ArmConfig(Config):
 class ProbesConfig(Config):
     """Trainings on made-up sequences, where a right answer needs recall or a tracked state."""
 
-    tasks: tuple[Literal["recall", "copy", "parity", "s5"], ...] = PROBES
+    tasks: tuple[Probe, ...] = PROBES
     steps: Count = 1000
     global_batch_size: Rows = 64
     """Rows of an optimizer step, of 128 ids each; no row comes twice."""
@@ -174,12 +174,15 @@ def planned_run(
     """The run of an arm on a task; `steps` in place of those that the set's tokens are.  Raises UserError."""
     own = ablation.arms[arm]
     name = "untrained" if own.untrained else f"lr_{rate:g}".replace("+", "")
+    # What is measured after the training is measured on the last checkpoint.
+    is_measured = task in PROBES or (task == TEXT and ablation.plasticity_words > 0)
     fixed: dict[str, Any] = {
         "output": str(ablation.folder / task / arm),
         "name": f"{name}_seed_{seed}",
         "seed": seed,
         "optimizer.lr": rate,
         "checkpoint.resume": "auto",
+        "checkpoint.save_at_end": is_measured or ablation.keep_checkpoints,
     }
     if task in PROBES:
         assert ablation.probes is not None
@@ -189,14 +192,11 @@ def planned_run(
             "model.seq_length": SEQ_LENGTH,
             "model.vocab_size": VOCAB_SIZE,
             "training.global_batch_size": ablation.probes.global_batch_size,
-            "checkpoint.save_at_end": True,  # answers are counted after the training
         }
         steps = ablation.probes.steps
-    elif ablation.plasticity_words:
-        fixed["checkpoint.save_at_end"] = True
     if task == PILOT:
         steps = PILOT_STEPS
-        fixed |= {"logging.every_steps": 10, "checkpoint.save_at_end": False, "checkpoint.every_steps": 0}
+        fixed |= {"logging.every_steps": 10, "checkpoint.every_steps": 0}
     if own.untrained:
         steps = 1
     overrides = [*_DEFAULTS, *_overrides(ablation.common), *_overrides(own.set)]

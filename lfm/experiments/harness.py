@@ -126,7 +126,11 @@ class Harness:
         if planned.folder in self._unchanged or not exists(file):
             return
         wanted = flat(planned.run.model_dump(mode="json"))
-        found = flat(RunConfig.load(file, [f"output={json.dumps(planned.run.output)}"]).model_dump(mode="json"))
+        # A set may move to another place, and its own data with it.
+        moved = [f"output={json.dumps(planned.run.output)}"]
+        if planned.task in PROBES:
+            moved.append(f"data.path={json.dumps(planned.run.data.path)}")
+        found = flat(RunConfig.load(file, moved).model_dump(mode="json"))
         for key in sorted({*wanted, *found}):
             if found.get(key) != wanted.get(key):
                 raise UserError(

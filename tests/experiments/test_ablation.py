@@ -1,5 +1,6 @@
 """A set: what is refused before anything runs, and the whole of it on a CPU, killed in the middle and not."""
 
+import dataclasses
 import json
 import math
 import os
@@ -170,7 +171,7 @@ def test_a_set_that_was_killed_gives_the_same_table(whole, text_data, tmp_path, 
     assert run_set(prepared(ablation), [None], minutes=1e-9)
     assert "6 runs are left, by the end of its time; the same command goes on" in capfd.readouterr().out
     assert run_set(prepared(ablation, only=["transformer"]), [None])
-    assert run_set(prepared(ablation), [None])
+    assert run_set(prepared(ablation), [None, None]), "two at once, as on two GPUs"
     assert "resuming from" in log.read_text()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("finished.json")}
     assert len(finished) == 6
@@ -286,14 +287,29 @@ def test_the_command_prints_the_plan_and_touches_nothing(text_data, tmp_path):
     assert done.returncode == 0 and "9 runs on text" in done.stdout and not list(tmp_path.iterdir())
 
 
-def test_matching_by_flops_and_by_seconds(text_data, tmp_path):
+def test_matching_by_flops_and_by_seconds(whole, text_data, tmp_path):
     by_flops = loaded(text_data, tmp_path, "match={by: flops, tolerance: 0.02}")
     runs = first_runs(by_flops)
     check_shared(runs)
     with pytest.raises(UserError, match=r"789,504 FLOPs a token and arm transformer 839,424, which is -5\.9%"):
         check_matched(by_flops, sizes_of(runs))
-    by_seconds = loaded(text_data, tmp_path, "match={by: seconds, seconds: 3}")
+    by_seconds = loaded(text_data, tmp_path, "match={by: seconds, seconds: 3}", *TWO)
     harness = prepared(by_seconds)
-    planned = harness.planned()
-    assert [each.task for each in planned] == ["pilot"] * 3
-    assert all(each.run.training.steps == 50 for each in planned)
+    pilots = harness.planned()
+    assert [(each.task, each.run.training.steps) for each in pilots] == [("pilot", 50)] * 2
+    # As if a finished run were the pilot: it has all that one has.
+    result = read_result(planned_run(whole, "text", "transformer", 4e-3, 1))
+    assert result is not None and result.tokens_per_second is not None
+    harness.results[pilots[0].folder] = dataclasses.replace(result, planned=pilots[0])
+    steps = max(10, round(3 * result.tokens_per_second / (8 * 64)))
+    sweep = [each for each in harness.planned() if each.task == "text"]
+    assert [(each.arm, each.rate) for each in sweep] == [("transformer", 4e-3), ("transformer", 1.6e-2)]
+    assert {each.run.training.steps for each in sweep} == {steps}
+
+
+@pytest.mark.gpu
+def test_a_set_runs_on_every_gpu(text_data, tmp_path):
+    ablation = loaded(text_data, tmp_path, *TWO, "seeds=[1]")
+    assert run_set(prepared(ablation), visible_gpus(None, first_runs(ablation)["liquidnet"].run.device))
+    result = read_report(ablation.folder / "RESULT.json")
+    assert result["complete"] and result["environment"]["gpus"] == 1, "a run sees its own GPU alone"
