@@ -41,6 +41,8 @@ SET_NAME = "ablation.yaml"
 _SECONDS_BETWEEN_PICTURES = 20.0
 _SECONDS_FOR_A_SAVE = 180.0
 """How long the processes of a harness that was killed may hold their runs."""
+_SLOW_IMPORTS = ["lfm.experiments.work", "lfm.training.plots", "torch._dynamo"]
+"""None of them looks for a GPU, which a process must not have done that others are forked from."""
 _LAST_LINES = 8
 _FEWEST_STEPS = 10
 """Of a run with match.by=seconds."""
@@ -354,7 +356,7 @@ class _Processes:
         self.harness, self.slots, self.free = harness, slots, list(slots)
         self.running: dict[Path, _Running] = {}
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["lfm.experiments.work", "lfm.training.plots"])
+        self._context.set_forkserver_preload(_SLOW_IMPORTS)
 
     def start(self, planned: Planned) -> None:
         """Begin or go on with a run, in the first free slot."""

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 
 import pytest
 
@@ -250,7 +250,8 @@ def test_a_run_that_fails_or_diverges_stops_no_other(text_data, tmp_path, capfd)
         "optimizer: {groups: [{match: nothing}]}}}",
     ]
     ablation = loaded(text_data, tmp_path, *more)
-    assert not run_set(prepared(ablation), [None])
+    assert not run_set(prepared(ablation, tasks=["text"]), [None])
+    assert run_set(prepared(ablation, only=["liquidnet"], tasks=["parity"]), [None])
     said = capfd.readouterr().out
     assert (
         re.search(r"liquidnet, lr 0\.004, seed 1: held out \d", said)
@@ -269,15 +270,11 @@ def test_a_run_that_fails_or_diverges_stops_no_other(text_data, tmp_path, capfd)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def checkout_on_the_path():
-    """Processes of the harness import what the tests do."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)
+def own_fork_server():
+    """The server that processes are forked from is one for all of this process, and other tests' has other imports."""
+    forkserver._forkserver._stop()
     yield
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    forkserver._forkserver._stop()
 
 
 def test_the_command_prints_the_plan_and_touches_nothing(text_data, tmp_path):
