@@ -182,7 +182,7 @@ def _tokenizer() -> Tokenizer:
 
 
 @torch.no_grad()
-def accuracy(model: LanguageModel, rows: RowReader, *, batch_rows: int = 32) -> float:
+def accuracy(model: LanguageModel, rows: RowReader, *, batch_rows: int = 128) -> float:
     """Share of the labels of a split whose id the model finds most likely."""
     model.eval()
     device = model.embedding.weight.device

@@ -326,7 +326,7 @@ def _plasticity(arms: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [arm["name"], *map(_band_text, arm["held_out_by_mode"].values())]
         for c in arm["plasticity"]:
             gain, low, high = map(math.expm1, (c["change"], *c["interval"]))
-            cells.append(f"{gain:+.1%} ({low:+.1%} to {high:+.1%})")
+            cells.append(f"{gain:+.2%} ({low:+.2%} to {high:+.2%})")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
