@@ -183,7 +183,7 @@ class Harness:
 def prepared(ablation: AblationConfig, *, only: Sequence[str] = (), tasks: Sequence[str] = ()) -> Harness:
     """The set with everything checked that can be before its folder is touched.  Raises UserError."""
     runs = first_runs(ablation)
-    check_shared({arm: planned for arm, planned in runs.items()})
+    check_shared(runs)
     sizes = sizes_of(runs)
     check_matched(ablation, sizes)
     for given, known, what in ((only, tuple(ablation.arms), "--only"), (tasks, ablation.tasks, "--tasks")):
@@ -207,11 +207,10 @@ def visible_gpus(wanted: str | None, device: torch.device) -> list[str | None]:
             )
         return [None]
     count = torch.cuda.device_count()
-    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or list(
-        map(str, range(count))
-    )
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = (given.split(",") if given else [str(number) for number in range(count)])[:count]
     if wanted is None:
-        return list(names[:count])
+        return [*names]
     numbers = wanted.split(",")
     for number in numbers:
         if not number.isdecimal() or numbers.count(number) > 1:
@@ -241,12 +240,7 @@ def run_set(harness: Harness, gpus: Sequence[str | None], *, minutes: float | No
         wishes_to_stop(deadline) as why_stop,
     ):
         _claim(ablation)
-        planned = harness.look()
-        open_data(next(each for each in planned if each.task in (TEXT, PILOT)).run)
-        for task in harness.tasks:
-            if task in PROBES and ablation.probes is not None:
-                rows = ablation.probes.steps * ablation.probes.global_batch_size
-                write_data(task, probe_folder(ablation, task), train_rows=rows, seed=ablation.seeds[0])
+        _ready_data(harness)
         processes = _Processes(harness, list(gpus))
         try:
             cause = _run_all(harness, processes, why_stop, deadline)
@@ -266,14 +260,7 @@ def _claim(ablation: AblationConfig) -> None:
     if exists(file):
         kept = AblationConfig.load(file)
         wanted, found = (
-            flat(
-                {
-                    key: value
-                    for key, value in each.model_dump(mode="json").items()
-                    if key in ("common", "tokens", "match")
-                }
-            )
-            for each in (ablation, kept)
+            flat(each.model_dump(mode="json", include={"common", "tokens", "match"})) for each in (ablation, kept)
         )
         for key in sorted({*wanted, *found}):
             if wanted.get(key) != found.get(key):
@@ -285,6 +272,19 @@ def _claim(ablation: AblationConfig) -> None:
         raise UserError(f"{shown(folder)} is not empty and holds no set; give another name=NAME or output=DIR")
     if not exists(file) or read_file(file) != ablation.to_yaml().encode():
         write_durably(file, ablation.to_yaml().encode())
+
+
+def _ready_data(harness: Harness) -> None:
+    """Open or make what the runs that are left read.  Raises UserError for data that do not fit."""
+    a, left = harness.ablation, [each for each in harness.look() if harness.is_asked(each)]
+    left = [each for each in left if each.folder not in harness.results]
+    of_text = [each for each in left if each.task in (TEXT, PILOT)]
+    if of_text:
+        open_data(of_text[0].run)
+    for task in sorted({each.task for each in left if each.task in PROBES}):
+        assert a.probes is not None
+        rows = a.probes.steps * a.probes.global_batch_size
+        write_data(task, probe_folder(a, task), train_rows=rows, seed=a.seeds[0])
 
 
 def _run_all(

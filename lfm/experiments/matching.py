@@ -78,50 +78,37 @@ def plan_text(ablation: AblationConfig, runs: Mapping[str, Planned], sizes: Mapp
         counts = (size.active_non_embedding, size.trainable, size.frozen, size.total, round(size.flops_per_token))
         rates = "untrained" if ablation.arms[arm].untrained else ", ".join(f"{r:g}" for r in ablation.rates_of(arm))
         rows.append([arm, *(f"{count:,}" for count in counts), apart, rates])
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    table = [
-        "  ".join(_padded(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in [head, *rows]
-    ]
-    return "\n".join(
-        [
-            *table,
-            "",
-            *_totals(ablation, runs, sizes),
-            f"matched by {_WORDS[by]}"
-            + (
-                f": {match.seconds:g} of training a run, steps by a pilot's speed"
-                if by == "seconds"
-                else f", within {match.tolerance:.1%} of {first}"
-            ),
-        ]
-    )
+    widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
+    if by == "seconds":
+        matched = f"{match.seconds:g} of training a run, steps by a pilot's speed"
+    else:
+        matched = f"within {match.tolerance:.1%} of {first}"
+    lines = [*(_line(row, widths) for row in (head, *rows)), "", *_totals(ablation, runs, sizes)]
+    return "\n".join([*lines, f"matched by {_WORDS[by]}: {matched}"])
 
 
-def _padded(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column in (0, 7) else cell.rjust(width)
+def _line(cells: list[str], widths: list[int]) -> str:
+    """Numbers to the right, the first and the last cell to the left."""
+    first, *middle, last = cells
+    aligned = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
+    return "  ".join([first.ljust(widths[0]), *aligned, last])
 
 
 def _totals(ablation: AblationConfig, runs: Mapping[str, Planned], sizes: Mapping[str, Size]) -> list[str]:
     further = len(ablation.seeds) - 1
     counts = {arm: len(ablation.rates_of(arm)) + further for arm in runs}
-    lines = []
-    training = next(iter(runs.values())).run.training
-    row = next(iter(runs.values())).run.model.seq_length
-    what = f"{training.global_batch_size:,} rows of {row:,} a step"
+    trained = {arm: planned for arm, planned in runs.items() if not planned.untrained}
+    run = next(iter(trained.values())).run
+    steps, rows, row = run.training.steps, run.training.global_batch_size, run.model.seq_length
+    what = f"{rows:,} rows of {row:,} a step"
     if ablation.match.by != "seconds":
-        trained = {arm: planned for arm, planned in runs.items() if not planned.untrained}
-        tokens = next(iter(trained.values())).run.training.steps * training.global_batch_size * row
-        flops = sum(counts[arm] * sizes[arm].flops_per_token * tokens for arm in trained)
-        steps = next(iter(trained.values())).run.training.steps
-        what += f", {steps:,} steps, {tokens:,} tokens a run; {flops:.3g} FLOP in all"
-    total = sum(counts.values())
-    lines.append(f"{total} runs on {TEXT}, each rate of an arm with one seed, its best with {further} more: {what}")
+        flops = sum(counts[arm] * sizes[arm].flops_per_token * steps * rows * row for arm in trained)
+        what += f", {steps:,} steps, {steps * rows * row:,} tokens a run; {flops:.3g} FLOP in all"
+    each = f"each rate of an arm with one seed, its best with {further} more"
+    lines = [f"{sum(counts.values())} runs on {TEXT}, {each}: {what}"]
     if ablation.probes is not None:
         probes = ablation.probes
-        runs_of_probes = len(probes.tasks) * sum(len(ablation.rates_of(arm)) for arm in runs)
-        lines.append(
-            f"{runs_of_probes} runs on probes ({', '.join(probes.tasks)}): {probes.steps:,} steps of "
-            f"{probes.global_batch_size} rows each"
-        )
+        count = len(probes.tasks) * sum(len(ablation.rates_of(arm)) for arm in runs)
+        steps = f"{probes.steps:,} steps of {probes.global_batch_size} rows each"
+        lines.append(f"{count} runs on probes ({', '.join(probes.tasks)}): {steps}")
     return lines
