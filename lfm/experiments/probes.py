@@ -33,7 +33,7 @@ PROBES: tuple[Probe, ...] = ("recall", "copy", "parity", "s5")
 CHANCE = {"recall": 1 / 64, "copy": 1 / 64, "parity": 1 / 2, "s5": 1 / 5}
 """Share of right answers of somebody who knows the form alone."""
 
-SIZES, LONGER_SIZES = (2, 24), (25, 60)
+SIZES, LONGER_SIZES = (1, 24), (25, 60)
 """Least and most items of a document, in training and where longer ones are asked for."""
 SEQ_LENGTH, LONGER_SEQ_LENGTH = 128, 256
 VOCAB_SIZE = 256
@@ -99,14 +99,16 @@ _GENERATORS: dict[str, Callable[[np.random.Generator, int, int], Documents]] = {
 }
 
 
-def documents(probe: str, seed: int, sizes: tuple[int, int]) -> Iterator[Documents]:
+def documents(probe: str, seed: int, sizes: tuple[int, int], *, mostly_small: bool = False) -> Iterator[Documents]:
     """Documents without end, one at a time: ids `[length]` and which are answers, with the end-of-document id behind.
 
-    Sizes are uniform between the two given ones; everything is drawn from `seed`.
+    Sizes are uniform between the two given ones, or `mostly_small`, as often as 1 / size: a state is learnt where it
+    has changed little.  Everything is drawn from `seed`.
     """
-    draws, low, high = np.random.default_rng(seed), *sizes
+    draws, possible = np.random.default_rng(seed), np.arange(sizes[0], sizes[1] + 1)
+    weights = 1 / possible if mostly_small else np.ones(len(possible))
     while True:
-        chosen = draws.integers(low, high + 1, _AT_ONCE)
+        chosen = draws.choice(possible, _AT_ONCE, p=weights / weights.sum())
         made: dict[int, Iterator[Documents]] = {}
         for size in np.unique(chosen).tolist():
             ids, answers = _GENERATORS[probe](draws, int((chosen == size).sum()), size)
@@ -116,8 +118,8 @@ def documents(probe: str, seed: int, sizes: tuple[int, int]) -> Iterator[Documen
 
 
 def write_data(probe: str, folder: Path, *, train_rows: int, seed: int) -> None:
-    """The data set of a probe, unless it is there: training rows, held-out rows of the same sizes, and `longer`, a data
-    set of larger ones.  Rows are whole documents and padding.
+    """The data set of a probe, unless it is there: training rows, most of small documents, held-out rows of the same
+    sizes, all as often, and `longer`, a data set of larger ones.  Rows are whole documents and padding.
     """
     if exists(folder):
         return
@@ -144,7 +146,8 @@ def _write_split(
         compression=None,
         label_mask=True,
     )
-    drawn = documents(probe, int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]), sizes)
+    own_seed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    drawn = documents(probe, own_seed, sizes, mostly_small=split == "train")
     waiting, num_documents, num_tokens = next(drawn), 0, 0
     for _ in range(rows):
         ids, mask = np.full(seq_length, _EOD, np.int64), np.zeros(seq_length, bool)

@@ -63,6 +63,14 @@ def test_a_seed_is_a_data_set():
     assert one == same != other
 
 
+def test_most_documents_of_a_training_are_small():
+    drawn = documents("copy", 1, SIZES, mostly_small=True)
+    sizes = np.array([(len(ids) - 2) // 2 for ids, _ in itertools.islice(drawn, 4000)])
+    for size in (1, 2, 4):
+        expected = 1 / size / (1 / np.arange(SIZES[0], SIZES[1] + 1)).sum()
+        assert abs((sizes == size).mean() - expected) < 0.03
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probes") / "recall"
