@@ -30,7 +30,7 @@ from lfm.experiments.matching import Size, check_matched, sizes_of
 from lfm.experiments.probes import PROBES, write_data
 from lfm.experiments.results import Result, best_rate, check_same_rows, read_result, report, write_files
 from lfm.experiments.work import in_own_process
-from lfm.files import exists, held_alone, listed, read_file, ready_folder, shown, write_durably
+from lfm.files import exists, held_alone, listed, read_file, ready_folder, remove_temporaries, shown, write_durably
 from lfm.talk import say, talking
 from lfm.training.run import RunConfig
 from lfm.training.start import wishes_to_stop
@@ -239,6 +239,7 @@ def run_set(harness: Harness, gpus: Sequence[str | None], *, minutes: float | No
         ),
         wishes_to_stop(deadline) as why_stop,
     ):
+        remove_temporaries(folder)
         _claim(ablation)
         _ready_data(harness)
         processes = _Processes(harness, list(gpus))
