@@ -62,7 +62,7 @@ class Harness:
     """Runs that ended in this session without a finding -> what they said last."""
     _plans: dict[tuple[Any, ...], Planned] = field(default_factory=dict)
     _unchanged: set[Path] = field(default_factory=set)
-    _drawn: float = 0.0
+    _drawn: float = field(default_factory=time.monotonic)
 
     def planned(self) -> list[Planned]:
         """Every run that is known to be wanted, in order; finished ones too.
@@ -150,14 +150,18 @@ class Harness:
         order = {each.folder: i for i, each in enumerate(planned)}
         results.sort(key=lambda result: order[result.planned.folder])
         result = report(self.ablation, self.sizes, planned, results)
+        folder = self.ablation.folder
         for name, content in write_files(result).items():
-            write_durably(self.ablation.folder / name, content)
-        if last or time.monotonic() > self._drawn + _SECONDS_BETWEEN_PICTURES:
+            if not exists(folder / name) or read_file(folder / name) != content:
+                write_durably(folder / name, content)
+        image, data = folder / "RESULT.png", folder / "RESULT.json"
+        is_old = not exists(image) or image.stat().st_mtime_ns < data.stat().st_mtime_ns
+        if is_old and (last or time.monotonic() > self._drawn + _SECONDS_BETWEEN_PICTURES):
             from lfm.experiments.figures import picture
 
-            image = picture(result)
-            if image is not None:
-                write_durably(self.ablation.folder / "RESULT.png", image)
+            drawn = picture(result)
+            if drawn is not None:
+                write_durably(image, drawn)
             self._drawn = time.monotonic()
 
     def expected_seconds(self, planned: Planned) -> float | None:
