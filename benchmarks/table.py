@@ -2,6 +2,7 @@
 `python benchmarks/table.py [--check]`.
 """
 
+import functools
 import json
 import re
 import statistics
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from benchmarks import ladder
 from benchmarks.model import page
 from benchmarks.ops.case import rate
+from lfm.experiments import results as ablation
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, WATERFALL = ROOT / "benchmarks/results", ROOT / "docs/waterfall.png"
@@ -488,6 +490,33 @@ def tokenizers_table() -> str:
     return "\n".join([*lines, "", where])
 
 
+def ablation_table(name: str) -> str:
+    """The table and the picture of a set of `lfm ablate`, from its RESULT.json."""
+    if not (RESULTS / f"ablation_{name}.json").exists():
+        return "Nothing is recorded."
+    picture = f"\n\n![Held-out loss over tokens, FLOPs and seconds; bits per byte](ablation_{name}.png)"
+    return ablation.markdown(load(f"ablation_{name}")) + (picture if _ablation_picture(name).exists() else "")
+
+
+def _ablation_picture(name: str) -> Path:
+    return ROOT / f"docs/ablation_{name}.png"
+
+
+def plot_ablations() -> None:
+    """The picture of every recorded set."""
+    from lfm.experiments.figures import picture
+
+    for name in ABLATIONS:
+        if (RESULTS / f"ablation_{name}.json").exists():
+            image = picture(load(f"ablation_{name}"))
+            if image is not None:
+                _ablation_picture(name).write_bytes(image)
+
+
+ABLATIONS = ("families", "lfm", "laerc_reservoir", "plasticity")
+"""Sets of configs/ablation that docs/ablation.md shows."""
+
+
 def _where(result: dict) -> str:
     torch = result["environment"]["versions"]["torch"]
     how_often = f"median of {result['calls']} calls" if "calls" in result else f"{result['runs']} run"
@@ -512,6 +541,7 @@ PAGES = {
         "study": recipe_study_table,
         "ladder": ladder_table,
     },
+    "docs/ablation.md": {name: functools.partial(ablation_table, name) for name in ABLATIONS},
     "docs/families/README.md": {"families": families_table, "streaming": streaming_table},
 }
 """Page -> name of the mark around a table -> what writes it."""
@@ -520,6 +550,7 @@ PAGES = {
 def main() -> None:
     if "--check" not in sys.argv:
         page.plot(page.recorded(RESULTS, "model"), WATERFALL)  # a page shows it where it is there
+        plot_ablations()
     for name, tables in PAGES.items():
         path = ROOT / name
         text = wanted = path.read_text(encoding="utf-8")

@@ -1,0 +1,91 @@
+"""One run of a set, in a process of its own: train it, measure it, and say that it is finished."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from lfm.checkpoint.folder import whole_checkpoints
+from lfm.data.stream import open_validation
+from lfm.errors import NonFiniteError
+from lfm.evaluation.plasticity import probes
+from lfm.exits import command
+from lfm.experiments.probes import LONGER_SEQ_LENGTH, VOCAB_SIZE, accuracy
+from lfm.experiments.results import FINISHED
+from lfm.files import remove_tree, write_durably
+from lfm.inference.load import open_model
+from lfm.models.liquidnn import MiniLiquidGPT
+from lfm.talk import say
+from lfm.training.loop import train
+from lfm.training.run import RunConfig
+
+
+def in_own_process(config: str, log: str, gpu: str | None, measures: dict[str, Any]) -> None:
+    """Of a fresh process: `work` on the run file `config`, all that it says going to the end of the file `log`.
+
+    `gpu`: the only one that is visible, as CUDA_VISIBLE_DEVICES names it.  Ends with an exit code as commands do.
+    """
+    _end_with_parent()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    sys.argv = ["lfm train", "--config", config]  # what environment.json tells
+    command(work)(Path(config), **measures)
+
+
+def work(config: Path, *, is_probe: bool, plasticity_words: int, keep_checkpoints: bool) -> None:
+    """Train to the last step, or to a wish to stop; if it is trained, measure it and write what was found.
+
+    A loss that is no number is a finding too: that the rate is too high.
+    """
+    begun, run = time.monotonic(), RunConfig.load(config)
+    found: dict[str, Any] = {"diverged": None}
+    try:
+        if train(run).step < run.training.steps:
+            return
+    except NonFiniteError as error:
+        found["diverged"] = str(error)
+        say(f"diverged: {error}")
+    if found["diverged"] is None and (is_probe or plasticity_words):
+        found |= _measured(run, is_probe, plasticity_words)
+    found["wall_seconds"] = time.monotonic() - begun
+    write_durably(run.folder / FINISHED, json.dumps(found).encode() + b"\n")
+    if not keep_checkpoints:
+        remove_tree(run.folder / "checkpoints")
+
+
+def _measured(run: RunConfig, is_probe: bool, plasticity_words: int) -> dict[str, Any]:
+    [*_, newest] = whole_checkpoints(run.folder / "checkpoints")
+    model, tokenizer, _ = open_model(newest, device="cuda" if run.device.type == "cuda" else "cpu")
+    found: dict[str, Any] = {}
+    if is_probe:
+        longer = run.data.model_copy(update={"path": f"{run.data.path}/longer"})
+        sizes = {"accuracy": (run.data, run.model.seq_length), "accuracy_longer": (longer, LONGER_SEQ_LENGTH)}
+        for name, (data, seq_length) in sizes.items():
+            [rows] = open_validation(data, seq_length=seq_length, vocab_size=VOCAB_SIZE).values()
+            found[name] = accuracy(model, rows)
+    elif isinstance(model, MiniLiquidGPT):
+        words = probes(model, tokenizer, num_words=plasticity_words, seed=run.seed)
+        found["plasticity"] = [asdict(word) for word in words]
+    return found
+
+
+def _end_with_parent() -> None:
+    """SIGTERM, upon which a run saves and ends, when the process that made this one is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch the harness", daemon=True).start()
