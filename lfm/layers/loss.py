@@ -186,7 +186,7 @@ class _Gradients:
         if self.bias is not None:
             self.bias += logits.sum(0, dtype=self._dtype)
         grad = logits.to(hidden.dtype)
-        torch.mm(grad, weight, out=self.hidden[part])
+        _product_of_classes(grad, weight, out=self.hidden[part])
         if self.weight is None:
             assert self._kept is not None
             self._kept.append((grad, hidden[part]))
@@ -226,15 +226,33 @@ def _by_chunk(
 def _logits(hidden: Tensor, weight: Tensor) -> tuple[Tensor, int]:
     """`hidden weight^T`, and how many elements lie behind each row of it.
 
-    On a GPU rows begin where matrix units can fetch them: those of 50,257 numbers would be multiplied several times
-    slower, here and in both products of the backward pass.
+    On a GPU rows begin where matrix units can fetch them, and the last few classes are a product of their own: 50,257
+    columns at once would be multiplied several times slower, here and in the backward pass.
     """
     n, V = len(hidden), len(weight)
     padding = -V % ROW_ALIGNMENT
     if not hidden.is_cuda or padding == 0:
         return hidden @ weight.T, 0
-    rows = hidden.new_empty(n, V + padding)
-    return torch.mm(hidden, weight.T, out=rows[:, :V]), padding
+    rows, most = hidden.new_empty(n, V + padding), _most_classes(V)
+    torch.mm(hidden, weight[:most].T, out=rows[:, :most])
+    if most < V:
+        rows[:, most:V] = hidden @ weight[most:].T
+    return rows[:, :V], padding
+
+
+def _product_of_classes(grad: Tensor, weight: Tensor, *, out: Tensor) -> None:
+    """`out = grad weight`, of `grad [n, V]`; rounded once, but for what the last few classes give."""
+    most = _most_classes(len(weight))
+    if not grad.is_cuda or most in (0, len(weight)):
+        torch.mm(grad, weight, out=out)
+        return
+    torch.mm(grad[:, most:], weight[most:], out=out)
+    out.addmm_(grad[:, :most], weight[:most])
+
+
+def _most_classes(num_classes: int) -> int:
+    """As many as matrix units take eight at a time."""
+    return num_classes - num_classes % 8
 
 
 def _chunk_tokens(device: torch.device, vocabulary: int) -> int:
