@@ -22,7 +22,7 @@ from lfm.training.recorder import REHEARSALS, Recorder
 from lfm.training.run import RunConfig
 from tests.nested import nested
 from tests.training.tape import TapeRecorder
-from tests.training.tiny_run import assert_same_checkpoint, tiny_run
+from tests.training.tiny_run import ROOT, TINY, assert_same_checkpoint, tiny_run
 
 T, V, ROWS, STEPS = 24, 40, 4, 22
 SMALL = {"hidden_size": 16, "num_layers": 2, "seq_length": T, "vocab_size": V}
@@ -33,6 +33,12 @@ ATTENDING = {
     backend: TransformerConfig(**SMALL, **nested(ffn_hidden_size=24), attention={**HEADS, "backend": backend})
     for backend in ("reference", "sdpa")
 }
+
+OF_LFM = {
+    *("model.attention.num_attention_heads", "model.attention.num_query_groups", "model.ffn.moe_ffn_hidden_size"),
+    *("model.liquid.interval", "model.liquid.reservoir_size", "model.liquid.chunk_length"),
+}
+"""Keys of TINY that another family has not."""
 
 LSTMS = ("liquidlm", "lstm")
 """By torch's library they take packed rows by their lengths."""
@@ -278,12 +284,15 @@ def test_a_graph_on_a_gpu_is_the_step_made_kernel_by_kernel(family):
 
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, text_data):
-    keys = ("model={kind: liquidnet, hidden_size: 32, num_layers: 2, ffn: {ffn_hidden_size: 64}, seq_length: 64, "
-            "vocab_size: 512}", "training.cuda_graph=required", "training.steps=8")  # fmt: skip
-    whole = tiny_run(tmp_path / "whole", text_data, *keys)
+    def run(name, *more):
+        given = [key for key in TINY if key.partition("=")[0] not in OF_LFM]
+        given += [f"output={tmp_path / name}", f"data.path={text_data}", "training.cuda_graph=required"]
+        return RunConfig.load(ROOT / "configs/liquidnet_debug.yaml", [*given, "training.steps=8", *more])
+
+    whole = run("whole")
     train(whole)
     half = whole.folder / "checkpoints/step_00000004"
-    resumed = tiny_run(tmp_path / "resumed", text_data, *keys, f"checkpoint.resume={half}")
+    resumed = run("resumed", f"checkpoint.resume={half}")
     train(resumed)
     last = "checkpoints/step_00000008"
     assert_same_checkpoint(resumed.folder / last, whole.folder / last)

@@ -113,7 +113,8 @@ def _comparison(device: torch.device, dtype: torch.dtype, H: int) -> Iterator[tu
     reset = torch.zeros(3, 5, dtype=torch.bool, device=device)
     reset[1, 3] = True
     got, want = lstm_layer(*leaves, reset=reset), lstm_layer_reference(*wide, reset=reset)
-    yield from zip(("the outputs", "the last h", "the last c"), got, want, strict=True)
+    # The last h and c are wide, and as near as an h that is rounded between steps lets them be.
+    yield from zip(("the outputs", "the last h", "the last c"), (part.to(dtype) for part in got), want, strict=True)
     grad = draw(9, 3, 5, H, device=device, dtype=dtype)
     right = torch.autograd.grad(want[0], wide, grad.float())
     yield from (("a gradient", *pair) for pair in zip(torch.autograd.grad(got[0], leaves, grad), right, strict=True))
