@@ -21,6 +21,7 @@ COLOURS = {
     "embedding": "#8a6d3b",
     "head": "#c98a1b",
     "accumulation": "#b9a77a",
+    "weight gradients": "#8fb8de",
     "optimizer": "#5c6b73",
     "other": "#9aa5b1",
     "exchange": "#d1495b",

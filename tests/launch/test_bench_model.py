@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.model.measure import RandomRows
 from benchmarks.model.parts import COMPUTE, DATA_WAIT, FUNCTIONS, IN_PARALLEL, PARTS, STEP
+from benchmarks.model.plot import COLOURS
 from benchmarks.model.routing import forced_balance
 from benchmarks.model.waterfall import Event, Waterfall, scaled, waterfalls
 from lfm.data.stream import BatchStream, open_split
@@ -179,6 +180,10 @@ def test_kernels_belong_to_ranges_nodes_and_operations_and_overlap_counts_once()
         "host gaps": 28,
     }
     assert sum(parts.values()) == 100 and fall.kernels == 7
+
+
+def test_every_part_has_a_colour():
+    assert set(COLOURS) == set(PARTS)
 
 
 def test_scaling_takes_the_profilers_time_from_gaps_first():
