@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lfm.config import Depth, Tokens, Vocabulary, Width
+from lfm.kernels.gating import gated, joined_norm, scaled_sum
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
 from lfm.layers.cost import Cost, frozen_matrices, matrices
 from lfm.layers.linear import Linear
@@ -242,7 +243,6 @@ class LAERCBlock(Block):
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None
     ) -> tuple[ResidualStream, Memory, None]:
         x, final = stream.summed(), None
-        rho = torch.zeros_like(x)
         if self.use_reservoir:
             documents = context.documents
             # A document that begins with its row begins from zero anyway.
@@ -250,10 +250,15 @@ class LAERCBlock(Block):
             states, final = self.reservoir(
                 self.input_norm(x), state=memory, starts=starts, stats=stats, exact=context.streaming
             )
-            rho = self.readout_log_scale.exp() * self.readout(self.readout_norm(states))
-        gate = self.gate(self.gate_norm(torch.cat((x, rho), -1))).sigmoid()
-        m = gate * rho + (1 - gate) * x
-        return ResidualStream(m, self.ffn_scale * self.ffn(self.ffn_norm(m))), final, None
+            norm = self.gate_norm
+            x, rho, z = joined_norm(
+                x, self.readout(self.readout_norm(states)), self.readout_log_scale, norm.weight, norm.bias, eps=norm.eps
+            )
+        else:
+            rho = torch.zeros_like(x)
+            z = self.gate_norm(torch.cat((x, rho), -1))
+        m = gated(self.gate(z), rho, x)
+        return ResidualStream(scaled_sum(m, self.ffn(self.ffn_norm(m)), self.ffn_scale)), final, None
 
 
 class LAERC(Decoder):

@@ -101,12 +101,12 @@ def test_long_rows_are_read_exactly_whatever_training_cuts(backend):
 def test_the_gate_sees_the_raw_input_and_then_the_readout():
     model, seen = small_model(), {}
     block = model.layers["0"]
-    block.gate_norm.register_forward_pre_hook(lambda _, args: seen.update(pair=args[0]))
+    block.gate.register_forward_pre_hook(lambda _, args: seen.update(normed=args[0]))
     block.readout.register_forward_hook(lambda _, __, out: seen.update(readout=out))
     ids = torch.randint(0, VOCAB, (2, 5))
     model(ids)
-    assert torch.equal(seen["pair"][..., :10], model.embedding(ids))
-    assert torch.equal(seen["pair"][..., 10:], block.readout_log_scale.exp() * seen["readout"])
+    pair = torch.cat((model.embedding(ids), block.readout_log_scale.exp() * seen["readout"]), -1)
+    assert torch.equal(seen["normed"], block.gate_norm(pair))
 
 
 def test_the_state_is_one_vector_a_layer_whatever_the_prefix():
