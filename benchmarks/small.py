@@ -43,6 +43,7 @@ LIBRARY = (
     *("training.global_batch_size=8", "training.micro_batch_size=8"),
 )
 CHUNKS = ("model.backend=chunked", "model.warmup=32")
+NARROW = ("training.dtype=bfloat16", "model.exchange=working", "model.chunk_length=32")
 PRESETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "liquidnet_small": ("liquidnet_small", ()),
     "transformer_small": ("transformer_small", ()),
@@ -51,7 +52,7 @@ PRESETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "laerc_shakespeare": ("laerc_shakespeare", ()),
     "laerc_shakespeare_bf16": ("laerc_shakespeare", ("training.dtype=bfloat16",)),
     "laerc_library_chunked": ("laerc_owt", (*LIBRARY, *CHUNKS)),
-    "laerc_library_chunked_bf16": ("laerc_owt", (*LIBRARY, *CHUNKS, "training.dtype=bfloat16")),
+    "laerc_library_chunked_bf16": ("laerc_owt", (*LIBRARY, *CHUNKS, *NARROW)),
     "liquidlm": ("liquidlm", ("training.global_batch_size=32",)),
     "liquidlm_packed": ("liquidlm", ("training.global_batch_size=32",)),
     "liquidnet_tiny": ("liquidnet_tiny", ()),

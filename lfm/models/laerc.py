@@ -25,7 +25,7 @@ from lfm.models.state import State
 
 
 class LAERCConfig(FamilyConfig):
-    changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "chunk_length", "warmup", "tolerance"})
+    changeable: ClassVar[frozenset[str]] = frozenset({"seq_length", "chunk_length", "warmup", "tolerance", "exchange"})
     kind: Literal["laerc"] = "laerc"
     """Model family."""
     hidden_size: Width = 512
@@ -58,6 +58,9 @@ class LAERCConfig(FamilyConfig):
     """Steps a chunk starts early, at the first training step; the residual guard moves it up and down from there."""
     tolerance: float = Field(default=1e-2, gt=0)
     """Largest relative chunk-boundary residual before repair passes, then the sequential path, take over."""
+    exchange: Literal["float32", "working"] = "float32"
+    """In what training multiplies states and W: float32, at least; working, the dtype of the weights, as liquid layers
+    of lfm do.  Carried states, and all of evaluation and generation, are in at least float32."""
     gate_bias_init: float = 0.0
     """Of the gate's logits.  0 (published) halves the direct path in every block; -4 keeps 98 % of it."""
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
@@ -151,7 +154,7 @@ class LAERCState(State):
 
 
 class Reservoir(nn.Module):
-    """`r_t = tanh(U h_t + b_u + W r_{t-1} + b_w)`, all of it frozen and computed in at least fp32."""
+    """`r_t = tanh(U h_t + b_u + W r_{t-1} + b_w)`, all of it frozen, and in at least fp32 but for `exchange`."""
 
     input_weight: Tensor
     input_bias: Tensor
@@ -182,14 +185,17 @@ class Reservoir(nn.Module):
         With `exact`, and in eval mode, every position is stepped through, whatever the backend.
         """
         c = self.config
-        drive = F.linear(h.to(self.input_weight.dtype), self.input_weight, self.input_bias + self.recurrent_bias)
+        exact = exact or not self.training
+        dtype = h.dtype if c.exchange == "working" and not exact else self.input_weight.dtype
+        bias = self.input_bias + self.recurrent_bias
+        drive = F.linear(h.to(dtype), self.input_weight.to(dtype), bias.to(dtype))
         states, final = reservoir_recurrence(
             drive.unsqueeze(2),
             self.recurrent_weight.unsqueeze(0),
             None if state is None else state.unsqueeze(1),
             starts,
             leak_rate=1.0,
-            backend="sequential" if exact or not self.training else c.backend,
+            backend="sequential" if exact else c.backend,
             chunk_length=c.chunk_length,
             warmup=self.warmup,
             tolerance=c.tolerance,

@@ -263,9 +263,10 @@ def test_it_learns_real_text_and_its_frozen_tensors_stay(use_reservoir):
         assert torch.equal(buffer, frozen[name]) and not buffer.requires_grad, name
 
 
-def test_bf16_weights_are_near_fp32_with_the_recurrence_in_fp32():
+@pytest.mark.parametrize("exchange", ["float32", "working"])
+def test_bf16_weights_are_near_fp32_with_the_recurrence_in_either(exchange):
     config = LAERCConfig(hidden_size=64, num_layers=4, vocab_size=300, init_method_std=0.1)
-    model = LAERC(config)
+    model = LAERC(config.model_copy(update={"exchange": exchange}))
     initialize(model, 0)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -289,6 +290,15 @@ def test_bf16_weights_are_near_fp32_with_the_recurrence_in_fp32():
     assert found[0]["logits"].dtype == torch.bfloat16
     assert_close(found[0], found[1], 5e-2)
     assert relative_error(found[0]["loss"], found[1]["loss"]) < 1e-3
+    # Evaluation is in fp32 whatever training multiplies in.
+    other = LAERC(config)
+    other.load_state_dict(model.state_dict())
+    for parameter in other.parameters():
+        parameter.data = parameter.data.bfloat16()
+    scores = [cross_entropy(each.eval(), ids, documents) for each in (model, other)]
+    assert torch.equal(*scores) and torch.equal(scores[0], cross_entropy(model.train(), ids, documents)) == (
+        exchange == "float32"
+    )
 
 
 @pytest.mark.parametrize(
