@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lfm.config import Config, Depth
-from lfm.kernels.diagonal_scan import diagonal_scan
+from lfm.kernels.gated_scan import gated_scan
 from lfm.layers.cost import Cost, matrices
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.stored import Stored
@@ -85,13 +85,16 @@ class DiagonalLiquid(nn.Module):
         *,
         state: Float[Tensor, "B D"] | None = None,
         starts: Bool[Tensor, "B whole_T"] | None = None,
+        scale: float = 1.0,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D"]]:
-        """`starts` marks the first token of each document; the state returned is at least fp32."""
-        value, delta, gate = self.projections(z).chunk(3, dim=-1)
+        """`starts` marks the first token of each document; the state returned is at least fp32.  `scale` multiplies
+        what comes out: on a GPU ahead of the last product, in a pass that is made anyway."""
         # A whole model may have been converted to bf16.
         bias = self.delta_bias.to(torch.promote_types(self.delta_bias.dtype, torch.float32))
-        h, final = diagonal_scan(delta, bias, value, state, starts, delta_min=self.delta_min)
-        return self.output(gate.sigmoid() * h), final
+        ahead, behind = (scale, 1.0) if z.is_cuda else (1.0, scale)
+        y, final = gated_scan(self.projections(z), bias, state, starts, delta_min=self.delta_min, scale=ahead)
+        y = self.output(y)
+        return (y if behind == 1.0 else behind * y), final
 
 
 def initial_delta_bias(num_channels: int, delta_min: float) -> Float[Tensor, " D"]:

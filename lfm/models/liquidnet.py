@@ -91,9 +91,9 @@ class LiquidNetBlock(Block):
         self, stream: ResidualStream, context: Context, memory: Memory, stats: RecurrenceStats | None
     ) -> tuple[ResidualStream, Memory, None]:
         stream, z = stream.normed(self.liquid_norm)
-        y, final = self.liquid(z, state=memory, starts=context.starts)
-        stream, z = stream.plus(self.residual_scale * y).normed(self.mlp_norm)
-        return stream.plus(self.residual_scale * self.mlp(z)), final, None
+        y, final = self.liquid(z, state=memory, starts=context.starts, scale=self.residual_scale)
+        stream, z = stream.plus(y).normed(self.mlp_norm)
+        return stream.plus(self.mlp(z, scale=self.residual_scale)), final, None
 
 
 class LiquidNet(Decoder):

@@ -33,6 +33,14 @@ def test_the_kernel_equals_the_definition(shape, dtype, bound):
     _compare(shape, dtype, bound)
 
 
+def test_a_factor_multiplies_output_and_gradient():
+    gate_up, grad = torch.randn(17, 260).to(DEVICE), torch.randn(17, 130).to(DEVICE)
+    got = _output_and_grad(lambda x: swiglu(x, scale=-0.3, backend="triton"), gate_up, grad)
+    want = _output_and_grad(lambda x: -0.3 * swiglu_reference(x), gate_up.double(), grad.double())
+    assert_close(got, want, 1e-6)
+    assert_close(got, _output_and_grad(lambda x: swiglu(x, scale=-0.3, backend="reference"), gate_up, grad), 1e-6)
+
+
 def test_no_rows_have_no_outputs():
     gate_up = torch.zeros(0, 8, device=DEVICE, requires_grad=True)
     swiglu(gate_up, backend="triton").sum().backward()

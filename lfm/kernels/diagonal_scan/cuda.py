@@ -44,10 +44,19 @@ def backward(
     grad_h: Tensor,
     grad_final: Tensor,
     delta_min: float,
+    *,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `chunked.backward`, for inputs that are supported."""
+    """As `chunked.backward`, for inputs that are supported.
+
+    into: where the gradients of gate and value go, slices of one wider tensor's rows.
+    """
     B, T, D = value.shape
-    grad_gate, grad_value = (torch.empty((B, T, D), dtype=value.dtype, device=value.device) for _ in range(2))
+    if into is None:
+        into = (value.new_empty((B, T, D)), value.new_empty((B, T, D)))
+    grad_gate, grad_value = into
+    row = grad_gate.stride(1)
+    assert all(x.stride() == (T * row, row, 1) and x.data_ptr() % 4 == 0 and row % 2 == 0 for x in into), "one tensor's"
     grad_state = torch.empty((B, D), dtype=torch.float32, device=value.device)
     num_parts = B * (_num_tiles(value, backward=True) if T > LONGEST_WALK else 1)
     bias_parts = torch.empty((num_parts, D), dtype=torch.float32, device=value.device)
@@ -99,7 +108,8 @@ def _launch(
     given = (gate, value, h, grad_h, *single, reset, output, grad_value, final, bias_parts)
     pointers = [x if x is None else x.data_ptr() for x in (*given, folds, group_ends, words, tickets)]
     strides = [(0, 0) if x is None else x.stride()[:2] for x in (gate, value, grad_h)]
-    sizes = (*(batch for batch, _ in strides), *(row for _, row in strides), T, D, num_columns, num_tiles)
+    rows = (*(row for _, row in strides), output.stride(1))
+    sizes = (*(batch for batch, _ in strides), *rows, T, D, num_columns, num_tiles)
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
         error = library().diagonal_scan_launch(
@@ -158,7 +168,7 @@ def library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(compile_library(SOURCE, HOPPER_FLAGS)))
     pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     library.diagonal_scan_launch.argtypes = (
-        [integer] * 4 + [pointer] * 16 + [long] * 3 + [integer] * 7 + [real] * 2 + [pointer]
+        [integer] * 4 + [pointer] * 16 + [long] * 3 + [integer] * 8 + [real] * 2 + [pointer]
     )
     library.diagonal_scan_tiling.argtypes = [integer] * 3 + [ctypes.POINTER(integer)] * 2
     library.diagonal_scan_error.restype = ctypes.c_char_p

@@ -43,7 +43,8 @@ struct Tiling {
   static_assert(STAGES < QUEUE, "a tile in the queue is not overwritten while it is read");
 };
 
-// [B, T, D] bf16, h and outputs contiguous, others with strides in elements; [B, D] and [D] fp32, contiguous.
+// [B, T, D] bf16, h contiguous, outputs with one stride of their rows, others with strides in elements; [B, D] and [D]
+// fp32, contiguous.
 struct Scan {
   const bf16 *gate, *value;
   const bf16 *h, *grad_h;                        // backward only
@@ -56,7 +57,7 @@ struct Scan {
   float2* group_ends;                            // [columns, tiles, LANES]: only the first of each group is used
   int *flags, *tickets;                          // [columns, tiles] and one, zeroed
   int64_t gate_batch, value_batch, grad_batch;
-  int gate_row, value_row, grad_row;
+  int gate_row, value_row, grad_row, output_row;
   int num_positions, num_channels, num_columns, num_tiles;
   float largest_alpha, smallest_gain;
 };
@@ -398,7 +399,7 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
     for (int w = 0; w < warp; w++) y = apply(Fold::of(shared.folds[w][lane]), y);
 
     const int64_t t = BACKWARD ? T - 1 - start : start;
-    const int64_t at = (sequence * T + t) * D + channel;
+    const int64_t at = (sequence * T + t) * scan.output_row + channel;
     const bool inside = channel < D;
     auto walk_rows = [&](auto plain) {
       constexpr bool PLAIN = decltype(plain)::value;
@@ -418,13 +419,13 @@ __global__ void __launch_bounds__(THREADS, Tiling<BACKWARD>::BLOCKS) diagonal_sc
           }
           y = {fmaf(-gain[i].x, y.x, y.x), fmaf(-gain[i].y, y.y, y.y)};
           if (cut) y = {0.0f, 0.0f};
-          output -= D;
-          grad_value -= D;
+          output -= scan.output_row;
+          grad_value -= scan.output_row;
         } else {
           if (cut) y = {0.0f, 0.0f};
           y = {fmaf(gain[i].x, v[i].x - y.x, y.x), fmaf(gain[i].y, v[i].y - y.y, y.y)};
           if (stores) store(output, round_pair(y));
-          output += D;
+          output += scan.output_row;
         }
       }
     };
@@ -479,9 +480,9 @@ extern "C" int diagonal_scan_launch(int device, int backward, int chained, int g
                                     const void* state, const void* grad_final, const void* reset, void* output,
                                     void* grad_value, void* final, void* bias_parts, void* folds, void* group_ends,
                                     void* flags, void* tickets, int64_t gate_batch, int64_t value_batch,
-                                    int64_t grad_batch, int gate_row, int value_row, int grad_row, int num_positions,
-                                    int num_channels, int num_columns, int num_tiles, float largest_alpha,
-                                    float smallest_gain, void* stream) {
+                                    int64_t grad_batch, int gate_row, int value_row, int grad_row, int output_row,
+                                    int num_positions, int num_channels, int num_columns, int num_tiles,
+                                    float largest_alpha, float smallest_gain, void* stream) {
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return error;
   Scan scan;
@@ -507,6 +508,7 @@ extern "C" int diagonal_scan_launch(int device, int backward, int chained, int g
   scan.gate_row = gate_row;
   scan.value_row = value_row;
   scan.grad_row = grad_row;
+  scan.output_row = output_row;
   scan.num_positions = num_positions;
   scan.num_channels = num_channels;
   scan.num_columns = num_columns;

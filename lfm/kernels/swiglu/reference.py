@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu_reference(gate_up: Tensor) -> Tensor:
+def swiglu_reference(gate_up: Tensor, scale: float = 1.0) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    y = F.silu(gate) * up
+    return y if scale == 1.0 else scale * y
