@@ -1,5 +1,6 @@
 """Rows on the host, as readers hand them to engines."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -41,9 +42,19 @@ class Batch:
         extras = {n: torch.cat([x, x[:1].expand(rows, *x.shape[1:])]) for n, x in self.extras.items()}
         return Batch(ids, lengths, mask, extras)
 
+    @functools.cached_property
+    def documents(self) -> Documents:
+        """On the host."""
+        return Documents.from_lengths(self.lengths, "cpu", self.label_mask)
+
+    def prepared(self) -> "Batch":
+        """The same, with what the host makes of it made already: whoever reads ahead has the time."""
+        assert self.documents is not None and self._whole_digest is not None
+        return self
+
     def to(self, device: torch.device | str) -> Rows:
         """On `device`, with its documents."""
-        documents = Documents.from_lengths(self.lengths, device, self.label_mask)
+        documents = self.documents.to(device)
         extras = {name: column.to(device, non_blocking=True) for name, column in self.extras.items()}
         return Rows(self.ids.to(device, non_blocking=True), documents, extras)
 
@@ -53,6 +64,13 @@ class Batch:
         Digests of parts of a step add up to the whole step's modulo 2**64.  A row all of whose ids may be labels has
         the digest of one without a mask.
         """
+        return self._whole_digest if first == 0 else self._digest(first)
+
+    @functools.cached_property
+    def _whole_digest(self) -> int:
+        return self._digest(0)
+
+    def _digest(self, first: int) -> int:
         assert self.ids.dtype == torch.int64 and self.ids.device.type == "cpu"
         total = 0
         for i, lengths in enumerate(self.lengths):

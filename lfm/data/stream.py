@@ -298,7 +298,7 @@ class BatchStream:
         else:
             while len(self._ahead) < self._prefetch_steps:
                 start = self.position + len(self._ahead) * self._rows_per_step
-                self._ahead.append(self._threads.submit(self._read, start))
+                self._ahead.append(self._threads.submit(lambda start: self._read(start).prepared(), start))
             batch = self._ahead[0].result()
             self._ahead.popleft()
         self.position += self._rows_per_step

@@ -97,6 +97,11 @@ class Documents:
         one_each = all(len(row) == 1 for row in frozen)
         return cls(frozen, positions.to(device, non_blocking=True), one_each, tuple(counts), label_mask)
 
+    def to(self, device: torch.device | str) -> "Documents":
+        """With their tensors on `device`."""
+        mask = None if self.label_mask is None else self.label_mask.to(device, non_blocking=True)
+        return dataclasses.replace(self, positions=self.positions.to(device, non_blocking=True), label_mask=mask)
+
     @classmethod
     def whole_rows(cls, batch: int, seq_length: int, device: torch.device | str) -> "Documents":
         """Every row is one document."""

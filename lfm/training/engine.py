@@ -17,7 +17,7 @@ from lfm.layers.documents import Counts
 from lfm.layers.liquid import Liquid
 from lfm.layers.router import Balance
 from lfm.models.losses import Measured, Objective, Term, weighted
-from lfm.training.draws import seed_of_draws
+from lfm.training.draws import seed_draws, seed_of_draws
 from lfm.training.guards import Guard
 from lfm.training.optimizer.kind import OptimizerKind
 
@@ -148,7 +148,7 @@ class Engine(abc.ABC):
 
     def _start_micro_batch(self, first_row: int) -> None:
         """Called before the forward pass of the micro-batch that begins with this row of the whole step."""
-        torch.manual_seed(seed_of_draws(self.seed, self._step, first_row))
+        seed_draws(seed_of_draws(self.seed, self._step, first_row), self.device)
 
     def record(self) -> dict[str, Any]:
         """What records hold of the guards, after an update."""

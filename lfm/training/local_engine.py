@@ -300,7 +300,8 @@ class LocalEngine(Engine):
     @torch.no_grad()
     def _start(self, batch: Batch, lr: float = 0.0) -> Rows:
         """Begin a step: rows and numbers go to the device."""
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         self._start_gradients()
         rows = batch.to(self.device)
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
