@@ -540,6 +540,7 @@ PAGES = {
         "waterfalls": lambda: page.waterfalls(page.recorded(RESULTS, "model"), WATERFALL),
         "collectives": lambda: page.collectives(page.recorded(RESULTS, "model")),
         "peers": lambda: page.peers(page.recorded(RESULTS, "peer")),
+        "small": lambda: page.small(page.recorded(RESULTS, "small")),
     },
     "docs/kernels.md": {"kernels": kernels_table, "attention": attention_table},
     "docs/data.md": {"tokenizers": tokenizers_table, "prepare": prepare_table},

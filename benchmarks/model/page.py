@@ -112,6 +112,39 @@ def collectives(results: dict[str, Result]) -> str:
     return "\n".join(lines).rstrip() or _NONE
 
 
+def small(results: dict[str, Result]) -> str:
+    """Steps of small families, kernel by kernel and replayed, and peers beside them: `small_NAME.json` of
+    `benchmarks/small.py`."""
+    lines = [
+        "| preset | tokens/s kernel by kernel | replayed (slowest to fastest window) | step, ms: wall, busy "
+        "| kernels | losses and norms | floor, tokens/s |",
+        "| --- " * 7 + "|",
+    ]
+    for result in results.values():
+        for row in (row for row in result["rows"] if "failure" not in row):
+            new = row.get("replayed", {} if "parity" in row else row)
+            wall = (
+                f"{new['step_milliseconds']:.2f}, {new['busy_milliseconds']:.2f}" if "busy_milliseconds" in new else ""
+            )
+            rate = f"{new['tokens_per_second']:,.0f} ({new['range'][0]:,.0f} to {new['range'][1]:,.0f})" if new else ""
+            first = f"{row['plain']['tokens_per_second']:,.0f}" if "plain" in row else "as it is"
+            floor = f"{row['floor_tokens_per_second']:,.0f}" if "floor_tokens_per_second" in row else ""
+            launches = f"{new['launches']:.0f}" if "launches" in new else ""
+            lines.append(f"| {row['name']} | {first} | {rate} | {wall} | {launches} | {_losses(row)} | {floor} |")
+    if len(lines) == 2:
+        return _NONE
+    return "\n".join([*lines, "", "; ".join(f"{name}: {where(result)}" for name, result in results.items()) + "."])
+
+
+def _losses(row: Result) -> str:
+    if "parity" not in row:
+        return ""
+    parity = row["parity"]
+    if parity["to_the_bit"]:
+        return f"{parity['steps']} steps equal to the bit"
+    return f"{parity['steps']} steps within {parity['largest_difference']:.0e}; of two runs kernel by kernel {parity['plain_to_plain']:.0e}"
+
+
 def plot(results: dict[str, Result], picture: Path) -> None:
     """Every waterfall as a bar; nothing where there is none."""
     found = bars(results)

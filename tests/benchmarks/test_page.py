@@ -58,3 +58,30 @@ def test_speeds_show_both_routings_and_where_they_were_measured(results):
     shown = page.speeds(results)
     assert shown.count("| two | DP2 EP2 Z1 |") == 2
     assert "| 50.0% | 1,000 | 1.60 | 81.0 | 10.0% |" in shown and "2 NVIDIA H200, torch 2.11.0, commit 0123456" in shown
+
+
+def test_small_families_and_what_stands_beside_them():
+    speed = {"tokens_per_second": 2e6, "range": [1.9e6, 2.1e6], "step_milliseconds": 12.0, "busy_milliseconds": 11.5}
+    bits = {"to_the_bit": True, "largest_difference": 0.0, "steps": 200}
+    near = {"to_the_bit": False, "largest_difference": 2e-4, "plain_to_plain": 1e-4, "steps": 200}
+    rows = [
+        {
+            "name": "a",
+            "plain": speed,
+            "replayed": speed | {"launches": 500.0},
+            "parity": bits,
+            "floor_tokens_per_second": 3e6,
+        },
+        {"name": "b", "plain": speed, "parity": near},
+        {"name": "c", "failure": "it fell"},
+        {"name": "llama", **speed},
+    ]
+    environment = {"gpus": 1, "gpu": "NVIDIA H200", "commit": "0123456789", "versions": {"torch": "2.11.0"}}
+    found = page.small({"h200": {"rows": rows, "environment": environment, "runs": 1, "date": "2026-01-01"}})
+    assert (
+        "| a | 2,000,000 | 2,000,000 (1,900,000 to 2,100,000) | 12.00, 11.50 | 500 | 200 steps equal to the bit | 3,000,000 |"
+        in found
+    )
+    assert "| b | 2,000,000 |  |  |  | 200 steps within 2e-04; of two runs kernel by kernel 1e-04 |  |" in found
+    assert "| llama | as it is | 2,000,000" in found and "it fell" not in found
+    assert page.small({}) == "Nothing is recorded."
