@@ -142,7 +142,8 @@ def _losses(row: Result) -> str:
     parity = row["parity"]
     if parity["to_the_bit"]:
         return f"{parity['steps']} steps equal to the bit"
-    return f"{parity['steps']} steps within {parity['largest_difference']:.0e}; of two runs kernel by kernel {parity['plain_to_plain']:.0e}"
+    own = f"of two runs kernel by kernel {parity['plain_to_plain']:.0e}"
+    return f"{parity['steps']} steps within {parity['largest_difference']:.0e}; {own}"
 
 
 def plot(results: dict[str, Result], picture: Path) -> None:
