@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from lfm.config import Depth, DepthOrZero, Tokens, Vocabulary, Width
 from lfm.errors import UserError
 from lfm.kernels.backend import widest
+from lfm.kernels.liquid_cell import Integration, Integrator, TraceMode, Traces
 from lfm.layers.cost import Cost
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
-from lfm.layers.liquid_cell import Integrator, LiquidCell, Traces
-from lfm.layers.plastic_synapse import TraceMode
+from lfm.layers.liquid_cell import LiquidCell
 from lfm.models.initialization import generator_of
 from lfm.models.language_model import FamilyConfig, LanguageModel, Recompute
 from lfm.models.losses import Losses, Objective
@@ -156,9 +156,9 @@ class MiniLiquidGPT(LanguageModel):
         self.cells = nn.ModuleList(
             LiquidCell(
                 c.hidden_size,
-                steps=c.fast_steps if i < c.num_fast else c.deep_steps,
-                integrator=c.integrator,
-                adaptive_steps=c.adaptive_steps,
+                integration=Integration(
+                    c.integrator, c.fast_steps if i < c.num_fast else c.deep_steps, c.adaptive_steps
+                ),
                 trace_mode=c.trace_mode,
                 trace_grad=c.trace_grad,
             )
@@ -187,14 +187,17 @@ class MiniLiquidGPT(LanguageModel):
         c, weight = self.config, self.embedding.weight
 
         def zeros(*shape: int) -> Tensor:
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            return torch.zeros(batch, *shape, dtype=wide, device=weight.device)
+            return torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+
+        def trace() -> Tensor:
+            # What all sequences share is one matrix, until one of them begins anew.
+            return zeros(1, D, D).expand(batch, D, D) if c.trace_mode == "batch_mean" else zeros(batch, D, D)
 
         D = c.hidden_size
         return LiquidNNState(
             position=torch.zeros(batch, dtype=torch.long, device=weight.device),
-            hidden=[zeros(D) for _ in range(c.num_layers)],
-            traces=[Traces(zeros(D, D), zeros(D, D)) for _ in range(c.num_deep)],
+            hidden=[zeros(batch, D) for _ in range(c.num_layers)],
+            traces=[Traces(trace(), trace()) for _ in range(c.num_deep)],
         )
 
     def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
@@ -261,31 +264,20 @@ class MiniLiquidGPT(LanguageModel):
     ) -> tuple[Float[Tensor, "B T D"], LiquidNNState]:
         """Final hidden states after `state`; in the columns `resets`, rows at position 0 forget it."""
         c, dtype = self.config, self.embedding.weight.dtype
-        cells = [cast(LiquidCell, cell) for cell in self.cells]
-        weights = [cell.weights() for cell in cells]
-        norms = [_wide_norm(cast(nn.LayerNorm, norm)) for norm in self.norms]
-        hidden = list(state.hidden)
-        deep = range(c.num_fast, c.num_layers if self.plastic else c.num_fast)
-        running = {i: cells[i].running(state.traces[i - c.num_fast]) for i in deep}
-
-        inputs = self.embedding(ids).to(hidden[0].dtype) + self._position_signal(positions, hidden[0].dtype)
-        # Only the first cell knows its inputs of all tokens at once.
-        drives, outputs = cells[0].drive(weights[0], inputs).unbind(1), []
-        for t, x in enumerate(inputs.unbind(1)):
-            if t in resets:
-                fresh = positions[:, t] == 0
-                hidden = [h.masked_fill(fresh[:, None], 0) for h in hidden]
-                for trace in running.values():
-                    trace.ih.forget(fresh)
-                    trace.hh.forget(fresh)
-            for i, cell in enumerate(cells):
-                drive = cell.drive(weights[i], x) if i else drives[t]
-                h = cell.step(weights[i], x, drive, hidden[i], running.get(i))
-                x = F.dropout(F.layer_norm(h + x, *norms[i]), c.dropout, self.training)
-                hidden[i] = x
-            outputs.append(x)
-        out = F.layer_norm(torch.stack(outputs, 1), *_wide_norm(self.final_norm))
-        traces = [trace.value() for trace in running.values()] if self.plastic else state.traces
+        x = self.embedding(ids).to(state.hidden[0].dtype)
+        x = x + self._position_signal(positions, x.dtype)
+        fresh = positions == 0 if resets else None
+        hidden, traces = [], list(state.traces)
+        # No cell waits for one above it, so each reads all tokens before the next one begins.
+        for i, (cell, norm) in enumerate(zip(self.cells, self.norms, strict=True)):
+            is_plastic = self.plastic and i >= c.num_fast
+            keep = F.dropout(torch.ones_like(x), c.dropout) if self.training and c.dropout else None
+            before = traces[i - c.num_fast] if is_plastic else None
+            x, after = cast(LiquidCell, cell)(x, state.hidden[i], norm, keep=keep, fresh=fresh, traces=before)
+            hidden.append(x[:, -1].clone())  # the state holds no window
+            if after is not None:
+                traces[i - c.num_fast] = after
+        out = F.layer_norm(x, *_wide_norm(self.final_norm))
         return out.to(dtype), LiquidNNState(positions[:, -1] + 1, hidden, traces)
 
     def _position_signal(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
