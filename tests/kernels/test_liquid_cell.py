@@ -137,7 +137,9 @@ def test_a_comparison_sees_a_wrong_kernel(monkeypatch):
 
 def test_matrices_may_be_cut_anyhow(monkeypatch):
     leaves = make_leaves(plastic=True, length=2, width=32)
-    monkeypatch.setattr(kernel, "tiling_of", lambda *_: kernel.Tiling(block=16, rows=16, num_warps=4, stages=2))
+    monkeypatch.setattr(
+        kernel, "tiling_of", lambda *_: kernel.Tiling(block=16, rows=16, num_warps=4, stages=2, trace_stages=2)
+    )
     compare(leaves, ONE)
 
 
@@ -254,7 +256,7 @@ from triton.compiler import ASTSource
 from lfm.kernels.liquid_cell import kernel
 
 sizes = dict(D=32, KIND=1, KEEP=True, FRESH=True, ENDS=True, PLASTIC=True, THROUGH=True, K=16, E=16, RECORD=8, WHICH=1)
-sizes |= dict(BLOCK=16, ROWS=16, STAGES=2, TILE=32)
+sizes |= dict(BLOCK=16, ROWS=16, STAGES=2, TRACE_STAGES=2, TILE=32)
 kinds = dict.fromkeys(kernel.COUNTS, "i32") | {"epsilon": "fp32", "fresh": "*i1"}
 kinds |= dict.fromkeys(("hidden", "tau", "alpha_ih", "alpha_hh"), "*bf16")
 for function in (kernel._forward_kernel, kernel._backward_kernel, kernel._alpha_kernel):
@@ -262,7 +264,7 @@ for function in (kernel._forward_kernel, kernel._backward_kernel, kernel._alpha_
     signature = {name: "constexpr" if name in sizes else kinds.get(name, "*fp32") for name in names}
     constants = {(i,): sizes[name] for i, name in enumerate(names) if name in sizes}
     source = ASTSource(function, signature, constants)
-    print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]))
+    print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 1}).asm["ptx"]))
 """
 
 

@@ -36,6 +36,9 @@ class Tiling(NamedTuple):
     """Of a trace formed at a time."""
     num_warps: int
     stages: int
+    """Of the loop over a matrix: one block is multiplied, the next ones are on their way."""
+    trace_stages: int
+    """Of the loop over a trace."""
 
 
 @triton.jit
@@ -144,25 +147,29 @@ def _normed(y, epsilon, D: tl.constexpr):
 
 
 @triton.jit
+def _vectors(at, tokens, D: tl.constexpr, K: tl.constexpr):
+    """`[K, D]`: the vectors `[T, D]` of the first `tokens` tokens, and zeros."""
+    k, d = tl.arange(0, K)[:, None], tl.arange(0, D)[None, :]
+    return tl.load(at + k * D + d, k < tokens, other=0)
+
+
+@triton.jit
 def _trace_rows(start, post, pre, scale, weights, tokens, first, D: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
     """fp32 `[ROWS, D]` of the trace after `tokens` tokens of the window: `scale M_0 + sum_k weights_k post_k pre_k^T`.
 
-    start `[D, D]`, post and pre `[T, D]` of this sequence; weights `[K]`.
+    start `[D, D]` and post `[T, D]` in memory; pre `[K, D]`, weights `[K]`.
     """
     row, column, k = first + tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, K)
     trace = scale * tl.load(start + row[:, None] * D + column[None, :])
     left = tl.load(post + k[None, :] * D + row[:, None], k[None, :] < tokens, other=0) * weights[None, :]
-    right = tl.load(pre + k[:, None] * D + column[None, :], k[:, None] < tokens, other=0)
-    return trace + tl.dot(left, right, input_precision="tf32x3")
+    return trace + tl.dot(left, pre, input_precision="tf32x3")
 
 
 @triton.jit
 def _overlap(vector, other, post, pre, weights, tokens, D: tl.constexpr, K: tl.constexpr):
     """`sum_k weights_k (vector . post_k) (other . pre_k)`."""
-    k, d = tl.arange(0, K), tl.arange(0, D)
-    at, read = k[:, None] * D + d[None, :], k[:, None] < tokens
-    left = tl.sum(tl.load(post + at, read, other=0) * vector[None, :], 1)
-    right = tl.sum(tl.load(pre + at, read, other=0) * other[None, :], 1)
+    left = tl.sum(_vectors(post, tokens, D, K) * vector[None, :], 1)
+    right = tl.sum(_vectors(pre, tokens, D, K) * other[None, :], 1)
     return tl.sum(weights * left * right, 0)
 
 
@@ -193,6 +200,7 @@ def _forward_kernel(
     T, epsilon, steps, evaluations, D: tl.constexpr, KIND: tl.constexpr, KEEP: tl.constexpr,
     FRESH: tl.constexpr, PLASTIC: tl.constexpr, K: tl.constexpr, RECORD: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr,
+    TRACE_STAGES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     d, k = tl.arange(0, D), tl.arange(0, K)
@@ -212,12 +220,13 @@ def _forward_kernel(
         eta_ih, decay_ih, largest_ih = tl.load(rules), tl.load(rules + 1), tl.load(rules + 2)
         eta_hh, decay_hh, largest_hh = tl.load(rules + 3), tl.load(rules + 4), tl.load(rules + 5)
         scale_ih, scale_hh = 1.0, 1.0
-        norm_ih, norm_hh = 0.0, 0.0
-        for first in range(0, D, ROWS):
+        squares_ih, squares_hh = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, D], tl.float32)
+        for first in tl.range(0, D, ROWS, num_stages=TRACE_STAGES):
             tile = (first + tl.arange(0, ROWS))[:, None] * D + d[None, :]
             m_ih, m_hh = tl.load(start_ih + tile), tl.load(start_hh + tile)
-            norm_ih += tl.sum(tl.sum(m_ih * m_ih, 1), 0)
-            norm_hh += tl.sum(tl.sum(m_hh * m_hh, 1), 0)
+            squares_ih += m_ih * m_ih
+            squares_hh += m_hh * m_hh
+        norm_ih, norm_hh = tl.sum(tl.sum(squares_ih, 1), 0), tl.sum(tl.sum(squares_hh, 1), 0)
         weights_ih, weights_hh = tl.zeros([K], tl.float32), tl.zeros([K], tl.float32)
     else:
         z_matrix = hidden
@@ -234,14 +243,15 @@ def _forward_kernel(
         x_t = tl.load(x + t * D + d)
         drive_z, drive_s = tl.load(drive + token * 2 * D + d), tl.load(drive + token * 2 * D + D + d)
         if PLASTIC:
-            for first in range(0, D, ROWS):
+            pre_ih, pre_hh = _vectors(x, t, D, K), _vectors(end, t, D, K)
+            for first in tl.range(0, D, ROWS, num_stages=TRACE_STAGES):
                 row = first + tl.arange(0, ROWS)
                 tile = row[:, None] * D + d[None, :]
-                m = _trace_rows(start_ih, end, x, scale_ih, weights_ih, t, first, D, ROWS, K)
+                m = _trace_rows(start_ih, end, pre_ih, scale_ih, weights_ih, t, first, D, ROWS, K)
                 tl.store(scratch + row, tl.sum(m * x_t[None, :], 1))
                 a = tl.load(alpha_ih + tile).to(tl.float32)
                 tl.store(scratch + D + row, tl.sum(a * m * x_t[None, :], 1))
-                m = _trace_rows(start_hh, end, end, scale_hh, weights_hh, t, first, D, ROWS, K)
+                m = _trace_rows(start_hh, end, pre_hh, scale_hh, weights_hh, t, first, D, ROWS, K)
                 a = tl.load(alpha_hh + tile).to(tl.float32)
                 tl.store(effective + tile, tl.load(hidden + tile).to(tl.float32) + a * m)
             tl.debug_barrier()
@@ -350,6 +360,7 @@ def _backward_kernel(
     T, epsilon, steps, evaluations, D: tl.constexpr, KIND: tl.constexpr, KEEP: tl.constexpr,
     FRESH: tl.constexpr, ENDS: tl.constexpr, PLASTIC: tl.constexpr, THROUGH: tl.constexpr, K: tl.constexpr,
     E: tl.constexpr, RECORD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    TRACE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """grad_ih and grad_hh hold the gradients of the traces after the window, and at the end those before it.
 
@@ -397,36 +408,39 @@ def _backward_kernel(
             kept_ih, kept_hh = records + 2 * t * (K + RECORD), records + (2 * t + 1) * (K + RECORD)
             weights_ih, weights_hh = tl.load(kept_ih + k), tl.load(kept_hh + k)
             scale_ih, scale_hh = tl.load(kept_ih + K), tl.load(kept_hh + K)
-            inner_ih, inner_hh = 0.0, 0.0
-            v_post_ih, r_post_ih = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
-            v_post_hh, r_post_hh = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
-            for first in range(0, D, ROWS):
+            pre_ih, pre_hh = _vectors(x, t, D, K), _vectors(end, t, D, K)
+            # Sums over rows wait until all tiles are through.
+            inner_ih, inner_hh = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, D], tl.float32)
+            v_post_ih, r_post_ih = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, D], tl.float32)
+            v_post_hh, r_post_hh = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, D], tl.float32)
+            for first in tl.range(0, D, ROWS, num_stages=TRACE_STAGES):
                 row = first + tl.arange(0, ROWS)
                 tile = row[:, None] * D + d[None, :]
-                m = _trace_rows(start_hh, end, end, scale_hh, weights_hh, t, first, D, ROWS, K)
+                m = _trace_rows(start_hh, end, pre_hh, scale_hh, weights_hh, t, first, D, ROWS, K)
                 a = tl.load(alpha_hh + tile).to(tl.float32)
                 tl.store(effective + tile, tl.load(hidden + tile).to(tl.float32) + a * m)
                 if THROUGH:
                     post = tl.load(end + t * D + row)[:, None]
                     grad_m = tl.load(grad_hh + tile)
-                    inner_hh += tl.sum(tl.sum(grad_m * m, 1), 0)
-                    v_post_hh += tl.sum(grad_m * post, 0)
-                    r_post_hh += tl.sum(m * post, 0)
+                    inner_hh += grad_m * m
+                    v_post_hh += grad_m * post
+                    r_post_hh += m * post
                     tl.store(scratch + row, tl.sum(grad_m * end_t[None, :], 1))
                     tl.store(scratch + D + row, tl.sum(m * end_t[None, :], 1))
-                    m = _trace_rows(start_ih, end, x, scale_ih, weights_ih, t, first, D, ROWS, K)
+                    m = _trace_rows(start_ih, end, pre_ih, scale_ih, weights_ih, t, first, D, ROWS, K)
                     grad_m = tl.load(grad_ih + tile)
-                    inner_ih += tl.sum(tl.sum(grad_m * m, 1), 0)
-                    v_post_ih += tl.sum(grad_m * post, 0)
-                    r_post_ih += tl.sum(m * post, 0)
+                    inner_ih += grad_m * m
+                    v_post_ih += grad_m * post
+                    r_post_ih += m * post
                     tl.store(scratch + 2 * D + row, tl.sum(grad_m * x_t[None, :], 1))
                     tl.store(scratch + 3 * D + row, tl.sum(m * x_t[None, :], 1))
             tl.debug_barrier()
             if THROUGH:
                 norm, grown, factor_hh = tl.load(kept_hh + K + 1), tl.load(kept_hh + K + 2), tl.load(kept_hh + K + 3)
                 bend_hh, of_post, of_pre, of_eta, of_decay, of_largest = _rule_backward(
-                    end_t, end_t, tl.load(scratch + d), v_post_hh, tl.load(scratch + D + d), r_post_hh,
-                    inner_hh, norm, grown, factor_hh, eta_hh, decay_hh, largest_hh,
+                    end_t, end_t, tl.load(scratch + d), tl.sum(v_post_hh, 0), tl.load(scratch + D + d),
+                    tl.sum(r_post_hh, 0), tl.sum(tl.sum(inner_hh, 1), 0), norm, grown, factor_hh,
+                    eta_hh, decay_hh, largest_hh,
                 )  # fmt: skip
                 grad += of_post + of_pre
                 sum_eta_hh += of_eta
@@ -434,8 +448,9 @@ def _backward_kernel(
                 sum_largest_hh += of_largest
                 norm, grown, factor_ih = tl.load(kept_ih + K + 1), tl.load(kept_ih + K + 2), tl.load(kept_ih + K + 3)
                 bend_ih, of_post, of_pre, of_eta, of_decay, of_largest = _rule_backward(
-                    end_t, x_t, tl.load(scratch + 2 * D + d), v_post_ih, tl.load(scratch + 3 * D + d), r_post_ih,
-                    inner_ih, norm, grown, factor_ih, eta_ih, decay_ih, largest_ih,
+                    end_t, x_t, tl.load(scratch + 2 * D + d), tl.sum(v_post_ih, 0), tl.load(scratch + 3 * D + d),
+                    tl.sum(r_post_ih, 0), tl.sum(tl.sum(inner_ih, 1), 0), norm, grown, factor_ih,
+                    eta_ih, decay_ih, largest_ih,
                 )  # fmt: skip
                 grad += of_post
                 grad_x_t += of_pre
@@ -491,13 +506,14 @@ def _backward_kernel(
             evaluation = (token * evaluations + e) * D
             taken = e < evaluations
             right = tl.load(u + evaluation[:, None] + d[None, :], taken[:, None], other=0)
-            for first in range(0, D, ROWS):
+            through_ih = tl.zeros([ROWS, D], tl.float32)
+            for first in tl.range(0, D, ROWS, num_stages=TRACE_STAGES):
                 row = first + tl.arange(0, ROWS)
                 tile = row[:, None] * D + d[None, :]
                 of_row = tl.load(grad_drive + token * 2 * D + row)[:, None]
-                m = _trace_rows(start_ih, end, x, scale_ih, weights_ih, t, first, D, ROWS, K)
+                m = _trace_rows(start_ih, end, pre_ih, scale_ih, weights_ih, t, first, D, ROWS, K)
                 a = tl.load(alpha_ih + tile).to(tl.float32)
-                grad_x_t += tl.sum(a * m * of_row, 0)
+                through_ih += a * m * of_row
                 if THROUGH:
                     post = tl.load(end + t * D + row)[:, None]
                     summed = decay_ih * m + eta_ih * post * x_t[None, :]
@@ -507,7 +523,7 @@ def _backward_kernel(
                     if FRESH:
                         grad_m = tl.where(continues, grad_m, 0.0)
                     tl.store(grad_ih + tile, grad_m)
-                    m = _trace_rows(start_hh, end, end, scale_hh, weights_hh, t, first, D, ROWS, K)
+                    m = _trace_rows(start_hh, end, pre_hh, scale_hh, weights_hh, t, first, D, ROWS, K)
                     a = tl.load(alpha_hh + tile).to(tl.float32)
                     left = tl.load(grad_fields + 2 * evaluation[None, :] + row[:, None], taken[None, :], other=0)
                     outer = tl.dot(left, right, input_precision="tf32x3")
@@ -517,6 +533,7 @@ def _backward_kernel(
                     if FRESH:
                         grad_m = tl.where(continues, grad_m, 0.0)
                     tl.store(grad_hh + tile, grad_m)
+            grad_x_t += tl.sum(through_ih, 0)
             tl.debug_barrier()
         tl.store(grad_x + token * D + d, grad_x_t)
     tl.store(grad_state + b * D + d, carry)
@@ -609,7 +626,8 @@ def forward(
         start_ih, start_hh, _or(matrices.alpha_ih, x), _or(matrices.alpha_hh, x), _or(rules, x),
         u, s, r, q, z, end, states, effective, scratch, _or(records, x),
         T, epsilon, integration.steps, count, D, kind, keep is not None, fresh is not None, plastic,
-        TOKENS, RECORD, min(tiling.block, D), min(tiling.rows, D), tiling.stages, num_warps=tiling.num_warps,
+        TOKENS, RECORD, min(tiling.block, D), min(tiling.rows, D), tiling.stages, tiling.trace_stages,
+        num_warps=tiling.num_warps, num_stages=1,
     )  # fmt: skip
     return states, Window(u, s, r, q, z, end, records)
 
@@ -670,7 +688,8 @@ def backward(
         grad_x, grad_drive, grad_state, fields, rates, norm, grad_rules, grad_ih, grad_hh, effective, scratch,
         T, epsilon, integration.steps, count, D, kind, keep is not None, fresh is not None, grad_end is not None,
         plastic, through, TOKENS, EVALUATIONS, RECORD,
-        min(tiling.block, D), min(tiling.rows, D), tiling.stages, num_warps=tiling.num_warps,
+        min(tiling.block, D), min(tiling.rows, D), tiling.stages, tiling.trace_stages,
+        num_warps=tiling.num_warps, num_stages=1,
     )  # fmt: skip
     return Gradients(
         grad_x, grad_drive, grad_state, fields, rates, norm,
@@ -711,16 +730,16 @@ def kind_of(integration: Integration) -> int:
 
 def tiling_of(matrices: Matrices, D: int, plastic: bool) -> Tiling:
     """As many columns at a time as shared memory holds of `stages` blocks of two matrices."""
-    stages, itemsize = 3, matrices.hidden.element_size()
+    stages, itemsize = 2 if plastic and D > 256 else 3, matrices.hidden.element_size()
     column = D * stages * (itemsize + (4 if plastic else itemsize))
     block = 64
     while block > 16 and block * column > SHARED_BYTES:
         block //= 2
-    return Tiling(block, 32, 16 if D >= 256 else 8, stages)
+    return Tiling(block, rows=16, num_warps=8, stages=stages, trace_stages=2 if D <= 256 else 1)
 
 
 SHARED_BYTES = 200_000
-"""Of a multiprocessor, for one program's blocks of matrices; a Hopper GPU has 227 KiB."""
+"""Of a multiprocessor, for blocks of matrices; a Hopper GPU has 227 KiB, of which a wide trace takes a part."""
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
