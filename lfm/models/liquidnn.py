@@ -1,14 +1,13 @@
 """MiniLiquidGPT (liquid-nn): liquid time-constant cells whose Hebbian synapses adapt while they read."""
 
-import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -176,12 +175,12 @@ class MiniLiquidGPT(LanguageModel):
         if documents is not None:
             if state is not None:
                 raise ValueError("documents and state exclude each other: a streamed sequence is one document")
-            return self._run(ids, empty, documents.positions, _first_columns(documents))
+            return self._run(ids, empty, documents.positions, _fresh(documents))
         if state is None:
             state = empty
         state.check_like(empty)
         assert isinstance(state, LiquidNNState)
-        return self._run(ids, state, state.position[:, None] + torch.arange(T, device=ids.device), ())
+        return self._run(ids, state, state.position[:, None] + torch.arange(T, device=ids.device), None)
 
     def empty_state(self, batch: int) -> LiquidNNState:
         c, weight = self.config, self.embedding.weight
@@ -203,18 +202,14 @@ class MiniLiquidGPT(LanguageModel):
     def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
         if not objective.by_position:
             raise ValueError(f"{type(objective).__name__} is of whole rows, and windows are differentiated one by one")
-        state, columns = self.empty_state(len(rows.ids)), _first_columns(rows.documents)
+        state, fresh = self.empty_state(len(rows.ids)), _fresh(rows.documents)
         # The last token of a row has no label, so nothing needs its output.
         end = max(1, rows.ids.shape[1] - 1)
         for start in range(0, end, self.config.bptt_window):
             stop = min(start + self.config.bptt_window, end)
             window = rows.columns(start, stop + 1)  # with the id that is the last one's label
-            hidden, state = self._run(
-                rows.ids[:, start:stop],
-                state.detach(),
-                rows.documents.positions[:, start:stop],
-                {column - start for column in columns},
-            )
+            here = (rows.ids[:, start:stop], state.detach(), rows.documents.positions[:, start:stop])
+            hidden, state = self._run(*here, None if fresh is None else fresh[:, start:stop])
             yield Losses(objective.sums(Hidden(hidden), self.head, window))
 
     def start_step(self, step: int, total_steps: int) -> None:
@@ -260,13 +255,12 @@ class MiniLiquidGPT(LanguageModel):
         ids: Int[Tensor, "B T"],
         state: LiquidNNState,
         positions: Int[Tensor, "B T"],
-        resets: Collection[int],
+        fresh: Bool[Tensor, "B T"] | None,
     ) -> tuple[Float[Tensor, "B T D"], LiquidNNState]:
-        """Final hidden states after `state`; in the columns `resets`, rows at position 0 forget it."""
+        """Final hidden states after `state`, which a row forgets before the tokens that are `fresh`."""
         c, dtype = self.config, self.embedding.weight.dtype
         x = self.embedding(ids).to(state.hidden[0].dtype)
         x = x + self._position_signal(positions, x.dtype)
-        fresh = positions == 0 if resets else None
         hidden, traces = [], list(state.traces)
         # No cell waits for one above it, so each reads all tokens before the next one begins.
         for i, (cell, norm) in enumerate(zip(self.cells, self.norms, strict=True)):
@@ -299,9 +293,9 @@ def turn_plasticity_off(model: LanguageModel) -> None:
     model.plastic = False
 
 
-def _first_columns(documents: Documents) -> set[int]:
-    """Columns in which a document of any row begins, but for the first; from the host's copy."""
-    return {start for row in documents.lengths for start in itertools.accumulate(row[:-1])}
+def _fresh(documents: Documents) -> Bool[Tensor, "B T"] | None:
+    """Where a document begins; None: nowhere but in the first column, before which there is nothing to forget."""
+    return None if documents.row_is_one_document else documents.starts
 
 
 def _wide_norm(norm: nn.LayerNorm) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
