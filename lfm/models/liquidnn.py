@@ -77,7 +77,7 @@ class LiquidNNConfig(FamilyConfig):
 
     @property
     def needs_host(self) -> str | None:
-        return "windows of a row begin and end where the host says"
+        return "the host reads how many steps the time constants of a token need" if self.adaptive_steps else None
 
     @property
     def num_layers(self) -> int:
