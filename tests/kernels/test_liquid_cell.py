@@ -264,7 +264,8 @@ for function in (kernel._forward_kernel, kernel._backward_kernel, kernel._alpha_
     signature = {name: "constexpr" if name in sizes else kinds.get(name, "*fp32") for name in names}
     constants = {(i,): sizes[name] for i, name in enumerate(names) if name in sizes}
     source = ASTSource(function, signature, constants)
-    print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 1}).asm["ptx"]))
+    options = {"num_warps": 4, "num_stages": 1}
+    print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]))
 """
 
 
