@@ -1,25 +1,24 @@
 """MiniLiquidGPT (liquid-nn): liquid time-constant cells whose Hebbian synapses adapt while they read."""
 
-import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lfm.config import Depth, DepthOrZero, Tokens, Vocabulary, Width
 from lfm.errors import UserError
 from lfm.kernels.backend import widest
+from lfm.kernels.liquid_cell import Integration, Integrator, TraceMode, Traces
 from lfm.layers.cost import Cost
 from lfm.layers.documents import Documents, Rows
 from lfm.layers.head import Head, Hidden
-from lfm.layers.liquid_cell import Integrator, LiquidCell, Traces
-from lfm.layers.plastic_synapse import TraceMode
+from lfm.layers.liquid_cell import LiquidCell
 from lfm.models.initialization import generator_of
 from lfm.models.language_model import FamilyConfig, LanguageModel, Recompute
 from lfm.models.losses import Losses, Objective
@@ -78,7 +77,7 @@ class LiquidNNConfig(FamilyConfig):
 
     @property
     def needs_host(self) -> str | None:
-        return "windows of a row begin and end where the host says"
+        return "the host reads how many steps the time constants of a token need" if self.adaptive_steps else None
 
     @property
     def num_layers(self) -> int:
@@ -156,9 +155,9 @@ class MiniLiquidGPT(LanguageModel):
         self.cells = nn.ModuleList(
             LiquidCell(
                 c.hidden_size,
-                steps=c.fast_steps if i < c.num_fast else c.deep_steps,
-                integrator=c.integrator,
-                adaptive_steps=c.adaptive_steps,
+                integration=Integration(
+                    c.integrator, c.fast_steps if i < c.num_fast else c.deep_steps, c.adaptive_steps
+                ),
                 trace_mode=c.trace_mode,
                 trace_grad=c.trace_grad,
             )
@@ -176,42 +175,41 @@ class MiniLiquidGPT(LanguageModel):
         if documents is not None:
             if state is not None:
                 raise ValueError("documents and state exclude each other: a streamed sequence is one document")
-            return self._run(ids, empty, documents.positions, _first_columns(documents))
+            return self._run(ids, empty, documents.positions, _fresh(documents))
         if state is None:
             state = empty
         state.check_like(empty)
         assert isinstance(state, LiquidNNState)
-        return self._run(ids, state, state.position[:, None] + torch.arange(T, device=ids.device), ())
+        return self._run(ids, state, state.position[:, None] + torch.arange(T, device=ids.device), None)
 
     def empty_state(self, batch: int) -> LiquidNNState:
         c, weight = self.config, self.embedding.weight
 
         def zeros(*shape: int) -> Tensor:
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            return torch.zeros(batch, *shape, dtype=wide, device=weight.device)
+            return torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+
+        def trace() -> Tensor:
+            # What all sequences share is one matrix, until one of them begins anew.
+            return zeros(1, D, D).expand(batch, D, D) if c.trace_mode == "batch_mean" else zeros(batch, D, D)
 
         D = c.hidden_size
         return LiquidNNState(
             position=torch.zeros(batch, dtype=torch.long, device=weight.device),
-            hidden=[zeros(D) for _ in range(c.num_layers)],
-            traces=[Traces(zeros(D, D), zeros(D, D)) for _ in range(c.num_deep)],
+            hidden=[zeros(batch, D) for _ in range(c.num_layers)],
+            traces=[Traces(trace(), trace()) for _ in range(c.num_deep)],
         )
 
     def loss_parts(self, rows: Rows, objective: Objective, *, recompute: Recompute = "none") -> Iterator[Losses]:
         if not objective.by_position:
             raise ValueError(f"{type(objective).__name__} is of whole rows, and windows are differentiated one by one")
-        state, columns = self.empty_state(len(rows.ids)), _first_columns(rows.documents)
+        state, fresh = self.empty_state(len(rows.ids)), _fresh(rows.documents)
         # The last token of a row has no label, so nothing needs its output.
         end = max(1, rows.ids.shape[1] - 1)
         for start in range(0, end, self.config.bptt_window):
             stop = min(start + self.config.bptt_window, end)
             window = rows.columns(start, stop + 1)  # with the id that is the last one's label
-            hidden, state = self._run(
-                rows.ids[:, start:stop],
-                state.detach(),
-                rows.documents.positions[:, start:stop],
-                {column - start for column in columns},
-            )
+            here = (rows.ids[:, start:stop], state.detach(), rows.documents.positions[:, start:stop])
+            hidden, state = self._run(*here, None if fresh is None else fresh[:, start:stop])
             yield Losses(objective.sums(Hidden(hidden), self.head, window))
 
     def start_step(self, step: int, total_steps: int) -> None:
@@ -257,35 +255,23 @@ class MiniLiquidGPT(LanguageModel):
         ids: Int[Tensor, "B T"],
         state: LiquidNNState,
         positions: Int[Tensor, "B T"],
-        resets: Collection[int],
+        fresh: Bool[Tensor, "B T"] | None,
     ) -> tuple[Float[Tensor, "B T D"], LiquidNNState]:
-        """Final hidden states after `state`; in the columns `resets`, rows at position 0 forget it."""
+        """Final hidden states after `state`, which a row forgets before the tokens that are `fresh`."""
         c, dtype = self.config, self.embedding.weight.dtype
-        cells = [cast(LiquidCell, cell) for cell in self.cells]
-        weights = [cell.weights() for cell in cells]
-        norms = [_wide_norm(cast(nn.LayerNorm, norm)) for norm in self.norms]
-        hidden = list(state.hidden)
-        deep = range(c.num_fast, c.num_layers if self.plastic else c.num_fast)
-        running = {i: cells[i].running(state.traces[i - c.num_fast]) for i in deep}
-
-        inputs = self.embedding(ids).to(hidden[0].dtype) + self._position_signal(positions, hidden[0].dtype)
-        # Only the first cell knows its inputs of all tokens at once.
-        drives, outputs = cells[0].drive(weights[0], inputs).unbind(1), []
-        for t, x in enumerate(inputs.unbind(1)):
-            if t in resets:
-                fresh = positions[:, t] == 0
-                hidden = [h.masked_fill(fresh[:, None], 0) for h in hidden]
-                for trace in running.values():
-                    trace.ih.forget(fresh)
-                    trace.hh.forget(fresh)
-            for i, cell in enumerate(cells):
-                drive = cell.drive(weights[i], x) if i else drives[t]
-                h = cell.step(weights[i], x, drive, hidden[i], running.get(i))
-                x = F.dropout(F.layer_norm(h + x, *norms[i]), c.dropout, self.training)
-                hidden[i] = x
-            outputs.append(x)
-        out = F.layer_norm(torch.stack(outputs, 1), *_wide_norm(self.final_norm))
-        traces = [trace.value() for trace in running.values()] if self.plastic else state.traces
+        x = self.embedding(ids).to(state.hidden[0].dtype)
+        x = x + self._position_signal(positions, x.dtype)
+        hidden, traces = [], list(state.traces)
+        # No cell waits for one above it, so each reads all tokens before the next one begins.
+        for i, (cell, norm) in enumerate(zip(self.cells, self.norms, strict=True)):
+            is_plastic = self.plastic and i >= c.num_fast
+            keep = F.dropout(torch.ones_like(x), c.dropout) if self.training and c.dropout else None
+            before = traces[i - c.num_fast] if is_plastic else None
+            x, after = cast(LiquidCell, cell)(x, state.hidden[i], norm, keep=keep, fresh=fresh, traces=before)
+            hidden.append(x[:, -1].clone())  # the state holds no window
+            if after is not None:
+                traces[i - c.num_fast] = after
+        out = F.layer_norm(x, *_wide_norm(self.final_norm))
         return out.to(dtype), LiquidNNState(positions[:, -1] + 1, hidden, traces)
 
     def _position_signal(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Float[Tensor, "B T D"]:
@@ -307,9 +293,9 @@ def turn_plasticity_off(model: LanguageModel) -> None:
     model.plastic = False
 
 
-def _first_columns(documents: Documents) -> set[int]:
-    """Columns in which a document of any row begins, but for the first; from the host's copy."""
-    return {start for row in documents.lengths for start in itertools.accumulate(row[:-1])}
+def _fresh(documents: Documents) -> Bool[Tensor, "B T"] | None:
+    """Where a document begins; None: nowhere but in the first column, before which there is nothing to forget."""
+    return None if documents.row_is_one_document else documents.starts
 
 
 def _wide_norm(norm: nn.LayerNorm) -> tuple[tuple[int, ...], Tensor, Tensor, float]:

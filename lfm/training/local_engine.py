@@ -286,7 +286,7 @@ class LocalEngine(Engine):
             return found, [each.is_empty for each in sums]
 
         warmups = tuple(liquid.warmup for liquid in self.liquids.values())
-        found, empty = self.recorder.run((kind, adds, warmups), function)
+        found, empty = self.recorder.run((kind, adds, warmups, self.model.evaluation_mode), function)
         for each, is_empty in zip(sums, empty, strict=True):
             each.is_empty = is_empty
         return found.copied()  # the next replay writes over it

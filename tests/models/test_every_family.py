@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lfm.errors import UserError
 from lfm.inference.sampling import SamplingConfig, generate
+from lfm.kernels.liquid_cell.running_trace import FACTORS
 from lfm.layers.documents import Documents, Rows
-from lfm.layers.plastic_synapse import FACTORS
 from lfm.models import registry
 from lfm.models.global_names import global_views, moving_names, stored
 from lfm.models.initialization import initialize

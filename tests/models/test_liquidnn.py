@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lfm.data.stream import DataConfig, open_split
+from lfm.kernels.liquid_cell.reference import drive, end_point
+from lfm.kernels.liquid_cell.running_trace import FACTORS
 from lfm.layers.documents import Documents, Rows
-from lfm.layers.plastic_synapse import FACTORS
 from lfm.models.initialization import initialize
 from lfm.models.liquidnn import (
     LiquidNNConfig,
@@ -307,8 +308,8 @@ def test_evaluation_modes_differ_and_leave_the_phase_alone():
 def test_adaptive_steps_are_as_many_as_the_shortest_time_constant_needs():
     cell = small_model(adaptive_steps=True).cells[1]
     tau = torch.tensor([[0.2, 3.0], [0.21, 1.0], [0.4, 9.0], [0.5, 0.5], [0.9, 0.9], [7.0, 5.0], [float("nan"), 1.0]])
-    assert cell.chosen_steps(tau)[:, 0].tolist() == [5, 5, 3, 2, 2, 2, 2]
-    assert cell.chosen_steps(tau.double())[:, 0].tolist() == [5, 5, 3, 2, 2, 2, 2]
+    assert cell.integration.chosen_steps(tau)[:, 0].tolist() == [5, 5, 3, 2, 2, 2, 2]
+    assert cell.integration.chosen_steps(tau.double())[:, 0].tolist() == [5, 5, 3, 2, 2, 2, 2]
 
 
 @torch.no_grad()
@@ -321,7 +322,8 @@ def test_short_time_constants_need_adaptive_or_exponential_steps():
         cell.tau_output.bias.fill_(-30.0)
         weights, x = cell.weights(), torch.randn(4, 8, dtype=torch.float64)
         h = 0.9 * torch.ones(4, 8, dtype=torch.float64)
-        ends[name] = float(cell.step(weights, x, cell.drive(weights, x), h, None).abs().max())
+        end = end_point(x, drive(x, weights), h, weights.hidden, weights.tau, weights.tau_bias, cell.integration, None)
+        ends[name] = float(end.abs().max())
     assert ends["euler"] > 1.5 and ends["adaptive"] <= 1 and ends["exponential"] <= 1
 
 

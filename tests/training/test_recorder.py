@@ -53,6 +53,9 @@ FAMILIES = {
         liquid=RESERVOIRS,
     ),
     "liquidlm": LiquidLMConfig(**SMALL, reservoir_size=24, hidden_dropout=0.3),
+    "liquidnn": LiquidNNConfig(
+        hidden_size=8, num_fast=0, num_deep=1, deep_steps=1, seq_length=T, vocab_size=V, bptt_window=12
+    ),
     "lstm": LSTMConfig(**SMALL, hidden_dropout=0.3),
 }  # fmt: skip
 
@@ -206,10 +209,10 @@ OBSTACLES = {
         AdamWConfig(),
         r"documents are told apart by their lengths, which the host reads",
     ),
-    "windows": (
-        LiquidNNConfig(hidden_size=16, seq_length=T, vocab_size=V, bptt_window=8),
+    "steps": (
+        LiquidNNConfig(hidden_size=16, seq_length=T, vocab_size=V, bptt_window=8, adaptive_steps=True),
         AdamWConfig(),
-        r"windows of a row begin and end where the host says",
+        r"the host reads how many steps the time constants of a token need",
     ),
     "optimizer": (FAMILIES["liquidnet"], LionConfig(), r"the update of optimizer\.kind=lion waits for the device"),
     "lengths": (
