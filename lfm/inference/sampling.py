@@ -192,6 +192,6 @@ def choose_rows(
     kept = probabilities * (before < top_p * probabilities.sum(-1, keepdim=True))
     kept = kept * (probabilities >= min_p * probabilities[:, :1])
     below = kept.cumsum(-1)
-    place = (below <= draw * below[:, -1:]).sum(-1).minimum((kept > 0).sum(-1) - 1)
+    place = (below <= draw * below[:, -1:]).sum(-1).minimum((kept > 0).sum(-1) - 1).clamp(min=0)
     drawn = ids.gather(1, place[:, None])[:, 0]
     return torch.where(torch.tensor([s.greedy for s in samplings], device=device), likeliest, drawn)

@@ -96,7 +96,8 @@ class API:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, "the body is not announced as JSON; send `Content-Type: application/json`")
         limit = self.config.max_body_kib << 10
-        too_large = Refusal(413, f"the body is larger than {limit} bytes")
+        # What else is sent is not waited for.
+        too_large = Refusal(413, f"the body is larger than {limit} bytes", None, {"Connection": "close"})
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced[:20]) > limit:
             raise too_large
@@ -113,7 +114,8 @@ class API:
             data = await asyncio.wait_for(read(), _BODY_SECONDS)
             return json.loads(data, parse_constant=_refuse_constant)
         except asyncio.TimeoutError:
-            raise Refusal(408, f"the body took longer than {_BODY_SECONDS:g} seconds") from None
+            message = f"the body took longer than {_BODY_SECONDS:g} seconds"
+            raise Refusal(408, message, None, {"Connection": "close"}) from None
         except (ValueError, RecursionError):
             raise Refusal(400, "the body is not valid JSON") from None
 
@@ -267,5 +269,6 @@ def make_app(
         },
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False
     app.state.api = api
     return app

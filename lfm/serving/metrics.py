@@ -1,6 +1,6 @@
 """Numbers of a running server, as Prometheus reads them."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -9,6 +9,7 @@ class Metrics:
     """Of one server; those of answers by model."""
 
     def __init__(self) -> None:
+        disable_created_metrics()
         self._registry = registry = CollectorRegistry()
         of_model = {"labelnames": ["model"], "registry": registry}
         self.responses = Counter("lfm_http_responses", "HTTP responses.", ["path", "status"], registry=registry)

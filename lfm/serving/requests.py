@@ -71,7 +71,7 @@ class Body(Config):
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    stop: str | list[str] = Field(default_factory=list)
+    stop: str | tuple[str, ...] = ()
     lfm: Extras = Extras()
 
     default_tokens: ClassVar[int] = 100
@@ -81,7 +81,7 @@ class Body(Config):
         asked = self.tokens_asked or min(self.default_tokens, limit)
         if asked > limit:
             raise Refusal(400, f"max_tokens={asked} is more than this server makes; the most are {limit}")
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if len(stop) > 16 or any(len(text) > 1000 for text in stop):
             raise Refusal(400, "stop has more than 16 texts, or one of more than 1000 characters; give less")
         seed = secrets.randbelow(1 << 40) if self.seed is None else self.seed
@@ -93,7 +93,7 @@ class Body(Config):
             "top_p": self.top_p,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
-            "stop": tuple(stop),
+            "stop": stop,
             "seed": (seed + number) % (1 << 40),
         }
         return SamplingConfig.from_tree(tree, source="the request")
@@ -112,7 +112,7 @@ class Body(Config):
 
 
 class CompletionBody(Body):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | tuple[str, ...] | tuple[int, ...] | tuple[tuple[int, ...], ...]
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
 
     @property
@@ -133,7 +133,7 @@ class TextPart(Config):
 
 class Message(Config):
     role: str
-    content: str | list[TextPart]
+    content: str | tuple[TextPart, ...]
     name: str | None = None
 
     @property
@@ -154,7 +154,7 @@ class Message(Config):
 
 
 class ChatBody(Body):
-    messages: list[Message] = Field(min_length=1)
+    messages: tuple[Message, ...] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1 << 24)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MOST_LOGPROBS)

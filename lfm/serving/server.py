@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Mapping
 
 import uvicorn
+from starlette.applications import Starlette
 
 from lfm.errors import UserError
 from lfm.files import reason, shown
@@ -36,6 +37,25 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def settings(app: Starlette, config: ServeConfig, *, num_models: int) -> uvicorn.Config:
+    """How the app is served."""
+    answers = num_models * (config.slots + config.queue)
+    return uvicorn.Config(
+        app,
+        http="h11",  # which bounds the size of a request's head
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=2 * answers + _CONNECTIONS_BESIDE,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=round(config.drain_seconds),
+    )
+
+
 class _Server(uvicorn.Server):
     """Says when it listens."""
 
@@ -62,25 +82,10 @@ def serve(
     `announce` is called when requests are answered.
     """
     app = make_app(served, config, token=token, local=config.host in LOOPBACK)
-    answers = len(served) * (config.slots + config.queue)
-    settings = uvicorn.Config(
-        app,
-        http="h11",  # which bounds the size of a request's head
-        ws="none",
-        loop="asyncio",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=2 * answers + _CONNECTIONS_BESIDE,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=round(config.drain_seconds),
-    )
     # uvicorn raises the signals that ended it once more; it has ended well.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        asyncio.run(_Server(settings, announce).serve(sockets=[listening]))
+        asyncio.run(_Server(settings(app, config, num_models=len(served)), announce).serve(sockets=[listening]))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
