@@ -14,6 +14,7 @@ Random weights: no figure depends on them.
 import argparse
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import json
 import statistics
@@ -59,6 +60,11 @@ class Sizes:
     longest: int = 1024
     conversation: int = 8000
 
+    @property
+    def context(self) -> int:
+        """Room for all of them."""
+        return max(self.conversation + 128, self.longest + self.tokens + 8, self.prompt + 4 * self.tokens + 8)
+
 
 DRY = Sizes(
     speed=("lfm_debug", "liquidnet_debug"),
@@ -67,7 +73,8 @@ DRY = Sizes(
 )
 
 
-def make(config: str, device: torch.device, *, context: int) -> Any:
+@functools.lru_cache(maxsize=1)
+def make(config: str, device: torch.device, context: int) -> Any:
     """The model of a shipped config with random weights, in bf16 on a GPU; its context has at least so many tokens."""
     model_config = RunConfig.load(f"configs/{config}.yaml").model
     if model_config.context_limit is not None and model_config.context_limit < context:
@@ -100,7 +107,7 @@ def timed(device: torch.device) -> Iterator[list[float]]:
 
 
 def measure_speed(config: str, device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    model = make(config, device, context=sizes.prompt + 4 * sizes.tokens + 8)
+    model = make(config, device, sizes.context)
     theirs, reason = transformers_model(model, device)
     if theirs is not None:
         reason = difference(model, theirs, draw(model, sizes.prompt, 0), device)
@@ -200,7 +207,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def measure_first_token(config: str, device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    model = make(config, device, context=sizes.longest + sizes.tokens + 8)
+    model = make(config, device, sizes.context)
     row: dict[str, Any] = {"section": "first_token", "config": config, "clients": sizes.clients}
     row |= {"prompts": [sizes.shortest, sizes.longest], "tokens": sizes.tokens}
     yield row | {"over": "the batcher"} | of_batcher(model, device, sizes)
@@ -311,7 +318,7 @@ def ask_over_http(job: dict[str, Any]) -> dict[str, float]:
 def measure_memory(config: str, device: torch.device, sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Conversations of one text each have the size of any others; of recurrent families, at any length."""
     more = 4 if device.type == "cpu" else 64
-    model = make(config, device, context=sizes.conversation + more + 64)
+    model = make(config, device, sizes.context)
     grows = model.config.context_limit is not None
     # A state that does not grow is the same after a short text, so that slow families need not read a long one.
     length = sizes.conversation if grows else 64
@@ -355,9 +362,12 @@ def main() -> None:
         return
     sizes, device, rows = DRY if flags.dry_run else Sizes(), torch.device(flags.device), []
     result = {"date": date.today().isoformat(), "environment": environment(), "runs": 1, "rows": rows}
-    for section in flags.sections.split(","):
-        own = sizes.memory if section == "memory" else sizes.speed
-        for config in flags.configs.split(",") if flags.configs else own:
+    sections = flags.sections.split(",")
+    named = flags.configs.split(",") if flags.configs else [*dict.fromkeys((*sizes.speed, *sizes.memory))]
+    for config in named:  # one after the other, so that each model is made once
+        for section in sections:
+            if not flags.configs and config not in (sizes.memory if section == "memory" else sizes.speed):
+                continue
             for row in MEASURES[section](config, device, sizes):
                 print(json.dumps(row), flush=True)
                 rows.append(row)

@@ -1,6 +1,7 @@
 """A thread that makes the answers of one model, and hands them to the event loop piece by piece."""
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
@@ -64,7 +65,8 @@ class Answer:
 
     def give(self, event: "Piece | Refusal") -> None:
         """From any thread."""
-        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
 class Engine:

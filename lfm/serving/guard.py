@@ -44,6 +44,8 @@ class Guard:
             await send(message)
 
         refusal = self._refusal(scope)
+        if refusal is not None:
+            refusal.headers["Connection"] = "close"  # its body is not waited for
         await (self._app if refusal is None else refusal.response())(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> Refusal | None:

@@ -235,3 +235,28 @@ def test_experts_and_state_of_a_request_can_be_seen():
         "position": (1,),
         "liquid.0": (1, 1, 16),
     }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", sorted(SIZES))
+def test_recorded_steps_give_what_plain_ones_give(kind):
+    """Sequences join and leave meanwhile, so that several widths are recorded, and caches grow."""
+    model = make(kind).to("cuda")
+
+    def answers(cuda_graph):
+        found = batcher(model, cuda_graph=cuda_graph)
+        asked = [Request(prompt, greedy(10 + 5 * i), logprobs=0) for i, prompt in enumerate(prompts(7, 60))]
+        logprobs = {request: [] for request in asked}
+        for request in asked:
+            found.add(request)
+        while not found.is_idle:
+            for request, token in found.step():
+                logprobs[request].append(token.logprob)
+        if cuda_graph == "auto":
+            assert found.rows.records and any(each.graph is not None for each in found.rows._recordings.values())
+        return [request.made for request in asked], [logprobs[request] for request in asked]
+
+    (made, logprobs), (plain, of_plain) = answers("auto"), answers("off")
+    assert made == plain
+    for own, other in zip(logprobs, of_plain, strict=True):
+        assert own == pytest.approx(other, abs=1e-4)
