@@ -191,7 +191,7 @@ def test_rows_are_chosen_with_the_shares_of_the_definition():
     draw = torch.Generator().manual_seed(3)
     logits = 2 * torch.randn(len(SAMPLINGS), 40, generator=draw)
     seen = torch.rand(len(SAMPLINGS), 40, generator=draw) < 0.3
-    n = 4000
+    n = 2000
     draws = [(i + 0.5) / n for i in range(n)]
     for row, sampling in enumerate(SAMPLINGS):
         many = choose_rows(logits[row].expand(n, -1), [sampling] * n, draws, seen[row].expand(n, -1))
