@@ -24,6 +24,7 @@ WORDS = {
     "init": Word("lfm.commands.init", "write a commented config of a run, to be changed"),
     "generate": Word("lfm.commands.generate", "continue prompts"),
     "chat": Word("lfm.commands.chat", "talk to a model"),
+    "serve": Word("lfm.commands.serve", "a page and OpenAI's API for trained models"),
     "eval": Word("lfm.commands.evaluate", "score texts, tasks or held-out rows with checkpoints, and compare them"),
     "export": Word("lfm.commands.export", "a checkpoint for others: Hugging Face transformers, safetensors, ONNX"),
     "import": Word("lfm.commands.import_weights", "a run folder of what lfm export wrote"),

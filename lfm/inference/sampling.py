@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
@@ -157,3 +158,40 @@ def choose(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator,
     kept = probabilities * (before < sampling.top_p * probabilities.sum())
     kept = kept * (probabilities >= sampling.min_p * probabilities[0])
     return int(ids[torch.multinomial(kept, 1, generator=generator)])
+
+
+@torch.no_grad()
+def choose_rows(
+    logits: Float[Tensor, "n V"],
+    samplings: Sequence[SamplingConfig],
+    draws: Sequence[float],
+    seen: Bool[Tensor, "n V"] | None = None,
+) -> Int[Tensor, " n"]:
+    """An id of every row where the logits, fp32, are: what `choose` may choose, by the rules and shares of `choose`.
+
+    `draws`, uniform in [0, 1), say which: the first id, in order of probability, up to which so much of what is kept
+    lies.  A row depends on nothing in the other rows.  What logits that are not finite give has no meaning.
+    """
+    device, vocab_size = logits.device, logits.shape[1]
+    columns = torch.tensor(
+        [
+            (1.0 if s.greedy else s.temperature, s.top_k or vocab_size, s.top_p, s.min_p, s.repetition_penalty, draw)
+            for s, draw in zip(samplings, draws, strict=True)
+        ],
+        dtype=torch.float32,
+    )
+    temperature, top_k, top_p, min_p, penalty, draw = columns.to(device).unsqueeze(-1).unbind(1)
+    if seen is not None:
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    likeliest = logits.argmax(-1)
+    if all(s.greedy for s in samplings):
+        return likeliest
+    probabilities, ids = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities = probabilities * (torch.arange(vocab_size, device=device) < top_k)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = probabilities * (before < top_p * probabilities.sum(-1, keepdim=True))
+    kept = kept * (probabilities >= min_p * probabilities[:, :1])
+    below = kept.cumsum(-1)
+    place = (below <= draw * below[:, -1:]).sum(-1).minimum((kept > 0).sum(-1) - 1).clamp(min=0)
+    drawn = ids.gather(1, place[:, None])[:, 0]
+    return torch.where(torch.tensor([s.greedy for s in samplings], device=device), likeliest, drawn)

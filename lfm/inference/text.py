@@ -60,6 +60,32 @@ class Continuation:
     """None while it goes on."""
 
 
+class Writer:
+    """Makes the continuation of one prompt from its ids, as they come."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingConfig) -> None:
+        self.made = Continuation()
+        self._tokenizer, self._max_new_tokens = tokenizer, sampling.max_new_tokens
+        self._decoder, self._stops = tokenizer.stream_decoder(prompt), StopFilter(sampling.stop)
+
+    def take(self, token: int) -> bool:
+        """Whether the continuation ends with this id, but for the model's context."""
+        if token == self._tokenizer.eod_id:
+            self.end("end_of_document")
+            return True
+        self.made.tokens.append(token)
+        self.made.text += self._stops.push(self._decoder.push(token))
+        if self._stops.found or len(self.made.tokens) == self._max_new_tokens:
+            self.end("length")
+        return self.made.finish_reason is not None
+
+    def end(self, reason: FinishReason) -> None:
+        """For this reason, unless a stop text is complete."""
+        if not self._stops.found:
+            self.made.text += self._stops.push(self._decoder.flush()) + self._stops.flush()
+        self.made.finish_reason = "stop" if self._stops.found else reason
+
+
 def continuations(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -68,28 +94,11 @@ def continuations(
 ) -> Iterator[list[Continuation]]:
     """Continue prompts, as `generate` does; the same list is given after each step, in order of the prompts."""
     each = [sampling for _ in prompts] if isinstance(sampling, SamplingConfig) else list(sampling)
-    found = [Continuation() for _ in prompts]
-    decoders = [tokenizer.stream_decoder(prompt) for prompt in prompts]
-    filters = [StopFilter(of.stop) for of in each]
-
-    def end(row: int, reason: FinishReason) -> None:
-        if not filters[row].found:
-            found[row].text += filters[row].push(decoders[row].flush()) + filters[row].flush()
-        found[row].finish_reason = "stop" if filters[row].found else reason
-
-    def take(row: int, token: int) -> bool:
-        if token == tokenizer.eod_id:
-            end(row, "end_of_document")
-            return True
-        found[row].tokens.append(token)
-        found[row].text += filters[row].push(decoders[row].push(token))
-        if filters[row].found or len(found[row].tokens) == each[row].max_new_tokens:
-            end(row, "length")
-        return filters[row].found
-
-    for _ in generate(model, prompts, sampling, end_of_document=None, ends=take):
+    writers = [Writer(tokenizer, prompt, of) for prompt, of in zip(prompts, each, strict=True)]
+    found = [writer.made for writer in writers]
+    for _ in generate(model, prompts, sampling, end_of_document=None, ends=lambda row, token: writers[row].take(token)):
         yield found
-    for row, of in enumerate(found):
-        if of.finish_reason is None:
-            end(row, "context")
+    for writer in writers:
+        if writer.made.finish_reason is None:
+            writer.end("context")
     yield found

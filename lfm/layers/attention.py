@@ -91,6 +91,31 @@ class KeyValueCache:
         )
 
 
+class SlotCache(KeyValueCache):
+    """Keys and values in tensors that stay where they are, so that a step can be recorded: a token's are written into
+    its row's first free slot.  `padding[b]` slots, here at the right, hold no token yet; none may be full.
+    """
+
+    def append(self, key: Tensor, value: Tensor) -> "SlotCache":
+        """Of one token a row, in place."""
+        assert key.shape[2] == 1
+        length = self.key.shape[2]
+        place = (length - self.padding).clamp(max=length - 1)[:, None, None, None].expand_as(key)
+        self.key.scatter_(2, place, key)
+        self.value.scatter_(2, place, value)
+        return SlotCache(self.key, self.value, self.padding - 1)
+
+    def attend(self, q: Float[Tensor, "B H 1 K"]) -> Float[Tensor, "B H 1 K"]:
+        """Of the last token, against every slot that holds one; softmax in at least fp32."""
+        B, H, _, K = q.shape
+        G, S = self.key.shape[1:3]
+        scores = q.view(B, G, H // G, K) @ self.key.transpose(-1, -2)
+        free = torch.arange(S, device=q.device) >= (S - self.padding)[:, None]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = (scores.to(wide) * K**-0.5).masked_fill(free[:, None, None], -torch.inf)
+        return (scores.softmax(-1).to(q.dtype) @ self.value).view(B, H, 1, K)
+
+
 class Attention(nn.Module):
     """Query head i reads key/value head i // (H / K).  No biases.  Ainslie et al. 2023 (GQA, arXiv 2305.13245).
 
@@ -139,7 +164,7 @@ class Attention(nn.Module):
             new_cache = KeyValueCache(k, v, torch.zeros(B, dtype=torch.int64, device=x.device)) if keep_cache else None
         else:
             new_cache = cache.append(k, v)
-            y = _attend_cached(q, new_cache)
+            y = new_cache.attend(q) if isinstance(new_cache, SlotCache) else _attend_cached(q, new_cache)
         return self.out(y.transpose(1, 2).reshape(B, T, -1)), new_cache
 
 

@@ -1,0 +1,248 @@
+"""A thread that makes the answers of one model, and hands them to the event loop piece by piece."""
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lfm.errors import NonFiniteError
+from lfm.inference.batcher import Batcher, Request, Token
+from lfm.inference.sampling import SamplingConfig
+from lfm.inference.text import Writer
+from lfm.serving.config import ServeConfig
+from lfm.serving.metrics import Metrics
+from lfm.serving.picture import picture_of
+from lfm.serving.refusal import Refusal
+from lfm.serving.served import Judgement, Served
+from lfm.talk import warn
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One answer that is asked for."""
+
+    prompt: Sequence[int]
+    text: str
+    """Of the prompt."""
+    sampling: SamplingConfig
+    logprobs: int | None = None
+    picture_every: int = 0
+    """Tokens from one picture of the state to the next; 0: none."""
+
+
+@dataclass
+class Piece:
+    """What one more token brings."""
+
+    text: str
+    """May be empty: of an incomplete character, or of what may become a stop text."""
+    token: Token | None = None
+    """None with the last piece, if its token belongs to no text: the end of the document."""
+    picture: dict[str, Any] | None = None
+    reason: str | None = None
+    """Of the last piece: why the answer ended."""
+    judgement: Judgement | None = None
+
+
+@dataclass(eq=False)
+class Answer:
+    """An answer that is being made; `events` gives its pieces, or a Refusal that ends it."""
+
+    ask: Ask
+    request: Request
+    writer: Writer
+    loop: asyncio.AbstractEventLoop
+    started: float
+    events: "asyncio.Queue[Piece | Refusal]" = field(default_factory=asyncio.Queue)
+    given: int = 0
+    """Characters."""
+    ended: bool = False
+
+    def give(self, event: "Piece | Refusal") -> None:
+        """From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+class Engine:
+    """`start` and `close` it; between, `submit` and `cancel` from the thread of an event loop."""
+
+    def __init__(self, served: Served, config: ServeConfig, metrics: Metrics) -> None:
+        self.served, self.config, self.metrics = served, config, metrics
+        self.batcher = Batcher(served.model, config)
+        self._changed = threading.Condition()
+        self._new: list[Answer] = []
+        self._cancelled: list[Answer] = []
+        self._closing = False
+        self._by_request: dict[Request, Answer] = {}
+        """Of those that the batcher has."""
+        self._outstanding = 0
+        self._thread = threading.Thread(target=self._work, name=f"lfm serve {served.name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def outstanding(self) -> int:
+        """Answers that were taken on and have not ended."""
+        return self._outstanding
+
+    def submit(self, asks: Sequence[Ask]) -> list[Answer]:
+        """Take on all of them.  Raises Refusal where the queue has no room for all."""
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        answers = []
+        for ask in asks:
+            request = Request(ask.prompt, ask.sampling, ask.logprobs)
+            answers.append(Answer(ask, request, Writer(self.served.tokenizer, ask.prompt, ask.sampling), loop, now))
+        with self._changed:
+            room = self.config.slots + self.config.queue - self._outstanding
+            if len(asks) > room:
+                raise Refusal(
+                    429,
+                    f"{self._outstanding} answers are being made or wait already; try again in a while",
+                    "queue_full",
+                    {"Retry-After": "1"},
+                )
+            self._outstanding += len(answers)
+            self._new += answers
+            self._changed.notify()
+        return answers
+
+    def cancel(self, answers: Sequence[Answer]) -> None:
+        """Free the slots of those that have not ended."""
+        with self._changed:
+            self._cancelled += [answer for answer in answers if not answer.ended]
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._new or self._cancelled or self._closing or not self.batcher.is_idle
+                )
+                if self._closing:
+                    break
+                new, self._new = self._new, []
+                cancelled, self._cancelled = self._cancelled, []
+            try:
+                self._go_on(new, cancelled)
+            except Exception:  # a bug, or a device that is out of memory: these answers end, later ones may fare better
+                warn(f"error: the answers of {self.served.name} in hand failed\n{traceback.format_exc()}")
+                self._fail(new)
+        self._refuse_all(Refusal(503, "the server is shutting down", "shutting_down"))
+
+    def _go_on(self, new: list[Answer], cancelled: list[Answer]) -> None:
+        for answer in new:
+            self._by_request[answer.request] = answer
+            self.batcher.add(answer.request)
+            self.metrics.prompt_tokens.labels(self.served.name).inc(len(answer.ask.prompt))
+        for answer in cancelled:
+            self._end(answer, "cancelled")
+        self._end_late()
+        before = time.monotonic()
+        chosen = self.batcher.step()
+        now = time.monotonic()
+        name = self.served.name
+        if chosen:
+            self.metrics.step_seconds.labels(name).observe(now - before)
+            self.metrics.new_tokens.labels(name).inc(len(chosen))
+        for request, token in chosen:
+            answer = self._by_request[request]
+            if len(request.made) == 1:
+                self.metrics.first_token.labels(name).observe(now - answer.started)
+                self.metrics.reused_tokens.labels(name).inc(request.reused)
+            self._take(answer, token)
+        for request in [request for request in self._by_request if request.error is not None]:
+            self._refuse(self._by_request[request], _broken(request.error), "broken")
+        self._measure()
+
+    def _take(self, answer: Answer, token: Token) -> None:
+        writer, request = answer.writer, answer.request
+        ends = writer.take(token.id)
+        if request.ended and not ends:  # the batcher ends a request before the text does where the context is full
+            writer.end("context")
+        text, answer.given = writer.made.text[answer.given :], len(writer.made.text)
+        reason, judgement, picture = writer.made.finish_reason, None, None
+        every = answer.ask.picture_every
+        if every and len(request.made) % every == 0:
+            picture = picture_of(self.batcher, request)
+        if reason is not None and self.served.judge is not None:
+            judgement = self.served.judge(answer.ask.text, writer.made.text)
+        shown = None if reason == "end_of_document" else token
+        piece = Piece(text, shown, picture, reason, judgement)
+        if reason is not None:
+            self._end(answer, reason)
+        answer.give(piece)
+
+    def _end_late(self) -> None:
+        """End answers whose time is up."""
+        now, config = time.monotonic(), self.config
+        for answer in list(self._by_request.values()):
+            waited = now - answer.started
+            if waited > config.max_seconds:
+                refusal = Refusal(504, f"the answer took longer than {config.max_seconds:g} seconds", "too_slow")
+                self._refuse(answer, refusal, "too_slow")
+            elif waited > config.max_wait_seconds and answer.request in self.batcher.waiting:
+                refusal = Refusal(
+                    503, f"no slot was free for {config.max_wait_seconds:g} seconds; try again in a while", "no_slot"
+                )
+                refusal.headers["Retry-After"] = "5"
+                self._refuse(answer, refusal, "no_slot")
+
+    def _refuse(self, answer: Answer, refusal: Refusal, reason: str) -> None:
+        if not answer.ended:
+            self._end(answer, reason)
+            answer.give(refusal)
+
+    def _end(self, answer: Answer, reason: str) -> None:
+        """Once; nothing is given any more."""
+        if answer.ended:
+            return
+        answer.ended = True
+        self.batcher.cancel(answer.request)
+        self._by_request.pop(answer.request, None)
+        self.metrics.answers.labels(self.served.name, reason).inc()
+        with self._changed:
+            self._outstanding -= 1
+
+    def _fail(self, new: list[Answer]) -> None:
+        """End all that are in hand, and begin with an empty batch."""
+        answers = list(dict.fromkeys(itertools.chain(self._by_request.values(), new)))
+        self.batcher = Batcher(self.served.model, self.config)
+        for answer in answers:
+            answer.request.ended = True  # the old batch is gone
+            self._refuse(answer, Refusal(500, "the answer failed; the server's log says why", "failed"), "failed")
+
+    def _refuse_all(self, refusal: Refusal) -> None:
+        with self._changed:
+            new, self._new = self._new, []
+        for answer in (*self._by_request.values(), *new):
+            answer.request.ended = True
+            answer.ended = True
+            answer.give(refusal)
+
+    def _measure(self) -> None:
+        batcher, name = self.batcher, self.served.name
+        self.metrics.running.labels(name).set(len(batcher.running))
+        self.metrics.waiting.labels(name).set(len(batcher.waiting) + len(batcher.reading))
+        self.metrics.state_bytes.labels(name).set(batcher.rows.num_bytes)
+        self.metrics.kept_bytes.labels(name).set(batcher.prefixes.num_bytes)
+
+
+def _broken(error: NonFiniteError | None) -> Refusal:
+    return Refusal(500, f"{error}; it is of no use", "not_finite")

@@ -1,0 +1,128 @@
+"""Answers in the shapes that OpenAI's clients read."""
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lfm.data.tokenizer import Tokenizer
+from lfm.inference.batcher import Token
+from lfm.serving.engine import Answer, Piece
+from lfm.serving.served import Served
+
+Kind = Literal["completion", "chat"]
+
+_REASONS = {"stop": "stop", "end_of_document": "stop", "length": "length", "context": "length"}
+
+
+class Reply:
+    """What one request is answered with."""
+
+    def __init__(self, kind: Kind, served: Served, answers: Sequence[Answer]) -> None:
+        self.kind, self.served, self.answers = kind, served, answers
+        self.id = ("cmpl-" if kind == "completion" else "chatcmpl-") + secrets.token_hex(12)
+        self.created = int(time.time())
+        self._offsets = [len(answer.ask.text) for answer in answers]
+
+    def whole(self, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+        """Of all pieces of each answer."""
+        choices = []
+        for index, of in enumerate(pieces):
+            text = "".join(piece.text for piece in of)
+            choice: dict[str, Any] = {"index": index, **self._logprobs(index, of)}
+            if self.kind == "completion":
+                choice["text"] = text
+            else:
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            choices.append(choice | self._end(of[-1]))
+        kind = "text_completion" if self.kind == "completion" else "chat.completion"
+        return self._frame(kind) | {"choices": choices, "usage": self.usage()}
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        """Of one piece, in a stream."""
+        choice: dict[str, Any] = {"index": index, "finish_reason": None, **self._logprobs(index, [piece])}
+        if self.kind == "completion":
+            choice["text"] = piece.text
+        else:
+            choice["delta"] = {"content": piece.text} if piece.text or piece.reason is None else {}
+        if piece.picture is not None:
+            choice["lfm"] = {"picture": piece.picture}
+        if piece.reason is not None:
+            choice |= self._end(piece)
+        return self._frame(self._stream_kind) | {"choices": [choice]}
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """Before all pieces: in a chat, who speaks."""
+        if self.kind == "completion":
+            return []
+        role = {"role": "assistant", "content": ""}
+        return [
+            self._frame(self._stream_kind) | {"choices": [{"index": index, "delta": role, "finish_reason": None}]}
+            for index in range(len(self.answers))
+        ]
+
+    def last_chunk(self) -> dict[str, Any]:
+        return self._frame(self._stream_kind) | {"choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """A prompt that is answered several times counts once."""
+        prompts = {id(answer.ask.prompt): answer for answer in self.answers}.values()
+        read = sum(len(answer.ask.prompt) for answer in prompts)
+        made = sum(len(answer.request.made) for answer in self.answers)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": made,
+            "total_tokens": read + made,
+            "prompt_tokens_details": {"cached_tokens": sum(answer.request.reused for answer in prompts)},
+        }
+
+    @property
+    def _stream_kind(self) -> str:
+        return "text_completion" if self.kind == "completion" else "chat.completion.chunk"
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
+
+    def _end(self, piece: Piece) -> dict[str, Any]:
+        assert piece.reason is not None
+        extras: dict[str, Any] = {"finish_reason": piece.reason}
+        if piece.judgement is not None:
+            extras["judgement"] = vars(piece.judgement)
+        return {"finish_reason": _REASONS[piece.reason], "lfm": extras}
+
+    def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        asked = self.answers[index].ask.logprobs
+        if asked is None:
+            return {"logprobs": None}
+        tokens = [piece.token for piece in pieces if piece.token is not None]
+        tokenizer = self.served.tokenizer
+        if self.kind == "chat":
+            return {"logprobs": {"content": [_chat_logprob(token, tokenizer) for token in tokens], "refusal": None}}
+        texts, offsets = [tokenizer.decode([token.id]) for token in tokens], []
+        for piece, _ in ((piece, piece.token) for piece in pieces if piece.token is not None):
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(piece.text)
+        likeliest = [{tokenizer.decode([id]): value for id, value in token.likeliest} for token in tokens]
+        return {
+            "logprobs": {
+                "tokens": texts,
+                "token_logprobs": [token.logprob for token in tokens],
+                "top_logprobs": likeliest if asked else None,
+                "text_offset": offsets,
+            }
+        }
+
+
+def _chat_logprob(token: Token, tokenizer: Tokenizer) -> dict[str, Any]:
+    def shown(id: int, logprob: float | None) -> dict[str, Any]:
+        text = tokenizer.decode([id])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return shown(token.id, token.logprob) | {"top_logprobs": [shown(*each) for each in token.likeliest]}
+
+
+def event(content: dict[str, Any] | str) -> bytes:
+    """A server-sent event."""
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return f"data: {text}\n\n".encode()

@@ -1,0 +1,231 @@
+"""Bodies of requests: what OpenAI's API calls things, and what this one adds."""
+
+import secrets
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from lfm.config import Config
+from lfm.data.tokenizer import Tokenizer
+from lfm.errors import UserError
+from lfm.inference.sampling import SamplingConfig, check_prompts
+from lfm.serving.config import ServeConfig
+from lfm.serving.engine import Ask
+from lfm.serving.refusal import Refusal
+from lfm.serving.served import Served
+
+MOST_LOGPROBS = 20
+_UNUSED = frozenset(
+    {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+)
+"""Keys that say nothing about the answer."""
+_ONE_VALUE: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+}
+"""Keys that are taken with these values alone, which change nothing."""
+_OTHER_ROLES = ("system", "developer", "user")
+
+
+class StreamOptions(Config):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Extras(Config):
+    """What this server alone has, under the key `lfm`."""
+
+    picture_every: int = Field(default=0, ge=0, le=1 << 20)
+    """Tokens from one picture of state and experts to the next, in a stream; 0: none."""
+
+
+class Body(Config):
+    """What completions and chats have in common."""
+
+    model: str | None = None
+    """May be left out where one is served."""
+    n: int = Field(default=1, ge=1, le=1024)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: int | None = Field(default=None, ge=1, le=1 << 24)
+    temperature: float = Field(default=1.0, ge=0, le=100)
+    """Below 0.001: greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1, lt=1 << 31)
+    """0 or -1: all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    stop: str | tuple[str, ...] = ()
+    lfm: Extras = Extras()
+
+    default_tokens: ClassVar[int] = 100
+
+    def sampling(self, number: int, limit: int) -> SamplingConfig:
+        """Of answer `number` of the request.  Raises Refusal for more tokens than the `limit`, and UserError."""
+        asked = self.tokens_asked or min(self.default_tokens, limit)
+        if asked > limit:
+            raise Refusal(400, f"max_tokens={asked} is more than this server makes; the most are {limit}")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if len(stop) > 16 or any(len(text) > 1000 for text in stop):
+            raise Refusal(400, "stop has more than 16 texts, or one of more than 1000 characters; give less")
+        seed = secrets.randbelow(1 << 40) if self.seed is None else self.seed
+        tree = {
+            "max_new_tokens": asked,
+            "greedy": self.temperature < 1e-3,
+            "temperature": max(self.temperature, 1e-3),
+            "top_k": max(self.top_k, 0),
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "stop": stop,
+            "seed": (seed + number) % (1 << 40),
+        }
+        return SamplingConfig.from_tree(tree, source="the request")
+
+    @property
+    def tokens_asked(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        raise NotImplementedError
+
+    def prompts(self, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+        """Text and ids of each."""
+        raise NotImplementedError
+
+
+class CompletionBody(Body):
+    prompt: str | tuple[str, ...] | tuple[int, ...] | tuple[tuple[int, ...], ...]
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+        given: list[Any] = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        if given and isinstance(given[0], int):
+            given = [given]
+        return [(of, tokenizer.encode_prompt(of)) if isinstance(of, str) else ("", list(of)) for of in given]
+
+
+class TextPart(Config):
+    type: str
+    text: str
+
+
+class Message(Config):
+    role: str
+    content: str | tuple[TextPart, ...]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """As conversations are trained on and `lfm chat` reads them: all but replies end with a newline."""
+        if isinstance(self.content, str):
+            text = self.content
+        else:
+            for part in self.content:
+                if part.type != "text":
+                    raise Refusal(400, f"messages hold a part of type {part.type!r}; this server reads text alone")
+            text = "".join(part.text for part in self.content)
+        if self.role == "assistant":
+            return text
+        if self.role not in _OTHER_ROLES:
+            raise Refusal(400, f"a message has the role {self.role!r}; there are assistant, {', '.join(_OTHER_ROLES)}")
+        return text + "\n"
+
+
+class ChatBody(Body):
+    messages: tuple[Message, ...] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=1 << 24)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=MOST_LOGPROBS)
+
+    @property
+    def tokens_asked(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+    def prompts(self, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+        text = "".join(message.text for message in self.messages)
+        return [(text, tokenizer.encode_prompt(text))]
+
+
+def parse(kind: type[Body], tree: Any) -> Any:
+    """The body of a request.  Raises Refusal, status 400, naming what is wrong with it."""
+    if not isinstance(tree, dict):
+        raise Refusal(400, "the body is no JSON object")
+    kept = {}
+    for key, value in tree.items():
+        if value is None or key in _UNUSED:
+            continue
+        if key in _ONE_VALUE and key not in kind.model_fields:
+            # JSON tells true from 1.
+            if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in _ONE_VALUE[key]):
+                raise Refusal(400, f"{key} is not supported; leave it out", "unsupported")
+            continue
+        kept[key] = value
+    if isinstance(messages := kept.get("messages"), list):  # clients send back replies with all their empty keys
+        kept["messages"] = [
+            {key: value for key, value in message.items() if value is not None and value != []}
+            if isinstance(message, dict)
+            else message
+            for message in messages
+        ]
+    try:
+        return kind.from_tree(kept, source="the request")
+    except UserError as error:
+        raise Refusal(400, str(error)) from None
+
+
+def asks(body: Body, served: Served, config: ServeConfig) -> list[Ask]:
+    """The answers that a body asks for, `n` of each prompt.  Raises Refusal, status 400."""
+    try:
+        prompts = body.prompts(served.tokenizer)
+        if not 1 <= len(prompts) * body.n <= config.slots:
+            raise Refusal(
+                400, f"the request is for {len(prompts) * body.n} answers; from 1 to {config.slots} are made together"
+            )
+        for _, ids in prompts:
+            if not all(0 <= id < served.model.config.vocab_size for id in ids):
+                raise Refusal(400, f"prompt has ids outside of the vocabulary of {served.model.config.vocab_size}")
+            if len(ids) > config.max_prompt_tokens:
+                raise Refusal(
+                    400,
+                    f"the prompt has {len(ids)} tokens; the most that this server reads are {config.max_prompt_tokens}",
+                    "context_length_exceeded",
+                )
+            try:
+                check_prompts([ids], served.context_limit)
+            except UserError as error:
+                raise Refusal(400, str(error), "context_length_exceeded" if ids else None) from None
+        found = []
+        for text, ids in prompts:
+            text = text or served.tokenizer.decode(ids)
+            for _ in range(body.n):
+                sampling = body.sampling(len(found), config.max_new_tokens)
+                found.append(Ask(ids, text, sampling, body.logprobs_asked, body.lfm.picture_every))
+        return found
+    except UserError as error:
+        raise Refusal(400, str(error)) from None

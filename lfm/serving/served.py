@@ -1,0 +1,76 @@
+"""A checkpoint that is served."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lfm.checkpoint.manifest import read_manifest
+from lfm.data.tokenizer import Tokenizer
+from lfm.inference.load import open_model
+from lfm.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a head that knows its model says about an answer."""
+
+    probability: float
+    """That the answer is right."""
+    abstains: bool
+    """Whether it is better not given."""
+    said: str = ""
+    """For people."""
+
+
+Judge = Callable[[str, str], Judgement]
+"""Of a prompt and its whole answer.  It may use the model: it is called between two steps, by the thread that does."""
+
+
+@dataclass(frozen=True)
+class Served:
+    name: str
+    """What requests call it: of its run, with the step where several checkpoints of a run are served."""
+    step: int
+    model: LanguageModel
+    tokenizer: Tokenizer
+    judge: Judge | None = None
+    """Adds its judgement to every answer."""
+
+    @property
+    def kind(self) -> str:
+        return self.model.config.kind
+
+    @property
+    def context_limit(self) -> int | None:
+        return self.model.config.context_limit
+
+    @property
+    def num_parameters(self) -> int:
+        return self.model.config.count_parameters().total
+
+    @property
+    def description(self) -> str:
+        context = "any length" if self.context_limit is None else f"context of {self.context_limit:,} tokens"
+        return f"{self.kind}, step {self.step:,}, {self.num_parameters:,} parameters, {context}"
+
+
+def open_served(
+    checkpoints: Sequence[Path | str], *, device: Literal["auto", "cpu", "cuda"], int8: bool = False
+) -> dict[str, Served]:
+    """The models by the names that requests give.  Raises UserError as `open_model` does."""
+    found = []
+    for path in checkpoints:
+        model, tokenizer, checkpoint = open_model(path, device=device, int8=int8)
+        manifest = read_manifest(checkpoint, warn=False)  # open_model has warned
+        found.append(Served(str(manifest["config"]["name"]), manifest["step"], model, tokenizer))
+    served: dict[str, Served] = {}
+    for each in found:
+        name = each.name
+        if sum(other.name == name for other in found) > 1:
+            name = f"{name}-step{each.step}"
+        number = 2
+        while name in served:  # runs of one name in several folders
+            name, number = f"{name.removesuffix(f'-{number - 1}')}-{number}", number + 1
+        served[name] = Served(name, each.step, each.model, each.tokenizer)
+    return served

@@ -1,0 +1,91 @@
+"""The sockets of a server, and how it ends."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Mapping
+
+import uvicorn
+from starlette.applications import Starlette
+
+from lfm.errors import UserError
+from lfm.files import reason, shown
+from lfm.serving.app import make_app
+from lfm.serving.config import LOOPBACK, ServeConfig
+from lfm.serving.served import Served
+
+_CONNECTIONS_BESIDE = 64
+"""That may be open beside those of answers: pages, health, numbers."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that has the address and does not listen yet.  Raises UserError naming what is in the way."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"host={shown(host)} is no address of this machine ({reason(error)}); try 127.0.0.1") from None
+    family, kind, protocol, _, address = found[0]
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise UserError(
+            f"port {port} of {shown(host)} cannot be had ({reason(error)}); give another --port, 0 is any free one"
+        ) from None
+    return bound
+
+
+def settings(app: Starlette, config: ServeConfig, *, num_models: int) -> uvicorn.Config:
+    """How the app is served."""
+    answers = num_models * (config.slots + config.queue)
+    return uvicorn.Config(
+        app,
+        http="h11",  # which bounds the size of a request's head
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=2 * answers + _CONNECTIONS_BESIDE,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=round(config.drain_seconds),
+    )
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
+
+
+def serve(
+    served: Mapping[str, Served],
+    config: ServeConfig,
+    listening: socket.socket,
+    *,
+    token: str | None,
+    announce: Callable[[], None],
+) -> None:
+    """Answer until TERM or Ctrl-C, then finish what was taken on, `drain_seconds` at most.
+
+    `announce` is called when requests are answered.
+    """
+    app = make_app(served, config, token=token, local=config.host in LOOPBACK)
+    # uvicorn raises the signals that ended it once more; it has ended well.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        asyncio.run(_Server(settings(app, config, num_models=len(served)), announce).serve(sockets=[listening]))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
