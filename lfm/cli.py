@@ -29,6 +29,7 @@ WORDS = {
     "import": Word("lfm.commands.import_weights", "a run folder of what lfm export wrote"),
     "plot": Word("lfm.commands.plot", "curves of runs: loss, throughput, expert load, reservoirs"),
     "certify": Word("lfm.commands.certify", "compare parallel layouts with one process"),
+    "medical": Word("lfm.commands.medical", "heads that know when an answer is likely to be wrong; no medical device"),
     "plasticity": Word("lfm.commands.plasticity", "does a model with plastic synapses learn new words from a text?"),
     "doctor": Word("lfm.commands.doctor", "what this machine and environment have"),
     "completion": Word("lfm.commands.completion", "words of the command line for bash, zsh or fish"),

@@ -18,7 +18,7 @@ class Bin(NamedTuple):
     sureness: float
     """Mean."""
     accuracy: float
-    count: int
+    answers: int
 
 
 def equal_mass_bins(sureness: np.ndarray, right: np.ndarray, num_bins: int = 15) -> list[Bin]:
@@ -34,7 +34,7 @@ def equal_mass_bins(sureness: np.ndarray, right: np.ndarray, num_bins: int = 15)
 def equal_mass_error(sureness: np.ndarray, right: np.ndarray, num_bins: int = 15) -> float:
     """Expected calibration error over bins of equal mass: Naeini et al. 2015 with quantiles."""
     bins = equal_mass_bins(sureness, right, num_bins)
-    return sum(each.count * abs(each.sureness - each.accuracy) for each in bins) / len(right)
+    return sum(each.answers * abs(each.sureness - each.accuracy) for each in bins) / len(right)
 
 
 def adaptive_error(sureness: np.ndarray, right: np.ndarray, num_bins: int = 15) -> float:

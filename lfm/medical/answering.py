@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +18,8 @@ from lfm.medical.features import (
     score_answers,
 )
 from lfm.medical.grading import is_right
-from lfm.medical.questions import Question
+from lfm.medical.questions import Question, Task
 from lfm.models.language_model import LanguageModel
-
-Task = Literal["choice", "text"]
-"""How an answer is found: of options by likelihood, or free text by greedy decoding."""
 
 FREE_TEXT = SamplingConfig(greedy=True, max_new_tokens=48, stop=("\n",))
 """How a free answer is made, wherever a calibrated head judges it."""

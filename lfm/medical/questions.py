@@ -22,6 +22,8 @@ from lfm.errors import UserError
 from lfm.files import exists, read_file, shown
 
 Part = Literal["training", "fit", "calibration", "test"]
+Task = Literal["choice", "text"]
+"""How an answer is found: of the options by likelihood, or free text by greedy decoding."""
 PARTS: tuple[Part, ...] = ("training", "fit", "calibration", "test")
 
 _RESIDUAL = re.compile(r"\b(?:unspecified|other|not elsewhere classified|nos)\b", re.IGNORECASE)
@@ -58,9 +60,15 @@ class QuestionSet:
     straddling: int = 0
     """Questions that were left out because an earlier part has their group."""
 
-    @property
-    def sources(self) -> list[str]:
-        return sorted({question.source for questions in self.parts.values() for question in questions})
+    def limited(self, part: Part, count: int) -> "QuestionSet":
+        """With the first so many questions of a part, by a hash of their groups; 0: all.  Raises UserError for none."""
+        questions = self.parts[part]
+        if not questions:
+            raise UserError(f"the data has no question for the {part} part; give more of it with --data DIR")
+        if not count:
+            return self
+        order = sorted(range(len(questions)), key=lambda i: (share_of(f"limit {questions[i].group}"), i))[:count]
+        return QuestionSet({**self.parts, part: [questions[i] for i in sorted(order)]}, self.straddling)
 
     def digest(self, part: Part) -> str:
         """sha256 of the questions of a part, in order."""

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
 
-from lfm.config import Config
 from lfm.errors import NonFiniteError
 from lfm.medical.calibration import Certificate, sigmoid
+from lfm.medical.config import MedicalConfig
 from lfm.medical.features import Features
 from lfm.medical.head import UncertaintyHead
 
@@ -19,14 +18,6 @@ NO_DEVICE = (
     "This is not a medical device. The guarantee is for questions exchangeable with those of the calibration, and void "
     "for others."
 )
-
-
-class MedicalConfig(Config):
-    mode: bool = False
-    """Answer only with a calibrated probability, or abstain; needs what `lfm medical fit` and `calibrate` write."""
-    safety_threshold: float = Field(default=0.85, gt=0, lt=1)
-    """Least probability of being right with which an answer is given; the certified threshold applies where it is
-    stricter."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lfm.export.packages import require
 from lfm.files import exists, json_checksum, read_file, ready_folder, shown, write_durably
 from lfm.medical.calibration import Certificate
 from lfm.medical.head import HeadConfig, UncertaintyHead
+from lfm.medical.questions import Task
 from lfm.medical.selective import Calibrated
 
 FORMAT = 1
@@ -84,7 +85,7 @@ class Record(_Part):
     dtype: str
     """Of the backbone's weights and activations when the heads were fitted."""
     tensors_sha256: Hash
-    tasks: dict[Literal["choice", "text"], TaskHeads]
+    tasks: dict[Task, TaskHeads]
     checksum: str
 
 
@@ -108,7 +109,7 @@ def today() -> str:
 
 
 def write(
-    checkpoint: Path, tasks: Mapping[str, TaskHeads], heads: Mapping[str, Mapping[str, UncertaintyHead]], dtype: str
+    checkpoint: Path, tasks: Mapping[Task, TaskHeads], heads: Mapping[str, Mapping[str, UncertaintyHead]], dtype: str
 ) -> Path:
     """Replace what is stored.  A process that dies between the two files leaves a record whose hash does not match."""
     save = require("safetensors.torch", purpose="storing a head", extra="medical").save
@@ -179,7 +180,7 @@ def _built(task: str, configs: Mapping[HeadName, Any], tensors: Mapping[str, Ten
     return found
 
 
-def open_calibrated(checkpoint: Path, task: Literal["choice", "text"], dtype: torch.dtype) -> Calibrated:
+def open_calibrated(checkpoint: Path, task: Task, dtype: torch.dtype) -> Calibrated:
     """What judges answers of this kind.  Raises UserError as `read` does, and where nothing was calibrated for them, or
     the backbone computed in another dtype then."""
     record, heads = read(checkpoint)
