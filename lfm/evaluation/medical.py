@@ -197,7 +197,7 @@ def selected(p: np.ndarray, right: np.ndarray, threshold: float | None) -> dict[
 
 
 def broken_down(p: np.ndarray, table: Table, key: str) -> list[dict[str, Any]]:
-    """By specialty, type of question, set or answer given: those with enough questions, and how many others there are."""
+    """By specialty, type of question, set or answer given: those with enough questions."""
     names = [str(row[key]) for row in table.rows]
     found = []
     for name, count in sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])):
@@ -370,6 +370,10 @@ def _curve(p: np.ndarray, right: np.ndarray, points: int = 200) -> list[tuple[fl
     found = risk_coverage(p, right)
     places = np.unique(np.linspace(0, len(found.risk) - 1, min(points, len(found.risk))).astype(int))
     return [(float(found.coverage[i]), float(found.risk[i])) for i in places]
+
+
+def _bins(p: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
+    return [bin._asdict() for bin in equal_mass_bins(p, right)]
 
 
 def _plain(found: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
