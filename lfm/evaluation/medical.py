@@ -94,29 +94,31 @@ def logistic(score: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     return slope, float(w[1] - slope * score.mean())
 
 
+def option_logits(table: Table) -> np.ndarray:
+    """Log-probabilities of the options `[n, most]`; -inf where a question has fewer."""
+    most = max(len(row["options"]) for row in table.rows)
+    return np.array([[*row["options"], *[-np.inf] * (most - len(row["options"]))] for row in table.rows])
+
+
 def option_temperature(table: Table) -> float:
     """The T with which softmax(option log-probabilities / T) has the least log loss of the right option."""
+    z = option_logits(table)
+    of_right = z[np.arange(len(z)), [row["right_option"] for row in table.rows]]
 
-    def loss(t: float) -> float:
-        total = 0.0
-        for row in table.rows:
-            z = np.array(row["options"]) / t
-            total += float(np.logaddexp.reduce(z) - z[row["right_option"]])
-        return total
+    def loss(log_t: float) -> float:
+        t = math.exp(log_t)
+        return float((np.logaddexp.reduce(z / t, axis=1) - of_right / t).sum())
 
     low, high, ratio = math.log(0.05), math.log(20.0), (math.sqrt(5) - 1) / 2
     for _ in range(40):
         a, b = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, b) if loss(math.exp(a)) < loss(math.exp(b)) else (a, high)
+        low, high = (low, b) if loss(a) < loss(b) else (a, high)
     return math.exp((low + high) / 2)
 
 
 def largest_option(table: Table, t: float) -> np.ndarray:
-    found = []
-    for row in table.rows:
-        z = np.array(row["options"]) / t
-        found.append(math.exp(z.max() - np.logaddexp.reduce(z)))
-    return np.array(found)
+    z = option_logits(table) / t
+    return np.exp(z.max(axis=1) - np.logaddexp.reduce(z, axis=1))
 
 
 def probabilities(calibration: Table, tested: Table, temperatures: Mapping[str, float]) -> dict[str, np.ndarray]:

@@ -134,8 +134,9 @@ def plots(found: Mapping[str, Any]) -> list[str]:
     axes = figure.subplots()
     names = [name for name, of in found["measures"].items() if of["auroc"][0] is not None]
     values = [found["measures"][name]["auroc"] for name in names]
-    errors = [[v[0] - (v[1] if v[1] is not None else v[0]) for v in values]]
-    errors.append([(v[2] if v[2] is not None else v[0]) - v[0] for v in values])
+    # A percentile interval need not hold the estimate.
+    errors = [[0.0 if v[1] is None else max(0.0, v[0] - v[1]) for v in values]]
+    errors.append([0.0 if v[2] is None else max(0.0, v[2] - v[0]) for v in values])
     axes.barh(names, [v[0] for v in values], xerr=errors, color="#5b8fc7")
     axes.axvline(0.5, color="0.6", ls=":", lw=1)
     axes.set(xlabel="AUROC of being right", xlim=(0.4, 1.0), title="Telling right from wrong")
