@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -29,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout need not be installed
 
 PARTS = ("data", "pretrain", "finetune", "heads", "summary")
-PACKAGES = ["wordnet-base", "python3.11-doc", "anarchism", "debian-handbook", "perl-doc", "dict-foldoc", "dict-jargon"]
+PACKAGES = ["wordnet-base", "python3.11-doc", "debian-handbook", "dict-foldoc", "dict-jargon", "fortunes"]
+DICTIONARY_BYTES = 26_000_000
 SETS = ("icd10", "gcide")
 SEQ_LENGTH = 512
 RISK, DELTA = 0.05, 0.05
@@ -53,6 +55,7 @@ BACKBONES: dict[str, list[str]] = {
 }
 """Over configs/lfm_3b.yaml, whose recipe they take."""
 VOCABULARY = {"full": 8192, "tiny": 2048}
+FINETUNE_RATE = {"full": 4e-4, "tiny": 2e-3}
 
 
 def main() -> None:
@@ -128,13 +131,22 @@ def prepare_data(flags: argparse.Namespace) -> None:
             # More is held out than by default: head, calibration and test want groups of their own.
             tree = ["validation_fraction=0.25", "test_fraction=0.2", f"output={data / name}"]
             prepare_labelled(LabelledConfig.load(ROOT / f"configs/data/medical_{name}.yaml", tree))
+    found = open_questions([data / name for name in SETS])
+    questions = found.parts["training"]
     if not (data / "corpus").exists():
+        held_out = {q.group for part in ("fit", "calibration", "test") for q in found.parts[part]}
+        texts = [f"{q.text}{q.completion}" for q in questions] + dictionary(held_out)
+        lines = data / "texts.jsonl"
+        lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         clean = {"nfc": True, "min_chars": 200, "min_letters": 0.5, "max_repeated_lines": 0.5}
         prepare(
             PrepareConfig.from_tree(
                 {
                     "output": str(data / "corpus"),
-                    "sources": [{"kind": "debian", "packages": PACKAGES, "clean": clean}],
+                    "sources": [
+                        {"kind": "jsonl", "paths": [str(lines)]},
+                        {"kind": "debian", "packages": PACKAGES, "clean": clean},
+                    ],
                     "tokenizer": {"train_vocab_size": VOCABULARY[flags.size], "train_bytes": 16_000_000},
                     "seq_length": SEQ_LENGTH,
                     "packing": "best_fit",
@@ -144,8 +156,8 @@ def prepare_data(flags: argparse.Namespace) -> None:
                 source="benchmarks/medical.py",
             )
         )
+        lines.unlink()
     if not (data / "answers").exists():
-        questions = open_questions([data / name for name in SETS]).parts["training"]
         lines = data / "answers.jsonl"
         rows = [{"prompt": q.text, "completion": q.completion} for q in questions]
         lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -166,6 +178,26 @@ def prepare_data(flags: argparse.Namespace) -> None:
         lines.unlink()
     size = sum(file.stat().st_size for file in data.rglob("*") if file.is_file())
     print(f"{data}: {size / 1e6:.1f} MB")
+
+
+def dictionary(held_out: set[str]) -> list[str]:
+    """GCIDE's entries but for headwords that are held out: text as the sets have it, of which no answer is known."""
+    import gzip
+
+    from data_pipeline import debian
+
+    with gzip.open(debian.find(["dict-gcide"], "~/.cache/lfm/debian")[0][0]) as file:
+        whole = file.read().decode(errors="replace")
+    texts, size = [], 0
+    for entry in re.split(r"\n(?=\S)", whole):
+        headword, found, definition = entry.partition(" \\")
+        if not found or headword.lower() in held_out or "\n" in headword:
+            continue
+        text = " ".join(re.sub(r"\[[^\]]*\]|[{}]", "", definition).split())
+        if len(text) >= 40 and size < DICTIONARY_BYTES:
+            texts.append(f"{headword}: {text}")
+            size += len(text)
+    return texts
 
 
 def of_seed(flags: argparse.Namespace, seed: int, parts: Sequence[str], budget: Mapping[str, float]) -> None:
@@ -200,7 +232,8 @@ def pretrain(
 def finetune(
     flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: Mapping[str, float]
 ) -> dict[str, Any]:
-    more = [f"checkpoint.init_from={work / 'backbone'}", "optimizer.lr=3e-4", "validation.every_steps=25"]
+    more = [f"checkpoint.init_from={work / 'backbone'}", "validation.every_steps=25"]
+    more += [f"optimizer.lr={FINETUNE_RATE[flags.size]}"]
     more += ["checkpoint.keep_best=true"]
     return train(
         flags, seed, work, "answers", flags.data / "answers", 60 * budget["finetune"], most_epochs=5, more=more
@@ -409,7 +442,8 @@ def shift(found: Any, answered: Mapping[str, Any], own: str, other: str, seed: i
         predictions += rows_of(of, asked, of_own, name)
     certificate = Certificate(**calibration.certificate.model_dump())
     measures = report(predictions, {**calibration.temperatures}, certificate, settings)
-    keys = ("certificate", "accuracy", "questions", "groups", "at_certified_threshold", "violations", "shifted")
+    keys = ("certificate", "accuracy", "questions", "groups", "at_certified_threshold", "at_safety_threshold")
+    keys += ("violations", "shifted")
     in_domain = {key: measures["measures"]["head"][key] for key in ("ece", "auroc", "nll")}
     return {**{key: measures[key] for key in keys}, "in_domain": in_domain}
 
@@ -486,6 +520,8 @@ def of_shift(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "in_domain_risk": over([one["at_certified_threshold"]["risk"] for one in known]),
         "shifted_risk": over([one["shifted"]["at_certified_threshold"]["risk"] for one in known]),
+        "in_domain_risk_at_0.85": over([one["at_safety_threshold"]["risk"] for one in known]),
+        "shifted_risk_at_0.85": over([one["shifted"]["at_safety_threshold"]["risk"] for one in known]),
         "in_domain_ece": over([one["in_domain"]["ece"][0] for one in known]),
         "shifted_ece": over([one["shifted"]["ece"] for one in known]),
         "shifted_auroc": over([one["shifted"]["auroc"] for one in known]),

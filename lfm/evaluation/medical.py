@@ -331,7 +331,7 @@ def report(
         ),
     }
     if "shifted" in parts:
-        found["shifted"] = shifted(parts["shifted"], temperatures, certificate, applied)
+        found["shifted"] = shifted(parts["shifted"], temperatures, certificate, applied, config.safety_threshold)
     return found
 
 
@@ -352,7 +352,11 @@ def _pool(
 
 
 def shifted(
-    table: Table, temperatures: Mapping[str, float], certificate: Certificate, applied: float | None
+    table: Table,
+    temperatures: Mapping[str, float],
+    certificate: Certificate,
+    applied: float | None,
+    safety_threshold: float,
 ) -> dict[str, Any]:
     """What is left of calibration and guarantee on questions of another kind."""
     p = sigmoid(table.logits("correct") / temperatures["correct"])
@@ -363,6 +367,7 @@ def shifted(
         "auroc": _finite(auroc(p, table.right)),
         "at_certified_threshold": at,
         "at_applied_threshold": selected(p, table.right, applied),
+        "at_safety_threshold": selected(p, table.right, safety_threshold),
         "risk_above_the_certified": None if at["risk"] is None else at["risk"] - certificate.risk,
         "guarantee": "void: these questions are not exchangeable with those of the calibration",
     }

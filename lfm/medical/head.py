@@ -114,7 +114,7 @@ def fit(
     if right.all() or not right.any():
         what = "right" if right.all() else "wrong"
         raise UserError(
-            f"all {len(right)} answers of the backbone are {what}: a head learns from both; give other data"
+            f"all {len(right)} answers of the model are {what}, and a head learns from both; give other data"
         )
     if held_out.all() or not held_out.any() or len(right) < 20:
         raise UserError(
@@ -134,9 +134,9 @@ def fit(
             found = _fit_once(head, inside, labels, outside, outside_labels, weight_decay)
             if best is None or found[0] < best[0]:
                 best = found
-    assert best is not None
-    head = UncertaintyHead(config)
-    head.load_state_dict(best[1])
+        assert best is not None
+        head = UncertaintyHead(config)
+        head.load_state_dict(best[1])
     return head.eval()
 
 
