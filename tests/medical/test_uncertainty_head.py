@@ -98,9 +98,9 @@ def test_answers_that_teach_nothing_are_refused():
 
 
 def test_recurrent_states_are_found_and_caches_are_none():
-    liquid = LFMState(torch.ones(2), [], {0: torch.ones(2, 3, 4), 2: 2 * torch.ones(2, 3, 4)})
+    liquid = LFMState(torch.ones(2).long(), [], {0: torch.ones(2, 3, 4), 2: 2 * torch.ones(2, 3, 4)})
     found = recurrent_states(liquid)
     assert found is not None and found.shape == (2, 2, 12) and found[:, 1].eq(2).all()
-    found = recurrent_states(LiquidLMState(torch.ones(2, 4, 5), torch.zeros(2, 4, 5), torch.ones(2)))
+    found = recurrent_states(LiquidLMState(torch.ones(2, 4, 5), torch.zeros(2, 4, 5), torch.ones(2).long()))
     assert found is not None and found.shape == (2, 4, 5) and found.eq(1).all(), "cells are left out"
-    assert recurrent_states(LFMState(torch.ones(2), [], {})) is None
+    assert recurrent_states(LFMState(torch.ones(2).long(), [], {})) is None
