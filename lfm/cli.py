@@ -31,6 +31,7 @@ WORDS = {
     "plot": Word("lfm.commands.plot", "curves of runs: loss, throughput, expert load, reservoirs"),
     "certify": Word("lfm.commands.certify", "compare parallel layouts with one process"),
     "ablate": Word("lfm.commands.ablate", "compare arms on equal terms: rates and seeds for each, one table"),
+    "medical": Word("lfm.commands.medical", "heads that know when an answer is likely to be wrong; no medical device"),
     "plasticity": Word("lfm.commands.plasticity", "does a model with plastic synapses learn new words from a text?"),
     "doctor": Word("lfm.commands.doctor", "what this machine and environment have"),
     "completion": Word("lfm.commands.completion", "words of the command line for bash, zsh or fish"),

@@ -14,8 +14,10 @@ from typing import Any, ClassVar, overload
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
+from lfm.checkpoint.manifest import read_manifest
 from lfm.config import Config
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
@@ -23,6 +25,9 @@ from lfm.inference.load import open_model
 from lfm.inference.sampling import SamplingConfig, check_prompts, generate
 from lfm.inference.text import Continuation, continuations
 from lfm.layers.documents import IGNORED_LABEL, Counts
+from lfm.medical.asking import MedicalMode
+from lfm.medical.config import MedicalConfig
+from lfm.medical.questions import Task
 from lfm.models import laerc, liquidlm, liquidnet, liquidnn, lstm, transformer
 from lfm.models import lfm as lfm_family
 from lfm.models.initialization import initialize, materialize
@@ -156,6 +161,8 @@ class LFM3BConfig(PublishedConfig, lfm_family.LFMConfig):
         "rms_norm_eps": "layernorm_epsilon",
         "initializer_range": "init_method_std",
         "tie_word_embeddings": "not untie_embeddings_and_output_weights",
+        "medical_mode": "medical.mode",
+        "medical_safety_threshold": "medical.safety_threshold",
     }
     settled: ClassVar[Mapping[str, Any]] = {
         "attention_bias": False,
@@ -164,9 +171,9 @@ class LFM3BConfig(PublishedConfig, lfm_family.LFMConfig):
         "rope_scaling": None,
         "use_rms_norm": True,
         "use_cache": True,
-        "medical_mode": False,
-        "medical_safety_threshold": None,
     }
+    medical: MedicalConfig = Field(default=MedicalConfig(), exclude=True)
+    """Of what answers with the model; no part of its architecture."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -178,6 +185,9 @@ class LFM3BConfig(PublishedConfig, lfm_family.LFMConfig):
     @classmethod
     def _tree(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         given = dict(arguments)
+        names = {"medical_mode": "mode", "medical_safety_threshold": "safety_threshold"}
+        medical = {key: given.pop(name) for name, key in names.items() if name in given}
+        medical = {key: value for key, value in medical.items() if value is not None}
         head_dim, has_liquid = given.pop("head_dim", None), given.pop("use_liquid_layers", True)
         if not isinstance(has_liquid, bool):
             raise UserError(f"{cls.__name__}: use_liquid_layers={has_liquid!r} is neither True nor False")
@@ -189,7 +199,9 @@ class LFM3BConfig(PublishedConfig, lfm_family.LFMConfig):
         size = lfm_family.LFMConfig.model_validate(tree).head_size if tree["attention"] is not None else None
         if head_dim not in (None, size):
             raise UserError(f"{cls.__name__}: head_dim={head_dim!r} is hidden_size / num_attention_heads = {size}")
-        return tree
+        # Of a configuration that says so nothing may be answered as if it did not.
+        source = f"{cls.__name__}({_shown(arguments)}) under medical"
+        return {**tree, "medical": MedicalConfig.from_tree(medical, source=source).model_dump()}
 
 
 class LiquidNetConfig(PublishedConfig, liquidnet.LiquidNetConfig):
@@ -283,6 +295,7 @@ class CausalLM(nn.Module):
         if not isinstance(config, self.config_class.own):
             name = type(config).__name__
             raise UserError(f"{type(self).__name__} takes a {self.config_class.__name__}, and this is a {name}")
+        self.medical: MedicalConfig = getattr(config, "medical", MedicalConfig())
         self.model = _fresh(config)
 
     @classmethod
@@ -290,7 +303,7 @@ class CausalLM(nn.Module):
         """One that holds this model, in place of a fresh one."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.model = model
+        made.model, made.medical = model, MedicalConfig()
         return made
 
     @property
@@ -337,6 +350,7 @@ class CausalLM(nn.Module):
 
         Raises UserError for ids that are none of the vocabulary, and values out of range.
         """
+        _check_not_medical(self.medical)
         ids = self._ids(input_ids)
         if self.device.type == "meta" or ids.is_meta:
             raise UserError("a model on the meta device has no weights to generate with; build it on cpu or cuda")
@@ -531,8 +545,9 @@ class Loaded:
         """Continue a prompt, or several: texts or ids; `text`, `tokens` and `finish_reason` of what follows each.
 
         `sampling` are the keys of SamplingConfig; prompt i takes the seed after i others, and what it becomes does not
-        depend on them.  Raises UserError for a prompt that is empty, or an illegal value.
+        depend on them.  Raises UserError for a prompt that is empty, or an illegal value, and in medical mode.
         """
+        _check_not_medical(self.model.medical)
         config = SamplingConfig.from_tree(sampling, source="generate()")
         prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
         if not isinstance(prompts, (str, list, tuple)):
@@ -548,9 +563,39 @@ class Loaded:
         *_, found = continuations(self.model.model, self.tokenizer, ids, each)
         return found[0] if is_one else found
 
+    def ask(self, prompts: str | Sequence[str], options: Sequence[str] = ()) -> Any:
+        """In medical mode, a `Reply` to a prompt, or several: an answer with its probability, or None and a reason.
 
-def load(path: Path | str, device: str | torch.device = "auto") -> Loaded:
+        `options` are answers to choose from; without them the answer is free.  Raises UserError unless the mode is on
+        and the checkpoint has calibrated heads for such answers.
+        """
+        if not self.model.medical.mode:
+            raise UserError("ask() is of medical mode; load the checkpoint with medical_mode=True, or use generate()")
+        task: Task = "choice" if options else "text"
+        mode = MedicalMode(self.model.model, self.tokenizer, self.checkpoint, self.model.medical, {task})
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        found = mode.ask(several, [tuple(options)] * len(several))
+        return found[0] if isinstance(prompts, str) else found
+
+
+def _check_not_medical(medical: MedicalConfig) -> None:
+    if medical.mode:
+        raise UserError(
+            "medical_mode=True: text without a calibrated probability is not given; train the model, fit and calibrate "
+            "its heads (lfm medical fit, calibrate), and use load(run, medical_mode=True).ask(prompt)"
+        )
+
+
+def load(
+    path: Path | str,
+    device: str | torch.device = "auto",
+    *,
+    medical_mode: bool | None = None,
+    medical_safety_threshold: float | None = None,
+) -> Loaded:
     """The model of a run's newest checkpoint, or of a checkpoint: `load("runs/NAME")`.
+
+    `medical_mode` and its threshold are those of the run's configuration unless they are given.
 
     `device` is auto (a GPU if one is visible), cpu or cuda; weights are in `working_dtype` of it.  Raises UserError,
     naming the file, for a folder without a checkpoint or one that is damaged.
@@ -564,4 +609,8 @@ def load(path: Path | str, device: str | torch.device = "auto") -> Loaded:
     (family,) = [family for family in _CLASSES if isinstance(model.config, family.config_class.own)]
     holder = family.holding(model)
     holder.eos_token_id = tokenizer.eod_id
+    tree = dict(read_manifest(checkpoint, warn=False)["config"].get("medical") or {})
+    given = {"mode": medical_mode, "safety_threshold": medical_safety_threshold}
+    tree |= {key: value for key, value in given.items() if value is not None}
+    holder.medical = MedicalConfig.from_tree(tree, source="load() under medical")
     return Loaded(holder.eval(), tokenizer, checkpoint)

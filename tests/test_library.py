@@ -184,8 +184,8 @@ def test_a_run_is_opened_by_the_text_of_its_path_and_continues_texts_and_ids(fol
     assert opened.generate("def f(", max_new_tokens=5, seed=3, stop=[one.text[1:]]).text == one.text[:1]
 
 
-def small() -> LFM3BForCausalLM:
-    return LFM3BForCausalLM(**SMALL)
+def small(**more) -> LFM3BForCausalLM:
+    return LFM3BForCausalLM(**SMALL, **more)
 
 
 IDS = [[1, 2, 3]]
@@ -198,7 +198,12 @@ BAD = {
     "nothing_near": (lambda _: LiquidNetConfig(zzz=3), "has no argument zzz .* it has d_model, d_ff"),
     "value": (lambda _: LiquidNetConfig(n_layers=0), r"num_layers = 0 in LiquidNetConfig\(n_layers=0\) is not legal"),
     "missing": (lambda _: LSTM(hidden_size=3), "num_layers is missing"),
-    "not_provided": (lambda _: LFM3BConfig(medical_mode=True), "medical_mode=True is not provided, .* leave it out"),
+    "not_provided": (lambda _: LFM3BConfig(use_cache=False), "use_cache=False is not provided, .* leave it out"),
+    "medical": (lambda _: small(medical_mode=True).generate(IDS), "without a calibrated probability is not given"),
+    "threshold": (lambda _: LFM3BConfig(medical_safety_threshold=1.0), r"safety_threshold = 1 .* not legal"),
+    "ask": (lambda folder: load(folder).ask("x"), "load the checkpoint with medical_mode=True"),
+    "no_head": (lambda folder: load(folder, medical_mode=True).ask("x"), "needs a calibrated head, and there is no"),
+    "closed": (lambda folder: load(folder, medical_mode=True).generate("x"), "is not given; train the model"),
     "head_dim": (lambda _: LFM3BConfig(head_dim=64), "head_dim=64 is hidden_size / num_attention_heads = 128"),
     "no_choice": (lambda _: LFM3BConfig(use_liquid_layers=2), "use_liquid_layers=2 is neither True nor False"),
     "too_large": (lambda _: LFM3BForCausalLM(intermediate_size=900_000), r"take [\d,.]+ GiB and this cpu has"),

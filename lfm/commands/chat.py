@@ -11,9 +11,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lfm.commands.line_editing import is_terminal, remembering, typed
+from lfm.commands.medical_flags import add_medical_flags, medical_of
 from lfm.config import add_flags, from_flags, path_flag
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
@@ -22,6 +23,9 @@ from lfm.files import exists, read_file, ready_folder, reason, shown
 from lfm.inference.conversation import Conversation
 from lfm.inference.sampling import SamplingConfig
 from lfm.models.liquidnn import MiniLiquidGPT, trace_norms, turn_plasticity_off
+
+if TYPE_CHECKING:
+    from lfm.medical.asking import MedicalMode
 
 HELP = "/reset forgets everything read; /state lists the state; /hebb the plastic traces; /quit ends, as does Ctrl-D"
 
@@ -43,18 +47,29 @@ def main() -> None:
     )
     parser.add_argument("--no-plasticity", action="store_true", help="kind liquidnn: traces neither act nor change")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_medical_flags(parser)
     add_flags(parser, SamplingConfig)
     flags = parser.parse_args()
     sampling = from_flags(SamplingConfig, flags)
     from lfm.checkpoint.manifest import read_manifest
     from lfm.inference.load import open_model
+    from lfm.medical.asking import MedicalMode, check_sampling
 
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
     manifest = read_manifest(checkpoint, warn=False)  # open_model has warned
+    medical = medical_of(flags, checkpoint)
     if flags.no_plasticity:
         turn_plasticity_off(model)
     digest = hashlib.blake2b(read_file(checkpoint / "manifest.json"), digest_size=4).hexdigest()
     weights = f"{manifest['config']['name']} step {manifest['step']} ({digest})"
+    if medical.mode:
+        if flags.state is not None:
+            raise UserError("--state does not go with medical mode, which asks each line by itself; leave it out")
+        check_sampling(sampling)
+        mode = MedicalMode(model, tokenizer, checkpoint, medical, {"text"})
+        with remembering() as lines, _stop_signals() as stop:
+            question_by_question(mode, weights, stop, lines)
+        return
     talk = Conversation(model, sampling, end_of_document=tokenizer.eod_id)
     if flags.state is not None:
         if model.config.context_limit is not None:
@@ -116,6 +131,26 @@ def converse(talk: Conversation, tokenizer: Tokenizer, weights: str, stop: "_Sto
         except UserError as error:  # the conversation goes on without what could not be read
             print(f"error: {error}", file=sys.stderr)
         print(f"[{describe(talk)}]", flush=True)
+
+
+def question_by_question(mode: "MedicalMode", weights: str, stop: "_Stop", lines: list[str]) -> None:
+    """Answer each line by itself, as it was calibrated, or refer; until the input ends, /quit or a stop signal."""
+    print("\n".join([f"{weights}, {mode.model.config.kind}", *mode.words()]), flush=True)
+    print("each line is a question by itself; what was said before is not read. /quit ends, as does Ctrl-D", flush=True)
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    while not stop.asked:
+        try:
+            with stop.while_waiting():
+                line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, _Stopped, _Interrupted):
+            return
+        lines.append(line)
+        if line == "/quit":
+            return
+        try:
+            print(mode.ask([line], [()])[0].text, flush=True)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def _check_room(talk: Conversation, num_tokens: int) -> None:

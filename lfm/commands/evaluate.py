@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from lfm.commands.evaluate_medical import MedicalEvaluationConfig
+from lfm.commands.evaluate_medical import evaluate as evaluate_medical
 from lfm.config import Config, Count, add_flags, from_flags, path_flag
 from lfm.errors import UserError
 from lfm.exits import command
@@ -81,15 +83,30 @@ def main() -> None:
         "--include-path", action="append", type=path_flag, metavar="DIR", help="folder of more tasks to be named"
     )
     parser.add_argument(
-        "--data", type=path_flag, metavar="DIR", help="data set folder; default: the run's own data.path"
+        "--data",
+        action="append",
+        type=path_flag,
+        metavar="DIR",
+        help="data set folder; default: the run's own data.path; with --medical sets of questions, one or more",
+    )
+    parser.add_argument(
+        "--medical", action="store_true", help="does the model know when it is wrong? see docs/medical.md"
+    )
+    parser.add_argument("--task", choices=("choice", "text"), default="choice", help="of --medical: kind of answer")
+    parser.add_argument(
+        "--shifted", action="append", type=path_flag, metavar="DIR", help="of --medical: a set of another kind"
     )
     parser.add_argument("--out", type=path_flag, metavar="FILE", help="write everything as JSON")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--int8", action="store_true", help="products of 8-bit integers, on a CPU (docs/export.md)")
     add_flags(parser, EvaluateConfig)
+    add_flags(parser, MedicalEvaluationConfig)
     flags = parser.parse_args()
-    config = from_flags(EvaluateConfig, flags)
-    _check_flags(flags, config)
+    config, of_medical = from_flags(EvaluateConfig, flags), from_flags(MedicalEvaluationConfig, flags)
+    _check_flags(flags, config, of_medical)
+    if flags.medical:
+        evaluate_medical(flags, of_medical, batch_size=config.batch_size, max_rows=config.max_rows)
+        return
     names = _names(flags.checkpoint)
     documents, tasks = _opened(flags)
     found = []
@@ -106,7 +123,14 @@ def main() -> None:
             write_durably(flags.out, content.encode())
 
 
-def _check_flags(flags: argparse.Namespace, config: EvaluateConfig) -> None:
+def _check_flags(flags: argparse.Namespace, config: EvaluateConfig, of_medical: MedicalEvaluationConfig) -> None:
+    if not flags.medical and (flags.shifted or flags.task != "choice" or of_medical != MedicalEvaluationConfig()):
+        raise UserError(
+            "--shifted, --task, --splits, --resamples and --evidence-questions are of --medical, which is not given; "
+            "give it, or leave them out"
+        )
+    if not flags.medical and len(flags.data or ()) > 1:
+        raise UserError("--data is given twice; several sets are for --medical, else name one")
     for key, needs in {"context": "text", "stride": "text", "limit": "tasks", "num_fewshot": "tasks"}.items():
         if getattr(config, key) != EvaluateConfig.model_fields[key].default and not getattr(flags, needs):
             raise UserError(
@@ -186,7 +210,7 @@ def _evaluate(
     step = read_manifest(checkpoint, warn=False)["progress"]["step"]
     found = Evaluated(name, checkpoint, step, model.config.kind, model.config.count_parameters().total)
     if not documents and tasks is None:
-        lines, found.held_out = _held_out(model, checkpoint, flags.data, config)
+        lines, found.held_out = _held_out(model, checkpoint, flags.data[0] if flags.data else None, config)
         print("\n".join(lines))
     if documents:
         from lfm.evaluation.text import WindowConfig, score_texts

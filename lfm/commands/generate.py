@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lfm.commands.medical_flags import add_medical_flags, medical_of
 from lfm.config import add_flags, from_flags, path_flag
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
@@ -16,6 +17,7 @@ from lfm.exits import command
 from lfm.files import exists, expanded, read_file, shown
 from lfm.inference.sampling import SamplingConfig, check_prompts
 from lfm.inference.text import continuations
+from lfm.medical.config import MedicalConfig
 from lfm.models.language_model import LanguageModel
 from lfm.models.liquidnn import turn_plasticity_off
 
@@ -30,6 +32,8 @@ class Request:
     prompt: str
     sampling: SamplingConfig
     place: str
+    options: tuple[str, ...] = ()
+    """In medical mode: answers to choose from; none: the answer is free."""
 
 
 @command
@@ -60,16 +64,30 @@ def main() -> None:
     parser.add_argument("--no-plasticity", action="store_true", help="kind liquidnn: traces neither act nor change")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--int8", action="store_true", help="products of 8-bit integers, on a CPU (docs/export.md)")
+    add_medical_flags(parser)
+    parser.add_argument(
+        "--option",
+        action="append",
+        metavar="TEXT",
+        help="in medical mode, an answer to choose from by likelihood, given several times; JSON lines have `options`",
+    )
     add_flags(parser, SamplingConfig)
     flags = parser.parse_args()
     sampling = from_flags(SamplingConfig, flags)
     if flags.prompts is None:
-        requests = [Request(text, sampling.of_prompt(i), "--prompt") for i, text in enumerate(flags.prompt)]
+        options = tuple(flags.option or ())
+        requests = [Request(text, sampling.of_prompt(i), "--prompt", options) for i, text in enumerate(flags.prompt)]
     else:
-        requests = read_requests(flags.prompts, sampling)
+        requests = read_requests(flags.prompts, sampling, tuple(flags.option or ()))
     from lfm.inference.load import open_model
 
-    model, tokenizer, _ = open_model(flags.checkpoint, device=flags.device, int8=flags.int8)
+    model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device, int8=flags.int8)
+    medical = medical_of(flags, checkpoint)
+    if medical.mode:
+        answer_selectively(requests, medical, model, tokenizer, checkpoint, as_json=flags.json)
+        return
+    if any(request.options for request in requests):
+        raise UserError("options are for medical mode, which chooses from them; add --medical, or leave them out")
     if flags.no_plasticity:
         turn_plasticity_off(model)
     ids = encoded(requests, tokenizer, model)
@@ -89,6 +107,38 @@ def main() -> None:
         print()
 
 
+def answer_selectively(
+    requests: Sequence[Request],
+    medical: MedicalConfig,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    checkpoint: Path,
+    *,
+    as_json: bool,
+) -> None:
+    """Print an answer with its probability, or the referral, for each; what is withheld is printed nowhere."""
+    from lfm.medical.asking import MedicalMode, check_sampling
+
+    for number, request in enumerate(requests):
+        try:
+            check_sampling(request.sampling, number)
+        except UserError as error:
+            raise UserError(f"{request.place}: {error}") from None
+    mode = MedicalMode(
+        model, tokenizer, checkpoint, medical, {"choice" if request.options else "text" for request in requests}
+    )
+    if not as_json:
+        print("\n".join(mode.words()))
+    encoded(requests, tokenizer, model)  # names the place of a prompt that cannot be asked
+    for first in range(0, len(requests), BATCH_PROMPTS):
+        batch = requests[first : first + BATCH_PROMPTS]
+        for reply in mode.ask([request.prompt for request in batch], [request.options for request in batch]):
+            print(
+                json.dumps(reply.record(), ensure_ascii=False) if as_json else f"{reply.prompt} {reply.text}",
+                flush=True,
+            )
+
+
 def stream(request: Request, ids: Sequence[int], tokenizer: Tokenizer, model: LanguageModel) -> None:
     """Print prompt and continuation as it comes."""
     print(request.prompt, end="", flush=True)
@@ -99,7 +149,7 @@ def stream(request: Request, ids: Sequence[int], tokenizer: Tokenizer, model: La
     print()
 
 
-def read_requests(file: str, sampling: SamplingConfig) -> list[Request]:
+def read_requests(file: str, sampling: SamplingConfig, options: tuple[str, ...] = ()) -> list[Request]:
     """The prompts of a file (-: of the standard input), with the settings of their lines over `sampling`.
 
     Raises UserError, naming the line, for one that is no prompt, and for a file without any.
@@ -123,11 +173,11 @@ def read_requests(file: str, sampling: SamplingConfig) -> list[Request]:
         except UnicodeDecodeError:
             raise UserError(f"{place} is not valid UTF-8; give it in UTF-8") from None
         own = sampling.of_prompt(number)
-        requests.append(json_request(text, own, place) if is_json else Request(text, own, place))
+        requests.append(json_request(text, own, place, options) if is_json else Request(text, own, place, options))
     return requests
 
 
-def json_request(text: str, sampling: SamplingConfig, place: str) -> Request:
+def json_request(text: str, sampling: SamplingConfig, place: str, options: tuple[str, ...] = ()) -> Request:
     """Of one JSON line.  Raises UserError naming the `place`."""
     way_out = 'write {"prompt": "text"}, and keys of sampling beside it'
     try:
@@ -136,7 +186,10 @@ def json_request(text: str, sampling: SamplingConfig, place: str) -> Request:
         prompt.encode()
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError):  # no JSON, no object, no text in it
         raise UserError(f"{place} is no JSON object with a text `prompt`; {way_out}") from None
-    return Request(prompt, SamplingConfig.from_tree(sampling.model_dump() | tree, source=place), place)
+    given = tree.pop("options", list(options))
+    if not isinstance(given, list) or not all(isinstance(option, str) for option in given):
+        raise UserError(f'{place} has no list of texts under options; write "options": ["one", "another"]')
+    return Request(prompt, SamplingConfig.from_tree(sampling.model_dump() | tree, source=place), place, tuple(given))
 
 
 def encoded(requests: Sequence[Request], tokenizer: Tokenizer, model: LanguageModel) -> list[list[int]]:

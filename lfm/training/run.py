@@ -22,6 +22,7 @@ from lfm.files import expanded, held_alone, remove_temporaries, shown, write_dur
 from lfm.inference.sampling import SamplingConfig
 from lfm.kernels.backend import working_dtype
 from lfm.layout.config import ParallelConfig
+from lfm.medical.config import MedicalConfig
 from lfm.models.registry import ModelConfig
 from lfm.objectives.next_token import NEXT_TOKEN
 from lfm.objectives.registry import ObjectiveConfig
@@ -116,6 +117,8 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    medical: MedicalConfig = MedicalConfig()
+    """Of generate and chat with this run's checkpoints; training does not read it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

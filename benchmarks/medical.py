@@ -1,0 +1,562 @@
+"""Medical mode end to end: `python benchmarks/medical.py --data FOLDER --out FOLDER [--parts data,...] [--gpus N]`.
+
+| part | what it does | where |
+| --- | --- | --- |
+| data | corpus and labelled sets from public packages, tokenized | once, where there is a network |
+| pretrain | a backbone on the corpus, from its first step, for its share of --minutes | a GPU |
+| finetune | the same on the training part of the sets, of which the answers alone are labels | a GPU |
+| heads | answers to all other parts, heads, certificate, every baseline, evidence, shift, report | a GPU |
+| summary | means over the seeds | anywhere |
+
+A part of a seed that has left its result is not done again, so that several calls may share the work; one of another
+size or other minutes is.  Runs stay in --work; --out gets what is small: predictions, heads, reports.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a checkout need not be installed
+
+PARTS = ("data", "pretrain", "finetune", "heads", "summary")
+PACKAGES = ["wordnet-base", "python3.11-doc", "debian-handbook", "dict-foldoc", "dict-jargon", "fortunes"]
+DICTIONARY_BYTES = 26_000_000
+SETS = ("icd10", "gcide")
+SEQ_LENGTH = 512
+RISK, DELTA = 0.05, 0.05
+
+BACKBONES: dict[str, list[str]] = {
+    # 80 million active parameters with 8192 ids.
+    "full": [
+        *("model.hidden_size=768", "model.num_layers=12", "model.vocab_size=8192"),
+        "model.attention={num_attention_heads: 12, num_query_groups: 6}",
+        "model.liquid={num_reservoirs: 3, reservoir_size: 256}",
+        "model.ffn={moe_ffn_hidden_size: 768}",
+        *("training.global_batch_size=64", "training.micro_batch_size=64"),
+    ],
+    "tiny": [
+        *("model.hidden_size=64", "model.num_layers=4", "model.vocab_size=2048", "optimizer.lr=2e-3"),
+        "model.attention={num_attention_heads: 4, num_query_groups: 2}",
+        "model.liquid={num_reservoirs: 2, reservoir_size: 32}",
+        "model.ffn={num_moe_experts: 4, moe_ffn_hidden_size: 64}",
+        *("training.global_batch_size=8", "training.micro_batch_size=8", "optimizer.lr_at_width=null"),
+    ],
+}
+"""Over configs/lfm_3b.yaml, whose recipe they take."""
+VOCABULARY = {"full": 8192, "tiny": 2048}
+FINETUNE_RATE = {"full": 4e-4, "tiny": 2e-3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Medical mode end to end: backbone, heads, report.")
+    parser.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="what the part data makes")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="what is small and to be kept")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/medical_bench", metavar="FOLDER", help="runs")
+    parser.add_argument("--parts", default=",".join(PARTS[1:]), help="of " + ", ".join(PARTS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--gpus", type=int, default=1, help="seeds at once, a GPU each")
+    parser.add_argument("--minutes", type=float, default=24.0, help="of all seeds and parts on one GPU together")
+    parser.add_argument("--size", choices=tuple(BACKBONES), default="full")
+    parser.add_argument("--max-questions", type=int, default=0, help="of each part, for a dry run; 0: all")
+    parser.add_argument("--corpus-bytes", type=int, default=50_000_000)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--evidence", type=int, default=200, help="test questions whose evidence is judged")
+    parser.add_argument("--splits", type=int, default=400)
+    parser.add_argument("--resamples", type=int, default=300)
+    parser.add_argument("--one-seed", type=int, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    parts, seeds = flags.parts.split(","), [int(seed) for seed in flags.seeds.split(",")]
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        sys.exit(f"error: --parts has {unknown[0]!r}; there are {', '.join(PARTS)}")
+    # A seed's share of the minutes: what is not training takes about two fifths of it.
+    minutes = flags.minutes / len(seeds)
+    budget = {"pretrain": 0.38 * minutes, "finetune": 0.14 * minutes}
+    if "data" in parts:
+        prepare_data(flags)
+    if flags.one_seed is not None:
+        of_seed(flags, flags.one_seed, parts, budget)
+        return
+    if any(part in parts for part in ("pretrain", "finetune", "heads")):
+        run_seeds(flags, seeds, parts)
+    if "summary" in parts:
+        summary(flags.out, seeds)
+
+
+def run_seeds(flags: argparse.Namespace, seeds: Sequence[int], parts: Sequence[str]) -> None:
+    """One process a seed, as many at once as there are GPUs; one that fails does not end the others."""
+    waiting, running, failed = list(seeds), {}, []
+    free = list(range(flags.gpus))
+    arguments = [word for word in sys.argv[1:] if word]
+    while waiting or running:
+        while waiting and free:
+            seed, gpu = waiting.pop(0), free.pop(0)
+            words = [sys.executable, __file__, *arguments, "--one-seed", str(seed)]
+            words += ["--parts", ",".join(part for part in parts if part not in ("data", "summary"))]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            if flags.device == "cuda":
+                environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            running[subprocess.Popen(words, env=environment)] = seed, gpu
+        for process in [process for process in running if process.poll() is not None]:
+            seed, gpu = running.pop(process)
+            free.append(gpu)
+            if process.returncode:
+                failed.append(seed)
+        time.sleep(0.2)
+    if failed:
+        sys.exit(f"error: seeds {failed} failed; their words are above")
+
+
+def prepare_data(flags: argparse.Namespace) -> None:
+    """Corpus, sets, and the training part of the sets as prompts and answers."""
+    from data_pipeline.labelled import LabelledConfig, prepare_labelled
+    from data_pipeline.prepare import prepare
+    from data_pipeline.prepare_config import PrepareConfig
+    from lfm.medical.questions import open_questions
+
+    data: Path = flags.data
+    for name in SETS:
+        if not (data / name).exists():
+            # More is held out than by default: head, calibration and test want groups of their own.
+            tree = ["validation_fraction=0.25", "test_fraction=0.2", f"output={data / name}"]
+            prepare_labelled(LabelledConfig.load(ROOT / f"configs/data/medical_{name}.yaml", tree))
+    found = open_questions([data / name for name in SETS])
+    questions = found.parts["training"]
+    if not (data / "corpus").exists():
+        held_out = {q.group for part in ("fit", "calibration", "test") for q in found.parts[part]}
+        texts = [f"{q.text}{q.completion}" for q in questions] + dictionary(held_out)
+        lines = data / "texts.jsonl"
+        lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        clean = {"nfc": True, "min_chars": 200, "min_letters": 0.5, "max_repeated_lines": 0.5}
+        prepare(
+            PrepareConfig.from_tree(
+                {
+                    "output": str(data / "corpus"),
+                    "sources": [
+                        {"kind": "jsonl", "paths": [str(lines)]},
+                        {"kind": "debian", "packages": PACKAGES, "clean": clean},
+                    ],
+                    "tokenizer": {"train_vocab_size": VOCABULARY[flags.size], "train_bytes": 16_000_000},
+                    "seq_length": SEQ_LENGTH,
+                    "packing": "best_fit",
+                    "validation_fraction": 0.01,
+                    "max_bytes": flags.corpus_bytes,
+                },
+                source="benchmarks/medical.py",
+            )
+        )
+        lines.unlink()
+    if not (data / "answers").exists():
+        lines = data / "answers.jsonl"
+        rows = [{"prompt": q.text, "completion": q.completion} for q in questions]
+        lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        prepare(
+            PrepareConfig.from_tree(
+                {
+                    "output": str(data / "answers"),
+                    "sources": [{"kind": "jsonl", "paths": [str(lines)]}],
+                    "tokenizer": {"file": str(data / "corpus/tokenizer.json")},
+                    "labels": "completion",
+                    "packing": "best_fit",
+                    "seq_length": SEQ_LENGTH,
+                    "validation_fraction": 0.03,
+                },
+                source="benchmarks/medical.py",
+            )
+        )
+        lines.unlink()
+    size = sum(file.stat().st_size for file in data.rglob("*") if file.is_file())
+    print(f"{data}: {size / 1e6:.1f} MB")
+
+
+def dictionary(held_out: set[str]) -> list[str]:
+    """GCIDE's entries but for headwords that are held out: text as the sets have it, of which no answer is known."""
+    import gzip
+
+    from data_pipeline import debian
+
+    with gzip.open(debian.find(["dict-gcide"], "~/.cache/lfm/debian")[0][0]) as file:
+        whole = file.read().decode(errors="replace")
+    texts, size = [], 0
+    for entry in re.split(r"\n(?=\S)", whole):
+        headword, found, definition = entry.partition(" \\")
+        if not found or headword.lower() in held_out or "\n" in headword:
+            continue
+        text = " ".join(re.sub(r"\[[^\]]*\]|[{}]", "", definition).split())
+        if len(text) >= 40 and size < DICTIONARY_BYTES:
+            texts.append(f"{headword}: {text}")
+            size += len(text)
+    return texts
+
+
+def of_seed(flags: argparse.Namespace, seed: int, parts: Sequence[str], budget: Mapping[str, float]) -> None:
+    """The parts of one seed that are not done yet."""
+    work: Path = flags.work / flags.size / f"seed_{seed}"
+    out: Path = flags.out / f"seed_{seed}"
+    work.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for part, do in {"pretrain": pretrain, "finetune": finetune, "heads": heads}.items():
+        if part not in parts:
+            continue
+        settings = {"size": flags.size, "device": flags.device, "minutes": budget.get(part, 0.0)}
+        settings |= {"max_questions": flags.max_questions} if part == "heads" else {}
+        marker = work / f"{part}.done.json"
+        if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["settings"] == settings:
+            print(f"seed {seed}: {part} is done")
+            continue
+        start = time.monotonic()
+        found = do(flags, seed, work, out, budget)
+        record = {"settings": settings, "seconds": time.monotonic() - start, **found}
+        (out / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        marker.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        print(f"seed {seed}: {part} took {record['seconds']:.0f} s", flush=True)
+
+
+def pretrain(
+    flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: Mapping[str, float]
+) -> dict[str, Any]:
+    return train(flags, seed, work, "backbone", flags.data / "corpus", 60 * budget["pretrain"], most_epochs=12)
+
+
+def finetune(
+    flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: Mapping[str, float]
+) -> dict[str, Any]:
+    more = [f"checkpoint.init_from={work / 'backbone'}", "validation.every_steps=25"]
+    more += [f"optimizer.lr={FINETUNE_RATE[flags.size]}"]
+    more += ["checkpoint.keep_best=true"]
+    return train(
+        flags, seed, work, "answers", flags.data / "answers", 60 * budget["finetune"], most_epochs=5, more=more
+    )
+
+
+def train(
+    flags: argparse.Namespace,
+    seed: int,
+    work: Path,
+    name: str,
+    data: Path,
+    seconds: float,
+    *,
+    most_epochs: int,
+    more: Sequence[str] = (),
+) -> dict[str, Any]:
+    """A run by configs/lfm_3b.yaml's recipe, of as many steps as fit, which a few steps before tell."""
+    from lfm.files import write_durably
+    from lfm.training.metrics_file import read_metrics
+    from lfm.training.run import RunConfig
+
+    shutil.rmtree(work / name, ignore_errors=True)
+    keys = [
+        *("--config", str(ROOT / "configs/lfm_3b.yaml"), f"output={work}", f"data.path={data}", f"seed={1234 + seed}"),
+        *(f"model.seq_length={SEQ_LENGTH}", f"training.device={flags.device}", *BACKBONES[flags.size]),
+        *("validation.max_rows=64", "validation.every_steps=0", "samples.prompts=[]", "logging.tensorboard=false"),
+        *("checkpoint.every_steps=0", "checkpoint.asynchronous=false", "model.attention.backend=auto", *more),
+    ]
+    index = json.loads((data / "train/index.json").read_text(encoding="utf-8"))
+    rows = sum(shard["samples"] for shard in index["shards"])
+    config = RunConfig.load(keys[1], [*keys[2:], f"name={name}", "training.steps=1"])
+    batch = config.training.global_batch_size
+    speed_file = flags.work / flags.size / f"seconds_per_step_{flags.device}.json"
+    if not speed_file.exists():
+        trial = [*keys, "name=trial", "training.steps=16", "logging.every_steps=8", "checkpoint.save_at_end=false"]
+        run([key for key in trial if not key.startswith(("checkpoint.init_from", "validation.every"))])
+        rates = [r["tokens_per_second"] for r in read_metrics(work / "trial/metrics.jsonl") if "tokens_per_second" in r]
+        write_durably(speed_file, json.dumps(batch * SEQ_LENGTH / rates[-1]).encode())
+        shutil.rmtree(work / "trial")
+    seconds_per_step = json.loads(speed_file.read_text(encoding="utf-8"))
+    most = max(20, most_epochs * rows // batch)
+    steps = int(min(most, max(20, seconds / seconds_per_step)))
+    warmup = max(5, steps // 20)
+    run(
+        [
+            *keys,
+            *(f"name={name}", f"training.steps={steps}", f"schedule.warmup_steps={warmup}"),
+            *(
+                f"logging.every_steps={max(1, steps // 40)}",
+                "schedule.decay_fraction=0.4",
+                "schedule.min_lr_ratio=0.02",
+            ),
+        ]
+    )
+    records = read_metrics(work / name / "metrics.jsonl")
+    counts = config.model.count_parameters()
+    return {
+        "steps": steps,
+        "tokens": steps * batch * SEQ_LENGTH,
+        "epochs": steps * batch / rows,
+        "active_parameters": counts.active,
+        "parameters": counts.total,
+        "losses": [[r["step"], r["cross_entropy"]] for r in records if "cross_entropy" in r],
+        "validation": [[r["step"], r["validation_loss"]] for r in records if "validation_loss" in r],
+    }
+
+
+def run(keys: Sequence[str]) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "launch/pretrain.py"), *keys], cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"error: training ended with {done.returncode}")
+
+
+def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: Mapping[str, float]) -> dict[str, Any]:
+    """Everything after training, in one process; what each set's own heads do on the other set is the shift."""
+    import torch
+
+    from lfm.commands.evaluate_medical import lines
+    from lfm.commands.medical import evidence_html
+    from lfm.evaluation.medical import ReportConfig, report
+    from lfm.evaluation.medical_page import page
+    from lfm.evaluation.medical_predictions import faithfulness, rows_of, to_lines
+    from lfm.files import write_durably
+    from lfm.inference.load import open_model
+    from lfm.medical import stored
+    from lfm.medical.answering import agreement, answer, p_true
+    from lfm.medical.calibration import Certificate
+    from lfm.medical.evidence import evidence
+    from lfm.medical.fitting import calibrated, fit_heads, fitted
+    from lfm.medical.questions import open_questions
+
+    best = work / "answers/checkpoints/best"
+    where = best if best.exists() else work / "answers"
+    model, tokenizer, checkpoint = open_model(where, device=flags.device)
+    found = open_questions([flags.data / name for name in SETS])
+    for part in ("fit", "calibration", "test"):
+        found = found.limited(part, flags.max_questions)
+    size, times, answered = (256 if flags.device == "cuda" else 32), {}, {}
+    for part in ("fit", "calibration", "test"):
+        start = time.monotonic()
+        answered[part] = answer(model, tokenizer, found.parts[part], "choice", batch_size=size)
+        times[f"answer_{part}"] = time.monotonic() - start
+    start = time.monotonic()
+    of_both = fit_heads(answered["fit"], found.parts["fit"], seed=seed)
+    times["fit_heads"] = time.monotonic() - start
+    tasks = {"choice": fitted(of_both, answered["fit"], found, model.config)}
+    calibration = calibrated(of_both, answered["calibration"], found, risk=RISK, delta=DELTA)
+    tasks["choice"] = tasks["choice"].model_copy(update={"calibration": calibration})
+    dtype = stored.dtype_name(model.embedding.weight.dtype)
+    kept = stored.write(checkpoint, tasks, {"choice": of_both}, dtype)
+    for file in (kept, kept.with_suffix(".safetensors")):
+        shutil.copy(file, out / f"head{file.suffix}")
+    predictions = []
+    start = time.monotonic()
+    for part in ("calibration", "test"):
+        rows = rows_of(answered[part], found.parts[part], of_both, part)
+        asked = p_true(model, tokenizer, found.parts[part], answered[part].answers, batch_size=size)
+        share, entropy = agreement(model, tokenizer, found.parts[part], answered[part], "choice")
+        for row, p, s, e in zip(rows, asked, share, entropy, strict=True):
+            row |= {"p_true": round(float(p), 5), "agreement": float(s), "semantic_entropy": round(float(e), 6)}
+        predictions += rows
+    times["baselines"] = time.monotonic() - start
+    settings = ReportConfig(risk=RISK, delta=DELTA, splits=flags.splits, resamples=flags.resamples)
+    certificate = Certificate(**calibration.certificate.model_dump())
+    start = time.monotonic()
+    measures = report(predictions, {**calibration.temperatures}, certificate, settings)
+    times["report"] = time.monotonic() - start
+    tests = found.parts["test"]
+    step = max(1, len(tests) // max(1, flags.evidence))
+    chosen = range(0, len(tests), step)[: flags.evidence]
+    pairs = [(tests[i].text, " " + answered["test"].answers[i]) for i in chosen]
+    start = time.monotonic()
+    spans = evidence(model, tokenizer, pairs, batch_size=size)
+    times["evidence"] = time.monotonic() - start
+    measures["evidence"] = faithfulness(spans)
+    measures["cost"] = tasks["choice"].cost.model_dump()
+    measures["naive_bayes"] = {name: naive_bayes_of(flags.data / name) for name in SETS}
+    measures["competence"] = {name: competence(predictions, name) for name in SETS}
+    measures["shifts"] = {}
+    for own, other in (SETS, SETS[::-1]):
+        measures["shifts"][f"{own} -> {other}"] = shift(found, answered, own, other, seed, settings)
+    measures["seconds"] = times
+    measures["dtype"], measures["torch"] = dtype, torch.__version__
+    measures["device"] = torch.cuda.get_device_name() if flags.device == "cuda" else "cpu"
+    title = f"Medical mode: ICD-10-CM chapters and GCIDE fields, seed {seed}"
+    examples = "<h2>Some questions</h2>" + "".join(evidence_html(each) for each in spans[:10])
+    write_durably(out / "predictions.jsonl", to_lines(predictions))
+    write_durably(out / "report.html", page(title, measures, examples).encode())
+    write_durably(out / "report.json", json.dumps(measures, indent=1, allow_nan=False).encode() + b"\n")
+    print("\n".join(lines(measures)), flush=True)
+    return {"times": times}
+
+
+def naive_bayes_of(folder: Path) -> dict[str, Any]:
+    """Of the test split, as data_pipeline.labelled found it."""
+    baselines = json.loads((folder / "report.json").read_text(encoding="utf-8"))["baselines"]
+    return {name: baselines[f"{name}, test"] for name in ("majority", "naive Bayes")}
+
+
+def competence(predictions: Sequence[Mapping[str, Any]], source: str) -> dict[str, Any]:
+    rows = [row["right"] for row in predictions if row["part"] == "test" and row["source"] == source]
+    return {"questions": len(rows), "accuracy": sum(rows) / max(1, len(rows))}
+
+
+def shift(found: Any, answered: Mapping[str, Any], own: str, other: str, seed: int, settings: Any) -> dict[str, Any]:
+    """Heads fitted and calibrated on one set alone, judged on it and on the other."""
+    import dataclasses
+
+    from lfm.errors import UserError
+    from lfm.evaluation.medical import report
+    from lfm.evaluation.medical_predictions import rows_of
+    from lfm.medical.calibration import Certificate
+    from lfm.medical.fitting import calibrated, fit_heads
+    from lfm.medical.questions import QuestionSet
+
+    def only(part: str, source: str) -> tuple[Any, Any]:
+        places = [i for i, question in enumerate(found.parts[part]) if question.source == source]
+        of = answered[part]
+        arrays = {"right", "log_probability", "mean_log_probability"}
+        picked = {
+            field.name: (
+                getattr(of, field.name)[places]
+                if field.name in arrays
+                else getattr(of, field.name).rows(places)
+                if field.name in ("question", "answer")
+                else [getattr(of, field.name)[i] for i in places]
+                if field.name in ("answers", "options")
+                else getattr(of, field.name)
+            )
+            for field in dataclasses.fields(of)
+        }
+        return type(of)(**picked), [found.parts[part][i] for i in places]
+
+    try:
+        learnt, questions = only("fit", own)
+        of_own = fit_heads(learnt, questions, seed=seed)
+        judged, questions = only("calibration", own)
+        own_set = QuestionSet({**found.parts, "calibration": questions})
+        calibration = calibrated(of_own, judged, own_set, risk=RISK, delta=DELTA)
+    except UserError as error:
+        return {"why_not": str(error)}
+    predictions = []
+    for part, source, name in (("calibration", own, "calibration"), ("test", own, "test"), ("test", other, "shifted")):
+        of, asked = only(part, source)
+        predictions += rows_of(of, asked, of_own, name)
+    certificate = Certificate(**calibration.certificate.model_dump())
+    measures = report(predictions, {**calibration.temperatures}, certificate, settings)
+    keys = ("certificate", "accuracy", "questions", "groups", "at_certified_threshold", "at_safety_threshold")
+    keys += ("violations", "shifted")
+    in_domain = {key: measures["measures"]["head"][key] for key in ("ece", "auroc", "nll")}
+    return {**{key: measures[key] for key in keys}, "in_domain": in_domain}
+
+
+def summary(out: Path, seeds: Sequence[int]) -> None:
+    """summary.json and summary.md: each number's mean over the seeds, with a 95 % t interval."""
+    reports = [
+        json.loads((out / f"seed_{seed}/report.json").read_text(encoding="utf-8"))
+        for seed in seeds
+        if (out / f"seed_{seed}/report.json").exists()
+    ]
+    if not reports:
+        sys.exit(f"error: {out} has no report of a seed yet; run the part heads")
+    measures = {
+        method: {key: over([r["measures"].get(method, {}).get(key, [None])[0] for r in reports]) for key in of}
+        for method, of in reports[0]["measures"].items()
+    }
+    head = measures.get("head")
+    auroc_gain = [_difference(r, "option probability") for r in reports]
+    liquid_gain = [_difference(r, "head without liquid states") for r in reports]
+    worst = [max((row["ece"] for row in r["by_specialty"]), default=None) for r in reports]
+    worst_by_answer = [max((row["ece"] for row in r["by_answer"]), default=None) for r in reports]
+    found = {
+        "seeds": len(reports),
+        "measures": measures,
+        "competence": {
+            name: {
+                "accuracy": over([r["competence"][name]["accuracy"] for r in reports]),
+                "naive_bayes": reports[0]["naive_bayes"][name],
+            }
+            for name in SETS
+        },
+        "auroc_of_head_less_option_probability": over(auroc_gain),
+        "auroc_of_head_less_head_without_liquid": over(liquid_gain),
+        "violation_rate": over([r["violations"]["rate"] for r in reports]),
+        "violation_rate_of_rows_as_independent": over(
+            [r["violations_if_questions_of_a_group_were_independent"]["rate"] for r in reports]
+        ),
+        "worst_specialty_ece": over(worst),
+        "worst_ece_by_answer": over(worst_by_answer),
+        "head_share_of_flops": over([r["cost"]["share"] for r in reports]),
+        "comprehensiveness_of_drive_less_random": over(
+            [r["evidence"].get("comprehensiveness_of_drive_less_that_of", {}).get("random", [None])[0] for r in reports]
+        ),
+        "shifts": {name: of_shift([r["shifts"][name] for r in reports]) for name in reports[0]["shifts"]},
+        "bars": {
+            "auroc_at_least_0.75": met(head and head["auroc"], lambda x: x >= 0.75),
+            "auroc_0.05_above_option_probability": met(over(auroc_gain), lambda x: x >= 0.05),
+            "ece_at_most_0.03": met(head and head["ece"], lambda x: x <= 0.03),
+            "ece_at_most_0.06_in_the_worst_specialty": met(over(worst), lambda x: x <= 0.06),
+            "ece_at_most_0.06_by_answer": met(over(worst_by_answer), lambda x: x <= 0.06),
+            "violations_within_bound": all(r["violations"]["holds"] for r in reports),
+        },
+    }
+    (out / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    rows = [
+        "| how sure by | AUROC | ECE | Brier | NLL | coverage at 5 % risk |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for method, of in measures.items():
+        keys = ("auroc", "ece", "brier", "nll", "coverage_at_5_percent_risk")
+        rows.append(f"| {method} | " + " | ".join(shown(of[key]) for key in keys) + " |")
+    rest = [f"- {key}: {shown(value)}" for key, value in found.items() if isinstance(value, dict) and "mean" in value]
+    rest += [f"- {name}: {shown(of['accuracy'])}, {of['naive_bayes']}" for name, of in found["competence"].items()]
+    rest += [f"- {key}: {value}" for key, value in found["bars"].items()]
+    text = "\n".join([*rows, "", *rest, ""])
+    (out / "summary.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def of_shift(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Risk among the answers given at the certified threshold, in domain and where the guarantee is void."""
+    known = [one for one in found if "shifted" in one]
+    return {
+        "in_domain_risk": over([one["at_certified_threshold"]["risk"] for one in known]),
+        "shifted_risk": over([one["shifted"]["at_certified_threshold"]["risk"] for one in known]),
+        "in_domain_risk_at_0.85": over([one["at_safety_threshold"]["risk"] for one in known]),
+        "shifted_risk_at_0.85": over([one["shifted"]["at_safety_threshold"]["risk"] for one in known]),
+        "in_domain_ece": over([one["in_domain"]["ece"][0] for one in known]),
+        "shifted_ece": over([one["shifted"]["ece"] for one in known]),
+        "shifted_auroc": over([one["shifted"]["auroc"] for one in known]),
+    }
+
+
+def _difference(report: Mapping[str, Any], other: str) -> float | None:
+    of = report["differences_from_head"].get(other)
+    return of["auroc"][0] if of else None
+
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Of Student's t with n - 1 degrees of freedom, two-sided."""
+
+
+def over(values: Sequence[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return {"mean": None, "low": None, "high": None, "values": list(values)}
+    mean = statistics.fmean(known)
+    half = T_95.get(len(known), 1.96) * statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
+    low, high = (None, None) if half is None else (mean - half, mean + half)
+    return {"mean": mean, "low": low, "high": high, "values": list(values)}
+
+
+def met(estimate: Mapping[str, Any] | None, passes: Any) -> bool | None:
+    return None if estimate is None or estimate["mean"] is None else bool(passes(estimate["mean"]))
+
+
+def shown(estimate: Mapping[str, Any]) -> str:
+    if estimate["mean"] is None:
+        return "-"
+    interval = "" if estimate["low"] is None else f" [{estimate['low']:.4f}, {estimate['high']:.4f}]"
+    return f"{estimate['mean']:.4f}{interval}"
+
+
+if __name__ == "__main__":
+    main()

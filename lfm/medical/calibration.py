@@ -1,0 +1,114 @@
+"""From a head's logit to a probability, and from probabilities to a threshold with a stated guarantee."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lfm.errors import UserError
+
+
+def temperature(logits: np.ndarray, right: np.ndarray) -> float:
+    """The T > 0 with which sigmoid(logits / T) has the least mean log loss.  Guo et al. 2017 (arXiv 1706.04599).
+
+    The loss is convex in 1/T, which golden-section search finds between 1/100 and 100.
+    """
+    signs = np.where(right, -1.0, 1.0) * np.asarray(logits, np.float64)
+
+    def loss(inverse: float) -> float:
+        return float(np.logaddexp(0.0, signs * inverse).mean())
+
+    low, high, ratio = 0.01, 100.0, (math.sqrt(5) - 1) / 2
+    for _ in range(100):
+        a, b = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, b) if loss(a) < loss(b) else (a, high)
+    return 2 / (low + high)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """In float64."""
+    return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64)))
+
+
+def binomial_tail(errors: int, answered: int, risk: float) -> float:
+    """P(at most so many errors among the answered), if each is wrong with probability `risk`: an exact p-value of "the
+    risk is above `risk`"."""
+    if answered == 0:
+        return 1.0
+    k = np.arange(errors + 1)
+    log_choose = [math.lgamma(answered + 1) - math.lgamma(i + 1) - math.lgamma(answered - i + 1) for i in k]
+    logs = np.array(log_choose) + k * math.log(risk) + (answered - k) * math.log1p(-risk)
+    return min(1.0, float(np.exp(logs - logs.max()).sum() * np.exp(logs.max())))
+
+
+def fewest_needed(risk: float, delta: float) -> int:
+    """Questions that must be answered, all of them right, before any threshold can be certified."""
+    return math.ceil(math.log(delta) / math.log1p(-risk))
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """P(wrong | answered) <= risk for answers with a probability of at least `threshold`, with probability 1 - delta
+    over draws of the calibration questions, for questions exchangeable with them."""
+
+    risk: float
+    delta: float
+    threshold: float | None
+    """None: no threshold could be certified, so that nothing is answered."""
+    questions: int
+    """That it was tested on, one of a group."""
+    answered: int
+    """Of them, at this threshold."""
+    wrong: int
+
+    def record(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def thresholds_to_test(probabilities: np.ndarray, *, questions: int, risk: float, delta: float) -> list[float]:
+    """Thresholds from strict to lax, from probabilities of questions that are not those of the test.
+
+    The first is where about three times as many of `questions` are answered as are needed at least, so that a few
+    errors do not end the sequence before it began; then 2.5 % more at a time, to all.
+    """
+    first = min(1.0, 3 * fewest_needed(risk, delta) / max(1, questions))
+    coverages = [*np.arange(first, 1.0, 0.025), 1.0]
+    found = np.quantile(probabilities, [1 - coverage for coverage in coverages])
+    return [float(threshold) for threshold in dict.fromkeys(found)]
+
+
+def certify(
+    probabilities: np.ndarray, right: np.ndarray, thresholds: Sequence[float], *, risk: float, delta: float
+) -> Certificate:
+    """Fixed-sequence testing: the laxest threshold before the first whose exact p-value passes `delta`.
+
+    Angelopoulos et al. (Learn then Test, arXiv 2110.01052), section 3 and appendix; questions must be independent,
+    which those of one group are not, and the thresholds must not depend on them.
+    """
+    found, answered, wrong = None, 0, 0
+    for threshold in thresholds:
+        chosen = probabilities >= threshold
+        count, errors = int(chosen.sum()), int((~right[chosen]).sum())
+        if binomial_tail(errors, count, risk) > delta:
+            break
+        found, answered, wrong = threshold, count, errors
+    return Certificate(risk, delta, found, len(right), answered, wrong)
+
+
+def one_of_each(groups: Sequence[str], seed: int) -> np.ndarray:
+    """Places of one question of each group, drawn by `seed`: near-copies are right and wrong together."""
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(groups))
+    last = {groups[place]: place for place in order}
+    return np.array(sorted(last.values()), dtype=np.int64)
+
+
+def check_size(groups: int, *, risk: float, delta: float, source: str) -> None:
+    """Raise UserError where not even without an error a threshold could be certified."""
+    needed = fewest_needed(risk, delta)
+    if groups < needed:
+        raise UserError(
+            f"{source} has {groups} groups of questions for the threshold, and a risk of {risk:g} at delta {delta:g} "
+            f"takes {needed} answered ones at least, all right; give {2 * needed} groups in all, or a higher --risk"
+        )

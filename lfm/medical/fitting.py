@@ -1,0 +1,123 @@
+"""Fitting and calibrating the heads of a checkpoint: what `lfm medical fit` and `lfm medical calibrate` do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lfm.errors import UserError
+from lfm.medical.answering import Answered
+from lfm.medical.calibration import (
+    Certificate,
+    certify,
+    check_size,
+    one_of_each,
+    sigmoid,
+    temperature,
+    thresholds_to_test,
+)
+from lfm.medical.features import Features
+from lfm.medical.head import UncertaintyHead, config_for, fit
+from lfm.medical.questions import Part, Question, QuestionSet, share_of
+from lfm.medical.stored import HEADS, Calibration, Cost, Data, HeadName, StoredCertificate, TaskHeads, today
+from lfm.models.language_model import FamilyConfig
+
+_CERTIFICATE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Places in the calibration questions: the temperature and the thresholds to test come from one half of the groups,
+    the test from the other, one question a group."""
+
+    temperature: np.ndarray
+    certificate: np.ndarray
+    """One a group."""
+    all_of_certificate: np.ndarray
+
+
+def halves(groups: Sequence[str]) -> Halves:
+    is_first = np.array([share_of(f"temperature {group}") < 0.5 for group in groups], dtype=bool)
+    second = np.flatnonzero(~is_first)
+    chosen = one_of_each([groups[int(place)] for place in second], _CERTIFICATE_SEED)
+    return Halves(np.flatnonzero(is_first), second[chosen] if len(second) else second, second)
+
+
+def group_names(questions: Sequence[Question]) -> list[str]:
+    """Of several sets, whose groups have nothing to do with each other."""
+    return [f"{question.source}: {question.group}" for question in questions]
+
+
+def input_of(name: HeadName, answered: Answered) -> Features:
+    return answered.question if name == "known" else answered.answer
+
+
+def fit_heads(answered: Answered, questions: Sequence[Question], *, seed: int = 0) -> dict[str, UncertaintyHead]:
+    """All of `HEADS`; where a family has no recurrent states, the one without them is left out, as it is the first."""
+    groups = group_names(questions)
+    heads: dict[str, UncertaintyHead] = {}
+    for name in HEADS:
+        features = input_of(name, answered)
+        if name == "correct_without_liquid" and not features.liquid.shape[1]:
+            continue
+        config = config_for(features, with_liquid=name != "correct_without_liquid")
+        heads[name] = fit(features, answered.right, groups, config, seed=seed)
+    return heads
+
+
+def fitted(heads: dict[str, UncertaintyHead], answered: Answered, found: QuestionSet, model: FamilyConfig) -> TaskHeads:
+    return TaskHeads(
+        heads={name: heads[name].config.model_dump() for name in HEADS if name in heads},
+        fit=data_of("fit", found, answered.right),
+        cost=cost_of(heads["correct"], answered, model),
+    )
+
+
+def cost_of(head: UncertaintyHead, answered: Answered, model: FamilyConfig) -> Cost:
+    """The backbone's forward FLOPs are a third of a training step's; attention is counted for answers of this length.
+    Options that were only scored are left out, which would make the share smaller."""
+    tokens = answered.num_tokens / max(1, len(answered))
+    backbone = model.flops_per_token(attended=(tokens + 1) / 2) / 3 * tokens
+    return Cost(head=float(head.config.flops), backbone=backbone, share=head.config.flops / backbone)
+
+
+def data_of(part: Part, found: QuestionSet, right: np.ndarray) -> Data:
+    questions = found.parts[part]
+    return Data(
+        sources=sorted({question.source for question in questions}),
+        sha256=found.digest(part),
+        questions=len(questions),
+        groups=len(set(group_names(questions))),
+        accuracy=float(right.mean()),
+        date=today(),
+    )
+
+
+def calibrated(
+    heads: dict[str, UncertaintyHead], answered: Answered, found: QuestionSet, *, risk: float, delta: float
+) -> Calibration:
+    """Raises UserError for too few groups, and for answers that are all right or all wrong."""
+    groups, right = group_names(found.parts["calibration"]), answered.right
+    half = halves(groups)
+    check_size(len(half.certificate), risk=risk, delta=delta, source="the calibration part")
+    of_temperature = right[half.temperature]
+    if not len(of_temperature) or of_temperature.all() or not of_temperature.any():
+        what = "right" if len(of_temperature) and of_temperature.all() else "wrong"
+        raise UserError(f"all answers of the calibration part are {what}: no temperature fits them; give other data")
+    logits = {name: head.logits(input_of(name, answered)) for name, head in heads.items() if name in HEADS}
+    temperatures = {name: temperature(z[half.temperature], of_temperature) for name, z in logits.items()}
+    probabilities = sigmoid(logits["correct"] / temperatures["correct"])
+    certificate = certificate_of(probabilities, right, half, risk=risk, delta=delta)
+    return Calibration(
+        data=data_of("calibration", found, right),
+        temperatures=temperatures,  # pyright: ignore[reportArgumentType]
+        certificate=StoredCertificate(**certificate.record()),
+    )
+
+
+def certificate_of(
+    probabilities: np.ndarray, right: np.ndarray, half: Halves, *, risk: float, delta: float
+) -> Certificate:
+    tested = half.certificate
+    thresholds = thresholds_to_test(probabilities[half.temperature], questions=len(tested), risk=risk, delta=delta)
+    return certify(probabilities[tested], right[tested], thresholds, risk=risk, delta=delta)

@@ -1,0 +1,99 @@
+"""To answer with a probability, or to abstain with a reason and a referral."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lfm.errors import NonFiniteError
+from lfm.medical.calibration import Certificate, sigmoid
+from lfm.medical.config import MedicalConfig
+from lfm.medical.features import Features
+from lfm.medical.head import UncertaintyHead
+
+REFERRAL = "I do not answer this. Please ask a qualified professional."
+"""Always this sentence, so that what reads it can tell."""
+
+NO_DEVICE = (
+    "This is not a medical device. The guarantee is for questions exchangeable with those of the calibration, and void "
+    "for others."
+)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether an answer is given."""
+
+    answered: bool
+    probability: float
+    """Calibrated, that the answer is right."""
+    known: float | None
+    """The same, judged at the end of the question, before an answer was made; None where no head does."""
+    threshold: float | None
+    """The stricter of the two below; None: nothing is answered."""
+    safety_threshold: float
+    certified_threshold: float | None
+    reason: str
+    """Why not; empty where it is answered."""
+
+    def record(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Heads of one checkpoint and kind of answer, with what they were calibrated on."""
+
+    head: UncertaintyHead
+    temperature: float
+    certificate: Certificate
+    known_head: UncertaintyHead | None
+    known_temperature: float
+    calibrated_on: str
+    """In words: sets, number of questions, date."""
+
+    def probabilities(self, answer: Features) -> Any:
+        """That each answer is right; float64 `[n]`."""
+        return sigmoid(self.head.logits(answer) / self.temperature)
+
+    def known_probabilities(self, question: Features) -> Any:
+        if self.known_head is None:
+            return [None] * len(question)
+        return sigmoid(self.known_head.logits(question) / self.known_temperature)
+
+    def decide(self, question: Features, answer: Features, medical: MedicalConfig) -> list[Decision]:
+        """Raises NonFiniteError where a probability is none: nothing is answered by it."""
+        for features in (question, answer):
+            if not all(torch.isfinite(part).all() for part in (features.hidden, features.liquid, features.scalars)):
+                raise NonFiniteError("the model's hidden states are not finite, and no answer can be judged by them")
+        given = zip(self.probabilities(answer), self.known_probabilities(question), strict=True)
+        return [self._decide(float(p), None if known is None else float(known), medical) for p, known in given]
+
+    def _decide(self, probability: float, known: float | None, medical: MedicalConfig) -> Decision:
+        certified, asked = self.certificate.threshold, medical.safety_threshold
+        threshold = None if certified is None else max(certified, asked)
+        answered = threshold is not None and probability >= threshold
+        reason = ""
+        if threshold is None:
+            reason = f"no threshold could be certified for a risk of {self.certificate.risk:.0%}"
+        elif not answered:
+            which = "certified" if certified is not None and certified > asked else "safety"
+            reason = f"the probability of being right is {probability:.2f}, below the {which} threshold {threshold:.2f}"
+        return Decision(answered, probability, known, threshold, asked, certified, reason)
+
+    def words(self, medical: MedicalConfig) -> list[str]:
+        """What both thresholds are, and what they rest on."""
+        c = self.certificate
+        certified = "none: nothing is answered" if c.threshold is None else f"{c.threshold:.3f}"
+        return [
+            f"medical mode: safety threshold {medical.safety_threshold:g}, certified threshold {certified} (risk at "
+            f"most {c.risk:.0%} with confidence {1 - c.delta:.0%}, on {c.questions:,} questions); the stricter applies",
+            f"calibrated on {self.calibrated_on}. {NO_DEVICE}",
+        ]
+
+
+def said(answer: str, decision: Decision) -> str:
+    """What is shown for an answer."""
+    if decision.answered:
+        return f"{answer} [probability of being right {decision.probability:.2f}]"
+    return f"{REFERRAL} ({decision.reason})"

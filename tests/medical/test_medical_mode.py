@@ -1,0 +1,321 @@
+"""The whole path on a CPU: fit, calibrate, certify, answer or abstain, evidence, report; and what is refused."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from lfm import load
+from lfm.commands import chat, evaluate, generate, medical
+from lfm.errors import UserError
+from lfm.evaluation.medical_predictions import from_lines
+from lfm.inference.load import open_model
+from lfm.medical.answering import answer
+from lfm.medical.questions import open_questions
+from lfm.medical.selective import REFERRAL
+from lfm.medical.stored import stored_at
+from tests.medical import sets
+
+CPU = ("--device", "cpu")
+RISK = ("--risk", 0.25, "--delta", 0.1)
+
+
+def run_of(trained, folder):
+    shutil.copytree(trained.run, folder / "answers", symlinks=True)
+    return folder / "answers"
+
+
+@pytest.fixture(scope="module")
+def calibrated(trained, tmp_path_factory):
+    """The run with heads for both kinds of answers, by the commands."""
+    run = run_of(trained, tmp_path_factory.mktemp("calibrated"))
+    for task in ("choice", "text"):
+        of = ("--checkpoint", run, "--data", trained.data, "--task", task, *CPU)
+        for word, more in {"fit": (), "calibrate": RISK}.items():
+            before, sys.argv = sys.argv, ["lfm", word, *map(str, (*of, *more))]
+            try:
+                medical.main()
+            finally:
+                sys.argv = before
+    return run
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+CLEAR = "clot plasma\nChapter:"
+UNCLEAR = "clot artery\nChapter:"
+OPTIONS = [word for label in sets.LABELS for word in ("--option", label)]
+
+
+def test_the_model_learnt_something(trained):
+    model, tokenizer, _ = open_model(trained.run, device="cpu")
+    found = answer(model, tokenizer, open_questions([trained.data]).parts["test"], "choice")
+    assert 0.6 < found.right.mean() < 0.97, "a head needs right and wrong answers"
+
+
+def test_heads_and_calibration_are_beside_the_checkpoint_and_say_what_they_are_of(calibrated, trained):
+    checkpoint = calibrated / "checkpoints/step_00000100"
+    path = stored_at(checkpoint)
+    assert path == calibrated / "medical/step_00000100.json" and path.with_suffix(".safetensors").exists()
+    tree = json.loads(path.read_bytes())
+    assert set(tree["tasks"]) == {"choice", "text"} and tree["dtype"] == "float32"
+    found, of = open_questions([trained.data]), tree["tasks"]["choice"]
+    assert of["fit"]["sha256"] == found.digest("fit") and of["calibration"]["data"]["sha256"] == found.digest(
+        "calibration"
+    )
+    assert set(of["heads"]) == {"correct", "known", "correct_without_liquid"}
+    assert of["heads"]["correct_without_liquid"]["num_liquid"] == 0 < of["heads"]["correct"]["num_liquid"]
+    assert of["calibration"]["certificate"]["threshold"] is not None
+    assert not list(checkpoint.glob("*medical*")), "a checkpoint is what its manifest says"
+
+
+def test_an_answer_comes_with_its_probability_or_not_at_all(calibrated, said):
+    code, out, err = said(
+        generate,
+        "--checkpoint",
+        calibrated,
+        "--medical",
+        "--safety-threshold",
+        0.75,
+        "--json",
+        *CPU,
+        "--prompt",
+        CLEAR,
+        "--prompt",
+        UNCLEAR,
+        *OPTIONS,
+    )
+    assert code == 0 and err == ""
+    clear, unclear = json_lines(out)
+    assert clear["answered"] and clear["answer"] == "blood" and clear["probability"] >= 0.75
+    assert not unclear["answered"] and unclear["answer"] is None and unclear["referral"] == REFERRAL
+    assert (
+        f"below the {'safety' if unclear['certified_threshold'] < 0.75 else 'certified'} threshold" in unclear["reason"]
+    )
+    assert unclear["threshold"] == max(0.75, unclear["certified_threshold"])
+
+
+def test_what_is_withheld_is_printed_nowhere_and_the_stricter_threshold_applies(calibrated, said):
+    arguments = ("--checkpoint", calibrated, "--medical", *CPU, "--prompt", CLEAR, *OPTIONS)
+    code, out, _ = said(generate, *arguments, "--safety-threshold", 0.999999)
+    assert code == 0 and REFERRAL in out and "blood" not in out
+    assert "not a medical device" in out and "certified threshold" in out and "calibrated on icd10" in out
+
+
+def test_batches_of_lines_hold_questions_with_options_and_without(calibrated, said, tmp_path):
+    rows = [{"prompt": CLEAR, "options": list(sets.LABELS)}, {"prompt": CLEAR}, {"prompt": UNCLEAR}]
+    sets.lines(tmp_path / "prompts", rows)
+    arguments = ("--checkpoint", calibrated, "--medical", "--safety-threshold", 0.6, "--json", *CPU)
+    code, out, err = said(generate, *arguments, "--prompts", tmp_path / "prompts")
+    assert code == 0, err
+    chosen, free, unclear = json_lines(out)
+    assert chosen["options"] == list(sets.LABELS) and "options" not in free
+    assert chosen["answer"] == free["answer"] == "blood"
+    assert 0 < unclear["probability"] < free["probability"] < 1
+
+
+def test_chat_answers_each_line_by_itself_or_refers(calibrated, said, monkeypatch):
+    replies = {}
+    for threshold in (0.01, 0.9999):
+        typed = io.BytesIO(b"clot plasma\n\nclot plasma\n/quit\n")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
+        code, out, err = said(chat, "--checkpoint", calibrated, "--medical", "--safety-threshold", threshold, *CPU)
+        assert code == 0 and "a prompt is empty" in err
+        replies[threshold] = [line for line in out.splitlines() if "probability of being right" in line]
+    low, high = replies.values()
+    assert len(low) == len(high) == 2 and low[0] == low[1], "what was said before is not read"
+    assert all(line.startswith(REFERRAL) for line in high)
+
+
+def test_the_run_s_configuration_switches_it_on_and_flags_override(calibrated, said, tmp_path):
+    """Without calibrated heads such a run gives no text."""
+    from tests.training.tiny_run import rewrite_manifest
+
+    run = run_of(type("T", (), {"run": calibrated}), tmp_path)
+    shutil.rmtree(run / "medical")
+    checkpoint = run / "checkpoints/step_00000100"
+    config = json.loads((checkpoint / "manifest.json").read_bytes())["config"]
+    rewrite_manifest(checkpoint, config=config | {"medical": {"mode": True, "safety_threshold": 0.9}})
+    code, out, err = said(generate, "--checkpoint", run, "--prompt", "clot", *CPU)
+    assert (code, out) == (2, "") and "needs a calibrated head" in err
+    with pytest.raises(UserError, match="without a calibrated probability is not given"):
+        load(run, device="cpu").generate("clot")
+    code, out, err = said(
+        generate, "--checkpoint", run, "--prompt", "clot", "--no-medical", "--max-new-tokens", 2, *CPU
+    )
+    assert code == 0 and out.startswith("clot")
+
+
+def test_the_library_asks(calibrated):
+    model = load(calibrated, device="cpu", medical_mode=True, medical_safety_threshold=0.6)
+    clear = model.ask(CLEAR, options=sets.LABELS)
+    assert clear.answer == "blood" and clear.decision.probability > 0.6
+    (one, other) = model.ask([CLEAR, UNCLEAR])
+    assert one.answer == "blood" and other.decision.probability < one.decision.probability
+
+
+def test_evidence_ranks_words_and_brings_its_faithfulness(calibrated, said, tmp_path):
+    prompt = "clot unspecified plasma\nChapter:"
+    page = tmp_path / "evidence.html"
+    options = [word for label in sets.LABELS for word in ("--option", label)]
+    code, out, err = said(
+        medical, "evidence", "--checkpoint", calibrated, "--prompt", prompt, *options, "--out", page, *CPU
+    )
+    assert code == 0, err
+    for method in ("drive", "embedding", "attention", "random"):
+        assert f"{method} " in out and "comprehensiveness" in out and "sufficiency" in out
+    assert "no reason and no source" in page.read_text(encoding="utf-8")
+
+
+def test_the_report_is_one_page_with_all_baselines(calibrated, trained, said, tmp_path):
+    counts = {"train": 8, "validation": 8, "test": 120}
+    other = sets.labelled(tmp_path / "shifted", kind="gcide", unsure=0.9, per_part=counts)
+    out = tmp_path / "report.json"
+    arguments = (
+        "--checkpoint",
+        calibrated,
+        "--medical",
+        "--data",
+        trained.data,
+        "--shifted",
+        other,
+        "--out",
+        out,
+        *CPU,
+    )
+    fewer = ("--splits", 20, "--resamples", 5, "--evidence-questions", 6)
+    code, text, err = said(evaluate, *arguments, *fewer, "--out", out, *CPU)
+    assert code == 0, err
+    found = json.loads(out.read_bytes())
+    assert set(found["measures"]) == {
+        *("head", "head without liquid states", "head at the question", "base rate", "option probability"),
+        *("sequence log-probability", "P(True)", "agreement of samples", "semantic entropy"),
+    }
+    assert found["measures"]["head"]["auroc"][0] > 0.65 and found["measures"]["head"]["ece"][0] < 0.15
+    assert found["evidence"]["questions"] == 6 and found["shifted"]["sources"] == ["gcide"]
+    rows = from_lines(tmp_path / "report.predictions.jsonl")
+    assert len(rows) == sum(found["questions"].values())
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 3 and "the guarantee is void" in page and "not a medical device" in page
+    assert "AUROC" in text and "not a medical device" in text
+
+
+def test_training_lines_are_of_the_training_part_alone(trained, said, tmp_path):
+    code, _, err = said(medical, "lines", "--data", trained.data, "--out", tmp_path / "lines.jsonl")
+    assert code == 0, err
+    assert len((tmp_path / "lines.jsonl").read_text(encoding="utf-8").splitlines()) == 1200
+
+
+def tampered(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def edited(path):
+    tree = json.loads(path.read_bytes())
+    tree["tasks"]["choice"]["calibration"]["certificate"]["threshold"] = 0.01
+    path.write_text(json.dumps(tree), encoding="utf-8")
+
+
+def of_another(path):
+    from lfm.files import json_checksum
+
+    tree = json.loads(path.read_bytes()) | {"manifest_sha256": "0" * 64}
+    path.write_text(json.dumps(tree | {"checksum": json_checksum(tree)}), encoding="utf-8")
+
+
+def in_half(path):
+    from lfm.files import json_checksum
+
+    tree = json.loads(path.read_bytes()) | {"dtype": "bfloat16"}
+    path.write_text(json.dumps(tree | {"checksum": json_checksum(tree)}), encoding="utf-8")
+
+
+def uncalibrated(path):
+    from lfm.files import json_checksum
+
+    tree = json.loads(path.read_bytes())
+    tree["tasks"]["choice"]["calibration"] = None
+    path.write_text(json.dumps(tree | {"checksum": json_checksum(tree)}), encoding="utf-8")
+
+
+DAMAGE = {
+    "missing": (lambda path: path.unlink(), "needs a calibrated head, and there is no"),
+    "tampered_tensors": (
+        lambda path: tampered(path.with_suffix(".safetensors")),
+        "was changed or is damaged: its hash",
+    ),
+    "missing_tensors": (lambda path: path.with_suffix(".safetensors").unlink(), "cannot be read"),
+    "edited_record": (edited, "its checksum does not match its contents"),
+    "no_json": (lambda path: path.write_text("x"), "is no record of a head"),
+    "another_checkpoint": (of_another, "is of another checkpoint than"),
+    "uncalibrated": (uncalibrated, "for answers of kind choice is fitted and not calibrated; lfm medical calibrate"),
+    "another_dtype": (in_half, "calibrated with a backbone in bfloat16, and here it computes in float32"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_nothing_is_answered_with_a_head_that_does_not_fit(case, calibrated, said, tmp_path):
+    damage, words = DAMAGE[case]
+    run = run_of(type("T", (), {"run": calibrated}), tmp_path)
+    damage(stored_at(run / "checkpoints/step_00000100"))
+    code, out, err = said(generate, "--checkpoint", run, "--medical", "--prompt", CLEAR, *OPTIONS, *CPU)
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1, err
+
+
+REFUSED = {
+    "threshold_1": (("--prompt", CLEAR, *OPTIONS, "--safety-threshold", 1.0), "safety_threshold = 1"),
+    "threshold_0": (("--prompt", CLEAR, *OPTIONS, "--safety-threshold", 0), "safety_threshold = 0"),
+    "empty_prompt": (("--prompt", " ", *OPTIONS), "a prompt is empty"),
+    "one_option": (("--prompt", CLEAR, "--option", "blood"), "leave nothing to choose"),
+    "empty_option": (("--prompt", CLEAR, "--option", "blood", "--option", ""), "an option is empty"),
+    "sampling": (("--prompt", CLEAR, *OPTIONS, "--temperature", 0.3), "temperature=0.3 does not go with medical mode"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_question_that_cannot_be_judged_is_refused(case, calibrated, said):
+    arguments, words = REFUSED[case]
+    code, out, err = said(generate, "--checkpoint", calibrated, "--medical", "--json", *CPU, *arguments)
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1, err
+
+
+def test_options_without_the_mode_and_a_state_with_it_are_refused(calibrated, said, tmp_path):
+    code, _, err = said(generate, "--checkpoint", calibrated, "--prompt", CLEAR, *OPTIONS, *CPU)
+    assert code == 2 and "options are for medical mode" in err
+    code, _, err = said(chat, "--checkpoint", calibrated, "--medical", "--state", tmp_path / "state", *CPU)
+    assert code == 2 and "--state" in err
+
+
+def test_too_few_questions_for_the_guarantee_says_how_many_are_needed(calibrated, trained, said):
+    arguments = ("--checkpoint", calibrated, "--data", trained.data, *CPU)
+    code, _, err = said(medical, "calibrate", *arguments, "--risk", 0.01, "--delta", 0.01)
+    assert code == 2 and "takes 459 answered ones at least, all right; give 918 groups" in err
+
+
+def test_calibrating_without_a_head_is_refused(trained, said):
+    code, _, err = said(medical, "calibrate", "--checkpoint", trained.run, "--data", trained.data, *RISK, *CPU)
+    assert code == 2 and "there is no" in err and "lfm medical fit" in err
+
+
+def test_a_report_on_other_questions_than_the_calibration_s_is_refused(calibrated, said, tmp_path):
+    other = sets.labelled(tmp_path / "other", kind="gcide")
+    code, _, err = said(evaluate, "--checkpoint", calibrated, "--medical", "--data", other, *CPU)
+    assert code == 2 and "another calibration part than the heads were calibrated on" in err
+    code, _, err = said(evaluate, "--checkpoint", calibrated, "--shifted", other, *CPU)
+    assert code == 2 and "are of --medical, which is not given" in err
+
+
+def test_one_answer_is_judged_as_among_others(calibrated, trained):
+    model, tokenizer, _ = open_model(calibrated, device="cpu")
+    questions = open_questions([trained.data]).parts["test"][:40]
+    together = answer(model, tokenizer, questions, "choice", batch_size=16)
+    alone = answer(model, tokenizer, questions[7:8], "choice")
+    for name in ("hidden", "liquid", "scalars"):
+        assert torch.allclose(getattr(together.answer, name)[7:8], getattr(alone.answer, name), atol=1e-4)

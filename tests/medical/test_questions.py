@@ -1,0 +1,129 @@
+"""Sets of questions in their published formats, and parts that share no group."""
+
+import json
+
+import pytest
+
+from lfm.errors import UserError
+from lfm.medical.grading import is_right
+from lfm.medical.questions import PARTS, open_questions
+from tests.medical import sets
+
+
+def groups(found, part):
+    return {(question.source, question.group) for question in found.parts[part]}
+
+
+def test_labelled_texts_ask_for_one_of_their_labels(tmp_path):
+    found = open_questions([sets.labelled(tmp_path / "a"), sets.labelled(tmp_path / "b", kind="gcide")])
+    first = found.parts["training"][0]
+    assert first.text.endswith("\nChapter:") and first.options == tuple(f" {label}" for label in sets.LABELS)
+    assert {question.kind for question in found.parts["test"]} == {
+        *("icd10, residual", "icd10, specific", "gcide, residual", "gcide, specific")
+    }
+    assert {question.specialty for question in found.parts["test"]} == set(sets.LABELS)
+    assert found.parts["test"][-1].text.endswith("\nField:")
+    assert all(found.parts[part] for part in PARTS) and found.straddling == 0
+    for one in PARTS:
+        for other in PARTS:
+            assert one == other or not groups(found, one) & groups(found, other)
+
+
+def test_medmcqa(tmp_path):
+    found = open_questions([sets.medmcqa(tmp_path / "medmcqa")])
+    (test,) = found.parts["test"]
+    assert (test.text, test.completion, test.kind) == ("Which nerve?\nAnswer:", " B two", "multi")
+    assert found.straddling == 1, "the copy of a training question is left out of the test"
+    assert sum(len(found.parts[part]) for part in ("training", "fit", "calibration")) == 40
+    bone = next(question for part in PARTS for question in found.parts[part] if "number 6?" in question.text)
+    assert (bone.completion, bone.specialty) == (" C three", "Anatomy")
+
+
+def test_medqa(tmp_path):
+    found = open_questions([sets.medqa(tmp_path / "medqa")])
+    assert [question.completion for question in found.parts["test"]] == [" Ice", " Heat", " Ice", " Heat", " Ice"]
+    assert len(found.parts["test"][0].options) == 5 and found.parts["test"][0].specialty == "step1"
+    assert not any("old" in question.text for question in found.parts["fit"])
+
+
+def test_pubmedqa(tmp_path):
+    found = open_questions([sets.pubmedqa(tmp_path / "pubmedqa")])
+    questions = [question for part in PARTS for question in found.parts[part]]
+    assert len(questions) == 40 and all(found.parts[part] for part in PARTS)
+    one = next(question for question in questions if question.group == "1001")
+    assert one.text == "Some were treated. Others were not.\nDoes treatment 1 help?\nAnswer:"
+    assert one.options == (" yes", " no", " maybe") and one.completion == " no"
+
+
+def test_a_digest_is_of_the_part(tmp_path):
+    folder = sets.labelled(tmp_path / "a")
+    before = open_questions([folder])
+    assert before.digest("fit") == open_questions([folder]).digest("fit") != before.digest("calibration")
+    assert len(before.limited("test", 7).parts["test"]) == 7
+
+
+def change(folder, file, old, new):
+    text = (folder / file).read_text(encoding="utf-8")
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+BAD = {
+    "no_set": (sets.medqa, lambda f: [file.unlink() for file in f.iterdir()], "is no set of questions: it has neither"),
+    "unknown_label": (
+        sets.labelled,
+        lambda f: change(f, "test.jsonl", '"label": "', '"label": "x'),
+        r"line 1 of .*test.jsonl has the label 'x.*', which labels.json does not have",
+    ),
+    "label_that_does_not_occur": (
+        sets.labelled,
+        lambda f: (f / "labels.json").write_text(json.dumps([*sets.LABELS, "skin"]), encoding="utf-8"),
+        "no text has the label 'skin' of labels.json",
+    ),
+    "empty_text": (
+        sets.labelled,
+        lambda f: sets.lines(f / "test.jsonl", [{"text": " ", "label": "bone", "group": "g"}]),
+        "line 1 of .*test.jsonl has no text under text",
+    ),
+    "no_json": (sets.labelled, lambda f: change(f, "test.jsonl", "{", ""), "line 1 of .*test.jsonl is no JSON object"),
+    "no_labels": (sets.labelled, lambda f: (f / "labels.json").write_text("[]"), "has no labels.json with labels"),
+    "cop": (sets.medmcqa, lambda f: change(f, "dev.json", '"cop": 2', '"cop": -1'), "line 1 of .* has cop=-1"),
+    "answer_idx": (
+        sets.medqa,
+        lambda f: change(f, "phrases_no_exclude_test.jsonl", '"answer_idx": "B"', '"answer_idx": "Z"'),
+        "answer_idx='Z', which is none of its options A, B, C, D, E",
+    ),
+    "options": (
+        sets.medqa,
+        lambda f: sets.lines(f / "phrases_no_exclude_test.jsonl", [{"question": "q", "options": [1]}]),
+        "has no texts under options",
+    ),
+    "decision": (
+        sets.pubmedqa,
+        lambda f: change(f, "ori_pqal.json", '"final_decision": "yes"', '"final_decision": "so"'),
+        "entry 1000 of .* has final_decision='so'; it is yes, no or maybe",
+    ),
+    "contexts": (sets.pubmedqa, lambda f: change(f, "ori_pqal.json", "CONTEXTS", "TEXT"), "no list under CONTEXTS"),
+    "no_object": (sets.pubmedqa, lambda f: (f / "ori_pqal.json").write_text("[]"), "is no JSON object of abstracts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_damaged_set_is_one_sentence(case, tmp_path):
+    make, damage, words = BAD[case]
+    folder = make(tmp_path / "set")
+    damage(folder)
+    with pytest.raises(UserError, match=words) as found:
+        open_questions([folder])
+    assert "\n" not in str(found.value)
+
+
+def test_a_part_without_a_question_is_refused(tmp_path):
+    found = open_questions([sets.labelled(tmp_path / "a", per_part={"train": 40, "validation": 40, "test": 0})])
+    with pytest.raises(UserError, match="no question for the test part"):
+        found.limited("test", 0)
+
+
+def test_the_grader_takes_case_punctuation_and_articles_for_nothing():
+    assert is_right("The heart.", "heart") and is_right("  Blood-clot ", "blood clot")
+    assert not is_right("hearts", "heart") and not is_right("the", "a")
