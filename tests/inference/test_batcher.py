@@ -42,7 +42,7 @@ def test_greedy_answers_of_unequal_prompts_are_those_given_alone(kind):
     assert SIZES.keys() == {config.model_fields["kind"].default for config in FAMILIES}
     model = make(kind)
     asked = [
-        Request(prompt, greedy(4 + 3 * i)) for i, prompt in enumerate(prompts(6, 20 if kind == "liquidnn" else 70))
+        Request(prompt, greedy(3 + 3 * i)) for i, prompt in enumerate(prompts(6, 20 if kind == "liquidnn" else 70))
     ]
     made = run(batcher(model, slots=3), asked)
     want = [alone(model, request.prompt, request.sampling) for request in asked]
