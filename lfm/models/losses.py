@@ -81,6 +81,7 @@ class Objective(Protocol):
 Number = TypeVar("Number", float, Tensor)
 
 
+@runtime_checkable
 class Denominators(Protocol):
     """`Counts`, or the same on a device."""
 
