@@ -151,7 +151,11 @@ def _joined_comparison(device: torch.device, dtype: torch.dtype, D: int) -> Iter
     yield from zip(("the scaled part", "the norm"), got[1:], want[1:], strict=True)
     grads = [draw(9 + i, *part.shape, device=device, dtype=dtype) for i, part in enumerate(got)]
     right = torch.autograd.grad(want, wide, [grad.float() for grad in grads])
-    yield from (("a gradient", *pair) for pair in zip(torch.autograd.grad(got, leaves, grads), right, strict=True))
+    mine = torch.autograd.grad(got, leaves, grads)
+    yield from (("a gradient", *pair) for pair in zip(mine[:2], right[:2], strict=True))
+    # Together: that of log_scale is one number, a sum that may come out near zero.
+    parameters, wanted = (torch.cat([part.flatten() for part in each[2:]]) for each in (mine, right))
+    yield "the gradient of the parameters", parameters, wanted
 
 
 def _gated_comparison(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
