@@ -254,7 +254,8 @@ def losses_of_training(config, steps, backend, monkeypatch) -> list[float]:
     monkeypatch.setattr(op, "runs_triton", lambda *_: backend == "triton")
     model = MiniLiquidGPT(config).to(DEVICE)
     initialize(model, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.embedding.weight.data *= 6  # or 200 steps of so few tokens learn nothing
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     documents, losses = Documents.whole_rows(8, config.seq_length, DEVICE), []
     for step in range(steps):
         model.start_step(step, steps)
@@ -273,10 +274,10 @@ def losses_of_training(config, steps, backend, monkeypatch) -> list[float]:
 @pytest.mark.gpu
 def test_two_hundred_steps_of_training_have_equal_losses(monkeypatch):
     """At the base size, a hundred in each phase."""
-    config = LiquidNNConfig(vocab_size=1000, seq_length=17, bptt_window=8)
+    config = LiquidNNConfig(vocab_size=50, seq_length=17, bptt_window=8)
     got, want = (losses_of_training(config, 200, backend, monkeypatch) for backend in ("triton", "reference"))
-    assert want[-1] < want[0] - 1
-    assert got == pytest.approx(want, rel=1e-3)
+    assert want[-1] < 0.5 * want[0]
+    assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
 
 
 COMPILE = """
