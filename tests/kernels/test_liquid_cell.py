@@ -249,6 +249,37 @@ def test_synapses_go_with_traces():
         liquid_cell(leaves["x"], leaves["state"], weights, norm, ONE, traces=traces)
 
 
+def losses_of_training(config, steps, backend, monkeypatch) -> list[float]:
+    """Of rows that count up, so that there is something to learn."""
+    monkeypatch.setattr(op, "runs_triton", lambda *_: backend == "triton")
+    model = MiniLiquidGPT(config).to(DEVICE)
+    initialize(model, 0)
+    model.embedding.weight.data *= 6  # or 200 steps of so few tokens learn nothing
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    documents, losses = Documents.whole_rows(8, config.seq_length, DEVICE), []
+    for step in range(steps):
+        model.start_step(step, steps)
+        torch.manual_seed(step)
+        first = torch.randint(0, config.vocab_size, (8, 1), device=DEVICE)
+        ids = (first + torch.arange(config.seq_length, device=DEVICE)) % config.vocab_size
+        optimizer.zero_grad()
+        loss = cross_entropy(model, ids, documents) / documents.num_labels
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.gpu
+def test_two_hundred_steps_of_training_have_equal_losses(monkeypatch):
+    """At the base size, a hundred in each phase."""
+    config = LiquidNNConfig(vocab_size=50, seq_length=17, bptt_window=8)
+    got, want = (losses_of_training(config, 200, backend, monkeypatch) for backend in ("triton", "reference"))
+    assert want[-1] < 0.5 * want[0]
+    assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget

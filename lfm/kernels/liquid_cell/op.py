@@ -233,20 +233,24 @@ def _comparison(device: torch.device, dtype: torch.dtype, D: int, plastic: int) 
     """Of matrices in `dtype`: two sequences of more tokens than a window of traces, one of which begins anew."""
     B, T = 2, TOKENS + 2 if plastic else 4
 
-    def drawn(seed: int, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (scale * draw(seed, *shape, device=device, dtype=torch.float32)).to(dtype).requires_grad_()
+    def drawn(
+        seed: int, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        return (mean + scale * draw(seed, *shape, device=device, dtype=torch.float32)).to(dtype).requires_grad_()
 
     leaves = {"x": drawn(0, B, T, D), "the state": drawn(1, B, D)}
     for seed, (name, rows) in enumerate((("input", 2), ("hidden", 2), ("tau", 1)), 2):
         leaves[name] = drawn(seed, rows * D, D, scale=0.5 * D**-0.5, dtype=dtype)
-    for seed, (name, length) in enumerate((("input bias", 2 * D), ("tau bias", D), ("gain", D), ("bias", D)), 5):
+    for seed, (name, length) in enumerate((("input bias", 2 * D), ("gain", D), ("bias", D)), 5):
         leaves[name] = drawn(seed, length)
+    # Time constants and traces that let no rounding grow from token to token, at any width.
+    leaves["tau bias"] = drawn(8, D, scale=0.5, mean=1.0)
     if plastic:
         for seed, name in enumerate(("ih", "hh"), 9):
             leaves[f"M_{name}"] = drawn(seed, B, D, D, scale=0.1)
-            leaves[f"alpha_{name}"] = drawn(seed + 2, D, D, scale=0.1, dtype=dtype)
+            leaves[f"alpha_{name}"] = drawn(seed + 2, D, D, scale=0.3 * D**-0.5, dtype=dtype)
             # Half of the norm at first; where a sequence begins anew, it is out of reach.
-            for part, value in (("eta", 0.03), ("decay", 0.95), ("largest", 0.05 * D)):
+            for part, value in (("eta", 1 / D), ("decay", 0.95), ("largest", 0.05 * D)):
                 leaves[f"{part}_{name}"] = torch.full((1,), value, device=device, requires_grad=True)
     fresh = torch.arange(T, device=device)[None] == torch.tensor([[2], [T]], device=device)
     keep = draw(20, B, T, D, device=device, dtype=torch.float32).gt(-1).float()
