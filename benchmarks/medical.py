@@ -362,6 +362,25 @@ def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: M
     start = time.monotonic()
     measures = report(predictions, {**calibration.temperatures}, certificate, settings)
     times["report"] = time.monotonic() - start
+    measures["cost"] = tasks["choice"].cost.model_dump()
+    measures["naive_bayes"] = {name: naive_bayes_of(flags.data / name) for name in SETS}
+    measures["competence"] = {name: competence(predictions, name) for name in SETS}
+    measures["shifts"], measures["evidence"], measures["seconds"] = {}, {"questions": 0}, times
+    measures["dtype"], measures["torch"] = dtype, torch.__version__
+    measures["device"] = torch.cuda.get_device_name() if flags.device == "cuda" else "cpu"
+    write_durably(out / "predictions.jsonl", to_lines(predictions))
+    shown: list[str] = []
+
+    def keep() -> None:
+        """What there is so far: what follows may fail."""
+        title = f"Medical mode: ICD-10-CM chapters and GCIDE fields, seed {seed}"
+        write_durably(out / "report.html", page(title, measures, "".join(shown)).encode())
+        write_durably(out / "report.json", json.dumps(measures, indent=1, allow_nan=False).encode() + b"\n")
+
+    keep()
+    for own, other in (SETS, SETS[::-1]):
+        measures["shifts"][f"{own} -> {other}"] = shift(found, answered, own, other, seed, settings)
+    keep()
     tests = found.parts["test"]
     step = max(1, len(tests) // max(1, flags.evidence))
     chosen = range(0, len(tests), step)[: flags.evidence]
@@ -370,20 +389,8 @@ def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: M
     spans = evidence(model, tokenizer, pairs, batch_size=size)
     times["evidence"] = time.monotonic() - start
     measures["evidence"] = faithfulness(spans)
-    measures["cost"] = tasks["choice"].cost.model_dump()
-    measures["naive_bayes"] = {name: naive_bayes_of(flags.data / name) for name in SETS}
-    measures["competence"] = {name: competence(predictions, name) for name in SETS}
-    measures["shifts"] = {}
-    for own, other in (SETS, SETS[::-1]):
-        measures["shifts"][f"{own} -> {other}"] = shift(found, answered, own, other, seed, settings)
-    measures["seconds"] = times
-    measures["dtype"], measures["torch"] = dtype, torch.__version__
-    measures["device"] = torch.cuda.get_device_name() if flags.device == "cuda" else "cpu"
-    title = f"Medical mode: ICD-10-CM chapters and GCIDE fields, seed {seed}"
-    examples = "<h2>Some questions</h2>" + "".join(evidence_html(each) for each in spans[:10])
-    write_durably(out / "predictions.jsonl", to_lines(predictions))
-    write_durably(out / "report.html", page(title, measures, examples).encode())
-    write_durably(out / "report.json", json.dumps(measures, indent=1, allow_nan=False).encode() + b"\n")
+    shown += ["<h2>Some questions</h2>", *(evidence_html(each) for each in spans[:10])]
+    keep()
     print("\n".join(lines(measures)), flush=True)
     return {"times": times}
 
