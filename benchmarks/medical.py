@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS[1:]), help="of " + ", ".join(PARTS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--gpus", type=int, default=1, help="seeds at once, a GPU each")
-    parser.add_argument("--minutes", type=float, default=24.0, help="of all seeds and parts on one GPU together")
+    parser.add_argument("--minutes", type=float, default=24.0, help="of all seeds and parts together")
     parser.add_argument("--size", choices=tuple(BACKBONES), default="full")
     parser.add_argument("--max-questions", type=int, default=0, help="of each part, for a dry run; 0: all")
     parser.add_argument("--corpus-bytes", type=int, default=50_000_000)
@@ -81,7 +81,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"error: --parts has {unknown[0]!r}; there are {', '.join(PARTS)}")
     # A seed's share of the minutes: what is not training takes about two fifths of it.
-    minutes = flags.minutes / len(seeds)
+    minutes = flags.minutes / math.ceil(len(seeds) / flags.gpus)
     budget = {"pretrain": 0.38 * minutes, "finetune": 0.14 * minutes}
     if "data" in parts:
         prepare_data(flags)
@@ -236,7 +236,7 @@ def finetune(
     more += [f"optimizer.lr={FINETUNE_RATE[flags.size]}"]
     more += ["checkpoint.keep_best=true"]
     return train(
-        flags, seed, work, "answers", flags.data / "answers", 60 * budget["finetune"], most_epochs=5, more=more
+        flags, seed, work, "answers", flags.data / "answers", 60 * budget["finetune"], most_epochs=6, more=more
     )
 
 

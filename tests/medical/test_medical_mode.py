@@ -34,7 +34,7 @@ def calibrated(trained, tmp_path_factory):
     run = run_of(trained, tmp_path_factory.mktemp("calibrated"))
     for task in ("choice", "text"):
         of = ("--checkpoint", run, "--data", trained.data, "--task", task, *CPU)
-        fewer = ("--max-questions", 160) if task == "text" else ()
+        fewer = ("--max-questions", 300) if task == "text" else ()
         for word, more in {"fit": fewer, "calibrate": (*RISK, *fewer)}.items():
             before, sys.argv = sys.argv, ["lfm", word, *map(str, (*of, *more))]
             try:
@@ -276,6 +276,11 @@ REFUSED = {
     "empty_prompt": (("--prompt", " ", *OPTIONS), "a prompt is empty"),
     "one_option": (("--prompt", CLEAR, "--option", "blood"), "leave nothing to choose"),
     "empty_option": (("--prompt", CLEAR, "--option", "blood", "--option", ""), "an option is empty"),
+    "int8": (("--prompt", CLEAR, *OPTIONS, "--int8"), "--int8 changes the model's probabilities"),
+    "plasticity": (
+        ("--prompt", CLEAR, *OPTIONS, "--no-plasticity"),
+        "--no-plasticity changes the model's probabilities",
+    ),
     "sampling": (("--prompt", CLEAR, *OPTIONS, "--temperature", 0.3), "temperature=0.3 does not go with medical mode"),
 }
 
