@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm.commands.line_editing import is_terminal, remembering, typed
-from lfm.commands.medical_flags import add_medical_flags, medical_of
+from lfm.commands.medical_flags import add_medical_flags, check_as_calibrated, medical_of
 from lfm.config import add_flags, from_flags, path_flag
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
@@ -66,6 +66,7 @@ def main() -> None:
         if flags.state is not None:
             raise UserError("--state does not go with medical mode, which asks each line by itself; leave it out")
         check_sampling(sampling)
+        check_as_calibrated(no_plasticity=flags.no_plasticity)
         mode = MedicalMode(model, tokenizer, checkpoint, medical, {"text"})
         with remembering() as lines, _stop_signals() as stop:
             question_by_question(mode, weights, stop, lines)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from lfm.commands.medical_flags import check_as_calibrated
 from lfm.config import Config, Count
 from lfm.errors import UserError
 from lfm.files import ready_folder, refusing, shown, write_durably
@@ -30,6 +31,7 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     """Write the report beside the heads, or to --out, and print its main lines."""
     if len(flags.checkpoint) > 1 or flags.text or flags.tasks:
         raise UserError("--medical is of one checkpoint and goes with neither --text nor --tasks; leave the others out")
+    check_as_calibrated(int8=flags.int8)
     if not flags.data:
         raise UserError("--medical needs sets of questions; name them with --data DIR")
     from lfm.evaluation.medical import ReportConfig, report

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm.commands.medical_flags import add_medical_flags, medical_of
+from lfm.commands.medical_flags import add_medical_flags, check_as_calibrated, medical_of
 from lfm.config import add_flags, from_flags, path_flag
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
@@ -84,6 +84,7 @@ def main() -> None:
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device, int8=flags.int8)
     medical = medical_of(flags, checkpoint)
     if medical.mode:
+        check_as_calibrated(int8=flags.int8, no_plasticity=flags.no_plasticity)
         answer_selectively(requests, medical, model, tokenizer, checkpoint, as_json=flags.json)
         return
     if any(request.options for request in requests):

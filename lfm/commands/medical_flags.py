@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from lfm.errors import UserError
 from lfm.medical.config import MedicalConfig
 
 
@@ -26,3 +27,13 @@ def medical_of(flags: argparse.Namespace, checkpoint: Path) -> MedicalConfig:
     if flags.safety_threshold is not None:
         tree["safety_threshold"] = flags.safety_threshold
     return MedicalConfig.from_tree(tree, source="--medical and --safety-threshold")
+
+
+def check_as_calibrated(**flags: bool) -> None:
+    """Raise UserError for flags by which a model answers in another way than when its heads were calibrated."""
+    for name, is_set in flags.items():
+        if is_set:
+            raise UserError(
+                f"--{name.replace('_', '-')} changes the model's probabilities, which its heads were calibrated "
+                "without; leave it out, or leave medical mode"
+            )

@@ -5,7 +5,7 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,12 @@ class _OfTheDeviceAlone(tuple[tuple[int, ...], ...]):
     __iter__ = __len__ = __getitem__ = _refuse
 
 
+if TYPE_CHECKING:
+    Lengths = tuple[tuple[int, ...], ...]
+else:
+    Lengths = Any  # whoever checked them at run time would read those of the device alone
+
+
 @dataclass(frozen=True, eq=False)
 class Documents:
     """Document boundaries of a `[B, T]` batch, and which of its ids may be labels.
@@ -41,7 +47,7 @@ class Documents:
     with every document.  `row_is_one_document` says that no row holds a boundary inside it.
     """
 
-    lengths: tuple[tuple[int, ...], ...]
+    lengths: Lengths
     positions: Int[Tensor, "B T"]
     row_is_one_document: bool
     labels_by_row: tuple[int, ...]

@@ -15,7 +15,8 @@ from lfm.medical.features import (
     batches_of_one_length,
     question_features,
     read,
-    score_answers,
+    read_answers,
+    score_options,
 )
 from lfm.medical.grading import is_right
 from lfm.medical.questions import Question, Task
@@ -71,50 +72,45 @@ def answer(
         raise UserError("there is no question to answer; give a set with some")
     n = len(questions)
     found: list[str] = [""] * n
-    log_probability, mean = np.zeros(n), np.zeros(n)
     options: list[np.ndarray] = [np.zeros(0)] * n
-    parts: list[tuple[list[int], Features, Features]] = []
-    encoded = _Encoded(tokenizer)
-    num_tokens = 0
+    encoded, parts = _Encoded(tokenizer), list[tuple[list[int], Features]]()
     for batch in batches_of_one_length(prompts, batch_size):
         end, _ = read(model, [prompts[i] for i in batch])
+        parts.append((batch, question_features(end)))
         if task == "choice":
             pairs = [(place, option) for place, i in enumerate(batch) for option in questions[i].options]
-            scores, _ = score_answers(
-                model,
-                end,
-                [place for place, _ in pairs],
-                [encoded(option) for _, option in pairs],
-                batch_size=8 * batch_size,
-            )
-            sums, at = scores.log_probability.numpy(), 0
+            ids = [encoded(option) for _, option in pairs]
+            limit, most = model.config.context_limit, len(prompts[batch[0]]) + max(map(len, ids))
+            if limit is not None and most > limit:
+                raise UserError(
+                    f"question {batch[0] + 1} has {most} tokens with its longest option and the context is {limit}; "
+                    "shorten it"
+                )
+            sums = score_options(model, end, [place for place, _ in pairs], ids, batch_size=8 * batch_size).numpy()
+            at = 0
             for i in batch:
-                count = len(questions[i].options)
-                options[i] = sums[at : at + count]
-                at += count
-            chosen = [questions[i].options[int(options[i].argmax())] for i in batch]
+                options[i] = sums[at : at + len(questions[i].options)]
+                at += len(questions[i].options)
+                found[i] = questions[i].options[int(options[i].argmax())]
         else:
             *_, made = continuations(model, tokenizer, [prompts[i] for i in batch], FREE_TEXT)
-            chosen = [each.text for each in made]
-        ids = [encoded(text) if text.strip() else encoded("\n") for text in chosen]
-        scores, features = score_answers(model, end, range(len(batch)), ids, batch_size=batch_size)
-        for place, i in enumerate(batch):
-            found[i] = chosen[place].strip()
-        log_probability[batch], mean[batch] = scores.log_probability.numpy(), scores.mean.numpy()
-        parts.append((batch, question_features(end), features))
-        num_tokens += sum(len(prompts[i]) for i in batch) + sum(map(len, ids))
+            for i, each in zip(batch, made, strict=True):
+                found[i] = each.text
         progress(len(batch))
-    order = torch.tensor([i for batch, _, _ in parts for i in batch]).argsort()
+    ids = [encoded(text) if text.strip() else encoded("\n") for text in found]
+    scores, features = read_answers(model, prompts, ids, batch_size=batch_size)
+    found = [text.strip() for text in found]
+    order = torch.tensor([i for batch, _ in parts for i in batch]).argsort()
     right = np.array([is_right_answer(q, text, task) for q, text in zip(questions, found, strict=True)])
     return Answered(
         answers=found,
         right=right,
-        log_probability=log_probability,
-        mean_log_probability=mean,
+        log_probability=scores.log_probability.numpy(),
+        mean_log_probability=scores.mean.numpy(),
         options=options,
-        question=Features.together([part for _, part, _ in parts]).rows(order),
-        answer=Features.together([part for _, _, part in parts]).rows(order),
-        num_tokens=num_tokens,
+        question=Features.together([part for _, part in parts]).rows(order),
+        answer=features,
+        num_tokens=sum(map(len, prompts)) + sum(map(len, ids)),
     )
 
 
@@ -154,8 +150,7 @@ def p_true(
         end, _ = read(model, [prompts[i] for i in batch])
         both = [encoded(word) for word in (YES, NO)] * len(batch)
         places = [place for place in range(len(batch)) for _ in (YES, NO)]
-        scores, _ = score_answers(model, end, places, both, batch_size=8 * batch_size)
-        sums = scores.log_probability.numpy().reshape(-1, 2)
+        sums = score_options(model, end, places, both, batch_size=8 * batch_size).numpy().reshape(-1, 2)
         found[batch] = sums[:, 0] - sums[:, 1]
     return found
 

@@ -20,7 +20,7 @@ from lfm.kernels.rotary import rotated_heads
 from lfm.layers.attention import Attention
 from lfm.layers.diagonal_liquid import DiagonalLiquid
 from lfm.layers.liquid import Liquid
-from lfm.medical.features import batches_of_one_length, read, score_answers
+from lfm.medical.features import read_answers
 from lfm.models.language_model import LanguageModel
 
 Method = Literal["drive", "embedding", "attention", "random"]
@@ -186,13 +186,8 @@ def _probabilities(
     model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], answers: Sequence[str], batch_size: int
 ) -> np.ndarray:
     prompts = [tokenizer.encode_prompt(text) for text in texts]
-    found = np.zeros(len(prompts))
-    for batch in batches_of_one_length(prompts, batch_size):
-        end, _ = read(model, [prompts[i] for i in batch])
-        ids = [tokenizer.encode(answers[i]) for i in batch]
-        scores, _ = score_answers(model, end, range(len(batch)), ids, batch_size=batch_size)
-        found[batch] = scores.mean.exp().numpy()
-    return found
+    scores, _ = read_answers(model, prompts, [tokenizer.encode(text) for text in answers], batch_size=batch_size)
+    return scores.mean.exp().numpy()
 
 
 @dataclass

@@ -35,7 +35,7 @@ class Features:
     liquid: Float[Tensor, "n L W"]
     """State of each recurrent layer; L = 0 where a family has none."""
     scalars: Float[Tensor, "n 4"]
-    """`SCALARS`."""
+    """`SCALARS`; the routers' is over all tokens read."""
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -83,10 +83,12 @@ def recurrent_states(state: State) -> Float[Tensor, "B L W"] | None:
 
 
 @torch.no_grad()
-def read(model: LanguageModel, rows: Sequence[Ids], state: Any = None) -> tuple[End, Float[Tensor, "B T D"]]:
-    """Read rows of one length after a state of as many; their ends, and hidden states of the last `PREFILL_TOKENS`."""
+def read(
+    model: LanguageModel, rows: Sequence[Ids], state: Any = None, *, keep: int = 1
+) -> tuple[End, Float[Tensor, "B kept D"]]:
+    """Read rows of one length after a state of as many; their ends, and the hidden states of the last `keep` tokens."""
     ids = torch.tensor([list(row) for row in rows], device=model.embedding.weight.device)
-    total, hidden = torch.zeros(len(rows), dtype=torch.float64, device=ids.device), torch.empty(0)
+    total, kept = torch.zeros(len(rows), dtype=torch.float64, device=ids.device), []
     for piece in ids.split(PREFILL_TOKENS, dim=1):
         if isinstance(model, Decoder):
             hidden, state, found = model.advance_and_diagnose(piece, state)
@@ -95,7 +97,9 @@ def read(model: LanguageModel, rows: Sequence[Ids], state: Any = None) -> tuple[
                 total += means.entropy.double().mean(0) * piece.shape[1]
         else:
             hidden, state = model.advance(piece, state)
-    return End(hidden[:, -1], state, total / ids.shape[1]), hidden
+        kept.append(hidden[:, -keep:])
+    last = torch.cat(kept, dim=1)[:, -keep:]
+    return End(last[:, -1], state, total / ids.shape[1]), last
 
 
 def batches_of_one_length(rows: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
@@ -109,34 +113,67 @@ def batches_of_one_length(rows: Sequence[Ids], batch_size: int) -> Iterator[list
 
 
 @torch.no_grad()
-def score_answers(
-    model: LanguageModel, end: End, places: Sequence[int], answers: Sequence[Ids], *, batch_size: int
-) -> tuple[AnswerScores, Features]:
-    """Read answers after the prompts at `places` of `end`: how likely each is, and the features at its end."""
-    n, device = len(answers), end.hidden.device
-    scores = torch.zeros(4, n, dtype=torch.float64)
-    liquid = recurrent_states(end.state)
-    width = (0, 0) if liquid is None else tuple(liquid.shape[1:])
-    features = Features(torch.empty(n, end.hidden.shape[1]), torch.empty(n, *width), torch.zeros(n, len(SCALARS)))
-    longest = max(map(len, answers))
+def score_options(
+    model: LanguageModel, end: End, places: Sequence[int], options: Sequence[Ids], *, batch_size: int
+) -> Float[Tensor, " n"]:
+    """Log-probability of options, summed over their tokens, after the prompts at `places` of `end`; float64, CPU.
+
+    Shorter ones are filled on the right, where nothing that is scored sees it; the states after them are dropped.
+    """
+    sums = torch.zeros(len(options), dtype=torch.float64)
+    longest, device = max(map(len, options)), end.hidden.device
     at_once = max(1, min(batch_size, _LOGITS // (longest * model.config.vocab_size)))
-    for batch in batches_of_one_length(answers, at_once):
+    for start in range(0, len(options), at_once):
+        batch = range(start, min(start + at_once, len(options)))
         index = torch.tensor([places[i] for i in batch], device=device)
-        state = end.state.map(lambda tensor, index=index: tensor[index])
-        ids = torch.tensor([list(answers[i]) for i in batch], device=device)
-        after, hidden = read(model, [answers[i] for i in batch], state)
-        before = torch.cat([end.hidden[index][:, None], hidden[:, :-1]], dim=1)
-        logs = F.log_softmax(model.logits(before).float(), dim=-1)
-        of_ids = logs.gather(2, ids[..., None])[..., 0].double()
-        entropy = -(logs.exp() * logs).sum(-1).double()
-        found = torch.stack([of_ids.sum(1), of_ids.mean(1), of_ids.amin(1), entropy.mean(1)])
-        scores[:, batch] = found.cpu()
-        features.hidden[batch] = after.hidden.float().cpu()
-        states = recurrent_states(after.state)
-        if states is not None:
-            features.liquid[batch] = states.float().cpu()
-        features.scalars[batch] = torch.stack([*found[1:], after.router_entropy], dim=1).float().cpu()
-    return AnswerScores(*scores), features
+        lengths = torch.tensor([len(options[i]) for i in batch], device=device)
+        filled = [[*options[i], *[options[i][-1]] * (longest - len(options[i]))] for i in batch]
+        before = end.hidden[index][:, None]
+        if longest > 1:
+            state = end.state.map(lambda tensor, index=index: tensor[index])
+            _, hidden = read(model, [row[:-1] for row in filled], state, keep=longest - 1)
+            before = torch.cat([before, hidden], dim=1)
+        logits, ids = model.logits(before).float(), torch.tensor(filled, device=device)
+        logs = logits.gather(2, ids[..., None])[..., 0].double() - logits.logsumexp(-1).double()
+        inside = torch.arange(longest, device=device) < lengths[:, None]
+        sums[start : start + len(batch)] = (logs * inside).sum(1).cpu()
+    return sums
+
+
+@torch.no_grad()
+def read_answers(
+    model: LanguageModel, prompts: Sequence[Ids], answers: Sequence[Ids], *, batch_size: int
+) -> tuple[AnswerScores, Features]:
+    """Read prompts with their answers behind them: how likely each answer is, and the features at its end."""
+    n, rows = len(answers), [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    scores, places, parts = torch.zeros(4, n, dtype=torch.float64), list[int](), list[Features]()
+    for batch in batches_of_one_length(rows, batch_size):
+        longest = max(len(answers[i]) for i in batch)
+        at_once = max(1, _LOGITS // (longest * model.config.vocab_size))
+        for start in range(0, len(batch), at_once):
+            here = batch[start : start + at_once]
+            found, features = _read_answers(model, [rows[i] for i in here], [len(answers[i]) for i in here])
+            scores[:, here] = found
+            places += here
+            parts.append(features)
+    order = torch.tensor(places).argsort()
+    return AnswerScores(*scores), Features.together(parts).rows(order)
+
+
+def _read_answers(model: LanguageModel, rows: Sequence[Ids], lengths: Sequence[int]) -> tuple[Tensor, Features]:
+    """Of rows of one length that end with an answer of so many tokens; scores are `[4, B]`."""
+    longest = max(lengths)
+    end, hidden = read(model, rows, keep=longest + 1)
+    ids = torch.tensor([row[-longest:] for row in rows], device=hidden.device)
+    logs = F.log_softmax(model.logits(hidden[:, :-1]).float(), dim=-1)
+    of_ids, entropy = logs.gather(2, ids[..., None])[..., 0].double(), -(logs.exp() * logs).sum(-1).double()
+    counts = torch.tensor(lengths, device=ids.device)
+    inside = torch.arange(longest, 0, -1, device=ids.device) <= counts[:, None]  # the last ones
+    total, lowest = (of_ids * inside).sum(1), of_ids.masked_fill(~inside, torch.inf).amin(1)
+    found = torch.stack([total, total / counts, lowest, (entropy * inside).sum(1) / counts])
+    liquid, scalars = recurrent_states(end.state), torch.stack([*found[1:], end.router_entropy], dim=1)
+    states = torch.empty(len(rows), 0, 0) if liquid is None else liquid.float().cpu()
+    return found.cpu(), Features(end.hidden.float().cpu(), states, scalars.float().cpu())
 
 
 def question_features(end: End) -> Features:

@@ -34,7 +34,8 @@ def calibrated(trained, tmp_path_factory):
     run = run_of(trained, tmp_path_factory.mktemp("calibrated"))
     for task in ("choice", "text"):
         of = ("--checkpoint", run, "--data", trained.data, "--task", task, *CPU)
-        for word, more in {"fit": (), "calibrate": RISK}.items():
+        fewer = ("--max-questions", 300) if task == "text" else ()
+        for word, more in {"fit": fewer, "calibrate": (*RISK, *fewer)}.items():
             before, sys.argv = sys.argv, ["lfm", word, *map(str, (*of, *more))]
             try:
                 medical.main()
@@ -275,6 +276,11 @@ REFUSED = {
     "empty_prompt": (("--prompt", " ", *OPTIONS), "a prompt is empty"),
     "one_option": (("--prompt", CLEAR, "--option", "blood"), "leave nothing to choose"),
     "empty_option": (("--prompt", CLEAR, "--option", "blood", "--option", ""), "an option is empty"),
+    "int8": (("--prompt", CLEAR, *OPTIONS, "--int8"), "--int8 changes the model's probabilities"),
+    "plasticity": (
+        ("--prompt", CLEAR, *OPTIONS, "--no-plasticity"),
+        "--no-plasticity changes the model's probabilities",
+    ),
     "sampling": (("--prompt", CLEAR, *OPTIONS, "--temperature", 0.3), "temperature=0.3 does not go with medical mode"),
 }
 
@@ -319,3 +325,13 @@ def test_one_answer_is_judged_as_among_others(calibrated, trained):
     alone = answer(model, tokenizer, questions[7:8], "choice")
     for name in ("hidden", "liquid", "scalars"):
         assert torch.allclose(getattr(together.answer, name)[7:8], getattr(alone.answer, name), atol=1e-4)
+    # The answer's own score, read with its prompt, is that of the option, which was filled up beside longer ones.
+    best = [float(options.max()) for options in together.options]
+    assert best == pytest.approx(together.log_probability.tolist(), abs=1e-4)
+    assert together.options[7] == pytest.approx(alone.options[0], abs=1e-4)
+
+
+def test_a_question_without_room_for_its_options_is_refused(calibrated, said):
+    long = "clot " * 200
+    code, _, err = said(generate, "--checkpoint", calibrated, "--medical", "--prompt", long, *OPTIONS, *CPU)
+    assert code == 2 and "the context is 64" in err
