@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lfm.kernels.lstm import lstm_layer, takes
 from lfm.kernels.recording import is_recording
 from lfm.layers.cost import Cost, matrices
-from lfm.layers.documents import Documents
+from lfm.layers.documents import Documents, Lengths
 
 
 class StackedLSTM(nn.Module):
@@ -135,7 +135,7 @@ def _names(layer: int) -> tuple[str, str, str, str]:
 
 
 def pack_documents(
-    lengths: Sequence[Sequence[int]], device: torch.device
+    lengths: Lengths, device: torch.device
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " longest"], Int[Tensor, " B"]]:
     """Documents as independent sequences without padding, in the layout of torch's PackedSequence.
 

@@ -68,7 +68,7 @@ def test_packed_documents_equal_the_documents_alone(cuts):
 
 
 def test_packing_puts_the_longest_document_first_and_pads_nothing():
-    tokens, sizes, last = pack_documents([[2, 3], [4, 1]], torch.device("cpu"))
+    tokens, sizes, last = pack_documents(((2, 3), (4, 1)), torch.device("cpu"))
     assert tokens.tolist() == [5, 2, 0, 9, 6, 3, 1, 7, 4, 8]
     assert sizes.tolist() == [4, 3, 2, 1]
     assert last.tolist() == [1, 3]
