@@ -143,6 +143,7 @@ def test_matrices_may_be_cut_anyhow(monkeypatch):
     compare(leaves, ONE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_sequence_has_the_same_bits_in_every_batch_and_without_a_gradient():
     leaves = {name: x.float() for name, x in make_leaves(plastic=True, length=18).items()}
@@ -193,7 +194,14 @@ def test_an_empty_gradient_is_zero():
     assert_close(found[0], found[1], 1e-5)
 
 
-@pytest.mark.parametrize("mode, plastic", [("per_sequence", False), ("per_sequence", True), ("batch_mean", True)])
+@pytest.mark.parametrize(
+    "mode, plastic",
+    [
+        pytest.param("per_sequence", False, marks=pytest.mark.slow),
+        ("per_sequence", True),
+        pytest.param("batch_mean", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_on_the_kernels_trains_as_on_plain_pytorch(mode, plastic, monkeypatch):
     """Windows, dropout and, where traces are of sequences, documents."""
     config = LiquidNNConfig(

@@ -1,5 +1,6 @@
 """How many rows travel where, and the rows themselves, between processes with unequal shares."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -52,6 +53,7 @@ def there_and_back(process):
     return found
 
 
+@pytest.mark.slow
 def test_counts_come_before_rows_which_arrive_by_source_and_go_home_with_their_gradients():
     found = run_ranks(there_and_back, WORLD, timeout_seconds=120)
     for seed in range(4):

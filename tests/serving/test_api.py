@@ -115,7 +115,7 @@ def test_stop_texts_seeds_and_several_answers(client, served):
     assert again.choices[0].text == whole
 
 
-@pytest.mark.parametrize("kind", ["liquidnet", "lfm"])
+@pytest.mark.parametrize("kind", ["liquidnet", pytest.param("lfm", marks=pytest.mark.slow)])
 def test_64_clients_at_once_get_what_each_gets_alone(kind, server, served):
     texts = [WORDS[i : i + 3 + (7 * i) % 60] for i in range(64)]
     bodies = [
