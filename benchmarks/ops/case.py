@@ -12,6 +12,8 @@ from torch import Tensor
 COPY_BYTES_PER_SECOND = 4.25e12
 MATMUL_FLOPS_PER_SECOND = 784e12
 """bf16.  Both measured on an H200: a large copy, reads and writes counted, and a large matrix product."""
+FP32_FLOPS_PER_SECOND = 67e12
+"""Of an H200 without its matrix units, by its datasheet."""
 
 FloorKind = Literal["bytes", "flops"]
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import COPY_BYTES_PER_SECOND, Case, floor, graphed, norm_ratio
+from benchmarks.ops.case import COPY_BYTES_PER_SECOND, FP32_FLOPS_PER_SECOND, Case, floor, graphed, norm_ratio
 from lfm.kernels.reservoir import RecurrenceStats, cluster, cluster_fp32, make_reservoir
 from lfm.kernels.reservoir.chunked import (
     backward_sweep,
@@ -25,9 +25,6 @@ T, R, N, D = 8192, 3, 512, 3072
 LEAK_RATE, CHUNK_LENGTH = 0.3, 128
 ONE_WAVE = {1: 103, 2: 205, 8: 410}
 """Batch -> the shortest chunks that one wave of clusters on an H200 holds: 8 abreast up to a batch of 2, else 16."""
-
-FP32_FLOPS_PER_SECOND = 67e12
-"""Of an H200 without its matrix units, by its datasheet."""
 
 
 @functools.cache
