@@ -29,6 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout need not be installed
 
+from lfm.files import write_durably
+
 PARTS = ("data", "pretrain", "finetune", "heads", "summary")
 PACKAGES = ["wordnet-base", "python3.11-doc", "debian-handbook", "dict-foldoc", "dict-jargon", "fortunes"]
 DICTIONARY_BYTES = 26_000_000
@@ -252,7 +254,6 @@ def train(
     more: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A run by configs/lfm_3b.yaml's recipe, of as many steps as fit, which a few steps before tell."""
-    from lfm.files import write_durably
     from lfm.training.metrics_file import read_metrics
     from lfm.training.run import RunConfig
 
@@ -317,7 +318,6 @@ def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: M
     from lfm.evaluation.medical import ReportConfig, report
     from lfm.evaluation.medical_page import page
     from lfm.evaluation.medical_predictions import faithfulness, rows_of, to_lines
-    from lfm.files import write_durably
     from lfm.inference.load import open_model
     from lfm.medical import stored
     from lfm.medical.answering import agreement, answer, p_true

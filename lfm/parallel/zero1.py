@@ -233,7 +233,7 @@ class Zero1(BF16_Optimizer):
     # The update.
 
     @torch.no_grad()
-    def step(self, closure: None = None, *, lr: float = 0.0, scale: float = 1.0) -> None:
+    def step(self, closure: None = None, *, lr: float, scale: float = 1.0) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update with the gradient times `scale`, and start to gather the weights."""
         assert closure is None
         device = self.groups.device

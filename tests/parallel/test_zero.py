@@ -65,7 +65,7 @@ def _zero(process: Process, layout: Layout) -> dict[str, Any]:
             engine.optimizer.start_gradients(leaves_early=True)
             (module(_rows(step, process.rank)) / layout.data).backward()
             engine.optimizer.finish_gradients()
-            engine.optimizer.step()
+            engine.optimizer.step(lr=LR)
             engine.optimizer.wait_for_weights()
         else:
             engine(_rows(step, process.rank)).backward()
