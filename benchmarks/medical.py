@@ -340,7 +340,7 @@ def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: M
     start = time.monotonic()
     of_both = fit_heads(answered["fit"], found.parts["fit"], seed=seed)
     times["fit_heads"] = time.monotonic() - start
-    tasks = {"choice": fitted(of_both, answered["fit"], found, model.config)}
+    tasks: dict[Any, Any] = {"choice": fitted(of_both, answered["fit"], found, model.config)}
     calibration = calibrated(of_both, answered["calibration"], found, risk=RISK, delta=DELTA)
     tasks["choice"] = tasks["choice"].model_copy(update={"calibration": calibration})
     dtype = stored.dtype_name(model.embedding.weight.dtype)

@@ -28,6 +28,7 @@ def peer(name, tmp_path, *keys, start=(PYTHON,)):
     return found, json.loads(out.read_text())["peers"][0] if out.exists() else None
 
 
+@pytest.mark.slow
 @needs_transformers
 def test_transformers_trains_a_model_of_the_same_shape(tmp_path, text_data):
     found, row = peer("hugging_face", tmp_path, *tiny_overrides(tmp_path / "runs", text_data))

@@ -21,7 +21,15 @@ ELSEWHERE = {"float32": 1e-5, "bfloat16": 1e-3}
 """Largest relative deviation of a loss on another processor, by dtype of the weights."""
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+QUICK = ("lfm_dp2_z1", "lfm_tp2_pp2", "lfm_ep2")
+"""Of the layouts; the others take as long, and the certificate has them too."""
+
+
+def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if GOLDENS[name].layout is None or name in QUICK else (pytest.mark.slow,)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in GOLDENS])
 def test_three_updates_are_the_golden_ones(name):
     # The fixture of all tests fills torch.empty and picks other kernels; a golden is what a user's run computes.
     torch.use_deterministic_algorithms(False)

@@ -335,6 +335,7 @@ def cuda_inputs(shape, **options):
 GPU_SHAPES = [(1, 1, 1), (2, 300, 64), (3, 77, 200), (2, 1025, 96), (1, 5000, 130), (4, 2048, 64)]
 
 
+@pytest.mark.slow
 def test_the_bits_of_a_walk_do_not_depend_on_its_tiling():
     """Which the tiling of a launch relies on: it follows the batch size."""
     inputs = make_inputs((2, 37, 40), dtype=torch.float32, resets=[(0, 9), (1, 17)])

@@ -35,6 +35,7 @@ def run(environment, *words):
     )
 
 
+@pytest.mark.slow
 def test_a_prompt_is_read_and_shown_as_utf8_whatever_the_locale(trained, latin1):  # noqa: F811
     command = [PYTHON, "launch/generate.py", "--checkpoint", trained, "--max-new-tokens", "1", "--greedy", "--prompt"]
     found = [run(environment, *command, "caf\u00e9".encode()) for environment in (latin1, ASCII)]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -58,6 +60,7 @@ def test_runs_become_one_picture_and_one_page_without_outside_resources(tmp_path
     assert "<td>optimizer.lr</td><td>0.001</td>" in (one / "plots/plot.html").read_text()
 
 
+@pytest.mark.slow
 def test_names_and_records_of_any_kind(tmp_path):
     one = run_folder(tmp_path / "_a$\\frac$b")
     bad = (

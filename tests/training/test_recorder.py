@@ -102,7 +102,9 @@ def assert_same_state(a, b):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name == "liquidnn" else ()) for name in FAMILIES]
+)
 def test_replayed_steps_are_those_made_op_by_op(family, masked):
     """With a schedule, packed rows, two micro-batches, and validation."""
     model = FAMILIES[family]
