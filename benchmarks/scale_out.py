@@ -15,6 +15,7 @@ record.  `--device cpu` with a small `--config` runs the same over gloo: a dry r
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,11 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import torch
 
-from benchmarks.model.certified import Certifier
+from benchmarks.model.certified import Certifier, small_layout
 from benchmarks.model.collectives import CONNECTIONS, measure_collectives
 from benchmarks.model.command import report
 from benchmarks.model.measure import Plan, measured_here, routings
-from lfm.files import expanded
+from lfm.config import path_flag
+from lfm.data.stream import open_split
+from lfm.errors import UserError
+from lfm.exits import command
+from lfm.files import expanded, ready_folder
 from lfm.job.fork import run_ranks
 from lfm.job.process import prepare_environment
 from lfm.layout.config import ParallelConfig
@@ -79,7 +84,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 CERTIFIED_OVERRIDES = {8: ["model.ffn.num_moe_experts=8", "model.attention.num_query_groups=4"]}
 """What the small config needs to be cut eight ways."""
 
-PARTS = {"certificate", "nccl", "speed", "checkpoint"}
+PARTS = ("certificate", "nccl", "speed", "checkpoint")
+DTYPES = ("float32", "bfloat16")
 
 MOVES = {
     2: ("ep2", ["tp2", "pp2"]),
@@ -99,7 +105,19 @@ def parallel_config(gpus: int, name: str) -> ParallelConfig:
 
 def certificates(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A finding for every layout of LAYOUTS and of the certificate with this number of processes, by dtype."""
-    small = RunConfig.load(flags.certify_config, CERTIFIED_OVERRIDES.get(flags.gpus, []))
+    small, layouts = _small(flags), _to_certify(flags)
+    for dtype in flags.certify_dtype:
+        certifier = Certifier(small, flags.device, getattr(torch, dtype))
+        for name, (parallel, recompute) in layouts.items():
+            finding = certifier.certify(parallel, flags.gpus, recompute)
+            yield {"name": f"{name} in {dtype}", "dtype": dtype, **asdict(finding)}
+
+
+def _small(flags: argparse.Namespace) -> RunConfig:
+    return RunConfig.load(flags.certify_config, CERTIFIED_OVERRIDES.get(flags.gpus, []))
+
+
+def _to_certify(flags: argparse.Namespace) -> dict[str, tuple[ParallelConfig, Recompute]]:
     layouts: dict[str, tuple[ParallelConfig, Recompute]] = {}
     for name, (world, parallel, recompute) in CERTIFIED.items():
         if world == flags.gpus:
@@ -109,12 +127,7 @@ def certificates(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         whole = parallel_config(flags.gpus, name).model_copy(update={"stage_layers": None})
         if (whole, "none") not in layouts.values():
             layouts[name] = whole, "none"
-    for dtype in flags.certify_dtype:
-        certifier = Certifier(small, flags.device, getattr(torch, dtype))
-        for name, (parallel, recompute) in layouts.items():
-            if not flags.only or name in flags.only:
-                finding = certifier.certify(parallel, flags.gpus, recompute)
-                yield {"name": f"{name} in {dtype}", "dtype": dtype, **asdict(finding)}
+    return {name: layout for name, layout in layouts.items() if not flags.only or name in flags.only}
 
 
 def collectives(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -183,13 +196,13 @@ def before(flags: argparse.Namespace) -> dict[str, Any]:
     folder = flags.baseline.resolve()
     out = flags.out.resolve().with_suffix(".before.json")
     path = RunConfig.load(flags.config, flags.overrides).data.path
-    command = [sys.executable, "benchmarks/scale_out.py", "--gpus", flags.gpus, "--config", flags.config]
-    command += ["--certify-config", flags.certify_config, "--device", flags.device, "--parts", "certificate,speed"]
-    command += ["--only", ",".join(wanted(flags)), "--rows-per-gpu", flags.rows_per_gpu, "--warmup", flags.warmup]
-    command += ["--steps", flags.steps, "--timeout", flags.timeout, "--out", out, *flags.overrides]
+    words = [sys.executable, "benchmarks/scale_out.py", "--gpus", flags.gpus, "--config", flags.config]
+    words += ["--certify-config", flags.certify_config, "--device", flags.device, "--parts", "certificate,speed"]
+    words += ["--only", ",".join(wanted(flags)), "--rows-per-gpu", flags.rows_per_gpu, "--warmup", flags.warmup]
+    words += ["--steps", flags.steps, "--timeout", flags.timeout, "--out", out, *flags.overrides]
     # Paths of a config are from where a command starts.
-    command += [f"data.path={expanded(path).resolve()}"] if path is not None else []
-    shown = [str(word) for word in command]
+    words += [f"data.path={expanded(path).resolve()}"] if path is not None else []
+    shown = [str(word) for word in words]
     print(f"{folder}: {' '.join(shown)}", flush=True)
     done = subprocess.run(shown, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)})
     if done.returncode:
@@ -208,7 +221,11 @@ def _run(flags: argparse.Namespace, name: str) -> tuple[RunConfig, Layout | None
     parallel = parallel_config(flags.gpus, name)
     card = run.card if flags.device == "cuda" else None
     sizes = {"global_batch_size": rows, "micro_batch_size": size}
-    return run, check_layout(run.model, parallel, world, **sizes, card=card), world
+    half = run.dtype.itemsize == 2
+    try:
+        return run, check_layout(run.model, parallel, world, **sizes, half=half, card=card), world
+    except UserError as error:
+        raise UserError(f"layout {name} of {flags.rows_per_gpu} rows a GPU: {error}") from None
 
 
 def moved_checkpoint(flags: argparse.Namespace) -> dict[str, Any]:
@@ -242,16 +259,19 @@ def _pretrain(flags: argparse.Namespace, name: str, overrides: list[str]) -> dic
     keys = {"zero_stage": 1, **LAYOUTS[flags.gpus][name]}
     shown = [f"parallel.{key}={json.dumps(value)}" for key, value in keys.items()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(flags.gpus)]
-    command = [*torchrun, "launch/pretrain.py", "--config", flags.config, *overrides, *shown]
-    print(" ".join(command), flush=True)
-    done = subprocess.run(
-        command,
-        encoding="utf-8",
-        errors="replace",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=flags.timeout,
-    )
+    words = [*torchrun, "launch/pretrain.py", "--config", flags.config, *overrides, *shown]
+    print(" ".join(words), flush=True)
+    try:
+        done = subprocess.run(
+            words,
+            encoding="utf-8",
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=flags.timeout,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{name}: its training took more than --timeout {flags.timeout:g} s; raise it") from None
     if done.returncode:
         print(done.stdout[-6000:], flush=True)
         raise SystemExit(f"{name}: exit code {done.returncode}")
@@ -264,36 +284,88 @@ def _pretrain(flags: argparse.Namespace, name: str, overrides: list[str]) -> dic
     return {record["step"]: record["cross_entropy"] for record in records if "cross_entropy" in record}
 
 
+def check(flags: argparse.Namespace) -> None:
+    """Raises UserError for what would otherwise end the work in the middle of it."""
+    for name, least in (("rows_per_gpu", 1), ("warmup", 1), ("steps", 1), ("profiled_steps", 1)):
+        if getattr(flags, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)} is less than {least}")
+    if not flags.minutes > 0:
+        raise UserError(f"--minutes {flags.minutes:g} leaves no time; give more than 0")
+    if not 0 < flags.timeout < math.inf:
+        raise UserError(f"--timeout {flags.timeout:g} is no number of seconds; give more than 0")
+    here = {name for name, (world, _, _) in CERTIFIED.items() if world == flags.gpus}
+    for flag, given, known in (
+        ("--only", flags.only, ["one", *LAYOUTS[flags.gpus], *sorted(here - set(LAYOUTS[flags.gpus]))]),
+        ("--parts", flags.parts, PARTS),
+        ("--certify-dtype", flags.certify_dtype, DTYPES),
+    ):
+        unknown = [word for word in given if word not in known]
+        if unknown:
+            raise UserError(f"{flag} {unknown[0]} is not one of {', '.join(known)}")
+    if flags.baseline is not None and not (flags.baseline / "benchmarks/scale_out.py").exists():
+        raise UserError(f"--baseline {flags.baseline} is no checkout of this repository; make one by git worktree add")
+    ready_folder(flags.out.parent)
+    if flags.device == "cuda" and torch.cuda.device_count() < flags.gpus:
+        raise UserError(
+            f"--gpus {flags.gpus}: {torch.cuda.device_count()} are visible; give fewer, or --device cpu for a dry run"
+        )
+    names = wanted(flags) if "speed" in flags.parts else []
+    if "checkpoint" in flags.parts:
+        saves, continues = MOVES[flags.gpus]
+        names += [saves, *continues]
+    for name in names:
+        run, _, _ = _run(flags, name)
+        open_split(run.data, "train", seq_length=run.model.seq_length, vocab_size=run.model.vocab_size)
+    if "certificate" in flags.parts:
+        small = _small(flags)
+        for parallel, _ in _to_certify(flags).values():
+            for dtype in flags.certify_dtype:
+                small_layout(small, parallel, flags.gpus, getattr(torch, dtype))
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """What earlier calls have written.  Raises UserError for a file of something else."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"--out {path} is no record of this benchmark, to which it would be added; give another file")
+    return found
+
+
+def _listed(text: str) -> list[str]:
+    return text.split(",")
+
+
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpus", type=int, choices=LAYOUTS, required=True)
     parser.add_argument("--config", default="configs/lfm_3b_h200.yaml")
     parser.add_argument("--certify-config", default="configs/lfm_debug.yaml")
-    parser.add_argument("--certify-dtype", type=lambda text: text.split(","), default=["float32", "bfloat16"])
+    parser.add_argument("--certify-dtype", type=_listed, default=[*DTYPES])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--parts", default="certificate,speed,checkpoint", help="of these and nccl")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="names of layouts")
+    parser.add_argument("--parts", type=_listed, default=["certificate", "speed", "checkpoint"])
+    parser.add_argument("--only", type=_listed, default=[], help="names of layouts")
     parser.add_argument("--rows-per-gpu", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--profiled-steps", type=int, default=1)
-    parser.add_argument("--baseline", type=Path, metavar="DIR", help="a checkout of another commit, measured first")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no layout that would take longer")
+    parser.add_argument(
+        "--baseline", type=path_flag, metavar="DIR", help="a checkout of another commit, measured first"
+    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no layout that would take longer")
     parser.add_argument("--timeout", type=float, default=240, help="seconds that one layout may take")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=path_flag, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     flags = parser.parse_intermixed_args()
-    unknown = set(flags.only) - {"one", *LAYOUTS[flags.gpus], *CERTIFIED}
-    if unknown:
-        parser.error(f"--only {','.join(sorted(unknown))}: not one of one,{','.join(LAYOUTS[flags.gpus])}")
-    parts = flags.parts.split(",")
-    if not set(parts) <= PARTS:
-        parser.error(f"--parts {flags.parts}: not all of {','.join(sorted(PARTS))}")
-    if flags.baseline is not None and not (flags.baseline / "benchmarks/scale_out.py").exists():
-        parser.error(f"--baseline {flags.baseline} is no checkout of this repository; make one by git worktree add")
-    flags.end = time.monotonic() + 60 * flags.minutes
     prepare_environment(flags.device)
-    result: dict[str, Any] = json.loads(flags.out.read_text(encoding="utf-8")) if flags.out.exists() else {}
+    check(flags)
+    flags.end = time.monotonic() + 60 * flags.minutes
+    result = recorded(flags.out)
     result.setdefault("certificates", [])
     result.setdefault("layouts", [])
     result.setdefault("nccl", [])
@@ -312,13 +384,13 @@ def main() -> None:
     if flags.baseline is not None:
         result["before"] = before(flags)
         write()
-    if "nccl" in parts:
+    if "nccl" in flags.parts:
         keep("nccl", collectives(flags))
-    if "certificate" in parts:
+    if "certificate" in flags.parts:
         keep("certificates", certificates(flags))
-    if "speed" in parts:
+    if "speed" in flags.parts:
         keep("layouts", speeds(flags, result))
-    if "checkpoint" in parts:
+    if "checkpoint" in flags.parts:
         result["checkpoint_moved"] = moved_checkpoint(flags)
         write()
 

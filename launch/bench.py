@@ -99,6 +99,10 @@ def main() -> None:
             ready_folder(path.parent)
     if flags.op is not None and flags.overrides:
         raise UserError(f"{flags.overrides[0]} goes with --model; an op has no config")
+    if flags.op is not None and flags.gpus is not None:
+        raise UserError(f"--gpus {flags.gpus} goes with --model; an op runs on one")
+    if flags.model is not None and flags.only:
+        raise UserError(f"--only {flags.only} goes with --op; a model has no cases, see --routing")
     if flags.model is not None:
         for name, least in (("warmup", 1), ("steps", 1), ("profiled_steps", 1)):
             if getattr(flags, name) < least:

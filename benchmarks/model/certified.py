@@ -10,13 +10,27 @@ import torch
 
 from lfm.errors import UserError
 from lfm.layout.config import ParallelConfig
-from lfm.layout.layout import check_layout
+from lfm.layout.layout import Layout, check_layout
 from lfm.models.language_model import Recompute
 from lfm.training.certificate import Finding, Numbers, Problem, certify, in_one_process
 from lfm.training.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-_ROWS = 8
+_LEAST_ROWS = 8
+
+
+def _rows(world: int) -> int:
+    """That any number of data-parallel processes can share out, and stages that interleave."""
+    return -(-_LEAST_ROWS // world) * world
+
+
+def small_layout(small: RunConfig, parallel: ParallelConfig, world: int, dtype: torch.dtype) -> Layout:
+    """Of the small model.  Raises UserError where it does not fit."""
+    rows, half = _rows(world), dtype.itemsize == 2
+    try:
+        return check_layout(small.model, parallel, world, global_batch_size=rows, micro_batch_size=1, half=half)
+    except UserError as error:
+        raise UserError(f"the small model that certifies the layout, {small.name}, does not fit it: {error}") from None
 
 
 class Certifier:
@@ -29,19 +43,17 @@ class Certifier:
     def certify(self, parallel: ParallelConfig, world: int, recompute: Recompute = "none") -> Finding:
         """Says what it found too.  Raises UserError where the small model does not fit the layout."""
         small, began = self.small, time.monotonic()
-        rows = max(_ROWS, world)
+        layout = small_layout(small, parallel, world, self.dtype)
         problem = Problem(
             small.model,
             small.optimizer,
             small.seed,
-            rows=rows,
+            rows=layout.num_micro_batches * layout.data,
             micro_batch_size=1,
             steps=1,
             dtype=self.dtype,
             recompute=recompute,
         )
-        half = self.dtype.itemsize == 2
-        layout = check_layout(small.model, parallel, world, global_batch_size=rows, micro_batch_size=1, half=half)
         self._expected = self._expected or in_one_process(problem, self.device_type)
         finding = certify(layout, problem, self._expected, device_type=self.device_type)
         deviations = " ".join(f"{key} {value:.1e}" for key, value in finding.deviations.items())

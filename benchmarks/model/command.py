@@ -27,10 +27,12 @@ def bench_model(flags: argparse.Namespace) -> None:
             f"--gpus {flags.gpus} starts processes, and a launcher has started {process.world_size}; omit it"
         )
     world = process.world_size if flags.gpus is None else flags.gpus
+    if run.parallel.tensor > 1:  # before the card's name is asked for, which starts CUDA
+        prepare_environment(run.device.type, tensor=run.parallel.tensor)
     layout = _layout(run, world)
     if flags.random_ids is False:
         check_data(run)
-    device_type = _device_type(run, world)
+    device_type = _device_type(run, process.local_world_size if flags.gpus is None else flags.gpus)
     chosen = routings(run, flags.routing)
     plan = Plan(flags.warmup, flags.steps, flags.profiled_steps, chosen, flags.random_ids)
     if layout is not None:
@@ -75,14 +77,19 @@ def _layout(run: RunConfig, world: int) -> Layout | None:
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
         half=run.dtype.itemsize == 2,
+        card=run.card,
     )
     return None if layout.zero_stage == 0 else layout
 
 
-def _device_type(run: RunConfig, world: int) -> str:
-    device = run.device.type
-    if device == "cuda" and torch.cuda.device_count() < world:
-        raise UserError(f"--gpus {world}: {torch.cuda.device_count()} are visible; give fewer, or training.device=cpu")
+def _device_type(run: RunConfig, here: int) -> str:
+    """`here`: processes of this machine."""
+    device, visible = run.device.type, torch.cuda.device_count()
+    if device == "cuda" and visible < here:
+        raise UserError(
+            f"{here} processes of this machine want a GPU each and {visible} are visible; start fewer, or set "
+            "training.device=cpu"
+        )
     return device
 
 

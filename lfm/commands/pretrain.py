@@ -13,7 +13,7 @@ from lfm.config import parse_command_line
 from lfm.errors import UserError
 from lfm.exits import command
 from lfm.files import exists
-from lfm.job.process import Process
+from lfm.job.process import Process, prepare_environment
 from lfm.job.rendezvous import one_voice
 from lfm.layout.layout import check_layout
 from lfm.talk import say
@@ -59,6 +59,8 @@ def main() -> None:
         if not (flags.dry_run or flags.folder) or flags.world_size < 1:
             raise UserError(f"--world-size {flags.world_size} plans for 1 or more processes; give it with --dry-run")
         world_size = flags.world_size
+    if run.parallel.tensor > 1:  # before the card's name is asked for, which starts CUDA
+        prepare_environment(run.device.type, tensor=run.parallel.tensor)
     layout = check_layout(
         run.model,
         run.parallel,

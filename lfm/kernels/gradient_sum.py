@@ -31,6 +31,12 @@ class Together:
     def put(self, found: "GradientSum", gradient: Tensor) -> None:
         self._waiting.append((found, gradient))
 
+    def clear(self) -> None:
+        """Forget all of it, after a backward pass that did not end."""
+        for found, _ in self._waiting:
+            found.waits = False
+        self._waiting.clear()
+
     def add(self) -> None:
         """All that wait: behind a backward pass, and before something else is added to one of their sums."""
         waiting, self._waiting = self._waiting, []

@@ -52,7 +52,9 @@ class Bucket:
     additions: list[int] = field(default_factory=list)
     """By parameter, in this step."""
     due: list[int] | None = None
-    """As many there were in the first step; a parameter that had none then lacks in every step."""
+    """As many there were in the first step of as many micro-batches; a parameter that had none then lacks in all."""
+    seen: dict[int, list[int]] = field(default_factory=dict)
+    """`due` by number of micro-batches."""
     has_left: bool = False
     lacking: int = 0
     """Parameters that still await an addition."""
@@ -104,7 +106,7 @@ class Zero1(BF16_Optimizer):
         """In the order in which the forward pass comes to them."""
         self._shared = [b for b in self.buckets if any(p is tied for p in b.parameters for tied in shared)]
         self._counted = [part for bucket in self.buckets for part in self._counted_parts(bucket)]
-        self._leaves_early, self._reduced = False, 0
+        self._leaves_early, self._reduced, self._micro_batches = False, 0, 0
         self._merge_groups()
         for bucket in self.buckets:
             self._sum_gradients(bucket)
@@ -150,15 +152,18 @@ class Zero1(BF16_Optimizer):
             give_sum(parameter, total)
         bucket.additions = [0] * len(bucket.sums)
 
-    def start_gradients(self, *, leaves_early: bool) -> None:
+    def start_gradients(self, *, leaves_early: bool, micro_batches: int) -> None:
         """Before the first pass of a step.
 
-        `leaves_early`: every step adds to each parameter as often as the first one did, so that buckets can leave
-        while passes still run.  Else, and in the first step, all leave at the end.
+        `leaves_early`: every step adds to each parameter as often as the first one of as many micro-batches did, so
+        that buckets can leave while passes still run.  Else, and in such a first step, all leave at the end.
         """
-        self._leaves_early, self._reduced = leaves_early, 0
+        self._leaves_early, self._reduced, self._micro_batches = leaves_early, 0, micro_batches
         for bucket in self.buckets:
+            if bucket.reduction is not None:  # of a step that did not end: it still writes what is written next
+                bucket.reduction.wait()
             bucket.lacking, bucket.reduction, bucket.has_left = len(bucket.sums), None, False
+            bucket.due = bucket.seen.get(micro_batches)
             bucket.additions = [0] * len(bucket.sums)
             for total in bucket.sums:
                 total.start()
@@ -167,8 +172,9 @@ class Zero1(BF16_Optimizer):
     def _added(self, bucket: Bucket, i: int) -> None:
         if bucket.has_left:
             raise RuntimeError(
-                f"{self.param_names[bucket.parameters[i]]} has more gradients in this step than it had in the first, "
-                "and its sum is on its way: this is a bug of the objective or the model"
+                f"{self.param_names[bucket.parameters[i]]} has more gradients in this step than it had in the first of "
+                f"{self._micro_batches} micro-batches, and its sum is on its way: this is a bug of the objective or of "
+                "the model"
             )
         bucket.additions[i] += 1
         if not self._leaves_early or bucket.due is None or bucket.additions[i] != bucket.due[i]:
@@ -198,7 +204,7 @@ class Zero1(BF16_Optimizer):
     def finish_gradients(self) -> None:
         """After the last pass, and after every product that was put off: reduce what has not left, await the rest."""
         for bucket in self.buckets:
-            bucket.due = bucket.due or bucket.additions
+            bucket.seen.setdefault(self._micro_batches, bucket.additions)
         while self._reduced < len(self.buckets):
             for total in self._next_to_leave.sums:
                 total.finish()
@@ -206,6 +212,7 @@ class Zero1(BF16_Optimizer):
         for bucket in reversed(self.buckets):
             if bucket.reduction is not None:
                 bucket.reduction.wait()
+                bucket.reduction = None
         # Behind the reduction: a sum of two is the same number on both stages, so that the copies stay alike.
         for bucket in self._shared:
             dist.all_reduce(bucket.own_gradient, group=self.groups.embedding)
@@ -233,7 +240,7 @@ class Zero1(BF16_Optimizer):
     # The update.
 
     @torch.no_grad()
-    def step(self, closure: None = None, *, lr: float, scale: float = 1.0) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: None = None, *, lr: float, scale: float = 1.0) -> None:  # type: ignore[override]
         """Update with the gradient times `scale`, and start to gather the weights."""
         assert closure is None
         device = self.groups.device

@@ -179,6 +179,8 @@ class LocalEngine(Engine):
         return sums
 
     def _start_gradients(self) -> None:
+        # A pass that an exception has left, such as a rehearsal that cannot be recorded, may have left some behind.
+        self.together.clear()
         for name, found in self.sums.items():
             self.masters[name].grad = None  # of a parameter that is its own master autograd would add to it
             found.start()

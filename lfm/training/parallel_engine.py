@@ -285,7 +285,8 @@ class ParallelEngine(Engine):
         for stage in self.stages:
             stage.begin(self.objective, counts, divisor=divisor, micro_batches=len(micro_batches))
         if self.zero1 is not None:
-            self.zero1.start_gradients(leaves_early=self.config.row_is_one_pass)
+            early = self.config.row_is_one_pass
+            self.zero1.start_gradients(leaves_early=early, micro_batches=len(micro_batches))
         digest = batch.digest(first=self.rows_of_step(len(batch) * self.layout.data).start)
         self._run(micro_batches, forward_only=False)
         if self.zero1 is not None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from operator import attrgetter
@@ -9,14 +10,18 @@ from operator import attrgetter
 import pytest
 import torch
 
+from benchmarks.model.command import _layout
 from benchmarks.model.measure import RandomRows
 from benchmarks.model.parts import COMPUTE, DATA_WAIT, FUNCTIONS, IN_PARALLEL, PARTS, STEP
 from benchmarks.model.plot import COLOURS
 from benchmarks.model.routing import forced_balance
 from benchmarks.model.waterfall import Event, Waterfall, scaled, waterfalls
+from launch.bench import main as bench_main
+from lfm.commands import pretrain
 from lfm.data.stream import BatchStream, open_split
 from lfm.kernels.router import choose_experts
 from lfm.layers import router
+from lfm.training.run import RunConfig
 from lfm.training.start import local_engine
 from tests.training.tiny_run import PYTHON, ROOT, tiny_overrides, tiny_run
 
@@ -81,11 +86,66 @@ def test_the_table_says_that_speeds_of_a_dry_run_mean_nothing(measured):
         (["--model", "configs/lfm_debug.yaml", "--steps", "0"], "--steps 0 is less than 1"),
         (["--model", "configs/lfm_debug.yaml", "--gpus", "0", "--random-ids"], "--gpus 0"),
         (["--model", "configs/lfm_debug.yaml", "--gpus", "2", "--random-ids"], "zero_stage"),
+        (["--model", "configs/lfm_debug.yaml", "--only", "head", "--random-ids"], "--only head goes with --op"),
         (["--model", "configs/lstm_debug.yaml", "--routing", "balanced", "--random-ids"], "no experts"),
     ],
 )
 def test_what_cannot_be_benched_is_one_sentence(flags, words):
     assert_refused(bench(*flags), words)
+
+
+@pytest.mark.parametrize("start", [pretrain.main, bench_main])
+def test_processes_that_cut_matrices_say_so_before_cuda_starts(start, monkeypatch, capsys):
+    """Asking for the card's name starts CUDA, which reads CUDA_DEVICE_MAX_CONNECTIONS then."""
+    name, found = "CUDA_DEVICE_MAX_CONNECTIONS", []
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+
+    def card(device):
+        found.append(os.environ.get(name))
+        return "NVIDIA H200"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", card)
+    keys = ["training.device=cuda", "training.dtype=float32", "parallel.tensor=2", "parallel.zero_stage=1"]
+    keys += ["parallel.sequence_parallel=true", "model.attention.num_query_groups=1"]  # which two do not share out
+    what = ["--config"] if start is pretrain.main else ["--random-ids", "--gpus", "2", "--model"]
+    more = ["--dry-run", "--world-size", "2"] if start is pretrain.main else []
+    monkeypatch.setattr("sys.argv", ["command", *what, "configs/lfm_debug.yaml", *more, *keys])
+    with pytest.raises(SystemExit) as end:
+        start()
+    assert end.value.code == 2 and "num_query_groups=1" in capsys.readouterr().err
+    assert found == ["1"]
+
+
+def test_a_benched_pipeline_has_the_stages_that_training_gives_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    keys = ["training.device=cuda", "training.dtype=bfloat16", "parallel.pipeline=2", "parallel.zero_stage=1"]
+    layout = _layout(RunConfig.load("configs/lfm_3b.yaml", keys), 2)
+    assert layout is not None and "by times on NVIDIA H200" in layout.describe()
+
+
+def test_a_launchers_processes_need_the_gpus_of_their_own_machine_alone(monkeypatch, capsys):
+    launcher = {
+        "RANK": 0,
+        "WORLD_SIZE": 4,
+        "LOCAL_RANK": 0,
+        "LOCAL_WORLD_SIZE": 2,
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": 1,
+    }
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, str(value))
+    keys = ["training.device=cuda", "training.dtype=float32", "training.global_batch_size=8", "parallel.zero_stage=1"]
+    keys += ["training.micro_batch_size=1"]
+    command = ["bench.py", "--random-ids", "--routing", "balanced", "--model", "configs/lstm_debug.yaml", *keys]
+    for visible, words in ((2, "has no experts"), (1, "2 processes of this machine want a GPU each and 1 are visible")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        monkeypatch.setattr("sys.argv", command)
+        with pytest.raises(SystemExit) as end:
+            bench_main()
+        assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_an_op_and_a_model_exclude_each_other():

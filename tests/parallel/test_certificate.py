@@ -17,12 +17,14 @@ import torch
 pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
 pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
 
+from benchmarks.model.certified import small_layout, small_run
 from lfm.errors import UserError
 from lfm.job.process import require_packages
 from lfm.layers.attention import AttentionConfig
 from lfm.layers.liquid import ReservoirConfig
 from lfm.layers.moe import MoEConfig
 from lfm.layers.router import BiasBalance
+from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import check_layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.certificate import LAYOUTS, Numbers, Problem, certify, compare, in_one_process
@@ -217,6 +219,18 @@ def test_a_bad_request_is_refused_in_one_sentence(words, said):
     found = certify_command(*words)
     assert found.returncode == 2
     assert found.stderr.count("error:") == 1 and said in found.stderr
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6, 8, 12])
+def test_any_number_of_processes_can_be_certified(world):
+    layout = small_layout(small_run("lfm"), ParallelConfig(zero_stage=1), world, torch.float32)
+    assert layout.data == world and layout.num_micro_batches * world >= 8
+
+
+def test_a_layout_that_the_small_model_does_not_fit_is_one_sentence():
+    parallel = ParallelConfig(zero_stage=1, tensor=8, sequence_parallel=True)
+    with pytest.raises(UserError, match=r"the small model that certifies the layout, lfm_debug, does not fit it: "):
+        small_layout(small_run("lfm"), parallel, 8, torch.float32)
 
 
 @pytest.mark.slow

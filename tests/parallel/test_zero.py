@@ -62,7 +62,7 @@ def _zero(process: Process, layout: Layout) -> dict[str, Any]:
     )
     for step in range(STEPS):
         if layout.zero_stage == 1:
-            engine.optimizer.start_gradients(leaves_early=True)
+            engine.optimizer.start_gradients(leaves_early=True, micro_batches=1)
             (module(_rows(step, process.rank)) / layout.data).backward()
             engine.optimizer.finish_gradients()
             engine.optimizer.step(lr=LR)

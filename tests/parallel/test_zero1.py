@@ -1,6 +1,7 @@
 """When ZeRO-1's buckets travel: what equal numbers do not show."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -17,10 +18,10 @@ from lfm.layers.moe import MoEConfig
 from lfm.layout.config import ParallelConfig
 from lfm.layout.layout import Layout, check_layout
 from lfm.models.lfm import LFMConfig
-from lfm.training.certificate import Problem, parallel_engine
+from lfm.training.certificate import Problem, local_engine, parallel_engine
 from lfm.training.optimizer.adamw import AdamWConfig
 from lfm.training.optimizer.groups import parameter_groups, split_groups
-from tests.parallel.engine_numbers import join
+from tests.parallel.engine_numbers import CPU, join, state
 
 TINY = LFMConfig(
     hidden_size=16,
@@ -98,6 +99,74 @@ def test_buckets_leave_during_the_last_backward_and_come_back_under_the_next_for
         assert any(name.startswith("layers.2.") for name in found["under_way"]["0"])
 
 
+def _of_unequal_sizes(process: Process, layout: Layout | None) -> dict[str, Any]:
+    """Loss and norm of steps of 2 and 4 rows in turn, and how many buckets had left when their passes ended."""
+    engine: Any = local_engine(PROBLEM, CPU) if layout is None else parallel_engine(PROBLEM, join(process, layout))
+    zero1: Any = None if layout is None else engine.deepspeed.optimizer
+    steps: list[tuple[float, float]] = []
+    left: list[int] = []
+    if zero1 is not None:
+        finish = zero1.finish_gradients
+
+        def finished() -> None:
+            left.append(zero1._reduced)
+            finish()
+
+        zero1.finish_gradients = finished
+    for step, rows in enumerate((2, 4, 2, 4)):
+        batch = dataclasses.replace(PROBLEM, rows=rows).batch(step)
+        result = engine.forward_backward(batch[engine.rows_of_step(rows)])
+        steps.append((result.loss, engine.step(1e-4)))
+    return {"steps": steps, "left": left, "buckets": len(zero1.buckets) if zero1 is not None else 0}
+
+
+def test_steps_may_have_other_numbers_of_micro_batches():
+    [want] = run_ranks(_of_unequal_sizes, 1, None, timeout_seconds=60)
+    for found in run_ranks(_of_unequal_sizes, 2, _layout(), timeout_seconds=60):
+        # The first step of a number of micro-batches shows what to await in others of as many.
+        assert found["left"] == [0, 0, found["buckets"], found["buckets"]] and found["buckets"] > 3
+        for got, expected in zip(found["steps"], want["steps"], strict=True):
+            assert got == pytest.approx(expected, rel=1e-4)
+
+
+def _broken_off(process: Process, layout: Layout) -> list[bool]:
+    """After a backward pass that an exception ended under way: whether the next step is that of an engine without."""
+    groups = join(process, layout)
+    engines = [parallel_engine(PROBLEM, groups) for _ in range(2)]
+    own = engines[0].rows_of_step(PROBLEM.rows)
+
+    calls = itertools.count()
+
+    def broken(gradient: Tensor) -> None:
+        if next(calls) == 1:
+            raise ZeroDivisionError
+
+    for engine in engines:
+        engine.forward_backward(PROBLEM.batch(0)[own])
+        engine.step(1e-2)
+    # Of the first layer and the last micro-batch, so that buckets of later layers have left.
+    first = min(weight.name for weight in engines[0].weights if weight.name.endswith("_norm.weight"))
+    norm = next(weight.parameter for weight in engines[0].weights if weight.name == first)
+    hook, was_broken = norm.register_hook(broken), False
+    try:
+        engines[0].forward_backward(PROBLEM.batch(1)[own])
+    except ZeroDivisionError:
+        was_broken = True
+    hook.remove()
+    norms, states = [], []
+    for engine in engines:
+        engine.forward_backward(PROBLEM.batch(2)[own])
+        norms.append(engine.step(1e-2))
+        states.append(state(engine))
+    alike = [bool((part[3] == states[1][key][3]).all()) for key, part in states[0].items()]
+    return [was_broken, norms[0] == norms[1], all(alike)]
+
+
+def test_a_backward_pass_that_did_not_end_leaves_nothing_to_the_next_step_of_two_ranks():
+    for layout in (_layout(), _layout(expert=2)):
+        assert run_ranks(_broken_off, 2, layout, timeout_seconds=60) == [[True] * 3] * 2
+
+
 class Partly(nn.Module):
     """Two of three parameters have a gradient; one of them on rank 0 alone."""
 
@@ -130,7 +199,7 @@ def _partly(process: Process, layout: Layout) -> dict[str, Any]:
     )
     zero1, sums = engine.optimizer, []
     for step in range(2):
-        zero1.start_gradients(leaves_early=True)
+        zero1.start_gradients(leaves_early=True, micro_batches=2)
         for micro_batch in range(2):
             module(torch.full((5,), 1.0 + step + micro_batch), process.rank).backward()
         zero1.finish_gradients()

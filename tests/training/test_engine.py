@@ -190,6 +190,24 @@ def test_a_steps_gradients_begin_anew(dtype):
     assert all(torch.equal(second[name], first[name]) for name in first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_backward_pass_that_did_not_end_leaves_nothing_to_the_next_step(dtype):
+    """Small gradients, which wait for each other, were made before the exception and are of no later step."""
+
+    def broken(gradient):
+        raise ZeroDivisionError
+
+    engine, other = (_engine(micro_batch_size=2, dtype=dtype) for _ in range(2))
+    hook = dict(engine.model.named_parameters())["layers.0.attention_norm.weight"].register_hook(broken)
+    with pytest.raises(ZeroDivisionError):
+        engine.forward_backward(Batch(_rows(), LENGTHS))
+    hook.remove()
+    for each in (engine, other):
+        each.forward_backward(Batch(_rows(), LENGTHS))
+    want = _grads(other)
+    assert all(torch.equal(gradient, want[name]) for name, gradient in _grads(engine).items())
+
+
 def test_a_non_finite_loss_names_its_rows_and_stops_before_the_update():
     engine = _engine(micro_batch_size=2, untie_embeddings_and_output_weights=True)
     start = {n: m.detach().clone() for n, m in engine.masters.items()}
