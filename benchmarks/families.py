@@ -30,9 +30,17 @@ PRESETS: dict[str, tuple[str, int, list[str]]] = {
     "laerc_library_chunked": ("laerc_owt", 1000, [*LAERC_LIBRARY, "model.backend=chunked", "model.warmup=32"]),
     # The published micro-batch; an update of the published recipe is 16 of them.
     "liquidlm": ("liquidlm", 1000, ["training.global_batch_size=32", "data.allow_smaller_tokenizer=true"]),
-    "liquidnn_small": ("liquidnn_small", 40, []),
-    "liquidnn_base": ("liquidnn_base", 40, []),
-    "liquidnn_large": ("liquidnn_large", 20, []),
+    "liquidnn_small": ("liquidnn_small", 200, []),
+    "liquidnn_base": ("liquidnn_base", 200, []),
+    **{
+        f"liquidnn_base_{rows}": (
+            "liquidnn_base",
+            200,
+            [f"training.global_batch_size={rows}", f"training.micro_batch_size={rows}"],
+        )
+        for rows in (64, 128, 512)
+    },
+    "liquidnn_large": ("liquidnn_large", 200, []),
     "liquidnet_tiny": ("liquidnet_tiny", 1000, []),
     "liquidnet_small": ("liquidnet_small", 1000, []),
     "liquidnet_base": ("liquidnet_base", 1000, []),

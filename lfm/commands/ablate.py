@@ -23,7 +23,7 @@ def main() -> None:
         only={"metavar": "ARM,...", "help": "run these arms now; default: all"},
         tasks={"metavar": "TASK,...", "help": "run these now: text, or a probe by its name; default: all"},
         minutes={"type": float, "metavar": "M", "help": "begin no run that would not fit; save what runs at the end"},
-        gpus={"metavar": "N,...", "help": "GPUs, a run at once on each; default: all that are visible"},
+        gpus={"metavar": "N,...", "help": "GPUs, a run at once on each naming of one; default: all that are visible"},
     )
     from lfm.experiments.ablation import first_runs
     from lfm.experiments.harness import prepared, run_set, visible_gpus

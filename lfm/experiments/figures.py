@@ -55,14 +55,14 @@ def _curve(arm: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[di
     """By validation: tokens, seconds, and of loss and bits per byte the values of the seeds at the best rate."""
     if arm["best_rate"] is None or arm["untrained"]:
         return []
-    own = [
-        run for run in runs if run["arm"] == arm["name"] and run["task"] == "text" and run["rate"] == arm["best_rate"]
-    ]
-    whole = [run for run in own if run["held_out_loss"] is not None]
+    text = [run for run in runs if run["arm"] == arm["name"] and run["task"] == "text"]
+    text = [run for run in text if run["held_out_loss"] is not None]
+    whole = [run for run in text if run["rate"] == arm["best_rate"]]
+    timed = [run for run in text if not run["speed"].get("shares_gpu")] or whole
     points = []
     for found in zip(*(run["validation"] for run in whole), strict=False):
         place = len(points)
-        seconds = statistics.fmean(run["speed"]["seconds_of_validations"][place] for run in whole)
+        seconds = statistics.fmean(run["speed"]["seconds_of_validations"][place] for run in timed)
         bits = [bits for _, _, bits in found if bits is not None]
         points.append({"tokens": found[0][0], "seconds": seconds, "loss": [loss for _, loss, _ in found], "bits": bits})
     return points

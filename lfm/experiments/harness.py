@@ -202,7 +202,8 @@ def prepared(ablation: AblationConfig, *, only: Sequence[str] = (), tasks: Seque
 def visible_gpus(wanted: str | None, device: torch.device) -> list[str | None]:
     """What CUDA_VISIBLE_DEVICES is for each run at once; [None]: one at a time, on the device that there is.
 
-    `wanted`: numbers such as 0,1; None: all.  Raises UserError for more than there are.
+    `wanted`: numbers such as 0,1, one twice for two runs at once there; None: all.  Raises UserError for more than
+    there are.
     """
     if device.type != "cuda":
         if wanted is not None:
@@ -217,8 +218,8 @@ def visible_gpus(wanted: str | None, device: torch.device) -> list[str | None]:
         return [*names]
     numbers = wanted.split(",")
     for number in numbers:
-        if not number.isdecimal() or numbers.count(number) > 1:
-            raise UserError(f"--gpus {wanted} is no list of different numbers; write it as 0,1,2")
+        if not number.isdecimal():
+            raise UserError(f"--gpus {wanted} is no list of numbers; write it as 0,1,2")
         if int(number) >= count:
             raise UserError(f"--gpus {wanted} asks for GPU {number}, and {count} are visible, from 0 on; name fewer")
     return [names[int(number)] for number in numbers]
@@ -231,6 +232,8 @@ def run_set(harness: Harness, gpus: Sequence[str | None], *, minutes: float | No
     Raises UserError for data that do not fit, and for a folder of another set or of another process.
     """
     ablation, begun = harness.ablation, time.monotonic()
+    if ablation.match.by == "seconds" and len(set(gpus)) < len(gpus):
+        raise UserError("match.by=seconds gives each run a GPU of its own; name every one once in --gpus")
     folder = ablation.folder
     ready_folder(folder)
     deadline = None if minutes is None else begun + 60 * minutes
@@ -369,12 +372,13 @@ class _Processes:
         config, log = (planned.folder.with_name(f"{planned.folder.name}{end}") for end in (".yaml", ".log"))
         if not exists(config) or read_file(config) != planned.run.to_yaml().encode():
             write_durably(config, planned.run.to_yaml().encode())
-        measures = {
+        measures: dict[str, Any] = {
             "is_probe": planned.task in PROBES,
             "plasticity_words": self.harness.ablation.plasticity_words if planned.task == TEXT else 0,
             "keep_checkpoints": self.harness.ablation.keep_checkpoints,
         }
         slot = self.free.pop(0)
+        measures["shares_gpu"] = self.slots.count(slot) > 1
         process = self._context.Process(target=in_own_process, args=(str(config), str(log), slot, measures))
         process.start()
         self.running[planned.folder] = _Running(planned, process, slot, log)

@@ -47,6 +47,11 @@ class Result:
         return self.finished["diverged"] is not None
 
     @property
+    def shares_gpu(self) -> bool:
+        """Whether other runs were under way on its GPU."""
+        return self.finished.get("shares_gpu", False)
+
+    @property
     def loss(self) -> float:
         """Held out, nats per label; infinite of a run that diverged."""
         return math.inf if self.diverged or not self.validation else self.validation[-1]["validation_loss"]
@@ -97,6 +102,7 @@ class Result:
             # What another machine, or another day, gives otherwise.
             "speed": {
                 "tokens_per_second": self.tokens_per_second,
+                "shares_gpu": self.shares_gpu,
                 "seconds": self.seconds,
                 "seconds_of_validations": [self.seconds_at(r["tokens"]) for r in self.validation],
                 "memory_gib": self.memory_gib,
@@ -198,6 +204,8 @@ def _arm(ablation: AblationConfig, arm: str, size: Size, results: Sequence[Resul
     best = best_rate(sweep) if whole else None
     at_best = sorted((r for r in text if r.planned.rate == best), key=lambda r: ablation.seeds.index(r.planned.seed))
     good = [result for result in at_best if not math.isinf(result.loss)]
+    # All rates take the same time.
+    timed = [result for result in text if not result.diverged and not result.shares_gpu] or good
     found: dict[str, Any] = {
         "name": arm,
         "config": ablation.arms[arm].config,
@@ -213,8 +221,9 @@ def _arm(ablation: AblationConfig, arm: str, size: Size, results: Sequence[Resul
         "steps": at_best[0].planned.run.training.steps if at_best else None,
         "tokens": at_best[0].tokens if at_best else None,
         "speed": {
-            "tokens_per_second": _median([r.tokens_per_second for r in good if r.tokens_per_second]),
-            "seconds": _median([r.seconds for r in good]),
+            "tokens_per_second": _median([r.tokens_per_second for r in timed if r.tokens_per_second]),
+            "seconds": _median([r.seconds for r in timed]),
+            "shares_gpu": any(r.shares_gpu for r in timed),
             "memory_gib": max((r.memory_gib for r in good if r.memory_gib is not None), default=None),
         },
         "probes": {},
@@ -271,7 +280,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     for arm in arms:
         counts = ", ".join(f"{arm[key]:,}" for key in ("active_non_embedding", "total", "frozen"))
-        speed = arm["speed"]
+        speed, shared = arm["speed"], " (shared)" if arm["speed"].get("shares_gpu") else ""
         cells = [
             arm["name"],
             counts,
@@ -279,8 +288,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             _rate(arm),
             _band_text(arm["held_out_loss"]) + (f"; {arm['diverged']} diverged" if arm["diverged"] else ""),
             _band_text(arm["bits_per_byte"]),
-            f"{speed['tokens_per_second']:,.0f}" if speed["tokens_per_second"] else "",
-            f"{speed['seconds']:,.1f}" if speed["seconds"] else "",
+            f"{speed['tokens_per_second']:,.0f}{shared}" if speed["tokens_per_second"] else "",
+            f"{speed['seconds']:,.1f}{shared}" if speed["seconds"] else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if probes:
@@ -338,6 +347,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     if tokens:
         counts = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
         notes.append(f"{counts} tokens a run; seeds {', '.join(map(str, result['seeds']))}.")
+    if any(arm["speed"].get("shares_gpu") for arm in result["arms"]):
+        notes.append("(shared): no run of the arm had its GPU for itself.")
     if edges:
         notes.append(f"At an edge of its learning rates, beyond which a better one may lie: {', '.join(edges)}.")
     if result["missing"]:

@@ -125,8 +125,8 @@ def test_arms_tasks_and_gpus_that_are_not_there(text_data, tmp_path, monkeypatch
     assert visible_gpus(None, cpu.run.device) == [None]
     with pytest.raises(UserError, match="--gpus 0 is for GPUs, and runs of this set train on the cpu"):
         visible_gpus("0", cpu.run.device)
-    with pytest.raises(UserError, match="--gpus 0,0 is no list of different numbers"):
-        visible_gpus("0,0", cuda.run.device)
+    with pytest.raises(UserError, match="--gpus 0,first is no list of numbers"):
+        visible_gpus("0,first", cuda.run.device)
     # More than any machine has.
     with pytest.raises(UserError, match=r"--gpus 0,99 asks for GPU (0|99), and \d+ are visible, from 0 on; name fewer"):
         visible_gpus("0,99", cuda.run.device)
@@ -179,6 +179,8 @@ def test_a_set_that_was_killed_gives_the_same_table(whole, text_data, tmp_path, 
     assert finished == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("finished.json")}
     one, other = (read_report(each.folder / "RESULT.json") for each in (whole, ablation))
     assert without_speed(one["arms"][0]) == without_speed(other["arms"][0]) and not other["complete"]
+    assert [each["arms"][0]["speed"]["shares_gpu"] for each in (one, other)] == [False, True]
+    assert " (shared) |" in markdown(other) and "(shared)" not in markdown(one)
     runs = [run for run in one["runs"] if run["arm"] == "transformer"]
     assert len(runs) == 3 and without_speed(runs) == without_speed(other["runs"])
     assert not list(tmp_path.rglob("checkpoints")), "those of finished runs are gone"
@@ -294,6 +296,8 @@ def test_matching_by_flops_and_by_seconds(whole, text_data, tmp_path):
         check_matched(by_flops, sizes_of(runs))
     by_seconds = loaded(text_data, tmp_path, "match={by: seconds, seconds: 3}", *TWO)
     harness = prepared(by_seconds)
+    with pytest.raises(UserError, match=r"match\.by=seconds gives each run a GPU of its own; name every one once"):
+        run_set(harness, ["0", "0"])
     pilots = harness.planned()
     assert [(each.task, each.run.training.steps) for each in pilots] == [("pilot", 50)] * 2
     # As if a finished run were the pilot: it has all that one has.
