@@ -45,7 +45,8 @@ def in_own_process(config: str, log: str, gpu: str | None, measures: dict[str, A
 def work(config: Path, *, is_probe: bool, plasticity_words: int, keep_checkpoints: bool, shares_gpu: bool) -> None:
     """Train to the last step, or to a wish to stop; if it is trained, measure it and write what was found.
 
-    `shares_gpu`: other runs are under way on the GPU, so that speeds are not this run's alone.  A loss that is no number is a finding too: that the rate is too high.
+    `shares_gpu`: other runs are under way on the GPU, so that speeds are not this run's alone.  A loss that is no
+    number is a finding too: that the rate is too high.
     """
     begun, run = time.monotonic(), RunConfig.load(config)
     found: dict[str, Any] = {"diverged": None, "shares_gpu": shares_gpu}

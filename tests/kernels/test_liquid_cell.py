@@ -263,7 +263,9 @@ def losses_of_training(config, steps, backend, monkeypatch) -> list[float]:
     model = MiniLiquidGPT(config).to(DEVICE)
     initialize(model, 0)
     model.embedding.weight.data *= 6  # or 200 steps of so few tokens learn nothing
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    # At 3e-3 weights that differ by 1e-7 of themselves give losses that differ by 6 % after 60 steps, at this rate by
+    # 3e-5 after 200.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     documents, losses = Documents.whole_rows(8, config.seq_length, DEVICE), []
     for step in range(steps):
         model.start_step(step, steps)
@@ -285,7 +287,7 @@ def test_two_hundred_steps_of_training_have_equal_losses(monkeypatch):
     config = LiquidNNConfig(vocab_size=50, seq_length=17, bptt_window=8)
     got, want = (losses_of_training(config, 200, backend, monkeypatch) for backend in ("triton", "reference"))
     assert want[-1] < 0.5 * want[0]
-    assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
+    assert got == pytest.approx(want, rel=1e-3)
 
 
 COMPILE = """
