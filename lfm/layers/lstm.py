@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lfm.kernels.lstm import lstm_layer, takes
+from lfm.kernels.lstm import lstm_stack, takes
 from lfm.kernels.recording import is_recording
 from lfm.layers.cost import Cost, matrices
 from lfm.layers.documents import Documents, Lengths
@@ -52,9 +52,13 @@ class StackedLSTM(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         sizes, tokens, final = None, None, None
         packed = documents is not None and not documents.row_is_one_document
-        by_steps = state is None and T > 1 and self._takes_steps(x)
-        y = x if by_steps else x.to(wide)
-        if documents is not None and packed and not by_steps:
+        if state is None and T > 1 and self._takes_steps(x):
+            layers = [[self.get_parameter(name) for name in _names(layer)] for layer in range(self.num_layers)]
+            starts = documents.starts if documents is not None and packed else None
+            y, h, c = lstm_stack(x, layers, starts, dropout=self.dropout if self.training else 0.0)
+            return y, (h, c)
+        y = x.to(wide)
+        if documents is not None and packed:
             tokens, sizes, final = pack_documents(documents.lengths, x.device)
             y = y.flatten(0, 1).index_select(0, tokens)
         sequences = B if sizes is None else int(sizes[0])
@@ -66,12 +70,6 @@ class StackedLSTM(nn.Module):
         for layer in range(self.num_layers):
             if layer > 0:
                 y = F.dropout(y, self.dropout, self.training)
-            if by_steps:
-                starts = documents.starts if documents is not None and packed else None
-                y, h, c = lstm_layer(y, *(self.get_parameter(name) for name in _names(layer)), reset=starts)
-                ends_h.append(h)
-                ends_c.append(c)
-                continue
             if state is None:
                 start = [y.new_zeros(1, sequences, self.hidden_size)] * 2
             else:

@@ -2,6 +2,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lfm.kernels.layer_norm import layer_norm
 from lfm.kernels.rms_norm import add_rms_norm
 from lfm.layers.parts import PLAIN, Parts
 from lfm.layers.stored import Stored
@@ -29,3 +30,10 @@ class RMSNorm(nn.Module):
     ) -> tuple[Float[Tensor, "... D"], Float[Tensor, "... D"]]:
         """`x + y`, or x where there is no y, and the same normalized."""
         return add_rms_norm(x, y, self.parts.shared(self.weight), eps=self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over the last dimension, with gain and bias; statistics in at least fp32.  Ba et al. 2016, arXiv 1607.06450."""
+
+    def forward(self, input: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return layer_norm(input, self.weight, self.bias, eps=self.eps)

@@ -15,6 +15,7 @@ from lfm.kernels.gating import gated, joined_norm, scaled_sum
 from lfm.kernels.reservoir import RecurrenceStats, reservoir_recurrence
 from lfm.layers.cost import Cost, frozen_matrices, matrices
 from lfm.layers.linear import Linear
+from lfm.layers.norm import LayerNorm
 from lfm.layers.residual import ResidualStream
 from lfm.layers.stored import Stored
 from lfm.models.decoder import Block, Context, Decoder, Memory
@@ -228,15 +229,15 @@ class LAERCBlock(Block):
         D, R, epsilon = config.hidden_size, config.reservoir_size, config.layernorm_epsilon
         self.use_reservoir = config.use_reservoir
         if config.use_reservoir or config.keep_input_norm:
-            self.input_norm = nn.LayerNorm(D, eps=epsilon)
+            self.input_norm = LayerNorm(D, eps=epsilon)
         if config.use_reservoir:
             self.reservoir = Reservoir(config)
-            self.readout_norm = nn.LayerNorm(R, eps=epsilon)
+            self.readout_norm = LayerNorm(R, eps=epsilon)
             self.readout = MLP(R, config.reservoir_mlp_hidden_size, D)
             self.readout_log_scale = nn.Parameter(torch.empty(1))
-        self.gate_norm = nn.LayerNorm(2 * D, eps=epsilon)
+        self.gate_norm = LayerNorm(2 * D, eps=epsilon)
         self.gate = MLP(2 * D, D, D)
-        self.ffn_norm = nn.LayerNorm(D, eps=epsilon)
+        self.ffn_norm = LayerNorm(D, eps=epsilon)
         self.ffn = MLP(D, config.ffn_hidden_size, D)
         self.ffn_scale = nn.Parameter(torch.empty(1))
 
@@ -280,8 +281,8 @@ class LAERC(Decoder):
     def make_block(self, layer: int) -> LAERCBlock:
         return LAERCBlock(self.config)
 
-    def make_norm(self) -> nn.LayerNorm:
-        return nn.LayerNorm(self.config.hidden_size, eps=self.config.layernorm_epsilon)
+    def make_norm(self) -> LayerNorm:
+        return LayerNorm(self.config.hidden_size, eps=self.config.layernorm_epsilon)
 
     def empty_state(self, batch: int) -> LAERCState:
         return self.blank_state(batch, 0).map(

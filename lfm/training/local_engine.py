@@ -15,7 +15,7 @@ from lfm.evaluation.held_out import score
 from lfm.kernels.backend import widest
 from lfm.kernels.gradient_sum import GradientSum, Together, give_sum
 from lfm.kernels.recording import recording
-from lfm.layers.documents import UNITS, Counts, Rows, Unit
+from lfm.layers.documents import UNITS, Counts, Documents, Rows, Unit
 from lfm.layers.liquid import Liquid
 from lfm.layers.router import Balance
 from lfm.models.global_names import global_views, moving_names
@@ -192,7 +192,8 @@ class LocalEngine(Engine):
             self.masters[name].grad = found.total
 
     def forward_backward(self, batch: Batch) -> StepResult:
-        rows = self._start(batch)
+        rows = batch.to(self.device)
+        self._start(rows.documents)
         passes = []
         for start, end in self._micro_batches(batch):
             self._start_micro_batch(start)
@@ -248,7 +249,8 @@ class LocalEngine(Engine):
         """As `Engine.update`; None: nothing was updated, and the step is to be made kernel by kernel."""
         assert self.recorder is not None
         try:
-            rows = self._start(batch, lr)
+            rows = Rows(batch.ids, batch.documents, batch.extras)  # on the host
+            self._start(rows.documents, lr)
             passes = []
             for start, end in self._micro_batches(batch):
                 self._start_micro_batch(start)
@@ -273,11 +275,11 @@ class LocalEngine(Engine):
         return result, value
 
     def _replayed_passes(self, part: Rows, *, adds: bool) -> _Passes:
-        """As `_differentiate`, of rows that are written where a recording reads them."""
+        """As `_differentiate`, of rows of the host, which are written where a recording reads them."""
         assert self.recorder is not None
         kind = FixedRows.kind(part)
         if kind not in self._fixed:
-            self._fixed[kind] = FixedRows(part)
+            self._fixed[kind] = FixedRows(part, self.device)
         rows, sums = self._fixed[kind].load(part), [*self.sums.values()]
 
         def function() -> tuple[_Passes, list[bool]]:
@@ -300,15 +302,13 @@ class LocalEngine(Engine):
         return norm
 
     @torch.no_grad()
-    def _start(self, batch: Batch, lr: float = 0.0) -> Rows:
-        """Begin a step: rows and numbers go to the device."""
+    def _start(self, documents: Documents, lr: float = 0.0) -> None:
+        """Begin a step: its numbers go to the device."""
         if not self.model.training:
             self.model.train()
         self._start_gradients()
-        rows = batch.to(self.device)
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
-        self.numbers.write(rows.documents.counts, lr=lr, loss_scale=scale)
-        return rows
+        self.numbers.write(documents.counts, lr=lr, loss_scale=scale)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[int, int]]:
         """First row and end of each."""

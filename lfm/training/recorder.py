@@ -127,20 +127,22 @@ def _first_line(error: BaseException) -> str:
 
 
 class FixedRows:
-    """Rows of one kind in tensors that stay where they are."""
+    """Rows of one kind in tensors of a device that stay where they are; they are loaded from the host."""
 
-    def __init__(self, like: Rows) -> None:
+    def __init__(self, like: Rows, device: torch.device) -> None:
         def blank(x: Tensor) -> Tensor:
-            return torch.empty_like(x, memory_format=torch.contiguous_format)
+            return torch.empty_like(x, device=device, memory_format=torch.contiguous_format)
 
         documents = like.documents
         self._ids, self._positions = blank(like.ids), blank(documents.positions)
         self._mask = None if documents.label_mask is None else blank(documents.label_mask)
         self._extras = {name: blank(x) for name, x in like.extras.items()}
         self._one_each = documents.row_is_one_document
-        self._boundaries = documents.boundaries.new_full((_boundaries(like),), like.ids.numel())
-        if self._one_each:  # those of all such rows
-            self._boundaries.copy_(documents.boundaries)
+        boundaries = documents.boundaries.new_full((_boundaries(like),), like.ids.numel())
+        if self._one_each:  # those of all such rows, as their positions are
+            boundaries.copy_(documents.boundaries)
+            self._positions.copy_(documents.positions)
+        self._boundaries = boundaries.to(device)
 
     @staticmethod
     def kind(rows: Rows) -> Hashable:
@@ -152,16 +154,16 @@ class FixedRows:
     def load(self, rows: Rows) -> Rows:
         """With the numbers of `rows`, which are of this kind; what a recorded function is given."""
         d = rows.documents
-        self._ids.copy_(rows.ids)
-        self._positions.copy_(d.positions)
+        _send(rows.ids, self._ids)
         if self._mask is not None and d.label_mask is not None:
-            self._mask.copy_(d.label_mask)
+            _send(d.label_mask, self._mask)
         for name, x in self._extras.items():
-            x.copy_(rows.extras[name])
+            _send(rows.extras[name], x)
         if not self._one_each:
-            count = len(d.boundaries)
-            self._boundaries[:count].copy_(d.boundaries)
-            self._boundaries[count:].fill_(self._ids.numel())  # documents beyond the last are empty
+            _send(d.positions, self._positions)
+            boundaries = d.boundaries.new_full(self._boundaries.shape, rows.ids.numel())
+            boundaries[: len(d.boundaries)] = d.boundaries  # documents beyond the last are empty
+            _send(boundaries, self._boundaries)
         documents = Documents.on_device(
             self._positions,
             row_is_one_document=self._one_each,
@@ -169,6 +171,11 @@ class FixedRows:
             boundaries=self._boundaries,
         )
         return Rows(self._ids, documents, self._extras)
+
+
+def _send(x: Tensor, to: Tensor) -> None:
+    # From other memory a copy begins when the device has nothing else to do, and the host waits for that.
+    to.copy_(x.pin_memory() if to.is_cuda else x, non_blocking=True)
 
 
 def _boundaries(rows: Rows) -> int:

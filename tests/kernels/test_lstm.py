@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lfm.kernels.gradient_sum import GradientSum, give_sum
-from lfm.kernels.lstm import lstm_layer
+from lfm.kernels.lstm import lstm_stack, op
 from lfm.kernels.lstm.reference import lstm_layer_reference
 from tests.comparison import assert_close
 
@@ -17,6 +17,13 @@ def leaves(B, T, width, H, dtype):
     scales = [1.0, width**-0.5, H**-0.5, 0.5, 0.5]
     drawn = [s * torch.randn(shape, generator=generator) for shape, s in zip(shapes, scales, strict=True)]
     return [x.to(DEVICE, dtype).requires_grad_() for x in drawn]
+
+
+def lstm_layer(x, *weights_and_reset):
+    """A stack of one."""
+    *weights, reset = weights_and_reset if len(weights_and_reset) == 5 else (*weights_and_reset, None)
+    y, h, c = lstm_stack(x, [weights], reset)
+    return y, h[:, 0], c[:, 0]
 
 
 def outputs_and_grads(fn, given, reset=None):
@@ -45,6 +52,46 @@ def test_documents_start_from_zero(T):
     # The second document of row 1 is what it is alone.
     alone = lstm_layer(given[0][1:2, 1:].detach(), *given[1:])[0]
     torch.testing.assert_close(got["y"][1:2, 1:], alone.detach())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("shortest, layers", [(2, 3), (3, 2), (5, 3)])
+def test_layers_take_turns_by_pieces(monkeypatch, shortest, layers, dropout):
+    """A piece of an upper layer is behind that of the one below it; the last steps are a part of a piece at 5."""
+    B, T, H = 3, 6, 16
+    monkeypatch.setattr(op, "SHORTEST", shortest)
+    x, first = leaves(B, T, 7, H, torch.float32)[0], leaves(B, T, 7, H, torch.float32)[1:]
+    stack = [first, *(leaves(B, T, H, H, torch.float32)[1:] for _ in range(layers - 1))]
+    reset = torch.zeros(B, T, dtype=torch.bool, device=DEVICE)
+    reset[1, 2] = reset[2, 5] = True
+    pieces = op._num_pieces(T, layers)
+    assert pieces == (T // shortest if T % shortest == 0 else 1)
+    torch.manual_seed(0)
+    scale = 1 / (1 - dropout)
+    kept = [
+        scale * op._in_rows(torch.empty(pieces, B, T // pieces, H, device=DEVICE).bernoulli_(1 - dropout))
+        for _ in range(layers - 1)
+    ]
+
+    def defined(x, *flat):
+        ends = []
+        for i in range(layers):
+            x, h, c = lstm_layer_reference(x if i == 0 else x * kept[i - 1], *flat[4 * i : 4 * i + 4], reset)
+            ends.append((h, c))
+        return x, *(torch.stack(part, 1) for part in zip(*ends, strict=True))
+
+    def by_steps(x, *flat):
+        torch.manual_seed(0)
+        return lstm_stack(x, [flat[4 * i : 4 * i + 4] for i in range(layers)], reset, dropout=dropout)
+
+    flat = [x, *(weight for layer in stack for weight in layer)]
+    found = []
+    for fn, given in ((by_steps, flat), (defined, [leaf.detach().double().requires_grad_() for leaf in flat])):
+        y, h, c = fn(*given)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        grads = torch.autograd.grad(y, given, weight)
+        found.append({"y": y.detach(), "h": h.detach(), "c": c.detach(), **{str(i): g for i, g in enumerate(grads)}})
+    assert_close(*found, 4e-6)
 
 
 def test_the_definition_is_torchs():
@@ -86,3 +133,27 @@ def test_bf16_on_a_gpu_equals_the_definition(B, T, width, H):
     assert all(torch.equal(got[name], again[name]) for name in got)
     wide = [x.detach().float().requires_grad_() for x in given]
     assert_close(got, outputs_and_grads(lstm_layer_reference, wide, reset), 1.5e-2)
+
+
+@pytest.mark.gpu
+def test_layers_at_once_on_a_gpu_give_what_one_after_the_other_gives(monkeypatch):
+    """To the bit, also while memory is short of what was freed."""
+    B, T, H = 32, 256, 512
+    layers = [leaves(1, 1, H, H, torch.bfloat16)[1:] for _ in range(4)]
+    x = leaves(B, T, H, H, torch.bfloat16)[0]
+
+    def found():
+        torch.manual_seed(0)
+        y, h, c = lstm_stack(x, layers, dropout=0.2)
+        grads = torch.autograd.grad(y.square().sum(), [x, *(weight for layer in layers for weight in layer)])
+        return [y.detach(), h, c, *grads]
+
+    want = found()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(found(), want, strict=True))
+    monkeypatch.setattr(op._Pieces, "__init__", of_one_stream)
+    assert all(torch.equal(a, b) for a, b in zip(found(), want, strict=True))
+
+
+def of_one_stream(self, device, layers, pieces):
+    self.layers, self.pieces, self.kept, self._streams, self._done = layers, pieces, [], [], {}

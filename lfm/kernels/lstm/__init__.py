@@ -1,5 +1,5 @@
-"""A layer of an LSTM over whole rows: one product for all inputs, then a kernel a step."""
+"""Layers of an LSTM over whole rows: products for all inputs of a piece, then a kernel a step."""
 
-from lfm.kernels.lstm.op import lstm_layer, takes
+from lfm.kernels.lstm.op import lstm_stack, takes
 
-__all__ = ["lstm_layer", "takes"]
+__all__ = ["lstm_stack", "takes"]

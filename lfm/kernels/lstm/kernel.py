@@ -4,6 +4,8 @@ A program owns UNITS hidden units of ROWS sequences. It multiplies what the step
 of the weight, and does the rest of the step in registers; launches are the barriers between steps.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -109,41 +111,61 @@ def _lstm_step_bwd_kernel(
     tl.store(grad_c + own, dc * f, exists)
 
 
-def forward_steps(z: Tensor, weight: Tensor, bias: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of z `[B, T, 4H]`, fp32, which holds the product with the inputs and becomes the whole sum in front of the gates;
-    weight `[4H, H]`, bias fp32 `[4H]`, reset bool `[B, T]`: h in weight's dtype and c in fp32, `[B, T, H]`."""
-    B, T, H = z.shape[0], z.shape[1], weight.shape[1]
-    h, c = weight.new_empty(B, T, H), z.new_empty(B, T, H)
-    for t in range(T):
-        before = max(t - 1, 0)
+@dataclass
+class Steps:
+    """Tensors of S consecutive steps of a layer; in each a sequence has one row behind the other, `[B, S, ...]`."""
+
+    z: Tensor
+    """fp32 `[B, S, 4H]`: the product with the inputs, then the whole sum in front of the gates."""
+    h: Tensor
+    """`[B, S, H]` in the weights' dtype."""
+    c: Tensor
+    """fp32 `[B, S, H]`."""
+    reset: Tensor | None
+    """bool `[B, S]`."""
+    grad_z: Tensor | None = None
+    """`[B, S, 4H]` in the weights' dtype; of the adjoint."""
+
+
+def forward_steps(steps: Steps, before: Steps | None, weight: Tensor, bias: Tensor) -> None:
+    """Writes z, h and c, from z, which holds the product with the inputs, and those `before`; weight `[4H, H]`, bias
+    fp32 `[4H]`."""
+    (B, S, H), z = steps.h.shape, steps.z
+    for t in range(S):
+        source, last = (steps, t - 1) if t > 0 or before is None else (before, S - 1)
+        last = max(last, 0)
         _lstm_step_fwd_kernel[_grid(B, H)](
-            z[:, t], h[:, before], h[:, t], c[:, before], c[:, t], weight, bias, _at(reset, t, z),
-            B, z.stride(0), h.stride(0), T, H,
-            FIRST=t == 0, RESETS=reset is not None, ROWS=_rows(B), UNITS=UNITS, BLOCK_K=BLOCK_K,
-            num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+            z[:, t], source.h[:, last], steps.h[:, t], source.c[:, last], steps.c[:, t], weight, bias,
+            _at(steps, t), B, z.stride(0), steps.h.stride(0), S, H,
+            FIRST=t == 0 and before is None, RESETS=steps.reset is not None, ROWS=_rows(B), UNITS=UNITS,
+            BLOCK_K=BLOCK_K, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         )  # fmt: skip
-    return h, c
 
 
-def backward_steps(grad_h: Tensor, z: Tensor, c: Tensor, weight: Tensor, reset: Tensor | None) -> Tensor:
-    """The gradient of z, in weight's dtype, from what `forward_steps` left and the gradient of h, of contiguous
-    tensors."""
-    B, T, H = c.shape
-    grad_z, grad_c = weight.new_empty(B, T, 4 * H), z.new_empty(B, H)
-    turned = weight.T.contiguous()
-    for t in reversed(range(T)):
-        before, after = max(t - 1, 0), min(t + 1, T - 1)
+def backward_steps(
+    steps: Steps, before: Steps | None, after: Steps | None, grad_h: Tensor, grad_c: Tensor, turned: Tensor
+) -> None:
+    """Writes grad_z, from what `forward_steps` left, the gradient of h `[B, S, H]`, grad_z of those `after`, and
+    grad_c, fp32 `[B, H]`, which holds the gradient of c behind the steps and then that in front of them; turned
+    `[H, 4H]`: the weight's transpose.  All but grad_h are contiguous."""
+    (B, S, H), z = steps.h.shape, steps.z
+    assert steps.grad_z is not None
+    for t in reversed(range(S)):
+        source, last = (steps, t - 1) if t > 0 or before is None else (before, S - 1)
+        following, next_ = (steps, t + 1) if t < S - 1 or after is None else (after, 0)
+        next_ = min(next_, S - 1)
+        assert following.grad_z is not None
         _lstm_step_bwd_kernel[_grid(B, H)](
-            grad_h[:, t], z[:, t], c[:, before], c[:, t], grad_z[:, after], grad_z[:, t], grad_c, turned,
-            _at(reset, t, z), _at(reset, after, z), B, z.stride(0), c.stride(0), grad_h.stride(0), T, H,
-            FIRST=t == 0, LAST=t == T - 1, RESETS=reset is not None, ROWS=_rows(B), UNITS=UNITS, BLOCK_K=2 * BLOCK_K,
-            num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+            grad_h[:, t], z[:, t], source.c[:, max(last, 0)], steps.c[:, t], following.grad_z[:, next_],
+            steps.grad_z[:, t], grad_c, turned, _at(steps, t), _at(following, next_),
+            B, z.stride(0), steps.c.stride(0), grad_h.stride(0), S, H,
+            FIRST=t == 0 and before is None, LAST=t == S - 1 and after is None, RESETS=steps.reset is not None,
+            ROWS=_rows(B), UNITS=UNITS, BLOCK_K=2 * BLOCK_K, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         )  # fmt: skip
-    return grad_z
 
 
-def _at(reset: Tensor | None, t: int, unused: Tensor) -> Tensor:
-    return unused if reset is None else reset.view(torch.uint8)[:, t]
+def _at(steps: Steps, t: int) -> Tensor:
+    return steps.z if steps.reset is None else steps.reset.view(torch.uint8)[:, t]
 
 
 def _rows(batch: int) -> int:
@@ -155,7 +177,7 @@ def _grid(batch: int, hidden_size: int) -> tuple[int, int]:
 
 
 def inputs_product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x weight^T`, `[B, T, I]` and `[4H, I]`, in fp32."""
+    """`x weight^T`, `[B, S, I]` and `[4H, I]`, in fp32."""
     rows = x.flatten(0, 1)
     if x.is_cuda and x.dtype != torch.float32:
         product = torch.mm(rows, weight.T, out_dtype=torch.float32)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 SHARES = 264
+"""Of rows that fill a program's time; of narrower ones there are as many more."""
 LANES_OF_A_WARP = 256
 """Elements of a row that a warp holds."""
 
@@ -85,13 +86,13 @@ def add_rms_norm_backward(
     contiguous tensors."""
     D, num_rows = total.shape[-1], scale.numel()
     grad = torch.empty_like(total)
-    rows_of_a_share = max(1, triton.cdiv(num_rows, SHARES))
+    width = triton.next_power_of_2(D)
+    rows_of_a_share = max(1, triton.cdiv(num_rows, SHARES * max(1, 2048 // width)))
     num_shares = triton.cdiv(num_rows, rows_of_a_share)
     shares = weight.new_empty(num_shares, D, dtype=torch.float32)
     if num_rows:
         given = grad_normalized if grad_total is None else grad_total
         arguments = (given, grad_normalized, total, weight, scale, grad, shares, num_rows, rows_of_a_share)
-        width = triton.next_power_of_2(D)
         _add_rms_norm_bwd_kernel[(num_shares,)](
             *arguments, D, width, grad_total is not None, num_warps=_num_warps(width)
         )
