@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lfm.kernels.recording import not_recording
+
 Backend = Literal["auto", "triton", "reference"]
 """auto: Triton on a GPU, up to fp32, where it is installed and right."""
 
@@ -65,7 +67,7 @@ def _agree(comparison: Comparison, device: torch.device, dtype: torch.dtype, *si
 def disagreement(comparison: Comparison, *arguments: Any) -> str | None:
     """What is wrong with the kernels, or None.  Integers must be equal, fp32 to 1e-4 and less to 1e-2 of the norm."""
     try:
-        with torch.inference_mode(False), torch.enable_grad(), _own_saved_tensors():
+        with torch.inference_mode(False), torch.enable_grad(), _own_saved_tensors(), not_recording():
             for name, got, want in comparison(*arguments):
                 if not got.is_floating_point():
                     if not torch.equal(got, want):

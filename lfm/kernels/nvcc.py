@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lfm.kernels.backend import compute_capability
+from lfm.kernels.recording import not_recording
 
 TIMEOUT_SECONDS = 300
 HOPPER_FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC")
@@ -34,7 +35,8 @@ def runs(prepare: Callable[[torch.device], None], device: torch.device, without:
     warning says what happens `without` the kernel, and why."""
     try:
         require_hopper(device)
-        prepare(device)
+        with not_recording():
+            prepare(device)
     except (Unavailable, OSError, RuntimeError) as error:
         warnings.warn(f"{without} on {device}, without its kernel: {error}", RuntimeWarning, stacklevel=3)
         return False

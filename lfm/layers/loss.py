@@ -177,7 +177,7 @@ class _Gradients:
         assert self._kept is not None
         weight = self._blank_weight(self.hidden.device)
         for i, (grad, hidden) in enumerate(self._kept):
-            add_product_(weight[: self._num_classes], grad, hidden, i > 0)
+            _add_by_classes(weight, grad, hidden, i > 0)
         self._kept.clear()
         return weight
 
@@ -191,7 +191,7 @@ class _Gradients:
             assert self._kept is not None
             self._kept.append((grad, hidden[part]))
         else:
-            add_product_(self.weight[: self._num_classes], grad, hidden[part], part.start > 0)
+            _add_by_classes(self.weight, grad, hidden[part], part.start > 0)
 
 
 def _by_chunk(
@@ -248,6 +248,15 @@ def _product_of_classes(grad: Tensor, weight: Tensor, *, out: Tensor) -> None:
         return
     torch.mm(grad[:, most:], weight[most:], out=out)
     out.addmm_(grad[:, :most], weight[:most])
+
+
+def _add_by_classes(total: Tensor, grad: Tensor, hidden: Tensor, add: bool) -> None:
+    """`grad^T hidden` into the first rows of `total`, or added to them where `add`, of `grad [n, V]`."""
+    V = grad.shape[1]
+    most = _most_classes(V) if grad.is_cuda else V
+    for first, end in ((0, most), (most, V)):
+        if first < end:
+            add_product_(total[first:end], grad[:, first:end], hidden, add)
 
 
 def _most_classes(num_classes: int) -> int:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lfm.kernels.backend import compute_capability, disagreement, runs_triton
+from lfm.kernels.recording import is_recording, recording
 
 # The CPU interprets the kernels; its interpreter has no bf16.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -13,6 +14,8 @@ COMPARISONS = {
     "rotary": ("_comparison", (8, 8, 2)),
     "cross_entropy": ("_comparison", (1000,)),
     "rms_norm": ("_comparison", (24,)),
+    "layer_norm": ("_comparison", (24,)),
+    "lstm": ("_comparison", (16,)),
     "accumulation": ("_comparison", ()),
     "embedding": ("_comparison", ()),
     "permutation": ("_move_comparison", (2, 24)),
@@ -28,6 +31,18 @@ def test_kernels_that_are_right_pass_their_self_test(op, dtype):
     module = "chunked" if op == "reservoir" else "op"
     comparison = getattr(importlib.import_module(f"lfm.kernels.{op.strip()}.{module}"), name)
     assert disagreement(comparison, DEVICE, dtype, *sizes) is None
+
+
+def test_a_self_test_inside_a_recording_is_not_recorded():
+    """A recording uses results unjudged: a kernel that repairs them would be found wrong."""
+
+    def comparison(device, dtype):
+        assert not is_recording()
+        yield "a result", torch.ones(2), torch.ones(2)
+
+    with recording() as verdicts:
+        assert disagreement(comparison, DEVICE, torch.float32) is None
+        assert is_recording() and not verdicts
 
 
 def test_the_sort_passes_its_self_test():

@@ -120,6 +120,16 @@ def test_weights_add_up_their_own_gradients_in_fp32():
         assert_close(got, {name: times * want[name].double() for name in got}, 2e-3)
 
 
+def test_without_dropout_no_random_number_is_drawn():
+    """A comparison in the middle of a step would change what is left out in it."""
+    layers = [leaves(2, 3, 16, 16, torch.float32)[1:] for _ in range(2)]
+    torch.manual_seed(0)
+    want = torch.rand(4, device=DEVICE)
+    torch.manual_seed(0)
+    lstm_stack(leaves(2, 3, 16, 16, torch.float32)[0], layers)
+    assert torch.equal(torch.rand(4, device=DEVICE), want)
+
+
 def test_the_last_states_carry_no_gradient():
     _, h, c = lstm_layer(*leaves(2, 3, 4, 16, torch.float32))
     assert not h.requires_grad and not c.requires_grad

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LANES, PER_LANE, NUM_WARPS = 2048, 8, 32
-"""Eight neighbours are one 16-byte load, and meet within their thread; two such loads a thread are in flight."""
+PER_LANE = 8
+"""Neighbours that are one 16-byte load, and meet within their thread; two such loads a thread are in flight."""
 
 SCALED_BLOCK, SCALED_WARPS = 4096, 8
 
@@ -191,7 +191,8 @@ def cross_entropy_kernel_(
         added = logits if bias is None else F.pad(bias, (0, padding)).contiguous()
         rows = (logits, added, labels.contiguous(), weights, losses)
         arguments = (*rows, *sizes, gradient, bias is not None, weighted)
-        _cross_entropy_kernel[(n,)](*arguments, LANES, PER_LANE, num_warps=NUM_WARPS)
+        lanes, warps = _lanes(V)
+        _cross_entropy_kernel[(n,)](*arguments, lanes, PER_LANE, num_warps=warps)
     return losses
 
 
@@ -201,8 +202,9 @@ def shard_sums_kernel(logits: Tensor, labels: Tensor) -> Tensor:
     n, V = logits.shape
     sums = torch.empty(n, 3, dtype=torch.float32, device=logits.device)
     if n:
+        lanes, warps = _lanes(V)
         arguments = (logits, labels.contiguous(), sums, logits.stride(0), V)
-        _shard_sums_kernel[(n,)](*arguments, LANES, PER_LANE, num_warps=NUM_WARPS)
+        _shard_sums_kernel[(n,)](*arguments, lanes, PER_LANE, num_warps=warps)
     return sums
 
 
@@ -211,8 +213,14 @@ def shard_gradient_kernel_(logits: Tensor, labels: Tensor, log_normalizer: Tenso
     assert logits.stride(1) == 1 or logits.shape[1] == 1, logits.stride()
     n, V = logits.shape
     if n:
+        lanes, warps = _lanes(V)
         rows = (labels.contiguous(), log_normalizer.contiguous(), factors.contiguous())
-        _shard_gradient_kernel[(n,)](logits, *rows, logits.stride(0), V, LANES, PER_LANE, num_warps=NUM_WARPS)
+        _shard_gradient_kernel[(n,)](logits, *rows, logits.stride(0), V, lanes, PER_LANE, num_warps=warps)
+
+
+def _lanes(V: int) -> tuple[int, int]:
+    """Lanes and warps: of a short row several programs share a multiprocessor."""
+    return (2048, 32) if V >= 32_768 else (512, 8)
 
 
 @triton.jit

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE, NUM_WARPS = 4096, 8
+TILE, NUM_WARPS = 2048, 4
 MOST_ROWS = 32
-SHARES = 528
+SHARES = 132
 """Programs of a backward pass, at most."""
 
 

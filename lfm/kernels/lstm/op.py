@@ -136,8 +136,8 @@ class _Stack(torch.autograd.Function):
         resets = None if reset is None else _in_pieces(reset, pieces)
         h = x.new_empty(L, pieces, B, S, H)
         c = x.new_empty(L, pieces, B, S, H, dtype=torch.float32)
-        keeps = [x.new_empty(pieces, B, S, H, dtype=torch.bool).bernoulli_(1 - dropout) for _ in range(L - 1)]
-        keeps = keeps if dropout > 0 else []
+        num_keeps = L - 1 if dropout > 0 else 0
+        keeps = [x.new_empty(pieces, B, S, H, dtype=torch.bool).bernoulli_(1 - dropout) for _ in range(num_keeps)]
         inputs = [_in_pieces(x, pieces), *(torch.empty_like(h[0]) if dropout > 0 else h[i] for i in range(L - 1))]
         biases = [flat[4 * i + 2].float() + flat[4 * i + 3].float() for i in range(L)]
         matrices = [flat[4 * i + 1].contiguous() for i in range(L)]
