@@ -132,7 +132,7 @@ def main() -> None:
             print(f"{name} failed: {error}", flush=True)
             continue
         print(json.dumps(found), flush=True)
-        found["commit"] = environment()["commit"]
+        found |= {"commit": environment()["commit"], "date": date.today().isoformat()}
         result["presets"] = [row for row in result["presets"] if row["name"] != name] + [found]
         result |= {"date": date.today().isoformat(), "environment": environment(), "runs": 1}
         flags.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

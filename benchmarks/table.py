@@ -255,8 +255,12 @@ def kernels_table() -> str:
                 f"| {op} | {case['name']} | {milliseconds:.3f} | {reached} | {floor:.4f} ({case['floor_kind']}) | "
                 f"{milliseconds / floor:,.1f} | {beside} | {max(case['errors'].values()):.1e} |"
             )
-    not_yet = f" Nothing is recorded of {', '.join(missing)}." if missing else ""
-    return "\n".join([*lines, "", f"On {_where(load('op_diagonal_scan') | {'runs': 1})}.{not_yet}"])
+    note = f"On {_where(load('op_diagonal_scan') | {'runs': 1})}."
+    days = {op: load(f"op_{op}")["date"] for op in OPS if op not in missing}
+    later = [f"{op} {day}" for op, day in days.items() if day != days["diagonal_scan"]]
+    note += f" Other days: {', '.join(later)}." if later else ""
+    note += f" Nothing is recorded of {', '.join(missing)}." if missing else ""
+    return "\n".join([*lines, "", note])
 
 
 def attention_table() -> str:
@@ -298,7 +302,11 @@ def families_table() -> str:
             f"| `{row['name']}` | {row['parameters']:,} | {row['tokens_per_step']:,} | {row['steps']:,} | {speed} | "
             f"{original or ''} | {row['first_loss']:.2f} to {row['last_loss']:.2f} | {row['memory_gib']:.1f} |"
         )
-    return "\n".join([*lines, "", f"On {_where(result)} each."])
+    later = {row["name"]: row["date"] for row in result["presets"] if row["date"] != result["date"]}
+    note = f"On {_where(result)} each."
+    for day in sorted(set(later.values())):
+        note += f" On {day}: {', '.join(f'`{name}`' for name in later if later[name] == day)}."
+    return "\n".join([*lines, "", note])
 
 
 def streaming_table() -> str:
