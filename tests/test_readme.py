@@ -35,7 +35,11 @@ def test_there_are_commands_to_check():
     assert len(COMMANDS) >= 8 and any("--dry-run" in command for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    # What certify computes has tests of its own.
+    [pytest.param(each, marks=pytest.mark.slow if "certify" in each else ()) for each in COMMANDS],
+)
 def test_a_command_of_the_readme_runs(command, checkout):
     words = shlex.split(command)
     assert words[0].startswith(".venv/bin/")

@@ -5,6 +5,7 @@ import os
 import secrets
 from pathlib import Path
 
+from lfm.commands.medical_flags import add_medical_flags, check_as_calibrated, medical_of
 from lfm.config import add_flags, from_flags, path_flag
 from lfm.errors import UserError
 from lfm.exits import command
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--token-file", type=path_flag, metavar="FILE", help="its first line is the token")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--int8", action="store_true", help="products of 8-bit integers, on a CPU (docs/export.md)")
+    add_medical_flags(parser)
     add_flags(parser, ServeConfig)
     flags = parser.parse_args()
     config = from_flags(ServeConfig, flags)
@@ -52,7 +54,14 @@ def main() -> None:
 
     with bind(config.host, config.port) as listening:
         with waiting("opening checkpoints"):
-            served = open_served(flags.checkpoint, device=flags.device, int8=flags.int8)
+            served = open_served(
+                flags.checkpoint,
+                device=flags.device,
+                int8=flags.int8,
+                medical_of=lambda checkpoint: medical_of(flags, checkpoint),
+            )
+        if any(each.medical is not None for each in served.values()):
+            check_as_calibrated(int8=flags.int8)
 
         def announce() -> None:
             port = listening.getsockname()[1]
@@ -61,11 +70,15 @@ def main() -> None:
             say(f"serving at {address}")
             for name, each in served.items():
                 say(f"model {name}: {each.description}")
+                for line in each.medical.words() if each.medical is not None else ():
+                    say(f"  {line}")
             shows = ""
             if token is not None:
                 place = f"$(head -n1 {flags.token_file})" if flags.token_file is not None else f"${TOKEN_VARIABLE}"
                 shows = f' -H "Authorization: Bearer {place}"'
-            body = f'{{"model": "{next(iter(served))}", "prompt": "The", "max_tokens": 20}}'
+            name, first = next(iter(served.items()))
+            more = ', "max_tokens": 20' if first.medical is None else ""
+            body = f'{{"model": "{name}", "prompt": "The"{more}}}'
             say(f"curl {address}/v1/completions{shows} -H 'Content-Type: application/json' -d '{body}'")
 
         with talking():

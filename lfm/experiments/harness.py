@@ -217,9 +217,9 @@ def visible_gpus(wanted: str | None, device: torch.device) -> list[str | None]:
     if wanted is None:
         return [*names]
     numbers = wanted.split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"--gpus {wanted} is no list of numbers; write it as 0,1,2")
     for number in numbers:
-        if not number.isdecimal():
-            raise UserError(f"--gpus {wanted} is no list of numbers; write it as 0,1,2")
         if int(number) >= count:
             raise UserError(f"--gpus {wanted} asks for GPU {number}, and {count} are visible, from 0 on; name fewer")
     return [names[int(number)] for number in numbers]

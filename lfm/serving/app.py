@@ -130,6 +130,7 @@ def _described(served: Served) -> dict[str, Any]:
         "step": served.step,
         "parameters": served.num_parameters,
         "context_limit": served.context_limit,
+        **({} if served.medical is None else {"medical": served.medical.words()}),
     }
     return {"id": served.name, "object": "model", "created": 0, "owned_by": "lfm", "lfm": more}
 

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lfm.errors import NonFiniteError
+from lfm.errors import NonFiniteError, UserError
 from lfm.inference.batcher import Batcher, Request, Token
 from lfm.inference.sampling import SamplingConfig
 from lfm.inference.text import Writer
+from lfm.medical.asking import MedicalMode
+from lfm.medical.selective import REFERRAL
 from lfm.serving.config import ServeConfig
 from lfm.serving.metrics import Metrics
 from lfm.serving.picture import picture_of
 from lfm.serving.refusal import Refusal
-from lfm.serving.served import Judgement, Served
+from lfm.serving.served import Served
 from lfm.talk import warn
 
 
@@ -46,7 +48,8 @@ class Piece:
     picture: dict[str, Any] | None = None
     reason: str | None = None
     """Of the last piece: why the answer ended."""
-    judgement: Judgement | None = None
+    medical: dict[str, Any] | None = None
+    """Of the last piece in medical mode: how sure it is, and by which thresholds it answers or not."""
 
 
 @dataclass(eq=False)
@@ -80,7 +83,7 @@ class Engine:
         self._cancelled: list[Answer] = []
         self._closing = False
         self._by_request: dict[Request, Answer] = {}
-        """Of those that the batcher has."""
+        """Of those that the batcher has, or that wait for medical mode."""
         self._outstanding = 0
         self._thread = threading.Thread(target=self._work, name=f"lfm serve {served.name}", daemon=True)
 
@@ -132,9 +135,7 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._new or self._cancelled or self._closing or not self.batcher.is_idle
-                )
+                self._changed.wait_for(lambda: self._new or self._cancelled or self._closing or self._by_request)
                 if self._closing:
                     break
                 new, self._new = self._new, []
@@ -149,11 +150,17 @@ class Engine:
     def _go_on(self, new: list[Answer], cancelled: list[Answer]) -> None:
         for answer in new:
             self._by_request[answer.request] = answer
-            self.batcher.add(answer.request)
+            if self.served.medical is None:
+                self.batcher.add(answer.request)
             self.metrics.prompt_tokens.labels(self.served.name).inc(len(answer.ask.prompt))
         for answer in cancelled:
             self._end(answer, "cancelled")
         self._end_late()
+        if self.served.medical is not None:
+            if self._by_request:
+                self._ask(self.served.medical, next(iter(self._by_request.values())))
+            self._measure()
+            return
         before = time.monotonic()
         chosen = self.batcher.step()
         now = time.monotonic()
@@ -177,17 +184,35 @@ class Engine:
         if request.ended and not ends:  # the batcher ends a request before the text does where the context is full
             writer.end("context")
         text, answer.given = writer.made.text[answer.given :], len(writer.made.text)
-        reason, judgement, picture = writer.made.finish_reason, None, None
+        reason, picture = writer.made.finish_reason, None
         every = answer.ask.picture_every
         if every and len(request.made) % every == 0:
             picture = picture_of(self.batcher, request)
-        if reason is not None and self.served.judge is not None:
-            judgement = self.served.judge(answer.ask.text, writer.made.text)
         shown = None if reason == "end_of_document" else token
-        piece = Piece(text, shown, picture, reason, judgement)
+        piece = Piece(text, shown, picture, reason)
         if reason is not None:
             self._end(answer, reason)
         answer.give(piece)
+
+    def _ask(self, medical: MedicalMode, answer: Answer) -> None:
+        """One question by itself, as `lfm generate --medical` does: nothing is given before it is judged."""
+        name = self.served.name
+        try:
+            [reply] = medical.ask([answer.ask.text], [()])
+        except UserError as error:
+            self._refuse(answer, Refusal(400, str(error)), "refused")
+            return
+        except NonFiniteError as error:
+            self._refuse(answer, _broken(error), "broken")
+            return
+        self.metrics.first_token.labels(name).observe(time.monotonic() - answer.started)
+        if reply.answer is not None:
+            answer.request.made += self.served.tokenizer.encode(reply.answer)
+            self.metrics.new_tokens.labels(name).inc(len(answer.request.made))
+        reason = "withheld" if reply.answer is None else "stop"
+        text = REFERRAL if reply.answer is None else reply.answer
+        self._end(answer, reason)
+        answer.give(Piece(text, reason=reason, medical=reply.decision.record()))
 
     def _end_late(self) -> None:
         """End answers whose time is up."""
@@ -214,7 +239,8 @@ class Engine:
         if answer.ended:
             return
         answer.ended = True
-        self.batcher.cancel(answer.request)
+        if self.served.medical is None:
+            self.batcher.cancel(answer.request)
         self._by_request.pop(answer.request, None)
         self.metrics.answers.labels(self.served.name, reason).inc()
         with self._changed:

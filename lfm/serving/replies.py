@@ -13,7 +13,10 @@ from lfm.serving.served import Served
 
 Kind = Literal["completion", "chat"]
 
-_REASONS = {"stop": "stop", "end_of_document": "stop", "length": "length", "context": "length"}
+_REASONS = {
+    **{"stop": "stop", "end_of_document": "stop", "length": "length", "context": "length"},
+    "withheld": "content_filter",
+}
 
 
 class Reply:
@@ -34,7 +37,8 @@ class Reply:
             if self.kind == "completion":
                 choice["text"] = text
             else:
-                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+                refusal = text if of[-1].reason == "withheld" else None
+                choice["message"] = {"role": "assistant", "content": text, "refusal": refusal}
             choices.append(choice | self._end(of[-1]))
         kind = "text_completion" if self.kind == "completion" else "chat.completion"
         return self._frame(kind) | {"choices": choices, "usage": self.usage()}
@@ -87,8 +91,8 @@ class Reply:
     def _end(self, piece: Piece) -> dict[str, Any]:
         assert piece.reason is not None
         extras: dict[str, Any] = {"finish_reason": piece.reason}
-        if piece.judgement is not None:
-            extras["judgement"] = vars(piece.judgement)
+        if piece.medical is not None:
+            extras["medical"] = piece.medical
         return {"finish_reason": _REASONS[piece.reason], "lfm": extras}
 
     def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:

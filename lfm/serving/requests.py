@@ -1,5 +1,6 @@
 """Bodies of requests: what OpenAI's API calls things, and what this one adds."""
 
+import json
 import secrets
 from typing import Any, ClassVar
 
@@ -9,12 +10,15 @@ from lfm.config import Config
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 from lfm.inference.sampling import SamplingConfig, check_prompts
+from lfm.medical.answering import FREE_TEXT
 from lfm.serving.config import ServeConfig
 from lfm.serving.engine import Ask
 from lfm.serving.refusal import Refusal
 from lfm.serving.served import Served
 
 MOST_LOGPROBS = 20
+_GREEDY_BELOW = 1e-3
+"""Temperatures."""
 _UNUSED = frozenset(
     {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 )
@@ -87,8 +91,8 @@ class Body(Config):
         seed = secrets.randbelow(1 << 40) if self.seed is None else self.seed
         tree = {
             "max_new_tokens": asked,
-            "greedy": self.temperature < 1e-3,
-            "temperature": max(self.temperature, 1e-3),
+            "greedy": self.temperature < _GREEDY_BELOW,
+            "temperature": max(self.temperature, _GREEDY_BELOW),
             "top_k": max(self.top_k, 0),
             "top_p": self.top_p,
             "min_p": self.min_p,
@@ -110,6 +114,10 @@ class Body(Config):
         """Text and ids of each."""
         raise NotImplementedError
 
+    def questions(self) -> list[str]:
+        """Of medical mode.  Raises Refusal for what is more than questions."""
+        raise NotImplementedError
+
 
 class CompletionBody(Body):
     prompt: str | tuple[str, ...] | tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -124,6 +132,12 @@ class CompletionBody(Body):
         if given and isinstance(given[0], int):
             given = [given]
         return [(of, tokenizer.encode_prompt(of)) if isinstance(of, str) else ("", list(of)) for of in given]
+
+    def questions(self) -> list[str]:
+        given: list[Any] = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        if not all(isinstance(of, str) for of in given):
+            raise Refusal(400, "prompt holds ids; in medical mode it is a question, or several, as text")
+        return given
 
 
 class TextPart(Config):
@@ -171,6 +185,11 @@ class ChatBody(Body):
         text = "".join(message.text for message in self.messages)
         return [(text, tokenizer.encode_prompt(text))]
 
+    def questions(self) -> list[str]:
+        if [message.role for message in self.messages] != ["user"]:
+            raise Refusal(400, "in medical mode each question is asked by itself; send one message, of the role user")
+        return ["".join(message.text for message in self.messages).removesuffix("\n")]
+
 
 def parse(kind: type[Body], tree: Any) -> Any:
     """The body of a request.  Raises Refusal, status 400, naming what is wrong with it."""
@@ -202,7 +221,11 @@ def parse(kind: type[Body], tree: Any) -> Any:
 def asks(body: Body, served: Served, config: ServeConfig) -> list[Ask]:
     """The answers that a body asks for, `n` of each prompt.  Raises Refusal, status 400."""
     try:
-        prompts = body.prompts(served.tokenizer)
+        if served.medical is not None:
+            _check_as_calibrated(body)
+            prompts = [(text, served.tokenizer.encode_prompt(text)) for text in body.questions()]
+        else:
+            prompts = body.prompts(served.tokenizer)
         if not 1 <= len(prompts) * body.n <= config.slots:
             raise Refusal(
                 400, f"the request is for {len(prompts) * body.n} answers; from 1 to {config.slots} are made together"
@@ -224,8 +247,32 @@ def asks(body: Body, served: Served, config: ServeConfig) -> list[Ask]:
         for text, ids in prompts:
             text = text or served.tokenizer.decode(ids)
             for _ in range(body.n):
-                sampling = body.sampling(len(found), config.max_new_tokens)
+                sampling = FREE_TEXT if served.medical else body.sampling(len(found), config.max_new_tokens)
                 found.append(Ask(ids, text, sampling, body.logprobs_asked, body.lfm.picture_every))
         return found
     except UserError as error:
         raise Refusal(400, str(error)) from None
+
+
+_OF_THE_REQUEST = {"model", "prompt", "messages", "stream", "stream_options", "seed", "lfm"}
+
+
+def _check_as_calibrated(body: Body) -> None:
+    """In medical mode answers are made as those that its heads were calibrated on.  Raises Refusal."""
+    most, default = FREE_TEXT.max_new_tokens, type(body).model_fields
+    for key in sorted(body.model_fields_set - _OF_THE_REQUEST):
+        value = getattr(body, key)
+        if key == "temperature":
+            fits = value < _GREEDY_BELOW
+        elif key in ("max_tokens", "max_completion_tokens"):
+            fits = value >= most
+        else:
+            fits = value == default[key].default or (key, value) == ("top_k", -1)
+        if not fits:
+            raise Refusal(
+                400,
+                f"{key}={json.dumps(value)} does not go with medical mode, whose answers are made as they were "
+                f"calibrated: greedily, at most {most} tokens, one line; leave it out",
+            )
+    if body.lfm.picture_every:
+        raise Refusal(400, "lfm.picture_every does not go with medical mode, which shows whole answers; leave it out")

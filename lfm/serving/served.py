@@ -1,30 +1,16 @@
 """A checkpoint that is served."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from lfm.checkpoint.manifest import read_manifest
 from lfm.data.tokenizer import Tokenizer
 from lfm.inference.load import open_model
+from lfm.medical.asking import MedicalMode
+from lfm.medical.config import MedicalConfig
 from lfm.models.language_model import LanguageModel
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a head that knows its model says about an answer."""
-
-    probability: float
-    """That the answer is right."""
-    abstains: bool
-    """Whether it is better not given."""
-    said: str = ""
-    """For people."""
-
-
-Judge = Callable[[str, str], Judgement]
-"""Of a prompt and its whole answer.  It may use the model: it is called between two steps, by the thread that does."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +20,8 @@ class Served:
     step: int
     model: LanguageModel
     tokenizer: Tokenizer
-    judge: Judge | None = None
-    """Adds its judgement to every answer."""
+    medical: MedicalMode | None = None
+    """Answers in place of the model: with a calibrated probability, or not at all."""
 
     @property
     def kind(self) -> str:
@@ -56,14 +42,19 @@ class Served:
 
 
 def open_served(
-    checkpoints: Sequence[Path | str], *, device: Literal["auto", "cpu", "cuda"], int8: bool = False
+    checkpoints: Sequence[Path | str],
+    *,
+    device: Literal["auto", "cpu", "cuda"],
+    int8: bool = False,
+    medical_of: Callable[[Path], MedicalConfig] = lambda checkpoint: MedicalConfig(),
 ) -> dict[str, Served]:
-    """The models by the names that requests give.  Raises UserError as `open_model` does."""
+    """The models by the names that requests give.  Raises UserError as `open_model` and `MedicalMode` do."""
     found = []
     for path in checkpoints:
         model, tokenizer, checkpoint = open_model(path, device=device, int8=int8)
-        manifest = read_manifest(checkpoint, warn=False)  # open_model has warned
-        found.append(Served(str(manifest["config"]["name"]), manifest["step"], model, tokenizer))
+        manifest, config = read_manifest(checkpoint, warn=False), medical_of(checkpoint)  # open_model has warned
+        medical = MedicalMode(model, tokenizer, checkpoint, config, {"text"}) if config.mode else None
+        found.append(Served(str(manifest["config"]["name"]), manifest["step"], model, tokenizer, medical))
     served: dict[str, Served] = {}
     for each in found:
         name = each.name
@@ -72,5 +63,5 @@ def open_served(
         number = 2
         while name in served:  # runs of one name in several folders
             name, number = f"{name.removesuffix(f'-{number - 1}')}-{number}", number + 1
-        served[name] = Served(name, each.step, each.model, each.tokenizer)
+        served[name] = replace(each, name=name)
     return served

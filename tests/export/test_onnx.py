@@ -23,7 +23,7 @@ OTHERS = {
     "liquidnn_batch_mean": TREES["liquidnn"] | {"trace_mode": "batch_mean", "plastic_from": 0.0},
     "liquidnn_adaptive": TREES["liquidnn"] | {"adaptive_steps": True, "plastic_from": 0.0},
 }
-QUICK = ("liquidnet", "transformer")
+QUICK = ("liquidnet",)
 SLOW = [name for name in TREES | VARIANTS | OTHERS if name not in QUICK]
 
 

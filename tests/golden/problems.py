@@ -189,5 +189,8 @@ def environment_key() -> str:
         lines = [line.partition(":") for line in file]
     about = {name.strip(): value.strip() for name, _, value in reversed(lines)}
     processor = [about.get(name, "any") for name in ("vendor_id", "cpu family", "model")]
-    parts = [*processor, torch.backends.cpu.get_cpu_capability(), "torch" + torch.__version__.partition("+")[0]]
+    capability = torch.backends.cpu.get_cpu_capability()
+    if torch.cpu._is_amx_tile_supported():  # bf16 products are then rounded otherwise; a virtual machine may hide it
+        capability += "_amx"
+    parts = [*processor, capability, "torch" + torch.__version__.partition("+")[0]]
     return "_".join(parts).lower().replace(" ", "")

@@ -46,7 +46,7 @@ def test_what_needs_no_gradient_has_none():
     assert not embedding(torch.tensor([1]), weight).requires_grad and weight.gradient_sum.is_empty
 
 
-@pytest.mark.parametrize("n, V, D", [(0, 3, 4), (1, 1, 1), (40, 5, 3), (70, 30, 1100)], ids=str)
+@pytest.mark.parametrize("n, V, D", [(0, 3, 4), (1, 1, 1), (40, 5, 3), (70, 30, 1100), (600, 4, 7)], ids=str)
 def test_the_kernel_equals_the_definition_and_repeats_its_bits(n, V, D):
     ids, rows = torch.randint(0, V, (n,), device=DEVICE), torch.randn(n, D, device=DEVICE).half()
     before = torch.randn(V, D, device=DEVICE)

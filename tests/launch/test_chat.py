@@ -214,6 +214,7 @@ def test_a_stop_text_ends_a_reply_and_is_not_shown(folder, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir()), "what is not typed is no history"
 
 
+@pytest.mark.slow
 def test_a_chat_of_plastic_cells_shows_their_traces(folder):
     talks = {
         flags: chat(folder("liquidnn"), b"import os\n/hebb\n", *flags).stdout.decode()

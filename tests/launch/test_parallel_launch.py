@@ -331,6 +331,7 @@ def test_a_layout_that_is_not_legal_is_refused_once_before_the_ranks_meet(tmp_pa
     assert not run_folder(tmp_path).exists()
 
 
+@pytest.mark.slow
 def test_before_the_ranks_meet_the_one_that_fails_speaks_and_a_signal_ends_the_one_that_waits(tmp_path, text_data):
     """Four jobs at once: rank 1 has no configuration, bare, under torchrun, and alone under Slurm; rank 0 is alone."""
     words, without = command(tmp_path, text_data, *DATA_2), [PYTHON, "launch/pretrain.py", "--config", "/none.yaml"]

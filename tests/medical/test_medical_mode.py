@@ -5,19 +5,24 @@ import json
 import shutil
 import sys
 
+import httpx
 import pytest
 import torch
 
 from lfm import load
-from lfm.commands import chat, evaluate, generate, medical
+from lfm.commands import chat, evaluate, generate, medical, serve
 from lfm.errors import UserError
 from lfm.evaluation.medical_predictions import from_lines
 from lfm.inference.load import open_model
 from lfm.medical.answering import answer
+from lfm.medical.asking import MedicalMode
+from lfm.medical.config import MedicalConfig
 from lfm.medical.questions import open_questions
 from lfm.medical.selective import REFERRAL
 from lfm.medical.stored import stored_at
+from lfm.serving.served import open_served
 from tests.medical import sets
+from tests.serving.local_server import post, running
 
 CPU = ("--device", "cpu")
 RISK = ("--risk", 0.25, "--delta", 0.1)
@@ -131,6 +136,56 @@ def test_chat_answers_each_line_by_itself_or_refers(calibrated, said, monkeypatc
     low, high = replies.values()
     assert len(low) == len(high) == 2 and low[0] == low[1], "what was said before is not read"
     assert all(line.startswith(REFERRAL) for line in high)
+
+
+def test_a_server_gives_judged_answers_or_refers(calibrated):
+    def opened(threshold):
+        config = MedicalConfig(mode=True, safety_threshold=threshold)
+        found = open_served([calibrated], device="cpu", medical_of=lambda checkpoint: config)
+        mode = found["answers"].medical
+        assert isinstance(mode, MedicalMode)
+        return found, mode, [reply for prompt in (CLEAR, UNCLEAR) for reply in mode.ask([prompt], [()])]
+
+    *_, sure = opened(0.01)
+    threshold = sum(reply.decision.probability for reply in sure) / 2
+    served, mode, (clear, unclear) = opened(threshold)
+    assert clear.answer == "blood" and unclear.answer is None
+    with running(served) as (address, _):
+        [found] = httpx.get(f"{address}/v1/models", trust_env=False).json()["data"]
+        assert found["lfm"]["medical"] == mode.words()
+        both = post(address, {"prompt": [CLEAR, UNCLEAR], "temperature": 0, "max_tokens": 100}).json()
+        given, withheld = both["choices"]
+        assert given["text"] == "blood" and given["finish_reason"] == "stop"
+        assert given["lfm"]["medical"] == clear.decision.record() and given["lfm"]["medical"]["probability"] > threshold
+        assert withheld["text"] == REFERRAL and withheld["finish_reason"] == "content_filter"
+        assert withheld["lfm"] == {"finish_reason": "withheld", "medical": unclear.decision.record()}
+        assert both["usage"]["completion_tokens"] > 0
+        chat = [{"role": "user", "content": UNCLEAR}]
+        message = post(address, {"messages": chat}, "/v1/chat/completions").json()["choices"][0]["message"]
+        assert message["content"] == message["refusal"] == REFERRAL
+        events = post(address, {"prompt": UNCLEAR, "stream": True}).text.split("\n\n")
+        chunks = [json.loads(each[6:])["choices"][0] for each in events if each.startswith("data: {")]
+        assert [chunk["text"] for chunk in chunks] == [REFERRAL], "nothing is given before it is judged"
+        for key, value in {
+            **{"temperature": 0.7, "max_tokens": 5, "logprobs": 1, "n": 2, "stop": "b", "top_k": 3},
+            **{"lfm": {"picture_every": 1}, "prompt": [1, 2]},
+        }.items():
+            refused = post(address, {"prompt": CLEAR, key: value})
+            assert refused.status_code == 400 and "in medical mode" in refused.text.replace(
+                "with medical", "in medical"
+            )
+        turns = [*chat, {"role": "assistant", "content": "blood"}, *chat]
+        refused = post(address, {"messages": turns}, "/v1/chat/completions")
+        assert refused.status_code == 400 and "each question is asked by itself" in refused.text
+        refused = post(address, {"prompt": "  "})
+        assert refused.status_code == 400 and "a prompt is empty" in refused.text
+
+
+@pytest.mark.parametrize("flags, sentence", [((), "lfm medical fit"), (("--int8",), "--int8 changes the model's")])
+def test_a_server_in_medical_mode_needs_calibrated_heads(trained, calibrated, said, flags, sentence):
+    run = calibrated if flags else trained.run
+    code, _, err = said(serve, "--checkpoint", run, "--medical", "--port", 0, *flags, *CPU)
+    assert code == 2 and sentence in err and "serving at" not in err
 
 
 def test_the_run_s_configuration_switches_it_on_and_flags_override(calibrated, said, tmp_path):

@@ -5,7 +5,6 @@ import contextlib
 import json
 import threading
 import time
-from dataclasses import replace
 
 import httpx
 import openai
@@ -14,7 +13,7 @@ import torch
 
 from lfm.inference.sampling import SamplingConfig
 from lfm.inference.text import continuations
-from lfm.serving.served import Judgement, Served
+from lfm.serving.served import Served
 from tests.inference.small_models import V, make
 from tests.serving.local_server import WORDS, post, running, small_tokenizer, until
 
@@ -200,20 +199,6 @@ def test_an_answer_that_fails_ends_alone_and_others_go_on(served):
         found = post(address, {"model": "broken", "prompt": "q"})
         assert found.status_code == 500 and "not finite" in found.json()["error"]["message"]
         assert post(address, {"model": "liquidnet", "prompt": "q", "max_tokens": 2}).status_code == 200
-
-
-def test_a_judge_adds_its_probability_to_every_answer(served):
-    def judge(prompt: str, answer: str) -> Judgement:
-        assert prompt == "the" and answer
-        return Judgement(0.25, abstains=True, said="ask somebody who knows")
-
-    with running({"judged": replace(served["lfm"], judge=judge)}) as (address, _):
-        body = {"prompt": "the", "max_tokens": 3, "temperature": 0}
-        found = post(address, body).json()["choices"][0]
-        want = {"probability": 0.25, "abstains": True, "said": "ask somebody who knows"}
-        assert found["lfm"] == {"finish_reason": "length", "judgement": want}
-        events = post(address, body | {"stream": True}).text.split("\n\n")
-        assert json.loads(events[-3][6:])["choices"][0]["lfm"]["judgement"] == want
 
 
 def test_the_next_turn_of_a_chat_reads_only_what_is_new(server):

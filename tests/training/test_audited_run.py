@@ -53,6 +53,7 @@ def on_one_process(tmp_path_factory, text_data):
     return run.folder
 
 
+@pytest.mark.slow
 def test_other_layouts_interrupted_and_resumed_were_fed_the_same(
     on_one_process, text_data, tmp_path, monkeypatch, capsys
 ):

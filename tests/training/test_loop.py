@@ -389,7 +389,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("announced", [True, False], ids=["seen_before", "met_while_writing"])
+@pytest.mark.parametrize(
+    "announced",
+    [pytest.param(True, id="seen_before", marks=pytest.mark.slow), pytest.param(False, id="met_while_writing")],
+)
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(announced, small_disk, text_data, monkeypatch):
     if not announced:  # space that others take between the look and the write
         import shutil
