@@ -4,6 +4,7 @@
 
 import functools
 import json
+import math
 import re
 import statistics
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks import ladder
+from benchmarks import ladder, trainings
 from benchmarks.model import page
 from benchmarks.ops.case import rate
 from lfm.experiments import results as ablation
@@ -309,6 +310,31 @@ def families_table() -> str:
     return "\n".join([*lines, "", note])
 
 
+def trainings_table() -> str:
+    """Presets that were trained to their ends, and what they write."""
+    lines = [
+        "| run | text | tokens (readings) | learning rate, dtype | tokens/s | held-out loss | perplexity | "
+        "bits per byte |",
+        "| --- " * 8 + "|",
+    ]
+    runs = trainings.recorded()
+    for run in runs:
+        _, loss, bits = run["held_out"][-1]
+        readings = f" ({run['tokens'] / run['ids']:.1f})" if run["ids"] else ""
+        lines.append(
+            f"| `{run['name']}`, {run['parameters']:,} | {run['text']} | {run['tokens']:,}{readings} | {run['lr']:g}, "
+            f"{run['dtype']} | {run['tokens_per_second']:,.0f} | {loss:.3f} | {math.exp(loss):.2f} | "
+            f"{'' if bits is None else f'{bits:.3f}'} |"
+        )
+    where = {f"{run['environment']['gpu']}, commit {run['environment']['commit'][:7]}, {run['date']}" for run in runs}
+    lines += ["", f"On one {'; '.join(sorted(where))}. 1 run each. The perplexity is the exponential of the loss."]
+    for run in runs:
+        first, *_ = run["sample"].split("\n--------\n")
+        quoted = [f"    {line}".rstrip() for line in first.strip().splitlines()[:6]]
+        lines += ["", f"`{run['name']}` writes, from its first prompt:", "", *quoted]
+    return "\n".join(lines)
+
+
 def streaming_table() -> str:
     """Milliseconds of a generated token by family and prefix, and the state's size."""
     rows = load("streaming")["rows"]
@@ -561,7 +587,11 @@ PAGES = {
         "ladder": ladder_table,
     },
     "docs/ablation.md": {name: functools.partial(ablation_table, name) for name in ABLATIONS},
-    "docs/families/README.md": {"families": families_table, "streaming": streaming_table},
+    "docs/families/README.md": {
+        "families": families_table,
+        "trainings": trainings_table,
+        "streaming": streaming_table,
+    },
 }
 """Page -> name of the mark around a table -> what writes it."""
 
@@ -584,6 +614,7 @@ def main() -> None:
     if "--check" not in sys.argv:
         plot_scaling(ROOT / "docs/scaling.png")
         plot_recipe(ROOT / "docs/recipe.png")
+        trainings.picture(trainings.recorded(), trainings.IMAGE)
         ladder.report(ladder.recorded(), ROOT / "docs/ladder.png")
 
 
