@@ -1,7 +1,7 @@
 """Record runs of presets to their ends: `python benchmarks/trainings.py RUN... --text WORDS [--ids N]`.
 
-Held-out losses, speed and what the model writes go to benchmarks/results/trainings.json, in place of what is there under
-the run's name; `benchmarks/table.py` makes a table and docs/trainings.png of all.
+Held-out losses, speed and what the model writes go to benchmarks/results/trainings.json, in place of what is there
+under the run's name; `benchmarks/table.py` makes a table and docs/trainings.png of all.
 """
 
 import argparse

@@ -18,7 +18,7 @@ def add_medical_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def medical_of(flags: argparse.Namespace, checkpoint: Path) -> MedicalConfig:
-    """Raises UserError for a threshold that is not between 0 and 1."""
+    """Raises UserError for a threshold that is not between 0 and 1, and for one where the mode is off."""
     from lfm.checkpoint.manifest import read_manifest
 
     tree = dict(read_manifest(checkpoint, warn=False)["config"].get("medical") or {})
@@ -26,7 +26,13 @@ def medical_of(flags: argparse.Namespace, checkpoint: Path) -> MedicalConfig:
         tree["mode"] = flags.medical
     if flags.safety_threshold is not None:
         tree["safety_threshold"] = flags.safety_threshold
-    return MedicalConfig.from_tree(tree, source="--medical and --safety-threshold")
+    found = MedicalConfig.from_tree(tree, source="--medical and --safety-threshold")
+    if flags.safety_threshold is not None and not found.mode:
+        raise UserError(
+            f"--safety-threshold {flags.safety_threshold:g} is of medical mode, which is off; add --medical, or leave "
+            "it out"
+        )
+    return found
 
 
 def check_as_calibrated(**flags: bool) -> None:

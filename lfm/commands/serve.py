@@ -49,6 +49,7 @@ def main() -> None:
         )
     for package in ("starlette", "uvicorn", "prometheus_client"):
         require(package, purpose="lfm serve", extra="serve")
+    from lfm.medical.answering import FREE_TEXT
     from lfm.serving.served import open_served
     from lfm.serving.server import bind, serve
 
@@ -62,6 +63,11 @@ def main() -> None:
             )
         if any(each.medical is not None for each in served.values()):
             check_as_calibrated(int8=flags.int8)
+            if config.max_new_tokens < FREE_TEXT.max_new_tokens:
+                raise UserError(
+                    f"max_new_tokens={config.max_new_tokens} is less than the {FREE_TEXT.max_new_tokens} that answers "
+                    "in medical mode may have; raise it"
+                )
 
         def announce() -> None:
             port = listening.getsockname()[1]
@@ -82,8 +88,10 @@ def main() -> None:
             say(f"curl {address}/v1/completions{shows} -H 'Content-Type: application/json' -d '{body}'")
 
         with talking():
-            serve(served, config, listening, token=token, announce=announce)
-            say("served; all answers that were begun are finished")
+            if serve(served, config, listening, token=token, announce=announce):
+                say("served; all answers that were begun are finished")
+            else:
+                say(f"served; answers that took longer than drain_seconds={config.drain_seconds:g} were cut off")
 
 
 def read_token(file: Path | None) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 from lfm.inference.sampling import SamplingConfig, check_prompts
-from lfm.inference.text import continuations
+from lfm.inference.text import Continuation, continuations
 from lfm.medical.features import (
     Features,
     batches_of_one_length,
@@ -49,6 +49,8 @@ class Answered:
     """At the end of the answer."""
     num_tokens: int
     """Of questions and answers given, for the cost."""
+    made: list[Continuation]
+    """Of free answers, as they were decoded; empty for options."""
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -73,6 +75,7 @@ def answer(
     n = len(questions)
     found: list[str] = [""] * n
     options: list[np.ndarray] = [np.zeros(0)] * n
+    decoded: list[Continuation] = [Continuation()] * n
     encoded, parts = _Encoded(tokenizer), list[tuple[list[int], Features]]()
     for batch in batches_of_one_length(prompts, batch_size):
         end, _ = read(model, [prompts[i] for i in batch])
@@ -95,9 +98,12 @@ def answer(
         else:
             *_, made = continuations(model, tokenizer, [prompts[i] for i in batch], FREE_TEXT)
             for i, each in zip(batch, made, strict=True):
-                found[i] = each.text
+                found[i], decoded[i] = each.text, each
         progress(len(batch))
-    ids = [encoded(text) if text.strip() else encoded("\n") for text in found]
+    limit = model.config.context_limit
+    ids = [encoded.of_answer(text) for text in found]
+    if limit is not None:  # ids of a text that was decoded may be more than those it was decoded from
+        ids = [of[: max(1, limit - len(prompt))] for of, prompt in zip(ids, prompts, strict=True)]
     scores, features = read_answers(model, prompts, ids, batch_size=batch_size)
     found = [text.strip() for text in found]
     order = torch.tensor([i for batch, _ in parts for i in batch]).argsort()
@@ -111,6 +117,7 @@ def answer(
         question=Features.together([part for _, part in parts]).rows(order),
         answer=features,
         num_tokens=sum(map(len, prompts)) + sum(map(len, ids)),
+        made=decoded if task == "text" else [],
     )
 
 
@@ -213,3 +220,8 @@ class _Encoded:
                 raise UserError(f"the answer {text!r} has no ids in this tokenizer; give another")
             self._found[text] = ids
         return self._found[text]
+
+    def of_answer(self, text: str) -> list[int]:
+        """Of what a model made; a line's end where that is nothing.  Its text is in no error: it is not judged yet."""
+        ids = self._tokenizer.encode(text) if text.strip() else []
+        return ids or self("\n")

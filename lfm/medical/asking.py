@@ -1,13 +1,14 @@
 """Selective answers to what a user asks: what `generate`, `chat` and the library do in medical mode."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lfm.data.tokenizer import Tokenizer
 from lfm.errors import UserError
 from lfm.inference.sampling import SamplingConfig
+from lfm.inference.text import Continuation
 from lfm.medical.answering import FREE_TEXT, Answered, answer
 from lfm.medical.config import MedicalConfig
 from lfm.medical.questions import Question, Task
@@ -23,6 +24,8 @@ class Reply:
     answer: str | None
     """None: it is withheld."""
     decision: Decision
+    made: Continuation | None = None
+    """Of a free answer, how it was decoded: how many tokens it has, and why it ended."""
 
     @property
     def text(self) -> str:
@@ -78,9 +81,12 @@ class MedicalMode:
             calibrated = self.calibrated[task]
             answered: Answered = answer(self.model, self.tokenizer, questions, task)
             decisions = calibrated.decide(answered.question, answered.answer, self.medical)
-            for i, text, decision in zip(places, answered.answers, decisions, strict=True):
+            for place, (i, text, decision) in enumerate(zip(places, answered.answers, decisions, strict=True)):
+                if not text:  # which no grader calls right
+                    decision = replace(decision, answered=False, reason="the model made no answer")
                 given = text if decision.answered else None
-                replies[i] = Reply(prompts[i], tuple(options[i]), given, decision)
+                made = answered.made[place] if answered.made else None
+                replies[i] = Reply(prompts[i], tuple(options[i]), given, decision, made)
         return [replies[i] for i in range(len(prompts))]
 
     def _question(self, prompt: str, options: Sequence[str]) -> Question:

@@ -198,6 +198,8 @@ def open_calibrated(checkpoint: Path, task: Task, dtype: torch.dtype) -> Calibra
             "probabilities; use the same device, or fit and calibrate here"
         )
     calibration, known = of.calibration, heads[task].get("known")
+    if "correct" not in heads[task] or "correct" not in calibration.temperatures:
+        raise UserError(f"{path} has no head that says whether an answer is correct; fit and calibrate again")
     data = calibration.data
     return Calibrated(
         head=heads[task]["correct"],

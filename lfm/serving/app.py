@@ -83,6 +83,7 @@ class API:
             engine.cancel(answers)
             for task in (leaving, making):
                 task.cancel()
+            await asyncio.gather(leaving, making, return_exceptions=True)  # or their ends are told as never looked at
 
     def _engine(self, name: str | None) -> Engine:
         if name is None and len(self.engines) == 1:

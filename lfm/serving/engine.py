@@ -206,10 +206,11 @@ class Engine:
             self._refuse(answer, _broken(error), "broken")
             return
         self.metrics.first_token.labels(name).observe(time.monotonic() - answer.started)
-        if reply.answer is not None:
-            answer.request.made += self.served.tokenizer.encode(reply.answer)
+        reason = "withheld"
+        if reply.answer is not None and reply.made is not None:
+            answer.request.made += reply.made.tokens
             self.metrics.new_tokens.labels(name).inc(len(answer.request.made))
-        reason = "withheld" if reply.answer is None else "stop"
+            reason = reply.made.finish_reason or "stop"
         text = REFERRAL if reply.answer is None else reply.answer
         self._end(answer, reason)
         answer.give(Piece(text, reason=reason, medical=reply.decision.record()))
@@ -222,12 +223,16 @@ class Engine:
             if waited > config.max_seconds:
                 refusal = Refusal(504, f"the answer took longer than {config.max_seconds:g} seconds", "too_slow")
                 self._refuse(answer, refusal, "too_slow")
-            elif waited > config.max_wait_seconds and answer.request in self.batcher.waiting:
+            elif waited > config.max_wait_seconds and self._waits(answer):
                 refusal = Refusal(
                     503, f"no slot was free for {config.max_wait_seconds:g} seconds; try again in a while", "no_slot"
                 )
                 refusal.headers["Retry-After"] = "5"
                 self._refuse(answer, refusal, "no_slot")
+
+    def _waits(self, answer: Answer) -> bool:
+        """Whether nothing of it was begun; in medical mode one is begun and ended at once."""
+        return self.served.medical is not None or answer.request in self.batcher.waiting
 
     def _refuse(self, answer: Answer, refusal: Refusal, reason: str) -> None:
         if not answer.ended:
@@ -265,7 +270,8 @@ class Engine:
     def _measure(self) -> None:
         batcher, name = self.batcher, self.served.name
         self.metrics.running.labels(name).set(len(batcher.running))
-        self.metrics.waiting.labels(name).set(len(batcher.waiting) + len(batcher.reading))
+        waiting = len(batcher.waiting) + len(batcher.reading)
+        self.metrics.waiting.labels(name).set(waiting if self.served.medical is None else len(self._by_request))
         self.metrics.state_bytes.labels(name).set(batcher.rows.num_bytes)
         self.metrics.kept_bytes.labels(name).set(batcher.prefixes.num_bytes)
 

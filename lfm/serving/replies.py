@@ -50,6 +50,8 @@ class Reply:
             choice["text"] = piece.text
         else:
             choice["delta"] = {"content": piece.text} if piece.text or piece.reason is None else {}
+            if piece.reason == "withheld":
+                choice["delta"]["refusal"] = piece.text
         if piece.picture is not None:
             choice["lfm"] = {"picture": piece.picture}
         if piece.reason is not None:

@@ -223,7 +223,12 @@ def asks(body: Body, served: Served, config: ServeConfig) -> list[Ask]:
     try:
         if served.medical is not None:
             _check_as_calibrated(body)
-            prompts = [(text, served.tokenizer.encode_prompt(text)) for text in body.questions()]
+            questions = body.questions()
+            for number, text in enumerate(questions, start=1):
+                if not text.strip():
+                    raise Refusal(400, f"question {number} is empty; ask something")
+            prompts = [(text, served.tokenizer.encode_prompt(text)) for text in questions]
+            body.sampling(0, config.max_new_tokens)  # whose limit holds here too
         else:
             prompts = body.prompts(served.tokenizer)
         if not 1 <= len(prompts) * body.n <= config.slots:

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 
 import uvicorn
@@ -62,11 +63,19 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
         super().__init__(config)
         self._announce = announce
+        self.cut_off = False
+        """Whether answers that were begun had no time to end."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        begun = time.monotonic()
+        await super().shutdown(sockets)
+        longest = self.config.timeout_graceful_shutdown
+        self.cut_off = longest is not None and time.monotonic() - begun >= longest
 
 
 def serve(
@@ -76,8 +85,8 @@ def serve(
     *,
     token: str | None,
     announce: Callable[[], None],
-) -> None:
-    """Answer until TERM or Ctrl-C, then finish what was taken on, `drain_seconds` at most.
+) -> bool:
+    """Answer until TERM or Ctrl-C, then finish what was taken on, `drain_seconds` at most: whether all of it was.
 
     `announce` is called when requests are answered.
     """
@@ -85,7 +94,9 @@ def serve(
     # uvicorn raises the signals that ended it once more; it has ended well.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        asyncio.run(_Server(settings(app, config, num_models=len(served)), announce).serve(sockets=[listening]))
+        server = _Server(settings(app, config, num_models=len(served)), announce)
+        asyncio.run(server.serve(sockets=[listening]))
+        return not server.cut_off
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

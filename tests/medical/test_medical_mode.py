@@ -106,6 +106,18 @@ def test_an_answer_comes_with_its_probability_or_not_at_all(calibrated, said):
     assert unclear["threshold"] == max(0.75, unclear["certified_threshold"])
 
 
+def test_an_answer_without_words_is_none(calibrated):
+    """No grader calls it right, however sure a head is."""
+    model, tokenizer, checkpoint = open_model(calibrated, device="cpu")
+    mode = MedicalMode(model, tokenizer, checkpoint, MedicalConfig(mode=True, safety_threshold=0.001), {"text"})
+    prompts = ["clot plasma", "y", "x" * 40, "clot", "plasma\n"]  # questions without "Chapter:"
+    replies = mode.ask(prompts, [()] * len(prompts))
+    empty = [reply for reply in replies if reply.made is not None and not reply.made.text.strip()]
+    assert empty, "none of these questions was left without words"
+    for reply in empty:
+        assert reply.answer is None and reply.decision.reason == "the model made no answer" and REFERRAL in reply.text
+
+
 def test_what_is_withheld_is_printed_nowhere_and_the_stricter_threshold_applies(calibrated, said):
     arguments = ("--checkpoint", calibrated, "--medical", *CPU, "--prompt", CLEAR, *OPTIONS)
     code, out, _ = said(generate, *arguments, "--safety-threshold", 0.999999)
@@ -128,7 +140,7 @@ def test_batches_of_lines_hold_questions_with_options_and_without(calibrated, sa
 def test_chat_answers_each_line_by_itself_or_refers(calibrated, said, monkeypatch):
     replies = {}
     for threshold in (0.01, 0.9999):
-        typed = io.BytesIO(b"clot plasma\n\nclot plasma\n/quit\n")
+        typed = io.BytesIO(b"clot plasma Chapter:\n\nclot plasma Chapter:\n/quit\n")
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
         code, out, err = said(chat, "--checkpoint", calibrated, "--medical", "--safety-threshold", threshold, *CPU)
         assert code == 0 and "a prompt is empty" in err
@@ -159,7 +171,8 @@ def test_a_server_gives_judged_answers_or_refers(calibrated):
         assert given["lfm"]["medical"] == clear.decision.record() and given["lfm"]["medical"]["probability"] > threshold
         assert withheld["text"] == REFERRAL and withheld["finish_reason"] == "content_filter"
         assert withheld["lfm"] == {"finish_reason": "withheld", "medical": unclear.decision.record()}
-        assert both["usage"]["completion_tokens"] > 0
+        assert clear.made is not None and both["usage"]["completion_tokens"] == len(clear.made.tokens) > 0
+        assert given["lfm"]["finish_reason"] == clear.made.finish_reason
         chat = [{"role": "user", "content": UNCLEAR}]
         message = post(address, {"messages": chat}, "/v1/chat/completions").json()["choices"][0]["message"]
         assert message["content"] == message["refusal"] == REFERRAL
@@ -178,13 +191,24 @@ def test_a_server_gives_judged_answers_or_refers(calibrated):
         refused = post(address, {"messages": turns}, "/v1/chat/completions")
         assert refused.status_code == 400 and "each question is asked by itself" in refused.text
         refused = post(address, {"prompt": "  "})
-        assert refused.status_code == 400 and "a prompt is empty" in refused.text
+        assert refused.status_code == 400 and "question 1 is empty; ask something" in refused.text
+        assert post(address, {"prompt": CLEAR, "max_tokens": 10**6}).status_code == 400, "the server's own limit"
+        stream = post(address, {"messages": chat, "stream": True}, "/v1/chat/completions").text
+        assert json.dumps(REFERRAL)[1:-1] in stream and '"refusal": ' in stream
 
 
-@pytest.mark.parametrize("flags, sentence", [((), "lfm medical fit"), (("--int8",), "--int8 changes the model's")])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (("--medical",), "lfm medical fit"),
+        (("--medical", "--int8"), "--int8 changes the model's"),
+        (("--medical", "--max-new-tokens", 5), "max_new_tokens=5 is less than the 48 that answers in medical mode"),
+        (("--safety-threshold", 0.9), "--safety-threshold 0.9 is of medical mode, which is off; add --medical"),
+    ],
+)
 def test_a_server_in_medical_mode_needs_calibrated_heads(trained, calibrated, said, flags, sentence):
-    run = calibrated if flags else trained.run
-    code, _, err = said(serve, "--checkpoint", run, "--medical", "--port", 0, *flags, *CPU)
+    run = calibrated if len(flags) > 1 else trained.run
+    code, _, err = said(serve, "--checkpoint", run, "--port", 0, *flags, *CPU)
     assert code == 2 and sentence in err and "serving at" not in err
 
 
