@@ -100,7 +100,8 @@ class AblationConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if "steps" in (self.common.get("training") or {}):
+        training = self.common.get("training")
+        if isinstance(training, dict) and "steps" in training:
             raise ValueError("common.training.steps is not for a set: tokens (or match.seconds) decides; leave it out")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} names one twice; give each another")

@@ -58,7 +58,7 @@ def _curve(arm: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[di
     text = [run for run in runs if run["arm"] == arm["name"] and run["task"] == "text"]
     text = [run for run in text if run["held_out_loss"] is not None]
     whole = [run for run in text if run["rate"] == arm["best_rate"]]
-    timed = [run for run in text if not run["speed"].get("shares_gpu")] or whole
+    timed = [run for run in text if not run["speed"].get("shares_gpu") and _is_as_long(run, whole)] or whole
     points = []
     for found in zip(*(run["validation"] for run in whole), strict=False):
         place = len(points)
@@ -66,6 +66,10 @@ def _curve(arm: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[di
         bits = [bits for _, _, bits in found if bits is not None]
         points.append({"tokens": found[0][0], "seconds": seconds, "loss": [loss for _, loss, _ in found], "bits": bits})
     return points
+
+
+def _is_as_long(run: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
+    return all(len(run["validation"]) >= len(other["validation"]) for other in others)
 
 
 def _draw(

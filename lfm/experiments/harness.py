@@ -75,7 +75,7 @@ class Harness:
         for arm in a.arms:
             steps, rates = None, a.rates_of(arm)
             if a.match.by == "seconds" and not a.arms[arm].untrained:
-                pilot = self._plan(PILOT, arm, rates[len(rates) // 2], a.seeds[0])
+                pilot = self._plan(PILOT, arm, rates[0], a.seeds[0])
                 pilots.append(pilot)
                 steps = self._steps_by(pilot)
                 if steps is None:
@@ -96,10 +96,15 @@ class Harness:
         return self._plans[key]
 
     def _steps_by(self, pilot: Planned) -> int | None:
-        """That take match.seconds at the speed of a finished pilot."""
+        """That take match.seconds at the speed of a finished pilot.  Raises UserError for one that told none."""
         result = self.results.get(pilot.folder)
-        if result is None or result.tokens_per_second is None:
+        if result is None:
             return None
+        if result.tokens_per_second is None:
+            raise UserError(
+                f"the pilot of arm {pilot.arm} diverged at its lowest learning rate, {pilot.rate:g}, so that its speed "
+                f"is not known; give the arm lower rates, and remove {shown(pilot.folder)}"
+            )
         assert self.ablation.match.seconds is not None
         tokens = pilot.run.training.global_batch_size * pilot.run.model.seq_length
         return max(_FEWEST_STEPS, round(self.ablation.match.seconds * result.tokens_per_second / tokens))
@@ -258,7 +263,8 @@ def run_set(harness: Harness, gpus: Sequence[str | None], *, minutes: float | No
     left = harness.count_left(harness.planned())
     if left:
         say(f"{_runs(left)} left{f', by {cause}' if cause else ''}; the same command goes on")
-    say(f"{folder / 'RESULT.md'}, RESULT.json and RESULT.png hold what there is")
+    drawn = ", RESULT.json and RESULT.png" if exists(folder / "RESULT.png") else " and RESULT.json"
+    say(f"{folder / 'RESULT.md'}{drawn} hold what there is")
     return not harness.failed
 
 

@@ -13,6 +13,7 @@ fixed depth cannot track the latter at every length, unless TC0 = NC1, and a non
 2024, arXiv 2404.08819).
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ import torch
 from lfm.data.format import TOKENIZER_NAME, RowWriter, Split
 from lfm.data.reader import RowReader
 from lfm.data.tokenizer import END_OF_DOCUMENT, Tokenizer
-from lfm.files import exists, partial_folder, replace_folder
+from lfm.errors import UserError
+from lfm.files import exists, partial_folder, read_file, replace_folder, shown
 from lfm.layers.documents import IGNORED_LABEL
 from lfm.models.language_model import LanguageModel
 
@@ -117,11 +119,24 @@ def documents(probe: str, seed: int, sizes: tuple[int, int], *, mostly_small: bo
         yield from (next(made[size]) for size in chosen.tolist())
 
 
+_MADE_OF = "probe.json"
+"""In the folder of a probe's rows: what they were drawn by."""
+
+
 def write_data(probe: str, folder: Path, *, train_rows: int, seed: int) -> None:
     """The data set of a probe, unless it is there: training rows, most of small documents, held-out rows of the same
     sizes, all as often, and `longer`, a data set of larger ones.  Rows are whole documents and padding.
+
+    Raises UserError for a folder that holds others.
     """
+    made_of = {"probe": probe, "rows": train_rows, "seed": seed}
     if exists(folder):
+        found = json.loads(read_file(folder / _MADE_OF)) if exists(folder / _MADE_OF) else None
+        if found != made_of:
+            raise UserError(
+                f"{shown(folder)} holds rows of other probes.steps or another first seed; remove it, and the runs that "
+                f"read them, {shown(folder.parent.parent / probe)}"
+            )
         return
     new = partial_folder(folder)
     shutil.rmtree(new, ignore_errors=True)
@@ -132,6 +147,7 @@ def write_data(probe: str, folder: Path, *, train_rows: int, seed: int) -> None:
     _write_split(probe, new, "train", train_rows, SEQ_LENGTH, SIZES, (seed, 0))
     _write_split(probe, new, "validation", TEST_ROWS, SEQ_LENGTH, SIZES, (seed, 1))
     _write_split(probe, new / "longer", "validation", TEST_ROWS, LONGER_SEQ_LENGTH, LONGER_SIZES, (seed, 2))
+    (new / _MADE_OF).write_text(json.dumps(made_of) + "\n", encoding="utf-8")
     replace_folder(folder, by=new)
 
 

@@ -117,8 +117,8 @@ def read_result(planned: Planned) -> Result | None:
         return None
     try:
         finished = json.loads(read_file(folder / FINISHED))
-        assert isinstance(finished, dict) and "diverged" in finished
-    except (ValueError, AssertionError):
+        assert isinstance(finished, dict) and "diverged" in finished and finished["wall_seconds"] >= 0
+    except (ValueError, AssertionError, KeyError, TypeError):
         raise UserError(f"{shown(folder / FINISHED)} is damaged; remove it, and the run is finished again") from None
     records = read_metrics(folder / "metrics.jsonl") if exists(folder / "metrics.jsonl") else []
     steps = [r for r in records if "cross_entropy" in r]

@@ -19,7 +19,7 @@ from lfm.evaluation.plasticity import probes
 from lfm.exits import command
 from lfm.experiments.probes import LONGER_SEQ_LENGTH, VOCAB_SIZE, accuracy
 from lfm.experiments.results import FINISHED
-from lfm.files import remove_tree, write_durably
+from lfm.files import exists, read_file, remove_tree, write_durably
 from lfm.inference.load import open_model
 from lfm.models.liquidnn import MiniLiquidGPT
 from lfm.talk import say
@@ -49,19 +49,30 @@ def work(config: Path, *, is_probe: bool, plasticity_words: int, keep_checkpoint
     number is a finding too: that the rate is too high.
     """
     begun, run = time.monotonic(), RunConfig.load(config)
-    found: dict[str, Any] = {"diverged": None, "shares_gpu": shares_gpu}
+    found: dict[str, Any] = {"diverged": None}
     try:
         if train(run).step < run.training.steps:
+            _sessions(run, begun, shares_gpu)
             return
     except NonFiniteError as error:
         found["diverged"] = str(error)
         say(f"diverged: {error}")
     if found["diverged"] is None and (is_probe or plasticity_words):
         found |= _measured(run, is_probe, plasticity_words)
-    found["wall_seconds"] = time.monotonic() - begun
+    sessions = _sessions(run, begun, shares_gpu)
+    found |= {"shares_gpu": any(shared for _, shared in sessions), "wall_seconds": sum(wall for wall, _ in sessions)}
     write_durably(run.folder / FINISHED, json.dumps(found).encode() + b"\n")
     if not keep_checkpoints:
         remove_tree(run.folder / "checkpoints")
+
+
+def _sessions(run: RunConfig, begun: float, shares_gpu: bool) -> list[list[Any]]:
+    """Seconds of each session of the run that was not killed, and whether it shared its GPU; this one is added."""
+    file = run.folder / "sessions.json"
+    found = json.loads(read_file(file)) if exists(file) else []
+    found.append([time.monotonic() - begun, shares_gpu])
+    write_durably(file, json.dumps(found).encode() + b"\n")
+    return found
 
 
 def _measured(run: RunConfig, is_probe: bool, plasticity_words: int) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def test_a_set_that_compares_unlike_things_is_one_sentence(text_data, tmp_path, 
         ("common.model.vocab_size=1024", "512"),
         ("common.model.seq_length=32", "seq_length"),
         ("common.data.path=nowhere", "nowhere"),
+        ("common.training=5", "training"),
     ],
 )
 def test_data_that_do_not_fit_are_refused_before_a_run_begins(text_data, tmp_path, override, sentence):
@@ -308,6 +309,18 @@ def test_matching_by_flops_and_by_seconds(whole, text_data, tmp_path):
     sweep = [each for each in harness.planned() if each.task == "text"]
     assert [(each.arm, each.rate) for each in sweep] == [("transformer", 4e-3), ("transformer", 1.6e-2)]
     assert {each.run.training.steps for each in sweep} == {steps}
+
+
+def test_a_pilot_that_diverges_at_its_lowest_rate_is_told(whole, text_data, tmp_path):
+    by_seconds = loaded(text_data, tmp_path, "match={by: seconds, seconds: 3}", *TWO)
+    harness = prepared(by_seconds)
+    pilot, _ = harness.planned()
+    assert pilot.rate == min(by_seconds.rates)
+    result = read_result(planned_run(whole, "text", "transformer", 4e-3, 1))
+    assert result is not None
+    harness.results[pilot.folder] = dataclasses.replace(result, planned=pilot, tokens_per_second=None)
+    with pytest.raises(UserError, match=r"the pilot of arm transformer diverged at its lowest learning rate, 0\.004"):
+        harness.planned()
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lfm.data.stream import DataConfig, open_training, open_validation
+from lfm.errors import UserError
 from lfm.experiments import probes
 from lfm.experiments.probes import (
     LONGER_SEQ_LENGTH,
@@ -76,6 +77,13 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probes") / "recall"
     write_data("recall", folder, train_rows=40, seed=5)
     return folder
+
+
+@pytest.mark.parametrize("rows, seed", [(41, 5), (40, 6)])
+def test_rows_of_another_set_are_not_taken_for_its_own(data, rows, seed):
+    write_data("recall", data, train_rows=40, seed=5)
+    with pytest.raises(UserError, match=r"holds rows of other probes\.steps or another first seed; remove it, and the"):
+        write_data("recall", data, train_rows=rows, seed=seed)
 
 
 def test_rows_are_ordinary_ones_with_answers_as_labels(data):
