@@ -27,7 +27,7 @@ check: setup ## lint, types, import contracts
 	@.venv/bin/lint-imports
 
 test: setup ## the CPU tests that take minutes
-	@$(PY) -m pytest -q $(TYPED) -m "not slow and not slurm and not alone" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest -q $(TYPED) -m "not slow and not slurm and not alone" --numprocesses $(WORKERS) --dist loadfile
 	@$(PY) -m pytest -q -m "alone and not slow and not slurm"
 
 test-full: setup ## everything a CPU can run

@@ -43,8 +43,7 @@ LIBRARY = (
     *("training.global_batch_size=8", "training.micro_batch_size=8"),
 )
 CHUNKS = ("model.backend=chunked", "model.warmup=32")
-WORKING = ("training.dtype=bfloat16", "model.exchange=working")
-NARROW = (*WORKING, "model.chunk_length=32")
+NARROW = ("training.dtype=bfloat16", "model.exchange=working", "model.chunk_length=32")
 PRESETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "liquidnet_small": ("liquidnet_small", ()),
     "transformer_small": ("transformer_small", ()),
@@ -52,8 +51,6 @@ PRESETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "laerc_owt_bf16": ("laerc_owt", ("training.dtype=bfloat16",)),
     "laerc_shakespeare": ("laerc_shakespeare", ()),
     "laerc_shakespeare_bf16": ("laerc_shakespeare", ("training.dtype=bfloat16",)),
-    "laerc_owt_working": ("laerc_owt", WORKING),
-    "laerc_shakespeare_working": ("laerc_shakespeare", WORKING),
     "laerc_library_chunked": ("laerc_owt", (*LIBRARY, *CHUNKS)),
     "laerc_library_chunked_bf16": ("laerc_owt", (*LIBRARY, *CHUNKS, *NARROW)),
     "liquidlm": ("liquidlm", ("training.global_batch_size=32",)),
@@ -67,7 +64,7 @@ PEERS = ("llama_30m", "llama_30m_compiled")
 TARGETS = {
     "liquidnet_small": 1_700_000,
     "transformer_small": 1_498_000,
-    **{f"laerc_{text}{how}": 1_596_000 for text in ("owt", "shakespeare") for how in ("", "_bf16", "_working")},
+    **dict.fromkeys(("laerc_owt", "laerc_owt_bf16", "laerc_shakespeare", "laerc_shakespeare_bf16"), 1_596_000),
     **dict.fromkeys(("laerc_library_chunked", "laerc_library_chunked_bf16"), 170_000),
     "liquidlm": 345_000,
 }

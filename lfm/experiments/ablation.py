@@ -100,9 +100,13 @@ class AblationConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        training = self.common.get("training")
-        if isinstance(training, dict) and "steps" in training:
-            raise ValueError("common.training.steps is not for a set: tokens (or match.seconds) decides; leave it out")
+        for where, tree in {
+            "common": self.common,
+            **{f"arms.{n}.set": arm.set for n, arm in self.arms.items()},
+        }.items():
+            for key in flat(tree):
+                if key in _OF_THE_SET:
+                    raise ValueError(f"{where}.{key} is not for a set: {_OF_THE_SET[key]}; leave it out")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} names one twice; give each another")
         if 0 < self.plasticity_words < 8:
@@ -232,7 +236,24 @@ def first_runs(ablation: AblationConfig, task: str = TEXT) -> dict[str, Planned]
     }
 
 
-_SHARED = ("model.seq_length", "model.vocab_size", "training.global_batch_size", "data", "validation", "schedule")
+_OF_THE_SET = {
+    "training.steps": "tokens (or match.seconds) decides",
+    "optimizer.lr": "rates are learning rates",
+    "seed": "seeds are those of all arms",
+    "name": "a run is called by its arm, rate and seed",
+    "output": "the set has one",
+}
+"""Keys of a run that a set gives each of its runs, and why."""
+
+_SHARED = (
+    "training.device",
+    "model.seq_length",
+    "model.vocab_size",
+    "training.global_batch_size",
+    "data",
+    "validation",
+    "schedule",
+)
 """What decides which rows an arm reads and is judged by, and how its rate goes over the run."""
 
 

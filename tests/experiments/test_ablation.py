@@ -76,6 +76,13 @@ def test_a_shipped_set_is_matched_and_its_data_can_be_made(name):
         ("rates=[1e-3, 1e-3]", r"rates of arm transformer name one twice: 0\.001, 0\.001"),
         ("seeds=[1, 1]", r"seeds=\[1, 1\] names one twice"),
         ("common.training.steps=5", r"common\.training\.steps is not for a set: tokens"),
+        ("common={training.steps: 5}", r"common\.training\.steps is not for a set: tokens"),
+        (
+            "arms.lstm.set.optimizer.lr=1e-3",
+            r"arms\.lstm\.set\.optimizer\.lr is not for a set: rates are learning rates",
+        ),
+        ("common.seed=3", r"common\.seed is not for a set: seeds are those of all arms; leave it out"),
+        ("arms.lstm.set.training.device=cuda", r'arm lstm has training\.device="cuda" and arm transformer'),
         ("match.by=seconds", r"by=seconds and seconds=None do not go together"),
         ("arms.lstm.untraned=true", r"unknown key arms\.lstm\.untraned .*did you mean arms\.untrained"),
         ("arms={a/b: {config: lstm_debug}}", r"'a/b' becomes the name of a folder"),
