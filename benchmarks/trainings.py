@@ -73,7 +73,7 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower left")
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 
