@@ -6,8 +6,11 @@ These are plain language models: a reply is a continuation of everything typed a
 import argparse
 import contextlib
 import hashlib
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,10 +223,42 @@ def _stop_signals() -> Iterator[_Stop]:
         if handler is not signal.SIG_IGN:
             signal.signal(number, handle)
     try:
-        yield stop
+        with _nudged():
+            yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _nudged() -> Iterator[None]:
+    """Signals are handled soon though the program waits for a line.
+
+    One that comes between Python's last look for signals and the read that waits would be handled with the next line.
+    So each is followed by another, which means nothing and interrupts that read.
+    """
+    nudge, waiting_thread = signal.SIGURG, threading.get_ident()
+    coming, written = os.pipe()
+    os.set_blocking(written, False)
+
+    def follow() -> None:
+        while number := os.read(coming, 1):
+            if number[0] != nudge:
+                time.sleep(0.05)
+                signal.pthread_kill(waiting_thread, nudge)
+
+    thread = threading.Thread(target=follow, name="signals are followed", daemon=True)
+    before = signal.signal(nudge, lambda number, frame: None)
+    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(written)
+        thread.join()
+        os.close(coming)
+        signal.signal(nudge, before)
 
 
 def describe(talk: Conversation) -> str:

@@ -116,6 +116,41 @@ def test_a_conversation_is_kept_on_every_way_out(folder, tmp_path):
                 pipe.close()
 
 
+AS_A_LINE_IS_WAITED_FOR = """
+import os, random, signal, threading, time
+from lfm.commands.chat import _Stopped, _stop_signals
+
+def stop_soon(waiting, stopped):
+    waiting.wait()
+    end = time.perf_counter() + random.random() * 60e-6
+    while time.perf_counter() < end:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    if not stopped.wait(20):
+        os._exit(1)
+
+for _ in range(40):
+    waiting, stopped = threading.Event(), threading.Event()
+    thread = threading.Thread(target=stop_soon, args=(waiting, stopped))
+    thread.start()
+    with _stop_signals() as stop:
+        try:
+            with stop.while_waiting():
+                waiting.set()
+                input()
+        except _Stopped:
+            stopped.set()
+    thread.join()
+"""
+
+
+def test_a_signal_is_not_lost_as_the_program_begins_to_wait():
+    # One in six was, before each was followed by another.
+    command = [PYTHON, "-c", AS_A_LINE_IS_WAITED_FOR]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.wait(60) == 0
+
+
 class Terminal:
     """A chat at a terminal of its own."""
 
