@@ -1,5 +1,10 @@
+import contextlib
+import io
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +38,29 @@ def deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def lfm(monkeypatch, capfd) -> Callable[..., subprocess.CompletedProcess]:
+    """`lfm WORD ...` in this process, which has paid for its imports: exit code, stdout and stderr, as of a process.
+
+    `lines`: what it reads from the standard input.
+    """
+    from lfm.cli import main
+
+    def call(*arguments: object, cwd: Path | None = None, lines: bytes = b"") -> subprocess.CompletedProcess:
+        words, code = ["lfm", *map(str, arguments)], 0
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+        capfd.readouterr()
+        with contextlib.chdir(cwd or os.getcwd()):
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@ import argparse
 import contextlib
 import os
 import re
-import subprocess
 from typing import Annotated, Literal
 
 import pytest
@@ -15,7 +14,7 @@ from lfm.inference.sampling import SamplingConfig
 from lfm.layers.liquid import ReservoirConfig
 from lfm.layers.mlp import SwiGLUConfig
 from lfm.training.run import RunConfig
-from tests.training.tiny_run import PYTHON, ROOT
+from tests.training.tiny_run import ROOT
 
 RUNS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
 DATA = sorted(path for path in (ROOT / "configs/data").glob("*.yaml"))
@@ -314,8 +313,8 @@ def test_help_lists_every_key_with_type_default_and_text():
     assert "inner.kind: a | b = a" in text and "size: int gt=0 = 4" in text
 
 
-def test_help_of_pretrain_describes_all_of_a_run():
-    text = subprocess.run([PYTHON, str(ROOT / "launch/pretrain.py"), "--help"], capture_output=True, text=True).stdout
+def test_help_of_pretrain_describes_all_of_a_run(lfm):
+    text = lfm("train", "--help").stdout
     for key in ("model.liquid.leak_rate", "optimizer.weight_decay", "parallel.zero_stage", "checkpoint.resume"):
         assert key in text
     assert "--dry-run" in text

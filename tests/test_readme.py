@@ -37,8 +37,8 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize(
     "command",
-    # What certify computes has tests of its own.
-    [pytest.param(each, marks=pytest.mark.slow if "certify" in each else ()) for each in COMMANDS],
+    # What certify computes, and four ranks, have tests of their own.
+    [pytest.param(each, marks=pytest.mark.slow if re.search("certify|per-node 4", each) else ()) for each in COMMANDS],
 )
 def test_a_command_of_the_readme_runs(command, checkout):
     words = shlex.split(command)

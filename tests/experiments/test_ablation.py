@@ -24,7 +24,12 @@ from lfm.training.run import RunConfig
 from tests.training.tiny_run import ROOT
 
 SETS = sorted(path.stem for path in (shipped_configs() / "ablation").glob("*.yaml"))
-SMALL = ["common.model.seq_length=64", "common.model.vocab_size=512", "tokens=4096", "common.checkpoint.every_steps=3"]
+SMALL = [
+    "common.model.seq_length=64",
+    "common.model.vocab_size=512",
+    "tokens=10240",
+    "common.checkpoint.every_steps=8",
+]
 TWO = [
     "arms.lstm=null",
     "arms.transformer.set.model={hidden_size: 32, num_layers: 1, ffn: {ffn_hidden_size: 64}}",
@@ -204,7 +209,7 @@ def test_the_result_says_what_the_runs_found(whole):
         at_best = [run["held_out_loss"] for run in own if run["rate"] == arm["best_rate"]]
         assert len(at_best) == 2 and arm["held_out_loss"]["mean"] == pytest.approx(sum(at_best) / 2)
         assert (arm["held_out_loss"]["low"], arm["held_out_loss"]["high"]) == (min(at_best), max(at_best))
-        assert arm["best_is_at_an_edge"] and arm["tokens"] == 4096
+        assert arm["best_is_at_an_edge"] and arm["tokens"] == 10240
         assert 0 < arm["held_out_loss"]["mean"] < math.log(512) + 1 and 0 < arm["bits_per_byte"]["mean"] < 8
         assert f"{arm['active_non_embedding']:,}" in markdown(result) and arm["name"] in markdown(result)
     # Seeds are different data orders; rates and arms of one seed read the same.
@@ -225,7 +230,9 @@ def test_a_run_is_an_ordinary_one(whole):
 
 def test_folders_of_others_are_refused(whole, text_data, tmp_path):
     output = whole.folder.parent
-    with pytest.raises(UserError, match=r"holds another set: there tokens=4096, here 8192; give this one another name"):
+    with pytest.raises(
+        UserError, match=r"holds another set: there tokens=10240, here 8192; give this one another name"
+    ):
         run_set(prepared(loaded(text_data, output, *TWO, "tokens=8192")), [None])
     changed = loaded(text_data, output, *TWO, "arms.liquidnet.set.optimizer.clip_grad=0.25")
     with pytest.raises(
@@ -289,10 +296,9 @@ def own_fork_server():
     forkserver._forkserver._stop()
 
 
-def test_the_command_prints_the_plan_and_touches_nothing(text_data, tmp_path):
+def test_the_command_prints_the_plan_and_touches_nothing(text_data, tmp_path, lfm):
     keys = debug_set(text_data, tmp_path / "out", "common.data.path=nowhere")
-    command = [sys.executable, str(ROOT / "launch/ablate.py"), "--config", "ablation/debug", "--plan", *keys]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = lfm("ablate", "--config", "ablation/debug", "--plan", *keys, cwd=tmp_path)
     assert done.returncode == 0 and "9 runs on text" in done.stdout and not list(tmp_path.iterdir())
 
 

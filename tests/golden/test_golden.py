@@ -21,7 +21,7 @@ ELSEWHERE = {"float32": 1e-5, "bfloat16": 1e-3}
 """Largest relative deviation of a loss on another processor, by dtype of the weights."""
 
 
-QUICK = ("lfm_dp2_z1", "lfm_tp2_pp2", "lfm_ep2")
+QUICK = ("lfm_dp2_z1", "lfm_tp2_pp2")
 """Of the layouts; the others take as long, and the certificate has them too."""
 
 

@@ -106,6 +106,7 @@ def test_a_rank_that_fails_alone_says_so_and_the_others_end_with_it(case, tmp_pa
     assert job.output == [f"error: {prefix}--config /none does not exist"]
 
 
+@pytest.mark.slow
 def test_a_mistake_of_all_ranks_is_said_once(tmp_path):
     def body(rank):
         time.sleep([1, 0, 2][rank])
@@ -128,6 +129,7 @@ def test_a_bug_of_one_rank_keeps_its_traceback_and_ends_the_others(tmp_path):
         assert job.ranks[0].exitcode == 1
 
 
+@pytest.mark.slow
 def test_without_the_others_a_rank_speaks_in_seconds(tmp_path, monkeypatch):
     assert rendezvous.SPEAK_SECONDS <= 5
     monkeypatch.setattr(rendezvous, "TELL_SECONDS", rendezvous.SPEAK_SECONDS + 1)
@@ -136,7 +138,7 @@ def test_without_the_others_a_rank_speaks_in_seconds(tmp_path, monkeypatch):
     assert job.output == ["error: rank 1: --config /none does not exist"]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ranks", [(0, 1), (1,)], ids=["one rank is missing", "all others are missing"])
 def test_a_signal_ends_those_that_wait_at_once(name, ranks, tmp_path):
     number = getattr(signal, name)

@@ -23,6 +23,7 @@ from lfm.kernels.router import choose_experts
 from lfm.layers import router
 from lfm.training.run import RunConfig
 from lfm.training.start import local_engine
+from tests.launch.test_launch import main  # noqa: F401  (a fixture)
 from tests.training.tiny_run import PYTHON, ROOT, tiny_overrides, tiny_run
 
 SHORT = ("--warmup", "1", "--steps", "2", "--profiled-steps", "1")
@@ -90,8 +91,8 @@ def test_the_table_says_that_speeds_of_a_dry_run_mean_nothing(measured):
         (["--model", "configs/lstm_debug.yaml", "--routing", "balanced", "--random-ids"], "no experts"),
     ],
 )
-def test_what_cannot_be_benched_is_one_sentence(flags, words):
-    assert_refused(bench(*flags), words)
+def test_what_cannot_be_benched_is_one_sentence(flags, words, main):  # noqa: F811
+    assert_refused(main("bench", *flags), words)
 
 
 @pytest.mark.parametrize("start", [pretrain.main, bench_main])

@@ -1,7 +1,6 @@
 """The command `lfm`: its words, what it says to a wrong one, keys as flags, configs by name, from anywhere."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,14 +17,8 @@ from lfm.training.run import RunConfig
 ROOT = Path(__file__).parents[2]
 
 
-def lfm(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lfm", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def test_help_names_every_word_and_imports_no_command():
-    found = lfm("--help")
+    found = subprocess.run([sys.executable, "-m", "lfm", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0 and all(f"  {word} " in found.stdout for word in WORDS)
     code = "import sys; sys.argv = ['lfm', '--help']; from lfm.cli import main; main(); print(*sys.modules)"
     seen = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split()
@@ -33,7 +26,7 @@ def test_help_names_every_word_and_imports_no_command():
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_every_word_says_what_it_takes(word, tmp_path):
+def test_every_word_says_what_it_takes(word, tmp_path, lfm):
     found = lfm(word, "--help", cwd=tmp_path)
     assert found.returncode == 0 and found.stdout.startswith(f"usage: lfm {word}"), found.stderr
 
@@ -52,7 +45,7 @@ def test_every_word_says_what_it_takes(word, tmp_path):
         (["eval", "--checkpoint", "none"], "none"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments, words, tmp_path):
+def test_a_mistake_is_one_sentence(arguments, words, tmp_path, lfm):
     found = lfm(*arguments, cwd=tmp_path)
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.startswith("error: ") and words in found.stderr and found.stderr.count("\n") == 1
@@ -86,7 +79,7 @@ def test_a_shipped_config_is_found_by_its_name_from_anywhere(name, tmp_path, mon
     assert RunConfig.load("lfm_debug").name == "own", "a file of the user's comes first"
 
 
-def test_doctor_and_completion_say_what_is_there():
+def test_doctor_and_completion_say_what_is_there(lfm):
     found = lfm("doctor")
     assert found.returncode == 0 and "torch" in found.stdout and "GiB are free" in found.stdout
     bash = lfm("completion", "bash")
@@ -94,7 +87,7 @@ def test_doctor_and_completion_say_what_is_there():
     assert subprocess.run(["bash", "-n"], input=bash.stdout, text=True).returncode == 0
 
 
-def test_eval_gives_what_validation_of_the_run_gave(tmp_path, text_data):
+def test_eval_gives_what_validation_of_the_run_gave(tmp_path, text_data, lfm):
     from lfm.training.loop import train
     from lfm.training.metrics_file import read_metrics
     from tests.training.tiny_run import tiny_run

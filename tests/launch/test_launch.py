@@ -157,14 +157,14 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path, text_data, main):
     assert_refused(main("pretrain", *pretrain_command(tmp_path, copy)[2:]), "tokenizer")
 
 
-def test_a_corrupt_checkpoint_is_refused_in_one_sentence(tmp_path, text_data, trained):
+def test_a_corrupt_checkpoint_is_refused_in_one_sentence(tmp_path, text_data, trained, main):
     import shutil
 
     shutil.copytree(trained, tmp_path / "lfm_debug")
     os.truncate(tmp_path / "lfm_debug/checkpoints/step_00000002/.metadata", 10)
-    assert_refused(run(*pretrain_command(tmp_path, text_data)), r"\.metadata has 10 bytes instead of")
-    generate = ["launch/generate.py", "--checkpoint", tmp_path / "lfm_debug", "--prompt", "x"]
-    assert_refused(run(PYTHON, *generate), r"\.metadata has 10 bytes instead of")
+    assert_refused(main("pretrain", *pretrain_command(tmp_path, text_data)[2:]), r"\.metadata has 10 bytes instead of")
+    generate = ["generate", "--checkpoint", tmp_path / "lfm_debug", "--prompt", "x"]
+    assert_refused(main(*generate), r"\.metadata has 10 bytes instead of")
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_in_one_sentence(text_data, trained, main):
@@ -191,15 +191,15 @@ def test_one_process_trains_under_each_launcher(launcher, tmp_path, text_data):
     assert not shared_memory.abandoned(shared), "shared memory was left behind"
 
 
-def test_generate_streams_one_prompt_and_separates_several(trained):
+def test_generate_streams_one_prompt_and_separates_several(trained, lfm):
     one = run(PYTHON, "launch/generate.py", "--checkpoint", trained, "--prompt", "import ", "--max-new-tokens", 5)
     assert one.returncode == 0 and one.stdout.startswith("import "), one.stderr
     step = trained / "checkpoints/step_00000002"
-    command = [PYTHON, "launch/generate.py", "--checkpoint", step, "--prompt", "def ", "--prompt", "class ", "--greedy"]
-    several = run(*command, "--max-new-tokens", 5).stdout
+    command = ["generate", "--checkpoint", step, "--prompt", "def ", "--prompt", "class ", "--greedy"]
+    several = lfm(*command, "--max-new-tokens", 5).stdout
     first, second = several.split("\n--------\n")
     assert first.startswith("def ") and second.startswith("class ")
-    assert run(*command, "--max-new-tokens", 5).stdout == several
+    assert lfm(*command, "--max-new-tokens", 5).stdout == several
 
 
 BAD_PROMPTS = {

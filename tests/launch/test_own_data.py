@@ -22,7 +22,7 @@ from lfm.models.registry import FAMILIES
 from lfm.training.loop import train
 from lfm.training.metrics_file import read_metrics
 from lfm.training.run import RunConfig
-from tests.launch.test_cli import ROOT, lfm
+from tests.training.tiny_run import ROOT
 
 SMALL = ["model.hidden_size=32", "model.num_layers=2", "logging.tensorboard=false"]
 
@@ -89,7 +89,7 @@ def test_time_or_text_decides(short_rows, text_data, tmp_path):
         own_run(wish(text_data, f"output={tmp_path}", minutes=0.1), started=time.monotonic() - 3600)
 
 
-def test_a_stopped_run_goes_on_by_the_same_command_and_chooses_nothing_anew(short_rows, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_by_the_same_command_and_chooses_nothing_anew(short_rows, tmp_path, monkeypatch, lfm):
     command = ["train", "--data", short_rows, "--minutes", "0.3", f"output={tmp_path}/runs", *SMALL]
     command.append("training.steps=40")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

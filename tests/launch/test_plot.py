@@ -2,13 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_folder(folder: Path, steps: int = 30, **more) -> Path:
@@ -35,17 +31,15 @@ def run_folder(folder: Path, steps: int = 30, **more) -> Path:
     return folder
 
 
-def plot(*arguments, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "lfm", "plot", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}, capture_output=True, text=True
-    )
+@pytest.fixture
+def plot(lfm, tmp_path):
+    return lambda *arguments: lfm("plot", *arguments, cwd=tmp_path)
 
 
-def test_runs_become_one_picture_and_one_page_without_outside_resources(tmp_path):
+def test_runs_become_one_picture_and_one_page_without_outside_resources(tmp_path, plot):
     one = run_folder(tmp_path / "a<b>" / "small")
     other = run_folder(tmp_path / "c" / "small", loss_scale=65536.0, skipped_updates=3)
-    done = plot(one, other, cwd=tmp_path)
+    done = plot(one, other)
     assert (done.returncode, done.stdout) == (0, "plots/plot.png\nplots/plot.html\n"), done.stderr
     assert (tmp_path / "plots/plot.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "plots/plot.html").read_text()
@@ -56,12 +50,12 @@ def test_runs_become_one_picture_and_one_page_without_outside_resources(tmp_path
     assert len(titles) == 8 and "loss scale of float16" in page and "MFU" not in page  # panels that any run has
     assert not re.search(r"(src|href)=[\"'](?!#)|@import|url\((?!#)", page.replace('xlink:href="#', ""))
     # One run alone: into its own folder, with its configuration.
-    assert plot(one, cwd=tmp_path).returncode == 0
+    assert plot(one).returncode == 0
     assert "<td>optimizer.lr</td><td>0.001</td>" in (one / "plots/plot.html").read_text()
 
 
 @pytest.mark.slow
-def test_names_and_records_of_any_kind(tmp_path):
+def test_names_and_records_of_any_kind(tmp_path, plot):
     one = run_folder(tmp_path / "_a$\\frac$b")
     bad = (
         '{"step": 40, "tokens": "x", "cross_entropy": "bad"}',
@@ -74,14 +68,14 @@ def test_names_and_records_of_any_kind(tmp_path):
         file.write("\n" + "\n".join(bad) + "\n")
     for config in ("x: 2020-01-01", "x: !!binary aGVsbG8=", "x: &a {b: *a}", "x: " + "[" * 3000, 'x: "\\ud800"', "- 1"):
         (one / "config.yaml").write_text(config + "\n")
-        done = plot(one, cwd=tmp_path)
+        done = plot(one)
         assert done.returncode == 0, (config, done.stderr)
     page = (one / "plots/plot.html").read_text()
     assert page.count("_a$\\frac$b") > 8  # the title, the table, and a legend a panel
     assert "<td>best held-out loss (nats)</td><td>8.5000</td>" in page
 
 
-def test_what_cannot_be_plotted_is_a_sentence(tmp_path):
+def test_what_cannot_be_plotted_is_a_sentence(tmp_path, plot):
     run = run_folder(tmp_path / "run")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -94,6 +88,6 @@ def test_what_cannot_be_plotted_is_a_sentence(tmp_path):
         ([run, run], "is named twice"),
         ([run, "--out", tmp_path / "file" / "x"], "give another folder with --out DIR"),
     ):
-        done = plot(*arguments, cwd=tmp_path)
+        done = plot(*arguments)
         assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "plots").exists()

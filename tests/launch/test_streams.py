@@ -103,6 +103,7 @@ def test_signals_that_were_ignored_stay_ignored_and_closed_streams_are_no_matter
     assert_saved_at_its_last_step(folder)
 
 
+@pytest.mark.slow
 def test_a_limit_to_the_size_of_files_is_named_and_logs_that_meet_it_are_given_up_in_a_line_each(tmp_path, text_data):
     often = ["training.steps=40", "logging.tensorboard=true", *LONG[1:]]
     words = shlex.join(pretrain_command(tmp_path, text_data, *often))

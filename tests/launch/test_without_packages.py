@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 WITHOUT = """
 import sys
 
@@ -39,6 +41,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_and_its_text_need_none_of_the_packages_that_some_platforms_lack(text_data, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 

@@ -139,7 +139,7 @@ def pipeline_gradients(process: Any, layout: Layout) -> dict[int, tuple[list[lis
     return {c.number: (c.weight.gradient_sum.total.tolist(), made[c.number]) for c in chunks}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("micro_batches", [2, 6])
+@pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.slow), 6])
 @pytest.mark.parametrize(("stages", "chunks"), [(2, 1), (2, 2), (2, 3)])
 def test_gradients_that_wait_are_those_of_one_process(stages, chunks, micro_batches):
     parallel = ParallelConfig(pipeline=stages, virtual_pipeline=chunks, zero_stage=1)

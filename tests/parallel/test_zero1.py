@@ -162,6 +162,7 @@ def _broken_off(process: Process, layout: Layout) -> list[bool]:
     return [was_broken, norms[0] == norms[1], all(alike)]
 
 
+@pytest.mark.slow
 def test_a_backward_pass_that_did_not_end_leaves_nothing_to_the_next_step_of_two_ranks():
     for layout in (_layout(), _layout(expert=2)):
         assert run_ranks(_broken_off, 2, layout, timeout_seconds=60) == [[True] * 3] * 2

@@ -28,7 +28,7 @@ def train_on_a_rank(process, kind, output, data):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind == "liquidnn" else pytest.mark.slow) for kind in sorted(TINY)]
+    "kind", [pytest.param(kind, marks=() if kind == "liquidlm" else pytest.mark.slow) for kind in sorted(TINY)]
 )
 def test_two_processes_begin_what_one_goes_on_with(kind, tmp_path, text_data):
     """With dropout, whose draws are those of a row: micro-batches are cut alike."""

@@ -139,6 +139,7 @@ def on_two_ranks(process, output, data):
     return found[0], torch.initial_seed() == seed_of_draws(run.seed, 3, first_row=2 * process.rank)
 
 
+@pytest.mark.slow
 def test_two_ranks_go_back_together(tmp_path, text_data):
     pytest.importorskip("megatron.core", reason="needs the extra `parallel`")
     pytest.importorskip("deepspeed", reason="needs the extra `parallel`")
