@@ -26,4 +26,5 @@ class ServeConfig(BatcherConfig):
     max_seconds: float = Field(default=300.0, gt=0)
     """How long an answer may take, waiting included; then status 504, or an error event where it is streamed."""
     drain_seconds: float = Field(default=60.0, ge=0)
-    """After TERM or Ctrl-C: how long answers that were taken on may take to finish; no others are taken."""
+    """After TERM or Ctrl-C: how long answers that were taken on may take to finish, before they end with status 503; no
+    others are taken."""

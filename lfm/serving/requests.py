@@ -140,31 +140,19 @@ class CompletionBody(Body):
         return given
 
 
-class TextPart(Config):
-    type: str
-    text: str
-
-
 class Message(Config):
     role: str
-    content: str | tuple[TextPart, ...]
+    content: str
     name: str | None = None
 
     @property
     def text(self) -> str:
         """As conversations are trained on and `lfm chat` reads them: all but replies end with a newline."""
-        if isinstance(self.content, str):
-            text = self.content
-        else:
-            for part in self.content:
-                if part.type != "text":
-                    raise Refusal(400, f"messages hold a part of type {part.type!r}; this server reads text alone")
-            text = "".join(part.text for part in self.content)
         if self.role == "assistant":
-            return text
+            return self.content
         if self.role not in _OTHER_ROLES:
             raise Refusal(400, f"a message has the role {self.role!r}; there are assistant, {', '.join(_OTHER_ROLES)}")
-        return text + "\n"
+        return self.content + "\n"
 
 
 class ChatBody(Body):
@@ -197,6 +185,8 @@ def parse(kind: type[Body], tree: Any) -> Any:
         raise Refusal(400, "the body is no JSON object")
     kept = {}
     for key, value in tree.items():
+        if not key.isprintable():  # half of a surrogate pair, say
+            raise Refusal(400, f"{key!r} is no key of a request; leave it out")
         if value is None or key in _UNUSED:
             continue
         if key in _ONE_VALUE and key not in kind.model_fields:
@@ -205,17 +195,35 @@ def parse(kind: type[Body], tree: Any) -> Any:
                 raise Refusal(400, f"{key} is not supported; leave it out", "unsupported")
             continue
         kept[key] = value
-    if isinstance(messages := kept.get("messages"), list):  # clients send back replies with all their empty keys
-        kept["messages"] = [
-            {key: value for key, value in message.items() if value is not None and value != []}
-            if isinstance(message, dict)
-            else message
-            for message in messages
-        ]
+    if isinstance(messages := kept.get("messages"), list):
+        kept["messages"] = [_read_message(*each) for each in enumerate(messages)]
+    for key, field in kind.model_fields.items():
+        if field.is_required() and key not in kept:
+            raise Refusal(400, f"{key} is missing; give it")
     try:
         return kind.from_tree(kept, source="the request")
     except UserError as error:
         raise Refusal(400, str(error)) from None
+
+
+def _read_message(number: int, message: Any) -> dict[str, Any]:
+    """With its content as one text, and without empty keys, which clients send back with replies."""
+    if not isinstance(message, dict):
+        raise Refusal(400, f"messages[{number}] is no JSON object; give one with role and content")
+    kept = {key: value for key, value in message.items() if key == "content" or (value is not None and value != [])}
+    content = kept.get("content")
+    if isinstance(content, list):
+        places = (f"messages[{number}].content[{i}]" for i in range(len(content)))
+        kept["content"] = "".join(map(_read_part, places, content))
+    elif not isinstance(content, str):
+        raise Refusal(400, f"messages[{number}].content is no text, nor a list of texts; this server reads text alone")
+    return kept
+
+
+def _read_part(place: str, part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise Refusal(400, f'{place} is no {{"type": "text", "text": TEXT}}; this server reads text alone')
 
 
 def asks(body: Body, served: Served, config: ServeConfig) -> list[Ask]:

@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import socket
-import time
 from collections.abc import Callable, Mapping
 
 import uvicorn
@@ -11,12 +10,14 @@ from starlette.applications import Starlette
 
 from lfm.errors import UserError
 from lfm.files import reason, shown
-from lfm.serving.app import make_app
+from lfm.serving.app import API, make_app
 from lfm.serving.config import LOOPBACK, ServeConfig
 from lfm.serving.served import Served
 
 _CONNECTIONS_BESIDE = 64
 """That may be open beside those of answers: pages, health, numbers."""
+_SECONDS_TO_REFUSE = 5
+"""For telling clients whose answers had no time to end."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -53,16 +54,16 @@ def settings(app: Starlette, config: ServeConfig, *, num_models: int) -> uvicorn
         proxy_headers=False,
         limit_concurrency=2 * answers + _CONNECTIONS_BESIDE,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=round(config.drain_seconds),
+        timeout_graceful_shutdown=round(config.drain_seconds) + _SECONDS_TO_REFUSE,
     )
 
 
-class _Server(uvicorn.Server):
-    """Says when it listens."""
+class Server(uvicorn.Server):
+    """Says when it listens, and ends answers for which `drain_seconds` are too few by a refusal."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None], api: API) -> None:
         super().__init__(config)
-        self._announce = announce
+        self._announce, self._api = announce, api
         self.cut_off = False
         """Whether answers that were begun had no time to end."""
 
@@ -72,10 +73,16 @@ class _Server(uvicorn.Server):
             self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        begun = time.monotonic()
+        cutting = asyncio.ensure_future(self._cut_off())
         await super().shutdown(sockets)
-        longest = self.config.timeout_graceful_shutdown
-        self.cut_off = longest is not None and time.monotonic() - begun >= longest
+        cutting.cancel()
+
+    async def _cut_off(self) -> None:
+        await asyncio.sleep(self._api.config.drain_seconds)
+        engines = self._api.engines.values()
+        self.cut_off = any(engine.outstanding for engine in engines)
+        for engine in engines:
+            await asyncio.to_thread(engine.close)
 
 
 def serve(
@@ -94,7 +101,7 @@ def serve(
     # uvicorn raises the signals that ended it once more; it has ended well.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        server = _Server(settings(app, config, num_models=len(served)), announce)
+        server = Server(settings(app, config, num_models=len(served)), announce, app.state.api)
         asyncio.run(server.serve(sockets=[listening]))
         return not server.cut_off
     finally:

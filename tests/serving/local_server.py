@@ -6,13 +6,12 @@ import time
 from collections.abc import Iterator
 
 import httpx
-import uvicorn
 
 from lfm.data.tokenizer import Tokenizer, train_bpe
 from lfm.serving.app import API, make_app
 from lfm.serving.config import ServeConfig
 from lfm.serving.served import Served
-from lfm.serving.server import bind, settings
+from lfm.serving.server import Server, bind, settings
 
 WORDS = "the time of a state that flows, and a word after it. Of liquid, of light; in every way they go on as one. "
 
@@ -28,7 +27,7 @@ def running(served: dict[str, Served], *, token: str | None = None, **keys) -> I
     config = ServeConfig(port=0, **keys)
     app = make_app(served, config, token=token)
     with bind(config.host, 0) as listening:
-        server = uvicorn.Server(settings(app, config, num_models=len(served)))
+        server = Server(settings(app, config, num_models=len(served)), lambda: None, app.state.api)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

@@ -188,6 +188,25 @@ def test_a_full_queue_and_answers_that_take_too_long(served):
         assert 'lfm_http_responses_total{path="/v1/completions",status="429"} 1.0' in numbers
 
 
+def test_answers_that_have_no_time_to_end_are_refused_in_words(served):
+    found = {}
+    only = {"liquidnet": served["liquidnet"]}
+    with running(only, slots=2, queue=1, drain_seconds=0.2, max_new_tokens=1_000_000) as (address, api):
+
+        def ask(stream):
+            found[stream] = post(address, LONG | {"max_tokens": 1_000_000, "stream": stream})
+
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(api.engines["liquidnet"].batcher.running) == 2)
+    for thread in threads:
+        thread.join()
+    whole, streamed = found[False], found[True]
+    assert whole.status_code == 503 and "shutting down" in whole.json()["error"]["message"]
+    assert json.loads(streamed.text.split("\n\n")[-2][6:])["error"]["code"] == "shutting_down"
+
+
 def test_an_answer_that_fails_ends_alone_and_others_go_on(served):
     broken = make("lstm")
     tokenizer = served["lfm"].tokenizer

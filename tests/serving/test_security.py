@@ -87,6 +87,7 @@ BODIES = {
     "an id below 0": (b'{"prompt": [-1]}', 400, "vocabulary of 300"),
     "mixed ids": (b'{"prompt": [1, "a"]}', 400, "prompt"),
     "a key that is none": (b'{"prompt": "a", "tempreature": 1}', 400, "tempreature"),
+    "a key of half a surrogate": (b'{"prompt": "a", "\\ud800": 1}', 400, "is no key of a request"),
     "a tool": (b'{"prompt": "a", "tools": [{"type": "function"}]}', 400, "tools is not supported"),
     "echo": (b'{"prompt": "a", "echo": true}', 400, "echo is not supported"),
     "n of 5": (b'{"prompt": "a", "n": 5}', 400, "from 1 to 4"),
@@ -112,8 +113,15 @@ def test_bodies_that_are_wrong_are_named(case, server):
 CHATS = {
     "no messages": ({"messages": []}, "messages"),
     "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}, "text alone"),
+    "text and a picture": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]},
+        "messages[0].content[1] is no",
+    ),
+    "a part that is none": ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0] is no"),
+    "no content": ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is no text"),
     "a tool's message": ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
-    "text is no message": ({"messages": ["x"]}, "messages"),
+    "text is no message": ({"messages": ["x"]}, "messages[0] is no JSON object"),
+    "nothing": ({}, "messages is missing"),
 }
 
 
