@@ -39,7 +39,7 @@ class MatchConfig(Config):
     and backward; or seconds of training, for which a pilot of each arm measures its speed."""
     tolerance: float = Field(default=0.02, ge=0, lt=1)
     """How far an arm may be from the first one, as a share of it; parameters and flops."""
-    seconds: PositiveFloat | None = None
+    seconds: float | None = Field(default=None, gt=0, le=10_000_000)
     """Of training by each run, with by: seconds."""
 
     @model_validator(mode="after")

@@ -120,14 +120,33 @@ def read_result(planned: Planned) -> Result | None:
         assert isinstance(finished, dict) and "diverged" in finished and finished["wall_seconds"] >= 0
     except (ValueError, AssertionError, KeyError, TypeError):
         raise UserError(f"{shown(folder / FINISHED)} is damaged; remove it, and the run is finished again") from None
-    records = read_metrics(folder / "metrics.jsonl") if exists(folder / "metrics.jsonl") else []
-    steps = [r for r in records if "cross_entropy" in r]
+    metrics = folder / "metrics.jsonl"
+    records = read_metrics(metrics) if exists(metrics) else []
+    try:
+        result = _result(planned, finished, records)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{shown(metrics)} is damaged; {_AGAIN}") from None
+    # A run that has not diverged is validated at its end, whatever its schedule.
+    steps, last = planned.run.training.steps, result.validation[-1]["step"] if result.validation else 0
+    if not result.diverged and not (last == steps and math.isfinite(result.loss)):
+        raise UserError(
+            f"{shown(metrics)} tells a held-out loss of step {last} last, and the run is finished, after {steps} "
+            f"steps; {_AGAIN}"
+        )
+    return result
+
+
+_AGAIN = "put it back, or remove the run's folder, and it is trained again"
+
+
+def _result(planned: Planned, finished: dict[str, Any], records: Sequence[dict[str, Any]]) -> Result:
+    folder, steps = planned.folder, [r for r in records if "cross_entropy" in r]
     rates = [r["tokens_per_second"] for r in steps[1:] or steps if "tokens_per_second" in r]
     return Result(
         planned,
         finished,
-        [r for r in records if "validation_loss" in r],
-        [[r["tokens"], r["cross_entropy"]] for r in steps],
+        [r | {"validation_loss": float(r["validation_loss"])} for r in records if "validation_loss" in r],
+        [[int(r["tokens"]), float(r["cross_entropy"])] for r in steps],
         _windows(steps, {int(path.name.removeprefix("step_")) for path in folder.glob("starts/step_*")}),
         statistics.median(rates) if rates else None,
         max((r["memory_gib"] for r in steps if "memory_gib" in r), default=None),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,6 +323,28 @@ def test_matching_by_flops_and_by_seconds(whole, text_data, tmp_path):
     sweep = [each for each in harness.planned() if each.task == "text"]
     assert [(each.arm, each.rate) for each in sweep] == [("transformer", 4e-3), ("transformer", 1.6e-2)]
     assert {each.run.training.steps for each in sweep} == {steps}
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (lambda text: text[: text.rindex('{"step"')], "tells a held-out loss of step 10 last, and the run is finished"),
+        (lambda text: "", "tells a held-out loss of step 0 last, and the run is finished, after 20 steps; put it back"),
+        (lambda text: text.replace('"cross_entropy": ', '"cross_entropy": "x", "old": '), "is damaged; put it back"),
+        (lambda text: text.replace('"tokens": ', '"tokens": "x", "old": '), "is damaged; put it back"),
+        (lambda text: text.replace('"validation_loss": ', '"validation_loss": NaN, "old": '), "tells a held-out loss"),
+    ],
+    ids=["cut", "empty", "a loss of letters", "tokens of letters", "not a number"],
+)
+def test_a_damaged_history_of_a_finished_run_is_told(damage, sentence, whole, tmp_path):
+    run = planned_run(whole, "text", "transformer", 4e-3, 1)
+    shutil.copytree(run.folder, tmp_path / run.folder.name)
+    copy = dataclasses.replace(run, run=run.run.model_copy(update={"output": str(tmp_path)}))
+    assert read_result(copy) is not None
+    file = copy.folder / "metrics.jsonl"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(UserError, match=re.escape(f"{file}") + ".*" + re.escape(sentence)):
+        read_result(copy)
 
 
 def test_a_pilot_that_diverges_at_its_lowest_rate_is_told(whole, text_data, tmp_path):
