@@ -59,9 +59,8 @@ class FamilyConfig(Config, abc.ABC):
         """What parallel.expert must divide, by its key."""
         return {}
 
-    @property
-    def needs_host(self) -> str | None:
-        """Why no training step can be made by the device alone, as words after "because"; None: it may be."""
+    def needs_host(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the device alone can make no training step in `dtype`, as words after "because"; None: it may."""
         return None
 
     @property

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lfm.config import Depth, Tokens, Vocabulary, Width, default_kind
+from lfm.kernels.grouped_linear import never_waits
 from lfm.kernels.reservoir import RecurrenceStats, make_reservoir
 from lfm.layers.attention import Attention, AttentionConfig, KeyValueCache
 from lfm.layers.cost import Cost
@@ -76,9 +77,10 @@ class LFMConfig(UnitScaleConfig):
     def lays_out(self) -> frozenset[str]:
         return frozenset({"data", "tensor", "pipeline"} | ({"expert"} if self.moe is not None else set()))
 
-    @property
-    def needs_host(self) -> str | None:
-        return "experts take as many rows as tokens chose them" if self.moe is not None else None
+    def needs_host(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if self.moe is None or never_waits(device, dtype, self.hidden_size, self.moe.moe_ffn_hidden_size):
+            return None
+        return "experts take as many rows as tokens chose them, which only their bf16 kernels take from the device"
 
     @property
     def has_wide_parameters(self) -> bool:

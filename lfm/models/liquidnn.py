@@ -75,8 +75,7 @@ class LiquidNNConfig(FamilyConfig):
             raise ValueError("num_fast=0 and num_deep=0 leave no cell; the least is num_deep=1")
         return self
 
-    @property
-    def needs_host(self) -> str | None:
+    def needs_host(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return "the host reads how many steps the time constants of a token need" if self.adaptive_steps else None
 
     @property

@@ -231,7 +231,9 @@ class LocalEngine(Engine):
         obstacle, kind = None, self.optimizer_config.model_dump()["kind"]
         if not self.optimizer_config.waits_for_nothing:
             obstacle = f"the update of optimizer.kind={kind} waits for the device"
-        obstacle = obstacle or self.config.needs_host
+        obstacle = obstacle or self.config.needs_host(self.device, self.dtype)
+        if obstacle is None and self.balances and self.cuda_graph == "auto":
+            obstacle = "it has experts, whose steps are recorded with training.cuda_graph=required alone"
         if obstacle is not None:
             self._tell(obstacle)
         return obstacle is None

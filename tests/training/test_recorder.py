@@ -227,7 +227,7 @@ OBSTACLES = {
     "experts": (
         LFMConfig(**SMALL, **nested(moe_ffn_hidden_size=8, num_moe_experts=4), attention=HEADS, liquid=None),
         AdamWConfig(),
-        r"experts take as many rows as tokens chose them",
+        r"experts take as many rows as tokens chose them, which only their bf16 kernels take from the device",
     ),
 }  # fmt: skip
 
@@ -283,10 +283,19 @@ def test_required_needs_a_gpu_and_one_process(tmp_path, text_data):
         RunConfig.load("configs/lfm_debug.yaml", ["training.cuda_graph=required", "parallel.zero_stage=1"])
 
 
+EXPERTS = LFMConfig(
+    **{**SMALL, "num_layers": 3},
+    **nested(moe_ffn_hidden_size=24, num_moe_experts=4),
+    attention={**HEADS, "backend": "reference"},
+    liquid=RESERVOIRS,
+)
+"""A recording of them takes kernels that only GPUs have."""
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "lfm_experts"])
 def test_a_graph_on_a_gpu_is_the_step_made_kernel_by_kernel(family):
-    model = FAMILIES[family]
+    model = EXPERTS if family == "lfm_experts" else FAMILIES[family]
     engines = [
         LocalEngine(
             model,
