@@ -1,6 +1,7 @@
 """Runs a set: each run in a process of its own, one a GPU or one on the CPU; what is finished is never run again."""
 
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -175,6 +176,11 @@ class Harness:
         own = [result for result in alike if result.planned.arm == planned.arm]
         return max((result.finished["wall_seconds"] for result in own or alike), default=None)
 
+    def longest_seconds(self, arm: str) -> float:
+        """Of the arm's finished runs; infinite while there is none."""
+        own = [r.finished["wall_seconds"] for r in self.results.values() if r.planned.arm == arm]
+        return max(own, default=math.inf)
+
     def count_left(self, planned: Sequence[Planned]) -> int:
         """Runs that are asked for and not finished, those that are not known yet too."""
         a, asked = self.ablation, [each for each in planned if self.is_asked(each)]
@@ -313,7 +319,8 @@ def _run_all(
         waiting = [each for each in planned if harness.is_asked(each) and _is_open(harness, processes, each)]
         fitting = [each for each in waiting if _fits(harness, each, deadline)]
         if fitting and processes.free:
-            processes.start(fitting[0])
+            # Slow arms first, so that none of their runs is left alone at the end.
+            processes.start(max(fitting, key=lambda each: harness.longest_seconds(each.arm)))
             continue
         if not processes.running:
             return "the end of its time" if waiting else None

@@ -22,6 +22,7 @@ FINISHED = "finished.json"
 """In a run folder: that it is trained and measured, and what was measured."""
 _MOST_POINTS = 200
 """Of a curve of training losses in a result."""
+_AGAIN = "put it back, or remove the run's folder, and it is trained again"
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,6 @@ def read_result(planned: Planned) -> Result | None:
             f"steps; {_AGAIN}"
         )
     return result
-
-
-_AGAIN = "put it back, or remove the run's folder, and it is trained again"
 
 
 def _result(planned: Planned, finished: dict[str, Any], records: Sequence[dict[str, Any]]) -> Result:
