@@ -4,16 +4,19 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lfm.data.consumed import read_record
+from pydantic import BaseModel, ConfigDict, Field
+
+from lfm.data.consumed import CONSUMED_NAME, read_record
 from lfm.errors import UserError
 from lfm.evaluation.plasticity import Probe, compare
 from lfm.experiments.ablation import PILOT, TEXT, AblationConfig, Planned
 from lfm.experiments.matching import Size
-from lfm.experiments.probes import CHANCE
+from lfm.experiments.probes import CHANCE, PROBES
 from lfm.files import exists, read_file, shown
 from lfm.models.liquidnn import MiniLiquidGPT
 from lfm.training.metrics_file import read_metrics
@@ -23,6 +26,43 @@ FINISHED = "finished.json"
 _MOST_POINTS = 200
 """Of a curve of training losses in a result."""
 _AGAIN = "put it back, or remove the run's folder, and it is trained again"
+
+
+class Finished(BaseModel):
+    """What FINISHED holds, as `lfm.experiments.work` writes it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    diverged: str | None
+    """Why, of a run whose loss was no number."""
+    wall_seconds: float = Field(ge=0)
+    shares_gpu: bool = False
+    """Whether other runs were under way on its GPU."""
+    accuracy: float = Field(default=0.0, ge=0, le=1)
+    """Of a probe, on held-out rows."""
+    accuracy_longer: float = Field(default=0.0, ge=0, le=1)
+    """On documents longer than those of training."""
+    plasticity: list[Probe] = []
+
+
+class _Record(BaseModel):
+    """A line of metrics.jsonl, as far as it is read here."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    step: int = Field(ge=1, lt=1 << 31)
+    tokens: int = Field(ge=0, lt=1 << 62)
+
+
+class _Step(_Record):
+    cross_entropy: float
+    tokens_per_second: float = Field(default=1.0, gt=0)
+    memory_gib: float = Field(default=0.0, ge=0)
+
+
+class _Validation(_Record):
+    validation_loss: float = Field(ge=0)
+    validation_bits_per_byte: float | None = Field(default=None, ge=0)
 
 
 @dataclass(frozen=True)
@@ -117,39 +157,65 @@ def read_result(planned: Planned) -> Result | None:
     if not exists(folder / FINISHED):
         return None
     try:
-        finished = json.loads(read_file(folder / FINISHED))
-        assert isinstance(finished, dict) and "diverged" in finished and finished["wall_seconds"] >= 0
-    except (ValueError, AssertionError, KeyError, TypeError):
+        told = Finished.model_validate_json(read_file(folder / FINISHED))
+        measured = {"accuracy", "accuracy_longer"} & told.model_fields_set
+        if told.diverged is None and len(measured) != (2 if planned.task in PROBES else 0):
+            raise ValueError
+    except UserError:
+        raise
+    except ValueError:
         raise UserError(f"{shown(folder / FINISHED)} is damaged; remove it, and the run is finished again") from None
-    metrics = folder / "metrics.jsonl"
-    records = read_metrics(metrics) if exists(metrics) else []
-    try:
-        result = _result(planned, finished, records)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{shown(metrics)} is damaged; {_AGAIN}") from None
-    # A run that has not diverged is validated at its end, whatever its schedule.
-    steps, last = planned.run.training.steps, result.validation[-1]["step"] if result.validation else 0
-    if not result.diverged and not (last == steps and math.isfinite(result.loss)):
-        raise UserError(
-            f"{shown(metrics)} tells a held-out loss of step {last} last, and the run is finished, after {steps} "
-            f"steps; {_AGAIN}"
-        )
-    return result
-
-
-def _result(planned: Planned, finished: dict[str, Any], records: Sequence[dict[str, Any]]) -> Result:
-    folder, steps = planned.folder, [r for r in records if "cross_entropy" in r]
+    steps, validations = _history(planned, diverged=told.diverged is not None)
     rates = [r["tokens_per_second"] for r in steps[1:] or steps if "tokens_per_second" in r]
+    names = [path.name.removeprefix("step_") for path in folder.glob("starts/step_*")]
     return Result(
         planned,
-        finished,
-        [r | {"validation_loss": float(r["validation_loss"])} for r in records if "validation_loss" in r],
-        [[int(r["tokens"]), float(r["cross_entropy"])] for r in steps],
-        _windows(steps, {int(path.name.removeprefix("step_")) for path in folder.glob("starts/step_*")}),
+        told.model_dump(exclude_unset=True),
+        validations,
+        [[r["tokens"], r["cross_entropy"]] for r in steps],
+        _windows(steps, {int(name) for name in names if name.isdecimal()}),
         statistics.median(rates) if rates else None,
         max((r["memory_gib"] for r in steps if "memory_gib" in r), default=None),
-        [entry.chain for entry in read_record(folder)] if exists(folder / "consumed.txt") else [],
+        _rows(planned, diverged=told.diverged is not None),
     )
+
+
+def _history(planned: Planned, *, diverged: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Records of training and of validations.  Raises UserError where a finished run must have others."""
+    file, run = planned.folder / "metrics.jsonl", planned.run
+    try:
+        records = read_metrics(file) if exists(file) else []
+        steps = [r for r in records if "cross_entropy" in r]
+        validations = [r for r in records if "validation_loss" in r]
+        for of, kind in ((steps, _Step), (validations, _Validation)):
+            for record in of:
+                kind.model_validate(record)
+            found = [record["step"] for record in of]
+            if found != sorted(set(found)):
+                raise ValueError
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
+        raise UserError(f"{shown(file)} is damaged; {_AGAIN}") from None
+    for of, every in ((steps, run.logging.every_steps), (validations, run.validation.every_steps)):
+        wanted = {*range(every, run.training.steps, every), run.training.steps}
+        missing = sorted(wanted - {record["step"] for record in of})
+        if missing and not diverged:
+            what = "training" if of is steps else "a validation"
+            raise UserError(f"{shown(file)} lacks the record of {what} at step {missing[0]}; {_AGAIN}")
+    return steps, validations
+
+
+def _rows(planned: Planned, *, diverged: bool) -> list[str]:
+    """What each step consumed.  Raises UserError for a record of other steps than the run has made."""
+    file = planned.folder / CONSUMED_NAME
+    entries = []
+    with suppress(UserError):  # whose way out is another
+        entries = read_record(planned.folder) if exists(file) else []
+    found = [entry.step for entry in entries]
+    if found != [*range(1, len(found) + 1)] or (len(found) != planned.run.training.steps and not diverged):
+        raise UserError(f"{shown(file)} does not hold the steps from 1 to {planned.run.training.steps}; {_AGAIN}")
+    return [entry.chain for entry in entries]
 
 
 def _windows(steps: Sequence[Mapping[str, Any]], starts: set[int]) -> list[tuple[int, float]]:
@@ -281,8 +347,13 @@ def _environment(results: Sequence[Result]) -> dict[str, Any] | None:
     for result in results:
         file = result.planned.folder / "environment.json"
         if exists(file):
-            found = json.loads(read_file(file))
-            return {key: value for key, value in found.items() if key != "command"}
+            try:
+                found = json.loads(read_file(file))
+                return {key: value for key, value in found.items() if key != "command"}
+            except UserError:
+                raise
+            except (ValueError, RecursionError, AttributeError):
+                raise UserError(f"{shown(file)} is damaged; {_AGAIN}") from None
     return None
 
 

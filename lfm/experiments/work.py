@@ -12,17 +12,19 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from lfm.checkpoint.folder import whole_checkpoints
 from lfm.data.stream import open_validation
-from lfm.errors import NonFiniteError
+from lfm.errors import NonFiniteError, UserError
 from lfm.evaluation.plasticity import probes
 from lfm.exits import command
 from lfm.experiments.probes import LONGER_SEQ_LENGTH, VOCAB_SIZE, accuracy
 from lfm.experiments.results import FINISHED
-from lfm.files import exists, read_file, remove_tree, write_durably
+from lfm.files import exists, read_file, remove_tree, shown, write_durably
 from lfm.inference.load import open_model
 from lfm.models.liquidnn import MiniLiquidGPT
-from lfm.talk import say
+from lfm.talk import complain, say
 from lfm.training.loop import train
 from lfm.training.run import RunConfig
 
@@ -66,11 +68,20 @@ def work(config: Path, *, is_probe: bool, plasticity_words: int, keep_checkpoint
         remove_tree(run.folder / "checkpoints")
 
 
-def _sessions(run: RunConfig, begun: float, shares_gpu: bool) -> list[list[Any]]:
+_SESSIONS = TypeAdapter(list[tuple[float, bool]])
+
+
+def _sessions(run: RunConfig, begun: float, shares_gpu: bool) -> list[tuple[float, bool]]:
     """Seconds of each session of the run that was not killed, and whether it shared its GPU; this one is added."""
     file = run.folder / "sessions.json"
-    found = json.loads(read_file(file)) if exists(file) else []
-    found.append([time.monotonic() - begun, shares_gpu])
+    try:
+        found = _SESSIONS.validate_json(read_file(file)) if exists(file) else []
+    except UserError:
+        raise
+    except ValueError:
+        complain(f"{shown(file)} is damaged; times of the run's earlier sessions are not counted")
+        found = []
+    found.append((time.monotonic() - begun, shares_gpu))
     write_durably(file, json.dumps(found).encode() + b"\n")
     return found
 

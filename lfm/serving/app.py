@@ -23,7 +23,7 @@ from lfm.serving.config import ServeConfig
 from lfm.serving.engine import Answer, Engine, Piece
 from lfm.serving.guard import Guard
 from lfm.serving.metrics import Metrics
-from lfm.serving.refusal import Refusal
+from lfm.serving.refusal import Refusal, shutting_down
 from lfm.serving.replies import Kind, Reply, event
 from lfm.serving.requests import Body, ChatBody, CompletionBody, asks, parse
 from lfm.serving.served import Served
@@ -38,6 +38,8 @@ class API:
 
     def __init__(self, served: Mapping[str, Served], config: ServeConfig) -> None:
         self.config, self.metrics = config, Metrics()
+        self.closing = asyncio.Event()
+        """Set when nothing more is answered."""
         self.engines = {name: Engine(each, config, self.metrics) for name, each in served.items()}
         self.page = resources.files("lfm.serving").joinpath("page.html").read_text(encoding="utf-8")
 
@@ -93,7 +95,7 @@ class API:
         return self.engines[name]
 
     async def _json(self, request: Request) -> Any:
-        """The body.  Raises Refusal for what is too large, too slow, of another type or no JSON."""
+        """The body.  Raises Refusal for what is too large, too slow, of another type or no JSON, and at the end."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, "the body is not announced as JSON; send `Content-Type: application/json`")
         limit = self.config.max_body_kib << 10
@@ -111,14 +113,20 @@ class API:
                     raise too_large
             return bytes(data)
 
+        reading, closing = asyncio.ensure_future(read()), asyncio.ensure_future(self.closing.wait())
         try:
-            data = await asyncio.wait_for(read(), _BODY_SECONDS)
-            return json.loads(data, parse_constant=_refuse_constant)
-        except asyncio.TimeoutError:
+            await asyncio.wait((reading, closing), timeout=_BODY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                return json.loads(reading.result(), parse_constant=_refuse_constant)
+            if closing.done():
+                raise shutting_down()
             message = f"the body took longer than {_BODY_SECONDS:g} seconds"
-            raise Refusal(408, message, None, {"Connection": "close"}) from None
+            raise Refusal(408, message, None, {"Connection": "close"})
         except (ValueError, RecursionError):
             raise Refusal(400, "the body is not valid JSON") from None
+        finally:
+            for task in (reading, closing):
+                task.cancel()
 
 
 def _refuse_constant(name: str) -> Any:

@@ -19,7 +19,7 @@ from lfm.medical.selective import REFERRAL
 from lfm.serving.config import ServeConfig
 from lfm.serving.metrics import Metrics
 from lfm.serving.picture import picture_of
-from lfm.serving.refusal import Refusal
+from lfm.serving.refusal import Refusal, shutting_down
 from lfm.serving.served import Served
 from lfm.talk import warn
 
@@ -91,6 +91,7 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
+        """Refuse what is in hand, and all that comes."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -113,6 +114,8 @@ class Engine:
             request = Request(ask.prompt, ask.sampling, ask.logprobs)
             answers.append(Answer(ask, request, Writer(self.served.tokenizer, ask.prompt, ask.sampling), loop, now))
         with self._changed:
+            if self._closing:
+                raise shutting_down()
             room = self.config.slots + self.config.queue - self._outstanding
             if len(asks) > room:
                 raise Refusal(
@@ -145,7 +148,7 @@ class Engine:
             except Exception:  # a bug, or a device that is out of memory: these answers end, later ones may fare better
                 warn(f"error: the answers of {self.served.name} in hand failed\n{traceback.format_exc()}")
                 self._fail(new)
-        self._refuse_all(Refusal(503, "the server is shutting down", "shutting_down"))
+        self._refuse_all(shutting_down())
 
     def _go_on(self, new: list[Answer], cancelled: list[Answer]) -> None:
         for answer in new:

@@ -22,3 +22,7 @@ class Refusal(Exception):
 
     def response(self) -> Response:
         return JSONResponse(self.content, self.status, self.headers)
+
+
+def shutting_down() -> Refusal:
+    return Refusal(503, "the server is shutting down", "shutting_down", {"Connection": "close"})

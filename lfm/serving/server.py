@@ -1,9 +1,12 @@
 """The sockets of a server, and how it ends."""
 
 import asyncio
+import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
@@ -54,16 +57,18 @@ def settings(app: Starlette, config: ServeConfig, *, num_models: int) -> uvicorn
         proxy_headers=False,
         limit_concurrency=2 * answers + _CONNECTIONS_BESIDE,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=round(config.drain_seconds) + _SECONDS_TO_REFUSE,
     )
 
 
 class Server(uvicorn.Server):
-    """Says when it listens, and ends answers for which `drain_seconds` are too few by a refusal."""
+    """Says when it listens, and ends answers for which `drain_seconds` are too few by a refusal.
+
+    At a second signal they end at once, and at a third one connections too.
+    """
 
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None], api: API) -> None:
         super().__init__(config)
-        self._announce, self._api = announce, api
+        self._announce, self._api, self._hurried = announce, api, False
         self.cut_off = False
         """Whether answers that were begun had no time to end."""
 
@@ -77,12 +82,26 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         cutting.cancel()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit |= self._hurried
+        self._hurried, self.should_exit = self.should_exit, True
+
     async def _cut_off(self) -> None:
-        await asyncio.sleep(self._api.config.drain_seconds)
+        end = time.monotonic() + self._api.config.drain_seconds
+        while not self._hurried and (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(0.1, left))
         engines = self._api.engines.values()
         self.cut_off = any(engine.outstanding for engine in engines)
+        self._api.closing.set()
         for engine in engines:
             await asyncio.to_thread(engine.close)
+        await asyncio.sleep(_SECONDS_TO_REFUSE)
+        self.force_exit = True  # clients that do not read
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Connections that are cut at the end are no errors."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def serve(
@@ -98,7 +117,7 @@ def serve(
     `announce` is called when requests are answered.
     """
     app = make_app(served, config, token=token, local=config.host in LOOPBACK)
-    # uvicorn raises the signals that ended it once more; it has ended well.
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server = Server(settings(app, config, num_models=len(served)), announce, app.state.api)

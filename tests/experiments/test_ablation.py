@@ -328,13 +328,20 @@ def test_matching_by_flops_and_by_seconds(whole, text_data, tmp_path):
 @pytest.mark.parametrize(
     "damage, sentence",
     [
-        (lambda text: text[: text.rindex('{"step"')], "tells a held-out loss of step 10 last, and the run is finished"),
-        (lambda text: "", "tells a held-out loss of step 0 last, and the run is finished, after 20 steps; put it back"),
+        (lambda text: text[: text.rindex('{"step"')], "lacks the record of a validation at step 20; put it back"),
+        (lambda text: text.replace('"step": 10', '"stop": 10'), "lacks the record of training at step 10; put it back"),
+        (lambda text: "", "lacks the record of training at step 5; put it back"),
         (lambda text: text.replace('"cross_entropy": ', '"cross_entropy": "x", "old": '), "is damaged; put it back"),
         (lambda text: text.replace('"tokens": ', '"tokens": "x", "old": '), "is damaged; put it back"),
-        (lambda text: text.replace('"validation_loss": ', '"validation_loss": NaN, "old": '), "tells a held-out loss"),
+        (lambda text: text.replace('"validation_loss": ', '"validation_loss": NaN, "old": '), "is damaged; put"),
+        (
+            lambda text: text.replace('"validation_loss": ', '"validation_loss": true, "old": '),
+            "is damaged; put it back",
+        ),
+        (lambda text: text.replace('"tokens_per_second": ', '"tokens_per_second": -'), "is damaged; put it back"),
+        (lambda text: text.replace('"tokens": ', '"tokens": 1e400, "old": '), "is damaged; put it back"),
     ],
-    ids=["cut", "empty", "a loss of letters", "tokens of letters", "not a number"],
+    ids=["cut", "a hole", "empty", "letters", "tokens of letters", "no number", "true", "negative", "infinite"],
 )
 def test_a_damaged_history_of_a_finished_run_is_told(damage, sentence, whole, tmp_path):
     run = planned_run(whole, "text", "transformer", 4e-3, 1)
@@ -345,6 +352,44 @@ def test_a_damaged_history_of_a_finished_run_is_told(damage, sentence, whole, tm
     file.write_text(damage(file.read_text()))
     with pytest.raises(UserError, match=re.escape(f"{file}") + ".*" + re.escape(sentence)):
         read_result(copy)
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("consumed.txt", b"", "does not hold the steps from 1 to 20; put it back"),
+        ("consumed.txt", b"garbage\n", "consumed.txt"),
+        ("consumed.txt", None, "does not hold the steps from 1 to 20; put it back"),
+        ("finished.json", b"{}", "is damaged; remove it, and the run is finished again"),
+        ("finished.json", b"[" * 100_000, "is damaged; remove it"),
+        ("finished.json", b'{"diverged": false, "wall_seconds": 1.0}', "is damaged; remove it"),
+        ("finished.json", b'{"diverged": null, "wall_seconds": 1.0, "accuracy": 0.5}', "is damaged; remove it"),
+    ],
+)
+def test_a_damaged_file_of_a_finished_run_is_named(name, content, sentence, whole, tmp_path):
+    run = planned_run(whole, "text", "transformer", 4e-3, 1)
+    shutil.copytree(run.folder, tmp_path / run.folder.name)
+    copy = dataclasses.replace(run, run=run.run.model_copy(update={"output": str(tmp_path)}))
+    if content is None:
+        (copy.folder / name).unlink()
+    else:
+        (copy.folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=name) as refused:
+        read_result(copy)
+    assert sentence in str(refused.value)
+
+
+def test_a_damaged_environment_is_named(whole, tmp_path):
+    file = planned_run(whole, "text", "transformer", 4e-3, 1).folder / "environment.json"
+    kept = file.read_bytes()
+    harness = prepared(whole)
+    try:
+        for content in (b"", b"[]", b"\0", b"{"):
+            file.write_bytes(content)
+            with pytest.raises(UserError, match=r"environment\.json is damaged; put it back"):
+                harness.write(harness.look())
+    finally:
+        file.write_bytes(kept)
 
 
 def test_a_pilot_that_diverges_at_its_lowest_rate_is_told(whole, text_data, tmp_path):
