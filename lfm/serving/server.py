@@ -101,7 +101,9 @@ class Server(uvicorn.Server):
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
     """Connections that are cut at the end are no errors."""
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+    if record.exc_info:
+        return not isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not record.getMessage().rstrip().endswith("asyncio.exceptions.CancelledError")  # of the lifespan, as text
 
 
 def serve(

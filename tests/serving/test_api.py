@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 
@@ -205,6 +206,17 @@ def test_answers_that_have_no_time_to_end_are_refused_in_words(served):
     whole, streamed = found[False], found[True]
     assert whole.status_code == 503 and "shutting down" in whole.json()["error"]["message"]
     assert json.loads(streamed.text.split("\n\n")[-2][6:])["error"]["code"] == "shutting_down"
+
+
+def test_a_body_that_is_still_read_at_the_end_is_answered(served):
+    with running({"liquidnet": served["liquidnet"]}, drain_seconds=0.1) as (address, _):
+        client = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(f'{head}Content-Length: 100\r\n\r\n{{"prompt":'.encode())
+        time.sleep(0.3)
+    with client:
+        found = b"".join(iter(lambda: client.recv(65536), b""))
+    assert found.startswith(b"HTTP/1.1 503") and b'"code":"shutting_down"' in found
 
 
 def test_an_answer_that_fails_ends_alone_and_others_go_on(served):

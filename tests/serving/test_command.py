@@ -103,6 +103,27 @@ def test_it_starts_soon_and_says_what_works_and_term_lets_answers_finish(runs, s
     assert process.returncode == 0 and error == "" and out == "served; all answers that were begun are finished\n"
 
 
+def test_a_second_signal_does_not_wait(runs, start):
+    process, lines = start("--checkpoint", runs[0], "--max-new-tokens", 1_000_000, "--drain-seconds", 600)
+    address, found = lines[0].split()[-1], []
+    body = {"prompt": "a", "max_tokens": 1_000_000, "temperature": 0}
+    thread = threading.Thread(
+        target=lambda: found.append(httpx.post(address + "/v1/completions", json=body, timeout=60))
+    )
+    thread.start()
+    while 'lfm_running{model="liquidnet_debug"} 1.0' not in httpx.get(address + "/metrics").text:
+        assert not found
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(httpx.TransportError):
+        while True:
+            httpx.get(address + "/health")
+    process.send_signal(signal.SIGINT)
+    thread.join()
+    out, error = process.communicate(timeout=30)
+    assert found[0].status_code == 503 and found[0].json()["error"]["code"] == "shutting_down"
+    assert process.returncode == 0 and error == "" and "were cut off" in out
+
+
 @pytest.fixture
 def refused(main):  # noqa: F811
     """Run the command; gives its sentence.  Nothing listened: no line says so."""
