@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -83,6 +82,7 @@ class Server(uvicorn.Server):
         cutting.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own would raise the signal once more behind a good end.
         self.force_exit |= self._hurried
         self._hurried, self.should_exit = self.should_exit, True
 
@@ -120,11 +120,6 @@ def serve(
     """
     app = make_app(served, config, token=token, local=config.host in LOOPBACK)
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        server = Server(settings(app, config, num_models=len(served)), announce, app.state.api)
-        asyncio.run(server.serve(sockets=[listening]))
-        return not server.cut_off
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    server = Server(settings(app, config, num_models=len(served)), announce, app.state.api)
+    asyncio.run(server.serve(sockets=[listening]))
+    return not server.cut_off
