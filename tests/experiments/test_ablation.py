@@ -358,7 +358,7 @@ def test_a_damaged_history_of_a_finished_run_is_told(damage, sentence, whole, tm
     "name, content, sentence",
     [
         ("consumed.txt", b"", "does not hold the steps from 1 to 20; put it back"),
-        ("consumed.txt", b"garbage\n", "consumed.txt"),
+        ("consumed.txt", b"garbage\n", "does not hold the steps from 1 to 20; put it back"),
         ("consumed.txt", None, "does not hold the steps from 1 to 20; put it back"),
         ("finished.json", b"{}", "is damaged; remove it, and the run is finished again"),
         ("finished.json", b"[" * 100_000, "is damaged; remove it"),

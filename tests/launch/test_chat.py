@@ -71,7 +71,9 @@ def test_a_full_context_names_the_way_to_make_room(folder, chat):
 
 
 WAYS_OUT = {
+    "Ctrl-C at the prompt": signal.SIGINT,
     "TERM at the prompt": signal.SIGTERM,
+    "HUP at the prompt": signal.SIGHUP,
     "Ctrl-C in a reply": signal.SIGINT,
     "nobody reads the reply": None,
     "an ignored HUP, then the end of the input": signal.SIGHUP,
