@@ -404,12 +404,8 @@ class _Processes:
             running.process.join()
             del self.running[running.planned.folder]
             self.free.append(running.slot)
-            if read_result(running.planned) is None:
-                code = running.process.exitcode or 0
-                how = f"killed by signal {-code}" if code < 0 else f"exit code {code}" if code else "stopped"
-                self.harness.failed[running.planned.folder] = (
-                    f"{how}; {shown(running.log)} ends:{_last_lines(running.log)}"
-                )
+            if (cause := _cause(running)) is not None:
+                self.harness.failed[running.planned.folder] = cause
         return [running.planned for running in found]
 
     def end(self) -> None:
@@ -419,6 +415,18 @@ class _Processes:
         for running in self.running.values():
             running.process.join()
         self.running.clear()
+
+
+def _cause(running: _Running) -> str | None:
+    """Why a run that has ended is not finished; None: it is."""
+    try:
+        if read_result(running.planned) is not None:
+            return None
+    except UserError as error:  # others go on
+        return str(error)
+    code = running.process.exitcode or 0
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}" if code else "stopped"
+    return f"{how}; {shown(running.log)} ends:{_last_lines(running.log)}"
 
 
 def _wait_until_free(planned: Planned) -> None:

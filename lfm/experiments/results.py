@@ -61,8 +61,8 @@ class _Step(_Record):
 
 
 class _Validation(_Record):
-    validation_loss: float = Field(ge=0)
-    validation_bits_per_byte: float | None = Field(default=None, ge=0)
+    validation_loss: float  # of what is certain, below 0 by rounding
+    validation_bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,33 @@ def test_a_run_that_fails_or_diverges_stops_no_other(text_data, tmp_path, capfd)
     json.loads((ablation.folder / "RESULT.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
+def test_a_run_whose_files_are_damaged_when_it_ends_stops_no_other(text_data, tmp_path, capfd):
+    more = ["seeds=[1]", "tokens=5120", "keep_checkpoints=true", "arms.transformer=null", "arms.lstm=null", TWO[2]]
+    ablation = loaded(text_data, tmp_path, *more)
+    assert run_set(prepared(ablation), [None])
+    first, second = (ablation.folder / f"text/liquidnet/lr_{rate}_seed_1" for rate in ("0.004", "0.016"))
+    for run in (first, second):
+        (run / "finished.json").unlink()
+    metrics = (first / "metrics.jsonl").read_text()
+    (first / "metrics.jsonl").write_text(metrics[metrics.index("\n") + 1 :])
+    assert not run_set(prepared(ablation), [None])
+    said = capfd.readouterr().out
+    assert re.search(r"failed: liquidnet, lr 0\.004, seed 1: .* lacks the record of training at step 5; put it", said)
+    assert (second / "finished.json").exists() and "1 run is left; the same command goes on" in said
+    (first / "metrics.jsonl").write_text(metrics)
+    assert run_set(prepared(ablation), [None])
+
+
+def test_what_a_model_is_certain_of_has_a_loss_that_may_round_below_zero(whole, tmp_path):
+    run = planned_run(whole, "text", "transformer", 4e-3, 1)
+    shutil.copytree(run.folder, tmp_path / run.folder.name)
+    copy = dataclasses.replace(run, run=run.run.model_copy(update={"output": str(tmp_path)}))
+    file = copy.folder / "metrics.jsonl"
+    file.write_text(re.sub(r'"(validation_loss|cross_entropy)": [0-9.e-]+', r'"\1": -2.0e-07', file.read_text()))
+    result = read_result(copy)
+    assert result is not None and result.loss == -2e-7
+
+
 @pytest.fixture(scope="module", autouse=True)
 def own_fork_server():
     """The server that processes are forked from is one for all of this process, and other tests' has other imports."""
