@@ -20,8 +20,9 @@ from lfm.models.language_model import LanguageModel
 class BatcherConfig(Config):
     slots: int = Field(default=16, ge=1, le=1024)
     """Sequences that are continued together."""
-    prefill_tokens: int = Field(default=256, ge=16, le=65_536)
-    """Of prompts, that are read between two steps: a long prompt is read in such pieces, so that others go on."""
+    prefill_tokens: int | None = Field(default=None, ge=16, le=65_536)
+    """Of prompts, that are read between two steps: a long prompt is read in such pieces, so that others go on.
+    None: 256, and 1024 on a CUDA device, which reads so many in the time that it takes to launch its kernels."""
     reuse_mib: int = Field(default=256, ge=0, le=1 << 20)
     """For states after prompts' pieces, so that a prompt that begins alike is not read again; 0: none."""
     fixed_width: bool = False
@@ -69,7 +70,9 @@ class Batcher:
     def __init__(self, model: LanguageModel, config: BatcherConfig) -> None:
         self.model, self.config = model, config
         self.rows = Rows(model, config.slots, fixed_width=config.fixed_width, cuda_graph=config.cuda_graph)
-        self.prefixes = Prefixes(config.prefill_tokens, config.reuse_mib << 20)
+        on_cuda = self.rows.device.type == "cuda"
+        self.prefill_tokens = config.prefill_tokens or (1024 if on_cuda else 256)
+        self.prefixes = Prefixes(self.prefill_tokens, config.reuse_mib << 20)
         self.waiting: deque[Request] = deque()
         self.reading: deque[Request] = deque()
         self.running: list[Request] = []
@@ -120,7 +123,7 @@ class Batcher:
 
     def _read_prompts(self) -> list[tuple[Request, Token]]:
         """Pieces of prompts in turns, so that a short one does not wait for a long one."""
-        found, budget = [], self.config.prefill_tokens
+        found, budget = [], self.prefill_tokens
         while budget > 0:
             if self.waiting and len(self.running) + len(self.reading) < self.config.slots:
                 request = self.waiting.popleft()
@@ -130,7 +133,7 @@ class Batcher:
             if not self.reading:
                 break
             request = self.reading.popleft()
-            piece = request.prompt[request.read : request.read + self.config.prefill_tokens]
+            piece = request.prompt[request.read : request.read + self.prefill_tokens]
             hidden, request._state = prefill(self.model, piece, request._state)
             request.read += len(piece)
             budget -= len(piece)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import traceback
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -31,6 +31,8 @@ from lfm.talk import warn
 
 _BODY_SECONDS = 30.0
 """How long a request's body may take to arrive."""
+_EVENT_SECONDS = 0.02
+"""From one event of a stream to the next, so that what a model costs the event loop does not grow with its speed."""
 
 
 class API:
@@ -75,7 +77,7 @@ class API:
         if body.stream:
             return _EventStream(engine, reply, with_usage=body.stream_options.include_usage)
         leaving = asyncio.ensure_future(_disconnected(request))
-        making = asyncio.ensure_future(asyncio.gather(*(_pieces(answer) for answer in answers)))
+        making = asyncio.ensure_future(_pieces(answers))
         try:
             await asyncio.wait((leaving, making), return_when=asyncio.FIRST_COMPLETED)
             if not making.done():
@@ -144,16 +146,15 @@ def _described(served: Served) -> dict[str, Any]:
     return {"id": served.name, "object": "model", "created": 0, "owned_by": "lfm", "lfm": more}
 
 
-async def _pieces(answer: Answer) -> list[Piece]:
-    """All of an answer.  Raises the Refusal that ends it."""
-    found = []
-    while True:
-        piece = await answer.events.get()
-        if isinstance(piece, Refusal):
-            raise piece
-        found.append(piece)
-        if piece.reason is not None:
-            return found
+async def _pieces(answers: Sequence[Answer]) -> list[list[Piece]]:
+    """All of answers that were asked for together.  Raises the Refusal that ends one."""
+    found: list[list[Piece]] = [[] for _ in answers]
+    while not all(pieces and pieces[-1].reason is not None for pieces in found):
+        for index, piece in await answers[0].mailbox.take():
+            if isinstance(piece, Refusal):
+                raise piece
+            found[index].append(piece)
+    return found
 
 
 class _EventStream(StreamingResponse):
@@ -171,35 +172,39 @@ class _EventStream(StreamingResponse):
 
 
 async def _events(reply: Reply, *, with_usage: bool) -> AsyncIterator[bytes]:
-    arrived: asyncio.Queue[tuple[int, Piece | Refusal]] = asyncio.Queue()
-
-    async def forward(index: int, answer: Answer) -> None:
-        while True:
-            piece = await answer.events.get()
-            arrived.put_nowait((index, piece))
-            if isinstance(piece, Refusal) or piece.reason is not None:
+    """What has come since the client was last sent something, in one event of each answer."""
+    yield b"".join(map(event, reply.first_chunks()))
+    running = len(reply.answers)
+    while running:
+        events: list[bytes] = []
+        arrived = await reply.answers[0].mailbox.take()
+        for index, pieces in _together(arrived):
+            if isinstance(pieces, Refusal):
+                yield b"".join([*events, event(pieces.content)])
                 return
+            running -= pieces[-1].reason is not None
+            if (chunk := reply.chunk(index, pieces)) is not None:
+                events.append(event(chunk))
+        yield b"".join(events)
+        if running:
+            await asyncio.sleep(_EVENT_SECONDS)
+    yield b"".join([*([event(reply.last_chunk())] if with_usage else []), event("[DONE]")])
 
-    forwarding = [asyncio.ensure_future(forward(*each)) for each in enumerate(reply.answers)]
-    try:
-        for chunk in reply.first_chunks():
-            yield event(chunk)
-        running = len(reply.answers)
-        while running:
-            index, piece = await arrived.get()
-            if isinstance(piece, Refusal):
-                yield event(piece.content)
-                return
-            running -= piece.reason is not None
-            asks_logprobs = reply.answers[index].ask.logprobs is not None and piece.token is not None
-            if piece.text or piece.reason is not None or piece.picture is not None or asks_logprobs:
-                yield event(reply.chunk(index, piece))
-        if with_usage:
-            yield event(reply.last_chunk())
-        yield event("[DONE]")
-    finally:
-        for task in forwarding:
-            task.cancel()
+
+def _together(arrived: Iterable[tuple[int, Piece | Refusal]]) -> list[tuple[int, list[Piece] | Refusal]]:
+    """Pieces by answer, each with one picture at most; behind a Refusal nothing counts."""
+    found: list[tuple[int, list[Piece] | Refusal]] = []
+    open_lists: dict[int, list[Piece]] = {}
+    for index, piece in arrived:
+        if isinstance(piece, Refusal):
+            return [*found, (index, piece)]
+        if index not in open_lists:
+            open_lists[index] = []
+            found.append((index, open_lists[index]))
+        open_lists[index].append(piece)
+        if piece.picture is not None:
+            del open_lists[index]
+    return found
 
 
 async def _disconnected(request: Request) -> None:

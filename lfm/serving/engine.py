@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lfm.errors import NonFiniteError, UserError
@@ -52,24 +52,40 @@ class Piece:
     """Of the last piece in medical mode: how sure it is, and by which thresholds it answers or not."""
 
 
+class Mailbox:
+    """What has arrived of answers that were asked for together.  All of it is of one event loop's thread."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._arrived: list[tuple[int, Piece | Refusal]] = []
+        self._something = asyncio.Event()
+
+    def put(self, index: int, event: "Piece | Refusal") -> None:
+        self._arrived.append((index, event))
+        self._something.set()
+
+    async def take(self) -> "list[tuple[int, Piece | Refusal]]":
+        """All that has come since, at least one: which answer's, and its next piece or the Refusal that ends it."""
+        await self._something.wait()
+        self._something.clear()
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+
 @dataclass(eq=False)
 class Answer:
-    """An answer that is being made; `events` gives its pieces, or a Refusal that ends it."""
+    """An answer that is being made."""
 
     ask: Ask
     request: Request
     writer: Writer
-    loop: asyncio.AbstractEventLoop
+    mailbox: Mailbox
+    index: int
+    """In the mailbox."""
     started: float
-    events: "asyncio.Queue[Piece | Refusal]" = field(default_factory=asyncio.Queue)
     given: int = 0
     """Characters."""
     ended: bool = False
-
-    def give(self, event: "Piece | Refusal") -> None:
-        """From any thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
 class Engine:
@@ -85,6 +101,8 @@ class Engine:
         self._by_request: dict[Request, Answer] = {}
         """Of those that the batcher has, or that wait for medical mode."""
         self._outstanding = 0
+        self._given: list[tuple[Answer, Piece | Refusal]] = []
+        """That are not in their mailboxes yet; of this engine's thread."""
         self._thread = threading.Thread(target=self._work, name=f"lfm serve {served.name}", daemon=True)
 
     def start(self) -> None:
@@ -107,12 +125,13 @@ class Engine:
         return self._outstanding
 
     def submit(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Take on all of them.  Raises Refusal where the queue has no room for all."""
-        loop, now = asyncio.get_running_loop(), time.monotonic()
+        """Take on all of them, with one mailbox.  Raises Refusal where the queue has no room for all."""
+        mailbox, now = Mailbox(), time.monotonic()
         answers = []
-        for ask in asks:
+        for index, ask in enumerate(asks):
             request = Request(ask.prompt, ask.sampling, ask.logprobs)
-            answers.append(Answer(ask, request, Writer(self.served.tokenizer, ask.prompt, ask.sampling), loop, now))
+            writer = Writer(self.served.tokenizer, ask.prompt, ask.sampling)
+            answers.append(Answer(ask, request, writer, mailbox, index, now))
         with self._changed:
             if self._closing:
                 raise shutting_down()
@@ -148,7 +167,21 @@ class Engine:
             except Exception:  # a bug, or a device that is out of memory: these answers end, later ones may fare better
                 warn(f"error: the answers of {self.served.name} in hand failed\n{traceback.format_exc()}")
                 self._fail(new)
+            self._deliver()
         self._refuse_all(shutting_down())
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Put what a step has given into mailboxes: the event loop is woken once, not for every piece."""
+        given, self._given = self._given, []
+
+        def put(these: list[tuple[Answer, Piece | Refusal]]) -> None:
+            for answer, event in these:
+                answer.mailbox.put(answer.index, event)
+
+        for loop in {answer.mailbox.loop for answer, _ in given}:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+                loop.call_soon_threadsafe(put, [each for each in given if each[0].mailbox.loop is loop])
 
     def _go_on(self, new: list[Answer], cancelled: list[Answer]) -> None:
         for answer in new:
@@ -195,7 +228,7 @@ class Engine:
         piece = Piece(text, shown, picture, reason)
         if reason is not None:
             self._end(answer, reason)
-        answer.give(piece)
+        self._given.append((answer, piece))
 
     def _ask(self, medical: MedicalMode, answer: Answer) -> None:
         """One question by itself, as `lfm generate --medical` does: nothing is given before it is judged."""
@@ -216,7 +249,7 @@ class Engine:
             reason = reply.made.finish_reason or "stop"
         text = REFERRAL if reply.answer is None else reply.answer
         self._end(answer, reason)
-        answer.give(Piece(text, reason=reason, medical=reply.decision.record()))
+        self._given.append((answer, Piece(text, reason=reason, medical=reply.decision.record())))
 
     def _end_late(self) -> None:
         """End answers whose time is up."""
@@ -240,7 +273,7 @@ class Engine:
     def _refuse(self, answer: Answer, refusal: Refusal, reason: str) -> None:
         if not answer.ended:
             self._end(answer, reason)
-            answer.give(refusal)
+            self._given.append((answer, refusal))
 
     def _end(self, answer: Answer, reason: str) -> None:
         """Once; nothing is given any more."""
@@ -268,7 +301,7 @@ class Engine:
         for answer in (*self._by_request.values(), *new):
             answer.request.ended = True
             answer.ended = True
-            answer.give(refusal)
+            self._given.append((answer, refusal))
 
     def _measure(self) -> None:
         batcher, name = self.batcher, self.served.name

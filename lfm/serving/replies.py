@@ -43,19 +43,23 @@ class Reply:
         kind = "text_completion" if self.kind == "completion" else "chat.completion"
         return self._frame(kind) | {"choices": choices, "usage": self.usage()}
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Of one piece, in a stream."""
-        choice: dict[str, Any] = {"index": index, "finish_reason": None, **self._logprobs(index, [piece])}
+    def chunk(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        """Of the next pieces of an answer, in a stream; None: they have nothing to say."""
+        text, last = "".join(piece.text for piece in pieces), pieces[-1]
+        shows_logprobs = self.answers[index].ask.logprobs is not None and any(piece.token for piece in pieces)
+        if not (text or last.reason is not None or last.picture is not None or shows_logprobs):
+            return None
+        choice: dict[str, Any] = {"index": index, "finish_reason": None, **self._logprobs(index, pieces)}
         if self.kind == "completion":
-            choice["text"] = piece.text
+            choice["text"] = text
         else:
-            choice["delta"] = {"content": piece.text} if piece.text or piece.reason is None else {}
-            if piece.reason == "withheld":
-                choice["delta"]["refusal"] = piece.text
-        if piece.picture is not None:
-            choice["lfm"] = {"picture": piece.picture}
-        if piece.reason is not None:
-            choice |= self._end(piece)
+            choice["delta"] = {"content": text} if text or last.reason is None else {}
+            if last.reason == "withheld":
+                choice["delta"]["refusal"] = text
+        if last.picture is not None:
+            choice["lfm"] = {"picture": last.picture}
+        if last.reason is not None:
+            choice |= self._end(last)
         return self._frame(self._stream_kind) | {"choices": [choice]}
 
     def first_chunks(self) -> list[dict[str, Any]]:

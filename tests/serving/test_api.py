@@ -14,6 +14,9 @@ import torch
 
 from lfm.inference.sampling import SamplingConfig
 from lfm.inference.text import continuations
+from lfm.serving.app import _together
+from lfm.serving.engine import Piece
+from lfm.serving.refusal import Refusal
 from lfm.serving.served import Served
 from tests.inference.small_models import V, make
 from tests.serving.local_server import WORDS, post, running, small_tokenizer, until
@@ -252,6 +255,32 @@ def test_a_bug_in_a_step_ends_the_answers_in_hand_and_no_more(served, monkeypatc
         assert found.status_code == 500 and found.json()["error"]["code"] == "failed"
         assert "Traceback" not in found.text and "Traceback" in capsys.readouterr().err
         assert post(address, {"prompt": "a", "max_tokens": 5}).status_code == 200
+
+
+def test_what_came_together_is_one_event_of_each_answer():
+    def piece(text, picture=None):
+        return Piece(text, picture=picture)
+
+    refusal, shown = Refusal(500, "it failed", "failed"), {"rows": []}
+    arrived = [(0, piece("a")), (1, piece("x")), (0, piece("b", shown)), (0, piece("c")), (1, refusal), (0, piece("d"))]
+    [(one, ab), (two, x), (three, c), (four, last)] = _together(arrived)
+    assert (one, two, three, four) == (0, 1, 0, 1) and last is refusal
+    assert [[each.text for each in pieces] for pieces in (ab, x, c)] == [["a", "b"], ["x"], ["c"]]
+    assert ab[-1].picture is shown
+
+
+def test_events_of_several_tokens_say_what_whole_answers_say(server):
+    body = LONG | {"max_tokens": 200, "logprobs": 2, "n": 2, "seed": 1}
+    whole = post(server[0], body).json()
+    lines = post(server[0], body | {"stream": True}).text.split("\n\n")
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    for answer in whole["choices"]:
+        own = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == answer["index"]]
+        assert "".join(choice["text"] for choice in own) == answer["text"]
+        assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + [answer["finish_reason"]]
+        for key, values in answer["logprobs"].items():
+            assert [value for choice in own for value in choice["logprobs"][key]] == values
+        assert len(own) < len(answer["logprobs"]["tokens"]), "some events have several tokens"
 
 
 def test_a_stream_comes_as_it_is_made(server):
