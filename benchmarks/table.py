@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks import ladder, trainings
+from benchmarks import ladder, serving, trainings
 from benchmarks.model import page
 from benchmarks.ops.case import rate
 from lfm.experiments import results as ablation
@@ -557,6 +557,39 @@ def plot_ablations() -> None:
                 _ablation_picture(name).write_bytes(image)
 
 
+def serving_table() -> str:
+    """Tokens a second by sequences at once, time to the first token of many clients, bytes of states."""
+    result = load("serving")
+    of = {section: [row for row in result["rows"] if row["section"] == section] for section in serving.SECTIONS}
+    lines = [
+        "| preset | sequences | recorded steps, tokens/s | plain steps | transformers' `generate` |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in of["speed"]:
+        speeds = [row.get(f"tokens_per_second_{kind}") for kind in ("graph_auto", "graph_off", "transformers")]
+        shown = [f"{speed:,.0f}" if speed is not None else "" for speed in speeds]
+        lines.append(f"| `{row['config']}` | {row['batch']} | {' | '.join(shown)} |")
+    lines += [
+        "",
+        "| preset | clients at once | prompts, in pieces of | first token, s: median, 95th percentile | tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in of["first_token"]:
+        shortest, longest = row["prompts"]
+        prompts = f"{shortest} to {longest:,}, {row['prefill_tokens']:,}"
+        first = ", ".join(f"{row[f'first_token_p{share}_seconds']:.2f}" for share in (50, 95))
+        who = f"`{row['config']}`, {row['over']} | {row['clients']}"
+        lines.append(f"| {who} | {prompts} | {first} | {row['tokens_per_second']:,.0f} |")
+    lines += ["", "| preset | bytes of a conversation's state | of all slots | grows |", "| --- | --- | --- | --- |"]
+    for row in sorted(of["memory"], key=lambda row: row["bytes_of_one_state"]):
+        grows = "with the conversation" if row["grows"] else "no"
+        sizes = f"{row['bytes_of_one_state']:,} | {row['bytes_of_slots_later']:,}"
+        lines.append(f"| `{row['config']}` | {sizes} | {grows} |")
+    row = of["memory"][0]
+    memory = f"Memory: {row['conversations']} conversations of {row['tokens']:,} tokens."
+    return "\n".join([*lines, "", f"On {_where(result)}; random weights in bf16. {memory}"])
+
+
 ABLATIONS = ("families", "lfm", "laerc_reservoir", "plasticity")
 """Sets of configs/ablation that docs/ablation.md shows."""
 
@@ -587,6 +620,7 @@ PAGES = {
         "ladder": ladder_table,
     },
     "docs/ablation.md": {name: functools.partial(ablation_table, name) for name in ABLATIONS},
+    "docs/serving.md": {"serving": serving_table},
     "docs/families/README.md": {
         "families": families_table,
         "trainings": trainings_table,
