@@ -29,7 +29,16 @@ from lfm.experiments.ablation import (
 )
 from lfm.experiments.matching import Size, check_matched, sizes_of
 from lfm.experiments.probes import PROBES, write_data
-from lfm.experiments.results import Result, best_rate, check_same_rows, read_result, report, write_files
+from lfm.experiments.results import (
+    AGAIN,
+    FINISHED,
+    Result,
+    best_rate,
+    check_same_rows,
+    read_result,
+    report,
+    write_files,
+)
 from lfm.experiments.work import in_own_process
 from lfm.files import exists, held_alone, listed, read_file, ready_folder, remove_temporaries, shown, write_durably
 from lfm.talk import say, talking
@@ -131,14 +140,21 @@ class Harness:
     def _check_unchanged(self, planned: Planned) -> None:
         """Raises UserError for a run that was begun with another configuration."""
         file = planned.folder / "config.yaml"
-        if planned.folder in self._unchanged or not exists(file):
+        if planned.folder in self._unchanged:
+            return
+        if not exists(file):
+            if exists(planned.folder / FINISHED):
+                raise UserError(f"{shown(file)} is missing; {AGAIN}")
             return
         wanted = flat(planned.run.model_dump(mode="json"))
         # A set may move to another place, and its own data with it.
         moved = [f"output={json.dumps(planned.run.output)}"]
         if planned.task in PROBES:
             moved.append(f"data.path={json.dumps(planned.run.data.path)}")
-        found = flat(RunConfig.load(file, moved).model_dump(mode="json"))
+        try:
+            found = flat(RunConfig.load(file, moved).model_dump(mode="json"))
+        except UserError as error:
+            raise UserError(f"{error}; {AGAIN}") from None
         for key in sorted({*wanted, *found}):
             if found.get(key) != wanted.get(key):
                 raise UserError(
@@ -278,7 +294,10 @@ def _claim(ablation: AblationConfig) -> None:
     """Keep the set in its folder.  Raises UserError for a folder of another set, or of something else."""
     folder, file = ablation.folder, ablation.folder / SET_NAME
     if exists(file):
-        kept = AblationConfig.load(file)
+        try:
+            kept = AblationConfig.load(file)
+        except UserError as error:
+            raise UserError(f"{error}; put it back, or give this set another name=NAME or output=DIR") from None
         wanted, found = (
             flat(each.model_dump(mode="json", include={"common", "tokens", "match"})) for each in (ablation, kept)
         )

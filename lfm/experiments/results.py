@@ -25,7 +25,7 @@ FINISHED = "finished.json"
 """In a run folder: that it is trained and measured, and what was measured."""
 _MOST_POINTS = 200
 """Of a curve of training losses in a result."""
-_AGAIN = "put it back, or remove the run's folder, and it is trained again"
+AGAIN = "put it back, or remove the run's folder, and it is trained again"
 
 
 class Finished(BaseModel):
@@ -196,13 +196,13 @@ def _history(planned: Planned, *, diverged: bool) -> tuple[list[dict[str, Any]],
     except UserError:
         raise
     except (ValueError, RecursionError):
-        raise UserError(f"{shown(file)} is damaged; {_AGAIN}") from None
+        raise UserError(f"{shown(file)} is damaged; {AGAIN}") from None
     for of, every in ((steps, run.logging.every_steps), (validations, run.validation.every_steps)):
         wanted = {*range(every, run.training.steps, every), run.training.steps}
         missing = sorted(wanted - {record["step"] for record in of})
         if missing and not diverged:
             what = "training" if of is steps else "a validation"
-            raise UserError(f"{shown(file)} lacks the record of {what} at step {missing[0]}; {_AGAIN}")
+            raise UserError(f"{shown(file)} lacks the record of {what} at step {missing[0]}; {AGAIN}")
     return steps, validations
 
 
@@ -214,7 +214,7 @@ def _rows(planned: Planned, *, diverged: bool) -> list[str]:
         entries = read_record(planned.folder) if exists(file) else []
     found = [entry.step for entry in entries]
     if found != [*range(1, len(found) + 1)] or (len(found) != planned.run.training.steps and not diverged):
-        raise UserError(f"{shown(file)} does not hold the steps from 1 to {planned.run.training.steps}; {_AGAIN}")
+        raise UserError(f"{shown(file)} does not hold the steps from 1 to {planned.run.training.steps}; {AGAIN}")
     return [entry.chain for entry in entries]
 
 
@@ -353,7 +353,7 @@ def _environment(results: Sequence[Result]) -> dict[str, Any] | None:
             except UserError:
                 raise
             except (ValueError, RecursionError, AttributeError):
-                raise UserError(f"{shown(file)} is damaged; {_AGAIN}") from None
+                raise UserError(f"{shown(file)} is damaged; {AGAIN}") from None
     return None
 
 

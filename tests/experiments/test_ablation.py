@@ -406,6 +406,41 @@ def test_a_damaged_file_of_a_finished_run_is_named(name, content, sentence, whol
     assert sentence in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (None, r"config\.yaml is missing; put it back, or remove the run's folder"),
+        ("seed: [", r"config\.yaml.*; put it back, or remove the run's folder"),
+        ("sead: 1", r"unknown key sead.*; put it back, or remove the run's folder"),
+    ],
+)
+def test_a_finished_run_without_its_configuration_is_named(content, sentence, whole):
+    file = planned_run(whole, "text", "transformer", 4e-3, 1).folder / "config.yaml"
+    kept = file.read_bytes()
+    try:
+        file.unlink()
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(UserError, match=sentence) as refused:
+            prepared(whole).look()
+        assert "\n" not in str(refused.value)
+    finally:
+        file.write_bytes(kept)
+
+
+def test_a_damaged_set_is_named(whole):
+    file = whole.folder / "ablation.yaml"
+    kept = file.read_bytes()
+    try:
+        for content in (b"name: [", b"arms: 5", b"\0"):
+            file.write_bytes(content)
+            with pytest.raises(UserError, match=r"put it back, or give this set another name=NAME") as refused:
+                run_set(prepared(whole), [None])
+            assert "\n" not in str(refused.value)
+    finally:
+        file.write_bytes(kept)
+
+
 def test_a_damaged_environment_is_named(whole, tmp_path):
     file = planned_run(whole, "text", "transformer", 4e-3, 1).folder / "environment.json"
     kept = file.read_bytes()
