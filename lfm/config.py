@@ -71,6 +71,8 @@ class Config(BaseModel):
 
     moved: typing.ClassVar[dict[str, str]] = {}
     """Keys that earlier versions had here -> where they are now, dotted; the error that refuses them says so."""
+    is_of_command_lines: typing.ClassVar[bool] = True
+    """Whether errors may speak of a command line; else they are of JSON."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -563,6 +565,8 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
     same_key = [item for item in problems if f"{_user_path(root, item['loc'])}.".startswith(f"{here}.")]
     problem = max(same_key, key=lambda item: len(item["loc"]))
     path = _short(_user_path(root, problem["loc"]))[1:-1]
+    if not root.is_of_command_lines:
+        path = re.sub(r"\.(\d+)(?![^.])", r"[\1]", path)  # as JSON's readers write it
     value = problem["input"]
     value = _short(list(value) if isinstance(value, tuple) else value)
     if problem["type"] == "extra_forbidden":
@@ -574,10 +578,10 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         context = problem.get("ctx", {})
         tag = "null" if context["tag"] == "None" else _short(context["tag"])
         sentence = f"{path}.kind = {tag} in {source} is not one of {context['expected_tags']}"
-    elif problem["type"] == "union_tag_not_found":
-        sentence = f"key {path}.kind is missing in {source}; add it (--help describes every key)"
-    elif problem["type"] == "missing":
-        sentence = f"key {path} is missing in {source}; add it (--help describes every key)"
+    elif problem["type"] in ("union_tag_not_found", "missing"):
+        key = f"{path}.kind" if problem["type"] == "union_tag_not_found" else path
+        help_says = " (--help describes every key)" if root.is_of_command_lines else ""
+        sentence = f"key {key} is missing in {source}; add it{help_says}"
     elif problem["type"] == "invalid_key":
         sentence = f"key {value} in {source} is no text; --help lists every key"
     elif problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
@@ -587,7 +591,8 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         sentence = f"{where}{problem.get('ctx', {}).get('error')} (in {source})"
     else:
         reason = (problem["msg"][0].lower() + problem["msg"][1:]).replace("tuple", "list")
-        if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float):
+        is_number = isinstance(problem["input"], bool | int | float)
+        if problem["type"] == "string_type" and is_number and root.is_of_command_lines:
             reason += f"; quote the text, as {path}='\"...\"' on a command line"
         kinds = {"int_type": ["int"], "float_type": ["int", "float"], "bool_type": ["bool"]}.get(problem["type"], [])
         if any(_SCALARS[kind].fullmatch(str(problem["input"])) for kind in kinds):
@@ -631,4 +636,4 @@ def _nearest(root: type[Config], path: str, location: Sequence[int | str]) -> st
         return f"did you mean {parent + '.' if parent else ''}{by_name[0]}?"
     if close:
         return f"did you mean {close[0]}?"
-    return "--help lists every key"
+    return "--help lists every key" if root.is_of_command_lines else "leave it out"

@@ -88,10 +88,11 @@ def main() -> None:
             say(f"curl {address}/v1/completions{shows} -H 'Content-Type: application/json' -d '{body}'")
 
         with talking():
-            if serve(served, config, listening, token=token, announce=announce):
+            cut_off = serve(served, config, listening, token=token, announce=announce)
+            if cut_off is None:
                 say("served; all answers that were begun are finished")
             else:
-                say(f"served; answers that took longer than drain_seconds={config.drain_seconds:g} were cut off")
+                say(f"served; answers that had not ended were cut off {cut_off}")
 
 
 def read_token(file: Path | None) -> str | None:

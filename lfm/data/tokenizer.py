@@ -216,6 +216,21 @@ class Tokenizer:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=False)
 
+    def text_of(self, token: int) -> str:
+        """What it adds behind another, where no space is lost; U+FFFD where it is a part of a character."""
+        return self.decode([token, token])[len(self.decode([token])) :]
+
+    def bytes_of(self, token: int) -> bytes:
+        """Of its text; of a token that is a part of a character, that part of the character's bytes."""
+        text, name = self.text_of(token), self._inner.id_to_token(token) or ""
+        if "\ufffd" not in text:
+            return text.encode()
+        if self.is_fallback_byte(token):
+            return bytes([int(name[3:5], 16)])
+        if all(character in _BYTES for character in name):
+            return bytes(_BYTES[character] for character in name)
+        return text.encode()
+
     def lost(self, text: str, ids: Iterable[int]) -> Counter[str]:
         """The characters of `text`, in Unicode's normal form C, that its `ids` do not give back.
 
@@ -241,6 +256,16 @@ class Tokenizer:
     def stream_decoder(self, prompt: Sequence[int] = ()) -> "StreamDecoder":
         """A decoder for ids that follow those of `prompt` and arrive one at a time."""
         return StreamDecoder(self, prompt)
+
+
+def _byte_names() -> dict[str, int]:
+    """What byte-level vocabularies write bytes as: printable ones as themselves, others by letters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_names()
 
 
 class StreamDecoder:

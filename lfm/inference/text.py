@@ -67,6 +67,8 @@ class Writer:
         self.made = Continuation()
         self._tokenizer, self._max_new_tokens = tokenizer, sampling.max_new_tokens
         self._decoder, self._stops = tokenizer.stream_decoder(prompt), StopFilter(sampling.stop)
+        self.decoded = ""
+        """The text of the tokens taken, with that of a stop text or of what may become one."""
 
     def take(self, token: int) -> bool:
         """Whether the continuation ends with this id, but for the model's context."""
@@ -74,7 +76,9 @@ class Writer:
             self.end("end_of_document")
             return True
         self.made.tokens.append(token)
-        self.made.text += self._stops.push(self._decoder.push(token))
+        text = self._decoder.push(token)
+        self.decoded += text
+        self.made.text += self._stops.push(text)
         if self._stops.found or len(self.made.tokens) == self._max_new_tokens:
             self.end("length")
         return self.made.finish_reason is not None

@@ -31,6 +31,8 @@ from lfm.talk import warn
 
 _BODY_SECONDS = 30.0
 """How long a request's body may take to arrive."""
+_SECONDS_TO_READ = 30.0
+"""That a stream may take beyond `max_seconds`."""
 _EVENT_SECONDS = 0.02
 """From one event of a stream to the next, so that what a model costs the event loop does not grow with its speed."""
 
@@ -165,8 +167,11 @@ class _EventStream(StreamingResponse):
         self._engine, self._answers = engine, reply.answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        longest = self._engine.config.max_seconds + _SECONDS_TO_READ
         try:
-            await super().__call__(scope, receive, send)
+            # An answer has ended by then, and a client that has not read it does not read.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(super().__call__(scope, receive, send), longest)
         finally:  # a client may be gone before the first event
             self._engine.cancel(self._answers)
 

@@ -23,6 +23,9 @@ from lfm.serving.refusal import Refusal, shutting_down
 from lfm.serving.served import Served
 from lfm.talk import warn
 
+_MOST_UNREAD = 500_000
+"""Numbers of an answer that its reader leaves lying, some 16 MB; then it is not continued."""
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -50,6 +53,15 @@ class Piece:
     """Of the last piece: why the answer ended."""
     medical: dict[str, Any] | None = None
     """Of the last piece in medical mode: how sure it is, and by which thresholds it answers or not."""
+    decoded: str = ""
+    """What the token completes, whether it is given out or held back as what may become a stop text."""
+    decoded_at: int = 0
+    """Where that begins in the continuation, in characters."""
+
+    def count_numbers(self) -> int:
+        """About: what it takes to keep it."""
+        cells = sum(len(row["cells"]) for row in self.picture["state"]) if self.picture else 0
+        return 1 + cells + (len(self.token.likeliest) if self.token else 0)
 
 
 class Mailbox:
@@ -59,16 +71,21 @@ class Mailbox:
         self.loop = asyncio.get_running_loop()
         self._arrived: list[tuple[int, Piece | Refusal]] = []
         self._something = asyncio.Event()
+        self._numbers = 0
+        """In what has not been taken."""
 
-    def put(self, index: int, event: "Piece | Refusal") -> None:
+    def put(self, index: int, event: "Piece | Refusal") -> bool:
+        """Whether there is room for more; of an answer that nobody reads there is not."""
         self._arrived.append((index, event))
         self._something.set()
+        self._numbers += 1 if isinstance(event, Refusal) else event.count_numbers()
+        return self._numbers < _MOST_UNREAD
 
     async def take(self) -> "list[tuple[int, Piece | Refusal]]":
         """All that has come since, at least one: which answer's, and its next piece or the Refusal that ends it."""
         await self._something.wait()
         self._something.clear()
-        arrived, self._arrived = self._arrived, []
+        arrived, self._arrived, self._numbers = self._arrived, [], 0
         return arrived
 
 
@@ -86,6 +103,8 @@ class Answer:
     given: int = 0
     """Characters."""
     ended: bool = False
+    unread: bool = False
+    """Its reader is too slow: it is not continued.  Of the event loop's thread."""
 
 
 class Engine:
@@ -167,6 +186,7 @@ class Engine:
             except Exception:  # a bug, or a device that is out of memory: these answers end, later ones may fare better
                 warn(f"error: the answers of {self.served.name} in hand failed\n{traceback.format_exc()}")
                 self._fail(new)
+                self._measure()
             self._deliver()
         self._refuse_all(shutting_down())
         self._deliver()
@@ -177,7 +197,9 @@ class Engine:
 
         def put(these: list[tuple[Answer, Piece | Refusal]]) -> None:
             for answer, event in these:
-                answer.mailbox.put(answer.index, event)
+                if not answer.mailbox.put(answer.index, event) and not answer.unread:
+                    answer.unread = True
+                    self.cancel([answer])
 
         for loop in {answer.mailbox.loop for answer, _ in given}:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
@@ -190,7 +212,10 @@ class Engine:
                 self.batcher.add(answer.request)
             self.metrics.prompt_tokens.labels(self.served.name).inc(len(answer.ask.prompt))
         for answer in cancelled:
-            self._end(answer, "cancelled")
+            if answer.unread:
+                self._refuse(answer, Refusal(503, "the answer was made faster than it was read", "unread"), "unread")
+            else:
+                self._end(answer, "cancelled")
         self._end_late()
         if self.served.medical is not None:
             if self._by_request:
@@ -216,16 +241,17 @@ class Engine:
 
     def _take(self, answer: Answer, token: Token) -> None:
         writer, request = answer.writer, answer.request
+        at = len(writer.decoded)
         ends = writer.take(token.id)
         if request.ended and not ends:  # the batcher ends a request before the text does where the context is full
             writer.end("context")
         text, answer.given = writer.made.text[answer.given :], len(writer.made.text)
         reason, picture = writer.made.finish_reason, None
         every = answer.ask.picture_every
-        if every and len(request.made) % every == 0:
+        if every and reason is None and len(request.made) % every == 0:
             picture = picture_of(self.batcher, request)
         shown = None if reason == "end_of_document" else token
-        piece = Piece(text, shown, picture, reason)
+        piece = Piece(text, shown, picture, reason, decoded=writer.decoded[at:], decoded_at=at)
         if reason is not None:
             self._end(answer, reason)
         self._given.append((answer, piece))

@@ -56,7 +56,7 @@ class Guard:
         if self._local and _name(host) not in _LOCAL:
             return Refusal(403, "this server is asked for as localhost, 127.0.0.1 or [::1] alone", "host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _site(origin) != host:
             return Refusal(403, "requests of other sites' pages are refused", "cross_origin")
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             is_link = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
@@ -76,6 +76,14 @@ class Guard:
 
 
 _COUNTED = frozenset({"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"})
+
+
+def _site(origin: str) -> str | None:
+    """Name and port; None of what is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str:

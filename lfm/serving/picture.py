@@ -29,7 +29,7 @@ def picture_of(batcher: Batcher, request: Request) -> dict[str, Any] | None:
 
 def _row(name: str, tensor: Tensor) -> dict[str, Any]:
     """Evenly spaced values of a tensor, over three times its RMS."""
-    values = tensor.detach().float().flatten()
+    values = tensor.detach().double().flatten()  # whose squares stay finite
     rms = values.square().mean().sqrt()
     stride = max(1, -(-len(values) // CELLS))
     cells = (values[::stride] / (3 * rms).clamp(min=1e-30)).clamp(-1, 1)

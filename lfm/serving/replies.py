@@ -19,6 +19,10 @@ _REASONS = {
 }
 
 
+_LEAST = -9999.0
+"""Of logprobs."""
+
+
 class Reply:
     """What one request is answered with."""
 
@@ -26,7 +30,6 @@ class Reply:
         self.kind, self.served, self.answers = kind, served, answers
         self.id = ("cmpl-" if kind == "completion" else "chatcmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
-        self._offsets = [len(answer.ask.text) for answer in answers]
 
     def whole(self, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
         """Of all pieces of each answer."""
@@ -109,25 +112,43 @@ class Reply:
         tokenizer = self.served.tokenizer
         if self.kind == "chat":
             return {"logprobs": {"content": [_chat_logprob(token, tokenizer) for token in tokens], "refusal": None}}
-        texts, offsets = [tokenizer.decode([token.id]) for token in tokens], []
-        for piece, _ in ((piece, piece.token) for piece in pieces if piece.token is not None):
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(piece.text)
-        likeliest = [{tokenizer.decode([id]): value for id, value in token.likeliest} for token in tokens]
+        before = len(self.answers[index].ask.text)
+        likeliest = [{_text(id, tokenizer): _number(x) for id, x in token.likeliest} for token in tokens]
         return {
             "logprobs": {
-                "tokens": texts,
-                "token_logprobs": [token.logprob for token in tokens],
+                "tokens": [_text(token.id, tokenizer) for token in tokens],
+                "token_logprobs": [_number(token.logprob) for token in tokens],
                 "top_logprobs": likeliest if asked else None,
-                "text_offset": offsets,
+                "text_offset": [before + _place(piece, piece.token.id, tokenizer) for piece in pieces if piece.token],
             }
         }
 
 
+def _place(piece: Piece, id: int, tokenizer: Tokenizer) -> int:
+    """Of a token in the continuation: behind a character that it shows to be broken off."""
+    own = tokenizer.text_of(id)
+    behind = len(piece.decoded) - len(own) if piece.decoded.endswith(own) else 0
+    return piece.decoded_at + behind
+
+
+def _text(id: int, tokenizer: Tokenizer) -> str:
+    """Of a token; of one that is a part of a character its bytes, as OpenAI's completions have them."""
+    text, held = tokenizer.text_of(id), tokenizer.bytes_of(id)
+    return text if text.encode() == held else "bytes:" + "".join(f"\\x{byte:02x}" for byte in held)
+
+
+def _number(logprob: float | None) -> float | None:
+    """JSON has no infinite ones."""
+    return None if logprob is None else max(logprob, _LEAST)
+
+
 def _chat_logprob(token: Token, tokenizer: Tokenizer) -> dict[str, Any]:
     def shown(id: int, logprob: float | None) -> dict[str, Any]:
-        text = tokenizer.decode([id])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {
+            "token": tokenizer.text_of(id),
+            "logprob": _number(logprob),
+            "bytes": list(tokenizer.bytes_of(id)),
+        }
 
     return shown(token.id, token.logprob) | {"top_logprobs": [shown(*each) for each in token.likeliest]}
 

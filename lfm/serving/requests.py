@@ -46,19 +46,23 @@ _ONE_VALUE: dict[str, tuple[Any, ...]] = {
 _OTHER_ROLES = ("system", "developer", "user")
 
 
-class StreamOptions(Config):
+class _Json(Config):
+    is_of_command_lines: ClassVar[bool] = False
+
+
+class StreamOptions(_Json):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Extras(Config):
+class Extras(_Json):
     """What this server alone has, under the key `lfm`."""
 
     picture_every: int = Field(default=0, ge=0, le=1 << 20)
-    """Tokens from one picture of state and experts to the next, in a stream; 0: none."""
+    """Tokens from one picture of state and experts to the next, in a stream; 0: none.  The last token has none."""
 
 
-class Body(Config):
+class Body(_Json):
     """What completions and chats have in common."""
 
     model: str | None = None
@@ -140,7 +144,7 @@ class CompletionBody(Body):
         return given
 
 
-class Message(Config):
+class Message(_Json):
     role: str
     content: str
     name: str | None = None

@@ -68,8 +68,8 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None], api: API) -> None:
         super().__init__(config)
         self._announce, self._api, self._hurried = announce, api, False
-        self.cut_off = False
-        """Whether answers that were begun had no time to end."""
+        self.cut_off: str | None = None
+        """Why answers that were begun had no time to end, or to be read to their end; None: they had."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -83,20 +83,28 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own would raise the signal once more behind a good end.
-        self.force_exit |= self._hurried
+        if self._hurried:
+            self._end_connections("at a third signal")
         self._hurried, self.should_exit = self.should_exit, True
+
+    def _end_connections(self, why: str) -> None:
+        if self.server_state.connections:
+            self.cut_off = self.cut_off or why
+        self.force_exit = True
 
     async def _cut_off(self) -> None:
         end = time.monotonic() + self._api.config.drain_seconds
         while not self._hurried and (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(0.1, left))
         engines = self._api.engines.values()
-        self.cut_off = any(engine.outstanding for engine in engines)
+        if any(engine.outstanding for engine in engines):
+            seconds = self._api.config.drain_seconds
+            self.cut_off = "at a second signal" if self._hurried else f"after drain_seconds={seconds:g}"
         self._api.closing.set()
         for engine in engines:
             await asyncio.to_thread(engine.close)
         await asyncio.sleep(_SECONDS_TO_REFUSE)
-        self.force_exit = True  # clients that do not read
+        self._end_connections("as their readers did not read them")
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
@@ -113,8 +121,9 @@ def serve(
     *,
     token: str | None,
     announce: Callable[[], None],
-) -> bool:
-    """Answer until TERM or Ctrl-C, then finish what was taken on, `drain_seconds` at most: whether all of it was.
+) -> str | None:
+    """Answer until TERM or Ctrl-C, then finish what was taken on, `drain_seconds` at most: why some of it was cut off;
+    None: nothing was.
 
     `announce` is called when requests are answered.
     """
@@ -122,4 +131,4 @@ def serve(
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     server = Server(settings(app, config, num_models=len(served)), announce, app.state.api)
     asyncio.run(server.serve(sockets=[listening]))
-    return not server.cut_off
+    return server.cut_off

@@ -290,3 +290,13 @@ def test_bad_tokenizer_files_are_errors_that_name_them(tmp_path):
     (tmp_path / "part.tiktoken").write_text("QQ== 0\n")
     with pytest.raises(UserError, match=r"part\.tiktoken is not a whole tiktoken rank file: byte 0"):
         from_tiktoken(tmp_path / "part.tiktoken")
+
+
+@pytest.mark.parametrize("text", ["plain words", "\u00e9\u4e2d\U0001f600 \u00e4"])
+@pytest.mark.parametrize("kind", ["bytes", "llama"])
+def test_bytes_of_tokens_join_to_those_of_the_text(kind, text):
+    """Of characters that are several tokens too, whose texts alone say nothing."""
+    tokenizer = train_bpe(["a few words"], 300, allow_smaller=True) if kind == "bytes" else make("llama")
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.bytes_of, ids)).decode().strip() == tokenizer.decode(ids).strip()
+    assert any("\ufffd" in tokenizer.decode([id]) for id in ids) == (text != "plain words")

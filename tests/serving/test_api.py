@@ -257,6 +257,69 @@ def test_a_bug_in_a_step_ends_the_answers_in_hand_and_no_more(served, monkeypatc
         assert post(address, {"prompt": "a", "max_tokens": 5}).status_code == 200
 
 
+def test_numbers_are_of_now_after_an_error_too(served, monkeypatch):
+    with running({"liquidnet": served["liquidnet"]}) as (address, api):
+        engine = api.engines["liquidnet"]
+        step = engine.batcher.rows.step
+
+        def fails_later(ids):
+            if len(engine.batcher.running[0].made) > 3:
+                raise RuntimeError("as only a bug does")
+            return step(ids)
+
+        monkeypatch.setattr(engine.batcher.rows, "step", fails_later)
+        assert post(address, {"prompt": "a", "max_tokens": 50, "n": 2}).status_code == 500
+        until(lambda: 'lfm_running{model="liquidnet"} 0.0' in httpx.get(address + "/metrics").text)
+
+
+def test_a_client_that_does_not_read_is_not_answered_on(served, monkeypatch):
+    monkeypatch.setattr("lfm.serving.engine._MOST_UNREAD", 3000)
+    monkeypatch.setattr("lfm.serving.app._SECONDS_TO_READ", 0.1)
+    only = {"liquidnet": served["liquidnet"]}
+    with running(only, max_seconds=10, max_new_tokens=1_000_000) as (address, api):
+        engine, body = api.engines["liquidnet"], json.dumps(LONG | {"stream": True, "logprobs": 20, "n": 4}).encode()
+        host, port = address.removeprefix("http://").split(":")
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect((host, int(port)))
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+            client.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            reason = 'lfm_answers_total{model="liquidnet",reason="unread"} 4.0'
+            until(lambda: reason in httpx.get(address + "/metrics").text)
+            assert engine.outstanding == 0 and not engine.batcher.running
+            found = b""
+            while b"[DONE]" not in found and b'"unread"' not in found:
+                found += client.recv(1 << 16)
+        assert b"the answer was made faster than it was read" in found
+        assert post(address, {"prompt": "a", "max_tokens": 5}).status_code == 200
+
+
+def test_places_of_tokens_are_those_of_their_text_whatever_is_held_back(server):
+    body = LONG | {"max_tokens": 60, "logprobs": 0, "seed": 5}
+    plain = post(server[0], body).json()["choices"][0]
+    text, held = body["prompt"] + plain["text"], plain["logprobs"]
+    for token, offset in zip(held["tokens"], held["text_offset"], strict=True):
+        assert text[offset : offset + len(token)] == token or token.startswith("bytes:")
+    start = held["text_offset"][3] - len(body["prompt"])
+    stop = plain["text"][start : start + 12] + "\x00 never"
+    assert post(server[0], body | {"stop": stop}).json()["choices"][0] == plain
+
+
+def test_what_is_wrong_with_a_body_is_told_in_words_of_json(server):
+    def told(path="/v1/completions", **keys):
+        return post(server[0], {"model": "liquidnet", **keys}, path).json()["error"]["message"]
+
+    asked = {
+        told(prompt="x", foo=1): "unknown key foo (value 1) in the request; leave it out",
+        told(prompt="x", stop=3): "stop = 3 in the request is not legal",
+        told(prompt="x", model=3): "model = 3 in the request is not legal",
+        told("/v1/chat/completions", messages=[{"content": "x"}]): "key messages[0].role is missing in the request",
+    }
+    for message, wanted in asked.items():
+        assert message.startswith(wanted), message
+        assert "--help" not in message and "command line" not in message
+
+
 def test_what_came_together_is_one_event_of_each_answer():
     def piece(text, picture=None):
         return Piece(text, picture=picture)

@@ -162,6 +162,7 @@ def test_pages_of_other_sites_may_not_ask(server):
     for headers in (
         {"Origin": "http://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://["},
         {"Origin": own.replace("127.0.0.1", "localhost")},
         {"Sec-Fetch-Site": "cross-site"},
         {"Host": "evil.example"},
