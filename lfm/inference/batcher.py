@@ -13,16 +13,27 @@ from lfm.config import Config
 from lfm.errors import NonFiniteError
 from lfm.inference.prefixes import Prefixes
 from lfm.inference.rows import CudaGraph, Rows
-from lfm.inference.sampling import SamplingConfig, check_prompts, choose_rows, prefill, seen_of
+from lfm.inference.sampling import (
+    SamplingConfig,
+    check_prompts,
+    choose_rows,
+    prefill,
+    prefill_together,
+    seen_of,
+)
+from lfm.models.decoder import Decoder
 from lfm.models.language_model import LanguageModel
+
+_LONGEST_PIECE = 1024
+"""Of a prompt, in tokens; the states behind whole ones are kept for prompts that begin alike."""
 
 
 class BatcherConfig(Config):
     slots: int = Field(default=16, ge=1, le=1024)
     """Sequences that are continued together."""
     prefill_tokens: int | None = Field(default=None, ge=16, le=65_536)
-    """Of prompts, that are read between two steps: a long prompt is read in such pieces, so that others go on.
-    None: 256, and 1024 on a CUDA device, which reads so many in the time that it takes to launch its kernels."""
+    """Of prompts, that are read between two steps: of a long one a piece of so many, 1024 at most, and short ones
+    together, so that others go on.  None: 256, and 8192 on a CUDA device."""
     reuse_mib: int = Field(default=256, ge=0, le=1 << 20)
     """For states after prompts' pieces, so that a prompt that begins alike is not read again; 0: none."""
     fixed_width: bool = False
@@ -70,9 +81,9 @@ class Batcher:
     def __init__(self, model: LanguageModel, config: BatcherConfig) -> None:
         self.model, self.config = model, config
         self.rows = Rows(model, config.slots, fixed_width=config.fixed_width, cuda_graph=config.cuda_graph)
-        on_cuda = self.rows.device.type == "cuda"
-        self.prefill_tokens = config.prefill_tokens or (1024 if on_cuda else 256)
-        self.prefixes = Prefixes(self.prefill_tokens, config.reuse_mib << 20)
+        self.prefill_tokens = config.prefill_tokens or (8192 if self.rows.device.type == "cuda" else 256)
+        self.piece_tokens = min(self.prefill_tokens, _LONGEST_PIECE)
+        self.prefixes = Prefixes(self.piece_tokens, config.reuse_mib << 20)
         self.waiting: deque[Request] = deque()
         self.reading: deque[Request] = deque()
         self.running: list[Request] = []
@@ -122,18 +133,28 @@ class Batcher:
         return self.rows.load(self.running.index(request)) if request in self.running else None
 
     def _read_prompts(self) -> list[tuple[Request, Token]]:
-        """Pieces of prompts in turns, so that a short one does not wait for a long one."""
+        """Pieces of prompts in turns, so that a short one does not wait for a long one; what comes new is first."""
         found, budget = [], self.prefill_tokens
-        while budget > 0:
-            if self.waiting and len(self.running) + len(self.reading) < self.config.slots:
-                request = self.waiting.popleft()
-                request.reused, request._state = self.prefixes.find(request.prompt)
-                request.read = request.reused
-                self.reading.appendleft(request)
-            if not self.reading:
-                break
+        new: list[Request] = []
+        while self.waiting and len(self.running) + len(self.reading) + len(new) < self.config.slots:
+            request = self.waiting.popleft()
+            request.reused, request._state = self.prefixes.find(request.prompt)
+            request.read = request.reused
+            new.append(request)
+        self.reading.extendleft(reversed(new))
+        while budget > 0 and self.reading:
+            group = self._alike(budget)
+            if len(group) > 1:
+                for request in group:
+                    self.reading.remove(request)
+                hidden, states = prefill_together(self.model, [request.prompt for request in group])  # type: ignore[arg-type]
+                for request, state in zip(group, states, strict=True):
+                    request._state, request.read = state, len(request.prompt)
+                budget -= len(group) * max(request.read for request in group)
+                found += self._begin(group, hidden)
+                continue
             request = self.reading.popleft()
-            piece = request.prompt[request.read : request.read + self.prefill_tokens]
+            piece = request.prompt[request.read : request.read + self.piece_tokens]
             hidden, request._state = prefill(self.model, piece, request._state)
             request.read += len(piece)
             budget -= len(piece)
@@ -141,16 +162,38 @@ class Batcher:
                 self.prefixes.keep(request.prompt[: request.read], request._state)
             if request.read < len(request.prompt):
                 self.reading.append(request)
+            else:
+                found += self._begin([request], hidden)
+        return found
+
+    def _alike(self, budget: int) -> list[Request]:
+        """The next prompt, with those of about its length that can be read in one pass with it."""
+        first = self.reading[0]
+        # What is kept for others is read by itself; and bits of a row would depend on how many there are.
+        if self.config.fixed_width or not isinstance(self.model, Decoder):
+            return [first]
+        found: list[Request] = []
+        for request in self.reading:
+            length = len(request.prompt)
+            if request.read or length >= self.piece_tokens or length.bit_length() != len(first.prompt).bit_length():
+                if request is first:
+                    return [first]
                 continue
+            if (len(found) + 1) * max(length, *(len(each.prompt) for each in found), 0) <= max(budget, length):
+                found.append(request)
+        return found
+
+    def _begin(self, requests: list[Request], hidden: Tensor) -> list[tuple[Request, Token]]:
+        """Continue requests whose prompts are read: their first tokens, from the final hidden states of the last."""
+        for request in requests:
             self.rows.join(request._state, request.read)
             request._state = None
             self.running.append(request)
             if self._seen is not None:
                 self._seen[len(self.running) - 1] = seen_of(self.model, request.prompt)
-            with torch.no_grad():
-                logits = self.model.logits(hidden).float()
-            found += self._choose([request], logits)
-        return found
+        with torch.no_grad():
+            logits = self.model.logits(hidden).float()
+        return self._choose(requests, logits)
 
     def _choose(self, requests: list[Request], logits: Tensor) -> list[tuple[Request, Token]]:
         """The next token of running requests, from their rows' logits."""

@@ -1,6 +1,7 @@
 """Sampling from any model with functional state: prefill each prompt, then decode all of them one token at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from lfm.config import Config, Count, CountOrZero
 from lfm.errors import NonFiniteError, UserError
+from lfm.layers.documents import Documents
+from lfm.models.decoder import Decoder
 from lfm.models.language_model import LanguageModel
 
 
@@ -64,6 +67,31 @@ def prefill(model: LanguageModel, ids: Sequence[int], state: Any = None) -> tupl
     for piece in torch.tensor([list(ids)], device=device).split(PREFILL_TOKENS, dim=1):
         hidden, state = model.advance(piece, state)
     return hidden[:, -1], state
+
+
+@torch.no_grad()
+def prefill_together(model: Decoder, prompts: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "B D"], list[Any]]:
+    """As `prefill` of each prompt from its beginning, in one pass: the final hidden states, and the state of each.
+
+    Shorter prompts are filled up at the left, by a document of their own, so that all end together.
+    """
+    longest, device = max(map(len, prompts)), model.embedding.weight.device
+    if longest % 128 == 0 and min(map(len, prompts)) < longest:
+        longest += 1  # packed rows of whole blocks go to flex_attention on a GPU, which is compiled for each length
+    filled = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * more + list(prompt) for more, prompt in zip(filled, prompts, strict=True)], device=device)
+    lengths = [[more, len(prompt)] if more else [longest] for more, prompt in zip(filled, prompts, strict=True)]
+    hidden, state = model.advance(ids, documents=Documents.from_lengths(lengths, device))
+    return hidden[:, -1], [_row(state, i, more) for i, more in enumerate(filled)]
+
+
+def _row(state: Any, row: int, filled: int) -> Any:
+    """Of a batch's state, without the places of `filled` tokens before the row's own."""
+    own = state.map(lambda tensor: tensor[row : row + 1])
+    if caches := getattr(own, "caches", []):
+        kept = [replace(c, key=c.key[:, :, filled:], value=c.value[:, :, filled:]) for c in caches]
+        own = replace(own, caches=kept)
+    return own
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from lfm.errors import NonFiniteError, UserError
 from lfm.inference.batcher import Batcher, BatcherConfig, Request
 from lfm.inference.prefixes import Prefixes
-from lfm.inference.sampling import SamplingConfig, choose, choose_rows, generate, prefill, seen_of
+from lfm.inference.sampling import SamplingConfig, choose, choose_rows, generate, prefill, prefill_together, seen_of
 from lfm.models.registry import FAMILIES
 from tests.inference.small_models import SIZES, V, make
 
@@ -48,6 +48,34 @@ def test_greedy_answers_of_unequal_prompts_are_those_given_alone(kind):
     want = [alone(model, request.prompt, request.sampling) for request in asked]
     assert made == want
     assert len({tuple(answer[:5]) for answer in made}) > 1
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", ["laerc", "lfm", "liquidnet", "transformer"])
+def test_prompts_that_are_read_together_leave_what_they_leave_alone(kind, device):
+    model = make(kind).to(device)
+    asked = [*prompts(5, 120), [3] * 128, [4] * 17, [5] * 17]
+    hidden, states = prefill_together(model, asked)
+    for i, prompt in enumerate(asked):
+        own, state = prefill(model, prompt)
+        state.check_like(states[i])
+        torch.testing.assert_close(hidden[i : i + 1], own, rtol=1e-4, atol=1e-4)
+        for name, tensor in state.tensors().items():
+            torch.testing.assert_close(states[i].tensors()[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_short_prompts_are_read_together_and_long_ones_in_pieces(monkeypatch):
+    model, passes = make("transformer"), []
+    advance = model.advance
+    monkeypatch.setattr(
+        model, "advance", lambda ids, *rest, **keys: passes.append(tuple(ids.shape)) or advance(ids, *rest, **keys)
+    )
+    found = batcher(model, slots=8, prefill_tokens=64)
+    asked = [Request([1] * n, greedy(1)) for n in (20, 100, 18, 30, 17, 31)]
+    made = run(found, asked)
+    # Those of 20, 18 and 17 share a pass, and of the long one comes a piece; then those of 30 and 31, and its rest.
+    assert passes == [(3, 20), (1, 64), (2, 31), (1, 36)]
+    assert made == [alone(model, request.prompt, request.sampling) for request in asked]
 
 
 @pytest.mark.parametrize("kind", ["transformer", "liquidnet", "lfm"])
