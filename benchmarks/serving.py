@@ -280,6 +280,12 @@ class _OfAnyId:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([32 + id % self._count for id in ids])
 
+    def text_of(self, token: int) -> str:
+        return self._tokenizer.text_of(32 + token % self._count)
+
+    def bytes_of(self, token: int) -> bytes:
+        return self._tokenizer.bytes_of(32 + token % self._count)
+
     def is_fallback_byte(self, token: int) -> bool:
         return False
 
