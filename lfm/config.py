@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 import reprlib
@@ -318,6 +319,14 @@ def _short(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def _short_json(value: Any) -> str:
+    try:
+        text = json.dumps(value, default=list)
+    except (RecursionError, TypeError, ValueError):
+        return _short(value)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-90:]}"
+
+
 def shipped_configs() -> Path:
     """The folder of the configs that come with the code: of the installed package, or of its checkout."""
     package = Path(__file__).parent
@@ -569,10 +578,15 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         path = re.sub(r"\.(\d+)(?![^.])", r"[\1]", path)  # as JSON's readers write it
     value = problem["input"]
     value = _short(list(value) if isinstance(value, tuple) else value)
+    if not root.is_of_command_lines and problem["type"] != "invalid_key":
+        value = _short_json(problem["input"])
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
         nested = "".join(f"{part}: {{" for part in key.split("."))[:-1] + value + "}" * key.count(".")
-        way_out = f"write {nested}" if "." in key else _nearest(root, path, problem["loc"])
+        if not root.is_of_command_lines:
+            way_out = _nearest_of_json(root, problem["loc"])
+        else:
+            way_out = f"write {nested}" if "." in key else _nearest(root, path, problem["loc"])
         sentence = f"unknown key {path} (value {value}) in {source}; {way_out}"
     elif problem["type"] == "union_tag_invalid":
         context = problem.get("ctx", {})
@@ -598,7 +612,7 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
         if any(_SCALARS[kind].fullmatch(str(problem["input"])) for kind in kinds):
             reason += "; write it without quotes"
         if problem["type"] in ("tuple_type", "list_type"):
-            reason += ", such as [a, b]"
+            reason += ", such as [a, b]" if root.is_of_command_lines else ', such as ["a", "b"]'
         sentence = f"{path} = {value} in {source} is not legal: {reason}"
     return sentence + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
@@ -636,4 +650,16 @@ def _nearest(root: type[Config], path: str, location: Sequence[int | str]) -> st
         return f"did you mean {parent + '.' if parent else ''}{by_name[0]}?"
     if close:
         return f"did you mean {close[0]}?"
-    return "--help lists every key" if root.is_of_command_lines else "leave it out"
+    return "--help lists every key"
+
+
+def _nearest_of_json(root: type[Config], location: Sequence[int | str]) -> str:
+    """Words that point from an unknown key to the one beside it that it resembles most."""
+    *parents, name = location
+    beside = [
+        key
+        for config in _at(root, ".".join(str(p) for p in parents if isinstance(p, str)))
+        for key in config.model_fields
+    ]
+    close = difflib.get_close_matches(str(name), beside, n=1)
+    return f"did you mean {close[0]}?" if close else "leave it out"

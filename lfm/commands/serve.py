@@ -90,7 +90,7 @@ def main() -> None:
         with talking():
             cut_off = serve(served, config, listening, token=token, announce=announce)
             if cut_off is None:
-                say("served; all answers that were begun are finished")
+                say("served; all answers that were begun have ended")
             else:
                 say(f"served; answers that had not ended were cut off {cut_off}")
 

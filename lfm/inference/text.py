@@ -1,5 +1,6 @@
 """Continuations as text: stop texts, and why each one ended."""
 
+import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -48,6 +49,14 @@ class StopFilter:
         return held
 
 
+def _character_of(before: bytes, byte: bytes) -> int:
+    """The number of the character that this byte is in, behind those before it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    count = len(decoder.decode(before)) + len(decoder.decode(byte))
+    is_within = bool(decoder.getstate()[0])
+    return count if is_within else max(0, count - 1)
+
+
 @dataclass
 class Continuation:
     """What follows one prompt, as far as it is made."""
@@ -67,8 +76,9 @@ class Writer:
         self.made = Continuation()
         self._tokenizer, self._max_new_tokens = tokenizer, sampling.max_new_tokens
         self._decoder, self._stops = tokenizer.stream_decoder(prompt), StopFilter(sampling.stop)
-        self.decoded = ""
-        """The text of the tokens taken, with that of a stop text or of what may become one."""
+        self.start = 0
+        """Where the text of the token taken last begins in that of all taken, stop texts among them, in characters."""
+        self._num_decoded, self._held = 0, b""
 
     def take(self, token: int) -> bool:
         """Whether the continuation ends with this id, but for the model's context."""
@@ -77,11 +87,23 @@ class Writer:
             return True
         self.made.tokens.append(token)
         text = self._decoder.push(token)
-        self.decoded += text
+        self._place(token, text)
         self.made.text += self._stops.push(text)
         if self._stops.found or len(self.made.tokens) == self._max_new_tokens:
             self.end("length")
         return self.made.finish_reason is not None
+
+    def _place(self, token: int, text: str) -> None:
+        """Note where a token begins, which completes this text: its own, and that of tokens held back before it."""
+        before, self._num_decoded = self._num_decoded, self._num_decoded + len(text)
+        own = self._tokenizer.text_of(token) if self._held else ""
+        if not self._held:
+            self.start = before
+        elif text and text.endswith(own) and "\ufffd" not in own:
+            self.start = self._num_decoded - len(own)
+        else:
+            self.start = before + _character_of(self._held, self._tokenizer.bytes_of(token)[:1])
+        self._held = b"" if text else self._held + self._tokenizer.bytes_of(token)
 
     def end(self, reason: FinishReason) -> None:
         """For this reason, unless a stop text is complete."""

@@ -170,8 +170,9 @@ class _EventStream(StreamingResponse):
         longest = self._engine.config.max_seconds + _SECONDS_TO_READ
         try:
             # An answer has ended by then, and a client that has not read it does not read.
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(super().__call__(scope, receive, send), longest)
+            await asyncio.wait_for(super().__call__(scope, receive, send), longest)
+        except asyncio.TimeoutError:
+            warn(f"a stream that was not read to its end in {longest:g} seconds is cut off")
         finally:  # a client may be gone before the first event
             self._engine.cancel(self._answers)
 

@@ -23,8 +23,12 @@ from lfm.serving.refusal import Refusal, shutting_down
 from lfm.serving.served import Served
 from lfm.talk import warn
 
-_MOST_UNREAD = 500_000
-"""Numbers of an answer that its reader leaves lying, some 16 MB; then it is not continued."""
+_MOST_UNREAD = 16 << 20
+"""Bytes that wait for one reader: with more the model waits, or, where the reader takes nothing, the answer ends."""
+_SECONDS_TO_LET_READ = 0.005
+"""What a model waits between two steps then."""
+_SECONDS_TO_TAKE = 2.0
+"""Without which a reader with so much before it is one that does not read."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,13 @@ class Piece:
     """Of the last piece: why the answer ended."""
     medical: dict[str, Any] | None = None
     """Of the last piece in medical mode: how sure it is, and by which thresholds it answers or not."""
-    decoded: str = ""
-    """What the token completes, whether it is given out or held back as what may become a stop text."""
-    decoded_at: int = 0
-    """Where that begins in the continuation, in characters."""
+    start: int = 0
+    """Where in the continuation the token's own text begins, whether it is given out or not, in characters."""
 
-    def count_numbers(self) -> int:
+    def count_bytes(self) -> int:
         """About: what it takes to keep it."""
         cells = sum(len(row["cells"]) for row in self.picture["state"]) if self.picture else 0
-        return 1 + cells + (len(self.token.likeliest) if self.token else 0)
+        return 600 + 32 * cells + (130 * len(self.token.likeliest) if self.token else 0)
 
 
 class Mailbox:
@@ -71,21 +73,29 @@ class Mailbox:
         self.loop = asyncio.get_running_loop()
         self._arrived: list[tuple[int, Piece | Refusal]] = []
         self._something = asyncio.Event()
-        self._numbers = 0
-        """In what has not been taken."""
+        self._num_bytes, self._taken = 0, time.monotonic()
 
-    def put(self, index: int, event: "Piece | Refusal") -> bool:
-        """Whether there is room for more; of an answer that nobody reads there is not."""
+    @property
+    def is_full(self) -> bool:
+        """From any thread."""
+        return self._num_bytes > _MOST_UNREAD
+
+    @property
+    def is_read(self) -> bool:
+        """Whether something was taken of late."""
+        return time.monotonic() - self._taken < _SECONDS_TO_TAKE
+
+    def put(self, index: int, event: "Piece | Refusal") -> None:
         self._arrived.append((index, event))
         self._something.set()
-        self._numbers += 1 if isinstance(event, Refusal) else event.count_numbers()
-        return self._numbers < _MOST_UNREAD
+        self._num_bytes += 0 if isinstance(event, Refusal) else event.count_bytes()
 
     async def take(self) -> "list[tuple[int, Piece | Refusal]]":
         """All that has come since, at least one: which answer's, and its next piece or the Refusal that ends it."""
         await self._something.wait()
         self._something.clear()
-        arrived, self._arrived, self._numbers = self._arrived, [], 0
+        self._taken = time.monotonic()
+        arrived, self._arrived, self._num_bytes = self._arrived, [], 0
         return arrived
 
 
@@ -103,8 +113,6 @@ class Answer:
     given: int = 0
     """Characters."""
     ended: bool = False
-    unread: bool = False
-    """Its reader is too slow: it is not continued.  Of the event loop's thread."""
 
 
 class Engine:
@@ -197,9 +205,7 @@ class Engine:
 
         def put(these: list[tuple[Answer, Piece | Refusal]]) -> None:
             for answer, event in these:
-                if not answer.mailbox.put(answer.index, event) and not answer.unread:
-                    answer.unread = True
-                    self.cancel([answer])
+                answer.mailbox.put(answer.index, event)
 
         for loop in {answer.mailbox.loop for answer, _ in given}:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
@@ -212,10 +218,8 @@ class Engine:
                 self.batcher.add(answer.request)
             self.metrics.prompt_tokens.labels(self.served.name).inc(len(answer.ask.prompt))
         for answer in cancelled:
-            if answer.unread:
-                self._refuse(answer, Refusal(503, "the answer was made faster than it was read", "unread"), "unread")
-            else:
-                self._end(answer, "cancelled")
+            self._end(answer, "cancelled")
+        self._end_unread()
         self._end_late()
         if self.served.medical is not None:
             if self._by_request:
@@ -241,7 +245,6 @@ class Engine:
 
     def _take(self, answer: Answer, token: Token) -> None:
         writer, request = answer.writer, answer.request
-        at = len(writer.decoded)
         ends = writer.take(token.id)
         if request.ended and not ends:  # the batcher ends a request before the text does where the context is full
             writer.end("context")
@@ -251,7 +254,7 @@ class Engine:
         if every and reason is None and len(request.made) % every == 0:
             picture = picture_of(self.batcher, request)
         shown = None if reason == "end_of_document" else token
-        piece = Piece(text, shown, picture, reason, decoded=writer.decoded[at:], decoded_at=at)
+        piece = Piece(text, shown, picture, reason, start=writer.start)
         if reason is not None:
             self._end(answer, reason)
         self._given.append((answer, piece))
@@ -276,6 +279,15 @@ class Engine:
         text = REFERRAL if reply.answer is None else reply.answer
         self._end(answer, reason)
         self._given.append((answer, Piece(text, reason=reason, medical=reply.decision.record())))
+
+    def _end_unread(self) -> None:
+        """End answers that nobody reads; where there are readers, wait while more lies before one than it can take."""
+        full = [answer for answer in self._by_request.values() if answer.mailbox.is_full]
+        for answer in full:
+            if not answer.mailbox.is_read:
+                self._refuse(answer, Refusal(503, "the answer was not read", "unread"), "unread")
+        if any(not answer.ended for answer in full):
+            time.sleep(_SECONDS_TO_LET_READ)
 
     def _end_late(self) -> None:
         """End answers whose time is up."""

@@ -119,16 +119,9 @@ class Reply:
                 "tokens": [_text(token.id, tokenizer) for token in tokens],
                 "token_logprobs": [_number(token.logprob) for token in tokens],
                 "top_logprobs": likeliest if asked else None,
-                "text_offset": [before + _place(piece, piece.token.id, tokenizer) for piece in pieces if piece.token],
+                "text_offset": [before + piece.start for piece in pieces if piece.token is not None],
             }
         }
-
-
-def _place(piece: Piece, id: int, tokenizer: Tokenizer) -> int:
-    """Of a token in the continuation: behind a character that it shows to be broken off."""
-    own = tokenizer.text_of(id)
-    behind = len(piece.decoded) - len(own) if piece.decoded.endswith(own) else 0
-    return piece.decoded_at + behind
 
 
 def _text(id: int, tokenizer: Tokenizer) -> str:

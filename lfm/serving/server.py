@@ -107,11 +107,13 @@ class Server(uvicorn.Server):
         self._end_connections("as their readers did not read them")
 
 
-def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """Connections that are cut at the end are no errors."""
+def _is_an_error(record: logging.LogRecord) -> bool:
+    """Connections that are cut at the end are none, nor streams whose cut is told in other words."""
     if record.exc_info:
         return not isinstance(record.exc_info[1], asyncio.CancelledError)
-    return not record.getMessage().rstrip().endswith("asyncio.exceptions.CancelledError")  # of the lifespan, as text
+    said = record.getMessage().rstrip()
+    # The first is of the lifespan, as text.
+    return not said.endswith(("asyncio.exceptions.CancelledError", "returned without completing response."))
 
 
 def serve(
@@ -128,7 +130,7 @@ def serve(
     `announce` is called when requests are answered.
     """
     app = make_app(served, config, token=token, local=config.host in LOOPBACK)
-    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+    logging.getLogger("uvicorn.error").addFilter(_is_an_error)
     server = Server(settings(app, config, num_models=len(served)), announce, app.state.api)
     asyncio.run(server.serve(sockets=[listening]))
     return server.cut_off

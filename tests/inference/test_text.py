@@ -5,11 +5,12 @@ import random
 import pytest
 import torch
 
-from lfm.data.tokenizer import train_bpe
+from lfm.data.tokenizer import Tokenizer, train_bpe
 from lfm.inference.conversation import Conversation
 from lfm.inference.sampling import SamplingConfig
-from lfm.inference.text import StopFilter, continuations
+from lfm.inference.text import StopFilter, Writer, continuations
 from lfm.models.lstm import LSTM, LSTMConfig
+from tests.data.tokenizer_kinds import KINDS
 
 TEXT = "def f(x):\n    return x\n\nUser: hi\n\u6f22\u5b57\n" * 4
 
@@ -125,3 +126,31 @@ def test_a_reply_that_is_cut_leaves_the_state_of_what_was_shown(speaker):
         said = "".join(stopped.reply_text(tokenizer, turn))
         assert said == text[: text.index(text[start : start + 4])]
         assert_has_read(stopped, said)
+
+
+def test_tokens_of_bytes_begin_where_their_characters_are():
+    """Which of them are characters is known later than they come."""
+    tokenizer = train_bpe(["a few words"], 300, allow_smaller=True)
+    id_of = {tokenizer.bytes_of(id): id for id in reversed(range(257))}
+    for text, wanted in {
+        b"ab": [0, 1],
+        b"\xc3\xa9a": [0, 0, 1],
+        b"\xc3\xc3\xa9a": [0, 1, 1, 2],
+        b"\xa9\xa9\xa9a": [0, 1, 2, 3],
+        b"a\xe4\xb8\xadb\xf0\x9f\x98\x80": [0, 1, 1, 1, 2, 3, 3, 3, 3],
+    }.items():
+        writer, found = Writer(tokenizer, [], SamplingConfig(stop=("never",))), []
+        for byte in text:
+            writer.take(id_of[bytes([byte])])
+            found.append(writer.start)
+        assert found == wanted, text
+
+
+def test_bytes_that_a_decoder_joins_begin_where_their_characters_are():
+    tokenizer = Tokenizer(KINDS["llama"]().to_str().encode(), source="a test")
+    newline, word = tokenizer.id_of("<0x0A>"), tokenizer.encode("a")[-1]
+    writer, found = Writer(tokenizer, [word], SamplingConfig()), []
+    for id in (newline, newline, newline, word):
+        writer.take(id)
+        found.append(writer.start)
+    assert found == [0, 1, 2, 3]

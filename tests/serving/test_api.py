@@ -273,25 +273,59 @@ def test_numbers_are_of_now_after_an_error_too(served, monkeypatch):
 
 
 def test_a_client_that_does_not_read_is_not_answered_on(served, monkeypatch):
-    monkeypatch.setattr("lfm.serving.engine._MOST_UNREAD", 3000)
-    monkeypatch.setattr("lfm.serving.app._SECONDS_TO_READ", 0.1)
-    only = {"liquidnet": served["liquidnet"]}
-    with running(only, max_seconds=10, max_new_tokens=1_000_000) as (address, api):
+    monkeypatch.setattr("lfm.serving.engine._MOST_UNREAD", 1 << 20)
+    monkeypatch.setattr("lfm.serving.engine._SECONDS_TO_TAKE", 0.5)
+    with running({"liquidnet": served["liquidnet"]}, max_new_tokens=1_000_000) as (address, api):
         engine, body = api.engines["liquidnet"], json.dumps(LONG | {"stream": True, "logprobs": 20, "n": 4}).encode()
-        host, port = address.removeprefix("http://").split(":")
         with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            client.connect((host, int(port)))
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-            client.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            ask_and_do_not_read(client, address, body)
             reason = 'lfm_answers_total{model="liquidnet",reason="unread"} 4.0'
             until(lambda: reason in httpx.get(address + "/metrics").text)
             assert engine.outstanding == 0 and not engine.batcher.running
             found = b""
-            while b"[DONE]" not in found and b'"unread"' not in found:
-                found += client.recv(1 << 16)
-        assert b"the answer was made faster than it was read" in found
+            while b'"unread"' not in found:
+                part = client.recv(1 << 16)
+                assert part
+                found += part
+        assert b"the answer was not read" in found
         assert post(address, {"prompt": "a", "max_tokens": 5}).status_code == 200
+
+
+def test_a_stream_is_not_kept_for_a_client_that_does_not_read_it(served, monkeypatch, capsys):
+    monkeypatch.setattr("lfm.serving.app._SECONDS_TO_READ", 0.2)
+    with running({"liquidnet": served["liquidnet"]}, max_seconds=2, max_new_tokens=1_000_000) as (address, _):
+        more = {"stream": True, "logprobs": 20, "n": 16, "lfm": {"picture_every": 1}}  # more than sockets hold
+        body = json.dumps(LONG | more).encode()
+        said = ""
+        with socket.socket() as client:
+            ask_and_do_not_read(client, address, body)
+            end = time.monotonic() + 20
+            while "a stream that was not read to its end in 2.2 seconds is cut off" not in said:
+                assert time.monotonic() < end
+                said += capsys.readouterr().err
+                time.sleep(0.02)
+    assert "Traceback" not in said
+
+
+def ask_and_do_not_read(client: socket.socket, address: str, body: bytes) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.connect((host, int(port)))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    client.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+
+def test_a_model_waits_for_an_event_loop_that_is_slower(served, monkeypatch):
+    """Whoever reads is not cut off, however much comes at once."""
+    monkeypatch.setattr("lfm.serving.engine._MOST_UNREAD", 2000)
+    with running({"liquidnet": served["liquidnet"]}, max_new_tokens=1_000) as (address, _):
+        body = LONG | {"max_tokens": 300, "logprobs": 5, "n": 4}
+        whole = post(address, body).json()
+        streamed = post(address, body | {"stream": True})
+        assert streamed.text.endswith("data: [DONE]\n\n")
+        chunks = [json.loads(line[6:]) for line in streamed.text.split("\n\n") if line.startswith("data: {")]
+        first = [chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"][0]["index"] == 0]
+        assert "".join(first) == whole["choices"][0]["text"]
 
 
 def test_places_of_tokens_are_those_of_their_text_whatever_is_held_back(server):
@@ -311,6 +345,13 @@ def test_what_is_wrong_with_a_body_is_told_in_words_of_json(server):
 
     asked = {
         told(prompt="x", foo=1): "unknown key foo (value 1) in the request; leave it out",
+        told(prompt="x", **{"a.b": True}): "unknown key a.b (value true) in the request; leave it out",
+        told(
+            prompt="x", lfm={"picture_evry": 2}
+        ): "unknown key lfm.picture_evry (value 2) in the request; did you mean picture_every?",
+        told("/v1/chat/completions", messages=[{"role": "user", "content": "x", "y": 1}]): (
+            "unknown key messages[0].y (value 1) in the request; leave it out"
+        ),
         told(prompt="x", stop=3): "stop = 3 in the request is not legal",
         told(prompt="x", model=3): "model = 3 in the request is not legal",
         told("/v1/chat/completions", messages=[{"content": "x"}]): "key messages[0].role is missing in the request",

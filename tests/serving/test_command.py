@@ -100,7 +100,7 @@ def test_it_starts_soon_and_says_what_works_and_term_lets_answers_finish(runs, s
         thread.join()
     out, error = process.communicate(timeout=30)
     assert found == {i: 600 + i for i in range(3)}
-    assert process.returncode == 0 and error == "" and out == "served; all answers that were begun are finished\n"
+    assert process.returncode == 0 and error == "" and out == "served; all answers that were begun have ended\n"
 
 
 def test_a_second_signal_does_not_wait(runs, start):
