@@ -1,5 +1,6 @@
 """Answers in the shapes that OpenAI's clients read."""
 
+import functools
 import json
 import secrets
 import time
@@ -124,9 +125,14 @@ class Reply:
         }
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _shown(id: int, tokenizer: Tokenizer) -> tuple[str, bytes]:
+    return tokenizer.text_of(id), tokenizer.bytes_of(id)
+
+
 def _text(id: int, tokenizer: Tokenizer) -> str:
     """Of a token; of one that is a part of a character its bytes, as OpenAI's completions have them."""
-    text, held = tokenizer.text_of(id), tokenizer.bytes_of(id)
+    text, held = _shown(id, tokenizer)
     return text if text.encode() == held else "bytes:" + "".join(f"\\x{byte:02x}" for byte in held)
 
 
@@ -137,11 +143,8 @@ def _number(logprob: float | None) -> float | None:
 
 def _chat_logprob(token: Token, tokenizer: Tokenizer) -> dict[str, Any]:
     def shown(id: int, logprob: float | None) -> dict[str, Any]:
-        return {
-            "token": tokenizer.text_of(id),
-            "logprob": _number(logprob),
-            "bytes": list(tokenizer.bytes_of(id)),
-        }
+        text, held = _shown(id, tokenizer)
+        return {"token": text, "logprob": _number(logprob), "bytes": list(held)}
 
     return shown(token.id, token.logprob) | {"top_logprobs": [shown(*each) for each in token.likeliest]}
 
