@@ -11,7 +11,6 @@ from lfm.errors import UserError
 from lfm.inference.sampling import SamplingConfig, check_prompts
 from lfm.inference.text import Continuation, continuations
 from lfm.medical.features import (
-    SCALARS,
     Features,
     batches_of_one_length,
     question_features,
@@ -106,7 +105,6 @@ def answer(
     if limit is not None:  # ids of a text that was decoded may be more than those it was decoded from
         ids = [of[: max(1, limit - len(prompt))] for of, prompt in zip(ids, prompts, strict=True)]
     scores, features = read_answers(model, prompts, ids, batch_size=batch_size)
-    features.scalars[:, SCALARS.index("option_log_odds")] = torch.tensor([_log_odds(of) for of in options])
     found = [text.strip() for text in found]
     order = torch.tensor([i for batch, _ in parts for i in batch]).argsort()
     right = np.array([is_right_answer(q, text, task) for q, text in zip(questions, found, strict=True)])
@@ -121,14 +119,6 @@ def answer(
         num_tokens=sum(map(len, prompts)) + sum(map(len, ids)),
         made=decoded if task == "text" else [],
     )
-
-
-def _log_odds(options: np.ndarray) -> float:
-    """Of the likeliest against all others; 0: there are none."""
-    if len(options) < 2:
-        return 0.0
-    ordered = np.sort(options)
-    return float(ordered[-1] - np.logaddexp.reduce(ordered[:-1]))
 
 
 def is_right_answer(question: Question, text: str, task: Task) -> bool:

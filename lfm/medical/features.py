@@ -22,9 +22,8 @@ _RECURRENT = ("liquid", "hidden", "reservoirs", "h")
 _LOGITS = 1 << 26
 """So many are held at once: 256 MiB in fp32."""
 
-SCALARS = ("mean_log_probability", "min_log_probability", "entropy", "option_log_odds", "router_entropy")
-"""Of an answer; the end of a question has the last alone, the others are 0.  `option_log_odds` is of the answer against
-the other options, in nats; 0 where there are none."""
+SCALARS = ("mean_log_probability", "min_log_probability", "entropy", "router_entropy")
+"""Of an answer; the end of a question has the last alone, the others are 0."""
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Features:
     """Final normalised hidden state."""
     liquid: Float[Tensor, "n L W"]
     """State of each recurrent layer; L = 0 where a family has none."""
-    scalars: Float[Tensor, "n 5"]
+    scalars: Float[Tensor, "n 4"]
     """`SCALARS`; the routers' is over all tokens read."""
 
     def __len__(self) -> int:
@@ -172,8 +171,7 @@ def _read_answers(model: LanguageModel, rows: Sequence[Ids], lengths: Sequence[i
     inside = torch.arange(longest, 0, -1, device=ids.device) <= counts[:, None]  # the last ones
     total, lowest = (of_ids * inside).sum(1), of_ids.masked_fill(~inside, torch.inf).amin(1)
     found = torch.stack([total, total / counts, lowest, (entropy * inside).sum(1) / counts])
-    no_options = torch.zeros_like(end.router_entropy)
-    liquid, scalars = recurrent_states(end.state), torch.stack([*found[1:], no_options, end.router_entropy], dim=1)
+    liquid, scalars = recurrent_states(end.state), torch.stack([*found[1:], end.router_entropy], dim=1)
     states = torch.empty(len(rows), 0, 0) if liquid is None else liquid.float().cpu()
     return found.cpu(), Features(end.hidden.float().cpu(), states, scalars.float().cpu())
 

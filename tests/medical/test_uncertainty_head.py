@@ -7,7 +7,7 @@ import torch
 from lfm import LFM3BConfig
 from lfm.errors import NonFiniteError, UserError
 from lfm.evaluation.calibration import auroc
-from lfm.medical.features import SCALARS, Features, recurrent_states
+from lfm.medical.features import Features, recurrent_states
 from lfm.medical.fitting import cost_of
 from lfm.medical.head import HeadConfig, UncertaintyHead, fit
 from lfm.models.lfm import LFMState
@@ -18,7 +18,7 @@ CONFIG = HeadConfig(hidden_size=8, num_liquid=2, liquid_size=6, projection_size=
 
 def features(n, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((n, 8), (n, 2, 6), (n, len(SCALARS)))
+    shapes = ((n, 8), (n, 2, 6), (n, 4))
     return Features(*(torch.randn(shape, generator=generator) for shape in shapes))
 
 
@@ -30,8 +30,8 @@ def test_the_head_of_lfm_3b_has_the_parameters_and_the_cost_that_were_stated():
     config = HeadConfig(hidden_size=3072, num_liquid=5, liquid_size=1536)
     with torch.device("meta"):
         head = UncertaintyHead(config)
-    assert config.num_inputs == 3397
-    assert sum(parameter.numel() for parameter in head.parameters()) == config.num_parameters == 1_361_985
+    assert config.num_inputs == 3396
+    assert sum(parameter.numel() for parameter in head.parameters()) == config.num_parameters == 1_361_729
 
     class OfOneToken:
         num_tokens = 1
