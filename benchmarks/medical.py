@@ -503,7 +503,9 @@ def summary(out: Path, seeds: Sequence[int]) -> None:
             "ece_at_most_0.03": met(head and head["ece"], lambda x: x <= 0.03),
             "ece_at_most_0.06_in_the_worst_specialty": met(over(worst), lambda x: x <= 0.06),
             "ece_at_most_0.06_by_answer": met(over(worst_by_answer), lambda x: x <= 0.06),
-            "violations_within_bound": all(r["violations"]["holds"] for r in reports),
+            "violations_within_bound": None
+            if any(r["violations"]["holds"] is None for r in reports)
+            else all(r["violations"]["holds"] for r in reports),
         },
     }
     (out / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

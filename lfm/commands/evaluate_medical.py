@@ -43,6 +43,10 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     from lfm.medical.evidence import evidence
     from lfm.medical.questions import open_questions
 
+    if flags.out is not None and flags.out.suffix in (".html", ".jsonl"):
+        raise UserError(
+            f"--out {shown(flags.out)} is where another file of the report goes; give a name that ends in .json"
+        )
     found = open_questions(flags.data)
     asked: list[tuple[str, Sequence[Question]]] = []
     for part in ("calibration", "test"):
@@ -55,7 +59,9 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     record, all_heads = stored.read(checkpoint)
     calibration = record.tasks[flags.task].calibration
     assert calibration is not None
-    if not max_rows and calibration.data.sha256 != found.digest("calibration"):
+    # The part may have been limited, by a hash of its groups.
+    limited = found.limited("calibration", calibration.data.questions)
+    if calibration.data.sha256 not in (found.digest("calibration"), limited.digest("calibration")):
         raise UserError(
             f"--data has another calibration part than the heads were calibrated on ({calibration.data.sha256[:8]}); "
             "give the same sets, or calibrate on these"
@@ -127,7 +133,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{at['wrong']:,} of them wrong"
     )
     said.append(
-        f"certified risk exceeded in {v['violated']} of {v['splits']} splits (at most {v['allowed']:.3f} is allowed)"
+        f"of {v['splits']} splits {v['certified']} certified a threshold, whose risk was exceeded in {v['violated']} "
+        f"(at most a share of {v['allowed']:.3f} is allowed)"
     )
     if "shifted" in found:
         s = found["shifted"]

@@ -173,9 +173,11 @@ def _calibrate(flags: argparse.Namespace) -> None:
 def _evidence(flags: argparse.Namespace) -> None:
     from lfm.inference.load import open_model
     from lfm.medical.answering import answer
+    from lfm.medical.asking import check_options
     from lfm.medical.evidence import evidence
     from lfm.medical.questions import Question
 
+    check_options(flags.option or ())
     options = tuple(f" {option}" for option in flags.option or ())
     model, tokenizer, _ = open_model(flags.checkpoint, device=flags.device)
     questions = [Question(text, options or ("",), 0, "", "", "", "") for text in flags.prompt]
@@ -195,7 +197,7 @@ def _evidence(flags: argparse.Namespace) -> None:
 
 def evidence_lines(each: "Evidence", top: int = 5) -> list[str]:
     """The spans that moved the answer most, and how faithful that is beside other ways to choose them."""
-    lines = [f"{each.text!r} -> {each.answer.strip()!r}"]
+    lines = [f"{each.text!r} -> {each.answer.strip()!r}, whose probability of being right nothing has judged here"]
     lines += [f"{score:+9.4f}  {span.text.strip()}" for score, span in each.ranked()[:top]]
     lines += [
         f"  {method:<10} comprehensiveness {more:+.4f}  sufficiency {less:+.4f}"

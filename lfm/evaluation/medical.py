@@ -267,7 +267,7 @@ def violations(
         "violated": violated,
         "rate": violated / splits,
         "allowed": bound,
-        "holds": violated / splits <= bound,
+        "holds": violated / splits <= bound if certified else None,  # nothing was certified that could be exceeded
         "mean_coverage": float(np.mean(coverages)) if coverages else 0.0,
         "mean_risk": float(np.mean(risks)) if risks else None,
     }
@@ -346,7 +346,7 @@ def _pool(
     half = halves(calibration.groups)
     p = sigmoid(calibration.logits("correct") / t)
     count = len(half.certificate)
-    thresholds = thresholds_to_test(p[half.temperature], questions=count, risk=config.risk, delta=config.delta)
+    thresholds = thresholds_to_test(p[half.thresholds], questions=count, risk=config.risk, delta=config.delta)
     pool = Table.of([*(calibration.rows[int(i)] for i in half.all_of_certificate), *test.rows])
     return thresholds, pool, sigmoid(pool.logits("correct") / t), count
 

@@ -12,7 +12,7 @@ from lfm.inference.text import Continuation
 from lfm.medical.answering import FREE_TEXT, Answered, answer
 from lfm.medical.config import MedicalConfig
 from lfm.medical.questions import Question, Task
-from lfm.medical.selective import REFERRAL, Calibrated, Decision, said
+from lfm.medical.selective import NO_DEVICE, REFERRAL, Calibrated, Decision, said
 from lfm.medical.stored import open_calibrated
 from lfm.models.language_model import LanguageModel
 
@@ -40,6 +40,7 @@ class Reply:
             "answer": self.answer,
             "referral": None if self.decision.answered else REFERRAL,
             **self.decision.record(),
+            "note": NO_DEVICE,
         }
 
 
@@ -77,26 +78,38 @@ class MedicalMode:
             places = [i for i, given in enumerate(options) if bool(given) == (task == "choice")]
             if not places:
                 continue
-            questions = [self._question(prompts[i], options[i]) for i in places]
             calibrated = self.calibrated[task]
+            questions = [self._question(prompts[i], options[i], calibrated) for i in places]
             answered: Answered = answer(self.model, self.tokenizer, questions, task)
             decisions = calibrated.decide(answered.question, answered.answer, self.medical)
             for place, (i, text, decision) in enumerate(zip(places, answered.answers, decisions, strict=True)):
                 if not text:  # which no grader calls right
                     decision = replace(decision, answered=False, reason="the model made no answer")
+                other = calibrated.other_form(questions[place].text, options[i])
+                if other is not None:
+                    decision = replace(decision, answered=False, reason=other)
                 given = text if decision.answered else None
                 made = answered.made[place] if answered.made else None
                 replies[i] = Reply(prompts[i], tuple(options[i]), given, decision, made)
         return [replies[i] for i in range(len(prompts))]
 
-    def _question(self, prompt: str, options: Sequence[str]) -> Question:
-        if options and len(set(options)) < 2:
-            raise UserError(f"options {', '.join(map(repr, options))} leave nothing to choose; give two or more")
-        if any(not option.strip() for option in options):
-            raise UserError("an option is empty; give each a text")
+    def _question(self, prompt: str, options: Sequence[str], calibrated: Calibrated) -> Question:
+        check_options(options)
+        prompt = calibrated.as_calibrated(prompt) if prompt.strip() else prompt
         spaced = tuple(option if option[:1].isspace() else f" {option}" for option in options)
         # The right one is not known: whether it was right is not looked at.
         return Question(prompt, spaced or ("",), 0, group="", source="", specialty="", kind="")
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Raise UserError for options of which none can be chosen from others."""
+    if any(not option.strip() for option in options):
+        raise UserError("an option is empty; give each a text")
+    different = {option.strip() for option in options}
+    if options and len(different) < 2:
+        raise UserError(f"options {', '.join(map(repr, options))} leave nothing to choose; give two or more")
+    if len(different) < len(options):
+        raise UserError(f"of the options {', '.join(map(repr, options))} two are equal; give each once")
 
 
 def check_sampling(sampling: SamplingConfig, number: int = 0) -> None:

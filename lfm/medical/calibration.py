@@ -71,9 +71,11 @@ def thresholds_to_test(probabilities: np.ndarray, *, questions: int, risk: float
     """Thresholds from strict to lax, from probabilities of questions that are not those of the test.
 
     The first is where about three times as many of `questions` are answered as are needed at least, so that a few
-    errors do not end the sequence before it began; then 2.5 % more at a time, to all.
+    errors do not end the sequence before it began; of few questions half, or the fewest and a quarter more.  Then 2.5 %
+    more at a time, to all.
     """
-    first = min(1.0, 3 * fewest_needed(risk, delta) / max(1, questions))
+    least = fewest_needed(risk, delta) / max(1, questions)
+    first = min(1.0, 3 * least, max(1.25 * least, 0.5))
     coverages = [*np.arange(first, 1.0, 0.025), 1.0]
     found = np.quantile(probabilities, [1 - coverage for coverage in coverages])
     return [float(threshold) for threshold in dict.fromkeys(found)]

@@ -19,10 +19,11 @@ from lfm.medical.calibration import (
 from lfm.medical.features import Features
 from lfm.medical.head import UncertaintyHead, config_for, fit
 from lfm.medical.questions import Part, Question, QuestionSet, share_of
-from lfm.medical.stored import HEADS, Calibration, Cost, Data, HeadName, StoredCertificate, TaskHeads, today
+from lfm.medical.stored import HEADS, Calibration, Cost, Data, Form, HeadName, StoredCertificate, TaskHeads, today
 from lfm.models.language_model import FamilyConfig
 
 _CERTIFICATE_SEED = 0
+_MOST_ENDINGS = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Halves:
     the test from the other, one question a group."""
 
     temperature: np.ndarray
+    thresholds: np.ndarray
+    """Of `temperature` one a group, as those are that are tested: large groups would choose the first thresholds."""
     certificate: np.ndarray
     """One a group."""
     all_of_certificate: np.ndarray
@@ -39,8 +42,14 @@ class Halves:
 def halves(groups: Sequence[str]) -> Halves:
     is_first = np.array([share_of(f"temperature {group}") < 0.5 for group in groups], dtype=bool)
     second = np.flatnonzero(~is_first)
-    chosen = one_of_each([groups[int(place)] for place in second], _CERTIFICATE_SEED)
-    return Halves(np.flatnonzero(is_first), second[chosen] if len(second) else second, second)
+    first = np.flatnonzero(is_first)
+
+    def one_a_group(places: np.ndarray) -> np.ndarray:
+        return (
+            places[one_of_each([groups[int(place)] for place in places], _CERTIFICATE_SEED)] if len(places) else places
+        )
+
+    return Halves(first, one_a_group(first), one_a_group(second), second)
 
 
 def group_names(questions: Sequence[Question]) -> list[str]:
@@ -110,8 +119,22 @@ def calibrated(
     certificate = certificate_of(probabilities, right, half, risk=risk, delta=delta)
     return Calibration(
         data=data_of("calibration", found, right),
+        form=form_of(found.parts["calibration"], has_options=bool(len(answered.options[0]))),
         temperatures=temperatures,  # pyright: ignore[reportArgumentType]
         certificate=StoredCertificate(**certificate.record()),
+    )
+
+
+def form_of(questions: Sequence[Question], *, has_options: bool) -> Form:
+    by_source: dict[str, set[tuple[str, ...]]] = {}
+    for question in questions if has_options else ():
+        by_source.setdefault(question.source, set()).add(question.options)
+    shared = [sorted(option.strip() for option in next(iter(of))) for of in by_source.values() if len(of) == 1]
+    endings = {question.text.rpartition("\n")[2].strip() if "\n" in question.text else "" for question in questions}
+    return Form(
+        options=shared,
+        has_others=not has_options or len(shared) < len(by_source),
+        endings=sorted(endings) if len(endings) <= _MOST_ENDINGS and "" not in endings else [],
     )
 
 
@@ -119,5 +142,5 @@ def certificate_of(
     probabilities: np.ndarray, right: np.ndarray, half: Halves, *, risk: float, delta: float
 ) -> Certificate:
     tested = half.certificate
-    thresholds = thresholds_to_test(probabilities[half.temperature], questions=len(tested), risk=risk, delta=delta)
+    thresholds = thresholds_to_test(probabilities[half.thresholds], questions=len(tested), risk=risk, delta=delta)
     return certify(probabilities[tested], right[tested], thresholds, risk=risk, delta=delta)

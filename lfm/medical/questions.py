@@ -156,12 +156,15 @@ def _labelled(folder: Path) -> dict[Part, list[Question]]:
     """
     try:
         labels = json.loads(read_file(folder / "labels.json"))
-        if not labels or not all(isinstance(label, str) and label for label in labels):
+        if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
             raise ValueError
         kind = json.loads(read_file(folder / "report.json"))["config"]["source"]["kind"]
+        if not isinstance(kind, str) or not _are_options(labels):
+            raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(
-            f"{shown(folder)} has no labels.json with labels and report.json with their source; prepare it again"
+            f"{shown(folder)} has no labels.json with labels, two or more, and report.json with their source; prepare "
+            "it again"
         ) from None
     options = tuple(f" {label}" for label in labels)
     asked_for = _ASKED_FOR.get(kind, "Label")
@@ -207,7 +210,7 @@ def _medmcqa(folder: Path) -> dict[Part, list[Question]]:
                 raise UserError(f"{place} has cop={right!r}; the right option is 1, 2, 3 or 4")
             options = [_text(row, f"op{letter}", place) for letter in "abcd"]
             specialty, kind = row.get("subject_name") or "unknown", row.get("choice_type") or "single"
-            questions.append(_asked("medmcqa", asked, options, right - 1, str(specialty), str(kind)))
+            questions.append(_asked(place, "medmcqa", asked, options, right - 1, str(specialty), str(kind)))
         return questions
 
     return _of_files({folder / "train.json": _TRAINING, folder / "dev.json": _TEST}, read)
@@ -222,11 +225,11 @@ def _medqa(folder: Path) -> dict[Part, list[Question]]:
             options, right = row.get("options"), row.get("answer_idx")
             if not isinstance(options, dict) or not all(isinstance(option, str) for option in options.values()):
                 raise UserError(f"{place} has no texts under options, by letter")
-            if right not in options:
+            if not isinstance(right, str) or right not in options:
                 raise UserError(f"{place} has answer_idx={right!r}, which is none of its options {', '.join(options)}")
             asked, step = _text(row, "question", place), row.get("meta_info") or "unknown"
             questions.append(
-                _asked("medqa", asked, list(options.values()), list(options).index(right), str(step), "case")
+                _asked(place, "medqa", asked, list(options.values()), list(options).index(right), str(step), "case")
             )
         return questions
 
@@ -252,8 +255,12 @@ def _pubmedqa(folder: Path) -> dict[Part, list[Question]]:
         asked, right = _text(row, "QUESTION", place), row.get("final_decision")
         if right not in answers:
             raise UserError(f"{place} has final_decision={right!r}; it is yes, no or maybe")
-        context = " ".join(str(part) for part in row["CONTEXTS"])
-        made = _asked("pubmedqa", f"{context}\n{asked}", answers, answers.index(right), "research", "yes/no/maybe")
+        if not all(isinstance(part, str) for part in row["CONTEXTS"]):
+            raise UserError(f"{place} has something else than texts under CONTEXTS")
+        context = " ".join(row["CONTEXTS"])
+        made = _asked(
+            place, "pubmedqa", f"{context}\n{asked}", answers, answers.index(right), "research", "yes/no/maybe"
+        )
         questions.append(Question(**{**asdict(made), "options": made.options, "group": str(number)}))
     return _placed(questions, _WHOLE)
 
@@ -266,8 +273,18 @@ _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], dict[Part, list[Q
 )
 
 
-def _asked(source: str, asked: str, options: Sequence[str], answer: int, specialty: str, kind: str) -> Question:
+def _are_options(texts: Sequence[str]) -> bool:
+    """Whether one can be chosen from another."""
+    stripped = [text.strip() for text in texts]
+    return len(stripped) > 1 and all(stripped) and len({*stripped}) == len(stripped)
+
+
+def _asked(
+    place: str, source: str, asked: str, options: Sequence[str], answer: int, specialty: str, kind: str
+) -> Question:
     """A question of an examination; its group is its own words, so that copies of it stay together."""
+    if not _are_options(options):
+        raise UserError(f"{place} has options that are empty, equal or one alone; leave the question out")
     return Question(
         text=f"{asked}\nAnswer:",
         options=tuple(f" {option}" for option in options),
@@ -296,4 +313,6 @@ def _text(row: Mapping[str, Any], key: str, place: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{place} has no text under {key}; fetch or prepare the set again")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{place} has half a character under {key}, which is no text; fetch or prepare the set again")
     return value.strip()

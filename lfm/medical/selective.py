@@ -1,5 +1,6 @@
 """To answer with a probability, or to abstain with a reason and a referral."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,24 @@ class Calibrated:
     known_temperature: float
     calibrated_on: str
     """In words: sets, number of questions, date."""
+    form: Any
+    """How those questions were asked: `lfm.medical.stored.Form`."""
+
+    def as_calibrated(self, prompt: str) -> str:
+        """The prompt with the last line that all questions of the calibration had, if it has not."""
+        endings = self.form.endings
+        return f"{prompt}\n{endings[0]}" if len(endings) == 1 and not _ends(prompt, endings) else prompt
+
+    def other_form(self, prompt: str, options: Sequence[str]) -> str | None:
+        """Why a question is none of those that the calibration is about, as far as its form tells."""
+        form = self.form
+        if options and not form.has_others and sorted(option.strip() for option in options) not in form.options:
+            return "its options are none that were calibrated; give all of those"
+        if form.endings and not _ends(prompt, form.endings):
+            return (
+                f"it does not end as questions of the calibration do, in a line {' or '.join(map(repr, form.endings))}"
+            )
+        return None
 
     def probabilities(self, answer: Features) -> Any:
         """That each answer is right; float64 `[n]`."""
@@ -90,6 +109,10 @@ class Calibrated:
             f"most {c.risk:.0%} with confidence {1 - c.delta:.0%}, on {c.questions:,} questions); the stricter applies",
             f"calibrated on {self.calibrated_on}. {NO_DEVICE}",
         ]
+
+
+def _ends(prompt: str, endings: Sequence[str]) -> bool:
+    return prompt.rpartition("\n")[2].strip() in endings
 
 
 def said(answer: str, decision: Decision) -> str:

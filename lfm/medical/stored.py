@@ -56,8 +56,20 @@ class StoredCertificate(_Part):
     wrong: Count
 
 
+class Form(_Part):
+    """How the questions of a calibration were asked."""
+
+    options: list[list[str]] = []
+    """Sorted, of each set whose questions all have the same."""
+    has_others: bool = True
+    """Whether there are questions with options of their own, or free answers."""
+    endings: list[str] = []
+    """Last lines of the questions, where they are few; none: they are not."""
+
+
 class Calibration(_Part):
     data: Data
+    form: Form
     temperatures: dict[HeadName, Annotated[FiniteFloat, Field(gt=0)]]
     certificate: StoredCertificate
 
@@ -207,5 +219,6 @@ def open_calibrated(checkpoint: Path, task: Task, dtype: torch.dtype) -> Calibra
         certificate=Certificate(**calibration.certificate.model_dump()),
         known_head=known,
         known_temperature=calibration.temperatures.get("known", 1.0),
+        form=calibration.form,
         calibrated_on=f"{', '.join(data.sources)} ({data.questions:,} questions, {data.date}, {data.sha256[:8]})",
     )

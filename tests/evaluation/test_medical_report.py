@@ -58,7 +58,7 @@ def certificate_of(predictions, risk=0.05, delta=0.05):
     temperatures = recalibrated(table, ["correct", "correct_without_liquid"])
     p = sigmoid(table.logits("correct") / temperatures["correct"])
     tested = half.certificate
-    thresholds = thresholds_to_test(p[half.temperature], questions=len(tested), risk=risk, delta=delta)
+    thresholds = thresholds_to_test(p[half.thresholds], questions=len(tested), risk=risk, delta=delta)
     return temperatures, certify(p[tested], table.right[tested], thresholds, risk=risk, delta=delta)
 
 

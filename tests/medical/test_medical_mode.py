@@ -1,5 +1,6 @@
 """The whole path on a CPU: fit, calibrate, certify, answer or abstain, evidence, report; and what is refused."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -18,8 +19,8 @@ from lfm.medical.answering import answer
 from lfm.medical.asking import MedicalMode
 from lfm.medical.config import MedicalConfig
 from lfm.medical.questions import open_questions
-from lfm.medical.selective import REFERRAL
-from lfm.medical.stored import stored_at
+from lfm.medical.selective import NO_DEVICE, REFERRAL
+from lfm.medical.stored import Form, stored_at
 from lfm.serving.served import open_served
 from tests.medical import sets
 from tests.serving.local_server import post, running
@@ -106,10 +107,33 @@ def test_an_answer_comes_with_its_probability_or_not_at_all(calibrated, said):
     assert unclear["threshold"] == max(0.75, unclear["certified_threshold"])
 
 
+def test_questions_are_asked_as_the_calibration_asked(calibrated):
+    """What was calibrated is a choice from all labels: among others it is easy to be the likeliest."""
+    model, tokenizer, checkpoint = open_model(calibrated, device="cpu")
+    mode = MedicalMode(model, tokenizer, checkpoint, MedicalConfig(mode=True, safety_threshold=0.001), {"choice"})
+    whole, without_end, few, others = mode.ask(
+        [CLEAR, CLEAR.removesuffix("\nChapter:"), CLEAR, CLEAR],
+        [sets.LABELS, sets.LABELS[::-1], sets.LABELS[:2], (*sets.LABELS[:3], "xq zzy")],
+    )
+    assert whole.answer is not None and whole.record()["note"] == NO_DEVICE
+    assert without_end.answer == whole.answer
+    assert without_end.decision.probability == pytest.approx(whole.decision.probability, abs=1e-5)
+    for reply in (few, others):
+        assert reply.answer is None and "its options are none that were calibrated" in reply.text
+    two_ends = dataclasses.replace(mode.calibrated["choice"], form=Form(endings=["Chapter:", "Field:"]))
+    mode.calibrated = {"choice": two_ends}
+    replies = mode.ask([CLEAR, "clot plasma"], [sets.LABELS] * 2)
+    assert replies[0].answer == whole.answer and replies[1].answer is None
+    assert "does not end as questions of the calibration do, in a line 'Chapter:' or 'Field:'" in replies[1].text
+    with pytest.raises(UserError, match="two are equal; give each once"):
+        mode.ask([CLEAR], [["blood", " blood", "bone"]])
+
+
 def test_an_answer_without_words_is_none(calibrated):
     """No grader calls it right, however sure a head is."""
     model, tokenizer, checkpoint = open_model(calibrated, device="cpu")
     mode = MedicalMode(model, tokenizer, checkpoint, MedicalConfig(mode=True, safety_threshold=0.001), {"text"})
+    mode.calibrated = {"text": dataclasses.replace(mode.calibrated["text"], form=Form())}
     prompts = ["clot plasma", "y", "x" * 40, "clot", "plasma\n"]  # questions without "Chapter:"
     replies = mode.ask(prompts, [()] * len(prompts))
     empty = [reply for reply in replies if reply.made is not None and not reply.made.text.strip()]

@@ -103,6 +103,39 @@ BAD = {
         lambda f: change(f, "ori_pqal.json", '"final_decision": "yes"', '"final_decision": "so"'),
         "entry 1000 of .* has final_decision='so'; it is yes, no or maybe",
     ),
+    "list_as_answer": (
+        sets.medqa,
+        lambda f: change(f, "phrases_no_exclude_test.jsonl", '"answer_idx": "B"', '"answer_idx": ["B"]'),
+        r"answer_idx=\['B'\], which is none of its options",
+    ),
+    "equal_options": (
+        sets.medqa,
+        lambda f: sets.lines(
+            f / "phrases_no_exclude_test.jsonl",
+            [{"question": "q", "options": {"A": "x", "B": " x"}, "answer_idx": "A"}],
+        ),
+        "line 1 of .* has options that are empty, equal or one alone",
+    ),
+    "labels_as_object": (
+        sets.labelled,
+        lambda f: (f / "labels.json").write_text("{}"),
+        "has no labels.json with labels",
+    ),
+    "equal_labels": (
+        sets.labelled,
+        lambda f: (f / "labels.json").write_text('["blood", "bone", "brain", "heart", "bone"]'),
+        "has no labels.json with labels, two or more",
+    ),
+    "half_a_character": (
+        sets.labelled,
+        lambda f: sets.lines(f / "test.jsonl", [{"text": "x", "label": "bone", "group": "\ud800"}]),
+        "line 1 of .*test.jsonl has half a character under group",
+    ),
+    "contexts_of_others": (
+        sets.pubmedqa,
+        lambda f: change(f, "ori_pqal.json", '"CONTEXTS": [', '"CONTEXTS": [null, '),
+        "something else than texts under CONTEXTS",
+    ),
     "contexts": (sets.pubmedqa, lambda f: change(f, "ori_pqal.json", "CONTEXTS", "TEXT"), "no list under CONTEXTS"),
     "no_object": (sets.pubmedqa, lambda f: (f / "ori_pqal.json").write_text("[]"), "is no JSON object of abstracts"),
 }

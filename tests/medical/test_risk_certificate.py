@@ -14,6 +14,7 @@ from lfm.medical.calibration import (
     temperature,
     thresholds_to_test,
 )
+from lfm.medical.fitting import halves
 
 stats = pytest.importorskip("scipy.stats", reason="needs scipy, which scikit-learn of the extra `lm-eval` brings")
 
@@ -125,3 +126,25 @@ def test_the_same_threshold_as_mapie():
     )
     controller.calibrate(p[:, None], right.astype(int))
     assert min(controller.valid_predict_params) == pytest.approx(ours.threshold)
+
+
+@pytest.mark.parametrize("count, least", [(118, 25), (150, 60), (215, 60), (300, 60)])
+def test_of_few_questions_a_head_that_knows_is_certified(count, least):
+    """Answering all would be wrong in two of five: the sequence must not begin there.  Of 118 it has to begin with 74,
+    of which so many are right in one of three draws."""
+    draws, certified = np.random.Generator(np.random.PCG64(3)), 0
+    for _ in range(100):
+        before, right = draws.random(count) < 0.6, draws.random(count) < 0.6
+        p_before, p = (np.where(of, 0.9, 0.1) + draws.random(count) / 100 for of in (before, right))
+        thresholds = thresholds_to_test(p_before, questions=count, risk=0.05, delta=0.05)
+        certified += certify(p, right, thresholds, risk=0.05, delta=0.05).threshold is not None
+    assert certified >= least
+
+
+def test_large_groups_do_not_choose_the_first_thresholds():
+    groups = ["large"] * 300 + [f"g{i}" for i in range(1200)]
+    half = halves(groups)
+    for places in (half.thresholds, half.certificate):
+        names = [groups[int(place)] for place in places]
+        assert len(set(names)) == len(names)
+    assert {groups[int(i)] for i in half.thresholds} == {groups[int(i)] for i in half.temperature}
