@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lfm.layers.attention import SlotCache, Slots
+from lfm.layers.attention import SlotCache
 from lfm.models.decoder import Decoder
 from lfm.models.language_model import LanguageModel
 from lfm.talk import complain
@@ -148,11 +148,8 @@ class Rows:
     def _compute(self, width: int) -> Float[Tensor, "width V"]:
         state = self._state.map(lambda tensor: tensor[:width])
         if getattr(state, "caches", []):
-            key = state.caches[0].key
-            padding = key.shape[2] - state.position
-            slots = Slots.of(padding, key.shape[2], key.dtype)
-            caches = [SlotCache(cache.key, cache.value, padding, slots) for cache in state.caches]
-            state = replace(state, caches=caches)
+            padding = state.caches[0].key.shape[2] - state.position
+            state = replace(state, caches=[SlotCache(cache.key, cache.value, padding) for cache in state.caches])
         routing: dict[int, Any] = {}
         if isinstance(self.model, Decoder):
             hidden, after, found = self.model.advance_and_diagnose(self._ids[:width], state)

@@ -91,50 +91,29 @@ class KeyValueCache:
         )
 
 
-@dataclass(eq=False)
-class Slots:
-    """Where the caches of all layers take the next token, and which slots its query then sees."""
-
-    place: Int[Tensor, "B 1 1 1"]
-    hidden: Float[Tensor, "B 1 1 S"]
-    """0 of a slot that holds a token, the next one among them, else -inf; in at least fp32."""
-    padding: Int[Tensor, " B"]
-    """Of caches that have taken it."""
-
-    @classmethod
-    def of(cls, padding: Int[Tensor, " B"], num_slots: int, dtype: torch.dtype) -> "Slots":
-        place = (num_slots - padding).clamp(max=num_slots - 1)[:, None, None, None]
-        is_free = torch.arange(num_slots, device=padding.device) > place
-        zeros = torch.zeros(is_free.shape, dtype=torch.promote_types(dtype, torch.float32), device=padding.device)
-        return cls(place, zeros.masked_fill_(is_free, -torch.inf), padding - 1)
-
-
 class SlotCache(KeyValueCache):
     """Keys and values in tensors that stay where they are, so that a step can be recorded: a token's are written into
     its row's first free slot.  `padding[b]` slots, here at the right, hold no token yet; none may be full.
-
-    `slots` are those of `padding`, for all layers alike.
     """
 
-    def __init__(self, key: Tensor, value: Tensor, padding: Tensor, slots: Slots | None = None) -> None:
-        super().__init__(key, value, padding)
-        self._slots = slots or Slots.of(padding, key.shape[2], key.dtype)
-
     def append(self, key: Tensor, value: Tensor) -> "SlotCache":
-        """Of one token a row, in place; the cache that is given back is for `attend` alone."""
+        """Of one token a row, in place."""
         assert key.shape[2] == 1
-        place = self._slots.place.expand_as(key)
+        length = self.key.shape[2]
+        place = (length - self.padding).clamp(max=length - 1)[:, None, None, None].expand_as(key)
         self.key.scatter_(2, place, key)
         self.value.scatter_(2, place, value)
-        return SlotCache(self.key, self.value, self._slots.padding, self._slots)
+        return SlotCache(self.key, self.value, self.padding - 1)
 
     def attend(self, q: Float[Tensor, "B H 1 K"]) -> Float[Tensor, "B H 1 K"]:
         """Of the last token, against every slot that holds one; softmax in at least fp32."""
         B, H, _, K = q.shape
-        G = self.key.shape[1]
+        G, S = self.key.shape[1:3]
         scores = q.view(B, G, H // G, K) @ self.key.transpose(-1, -2)
-        weights = torch.add(self._slots.hidden, scores, alpha=K**-0.5).softmax(-1)
-        return (weights.to(q.dtype) @ self.value).view(B, H, 1, K)
+        free = torch.arange(S, device=q.device) >= (S - self.padding)[:, None]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = (scores.to(wide) * K**-0.5).masked_fill(free[:, None, None], -torch.inf)
+        return (scores.softmax(-1).to(q.dtype) @ self.value).view(B, H, 1, K)
 
 
 class Attention(nn.Module):
