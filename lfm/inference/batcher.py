@@ -24,16 +24,12 @@ from lfm.inference.sampling import (
 from lfm.models.decoder import Decoder
 from lfm.models.language_model import LanguageModel
 
-_LONGEST_PIECE = 1024
-"""Of a prompt, in tokens; the states behind whole ones are kept for prompts that begin alike."""
-
 
 class BatcherConfig(Config):
     slots: int = Field(default=16, ge=1, le=1024)
     """Sequences that are continued together."""
-    prefill_tokens: int | None = Field(default=None, ge=16, le=65_536)
-    """Of prompts, that are read between two steps: of a long one a piece of so many, 1024 at most, and short ones
-    together, so that others go on.  None: 256, and 8192 on a CUDA device."""
+    prefill_tokens: int = Field(default=256, ge=16, le=65_536)
+    """Of prompts, that are read between two steps: of a long one a piece of so many, so that others go on."""
     reuse_mib: int = Field(default=256, ge=0, le=1 << 20)
     """For states after prompts' pieces, so that a prompt that begins alike is not read again; 0: none."""
     fixed_width: bool = False
@@ -81,9 +77,7 @@ class Batcher:
     def __init__(self, model: LanguageModel, config: BatcherConfig) -> None:
         self.model, self.config = model, config
         self.rows = Rows(model, config.slots, fixed_width=config.fixed_width, cuda_graph=config.cuda_graph)
-        self.prefill_tokens = config.prefill_tokens or (8192 if self.rows.device.type == "cuda" else 256)
-        self.piece_tokens = min(self.prefill_tokens, _LONGEST_PIECE)
-        self.prefixes = Prefixes(self.piece_tokens, config.reuse_mib << 20)
+        self.prefixes = Prefixes(config.prefill_tokens, config.reuse_mib << 20)
         self.waiting: deque[Request] = deque()
         self.reading: deque[Request] = deque()
         self.running: list[Request] = []
@@ -134,7 +128,7 @@ class Batcher:
 
     def _read_prompts(self) -> list[tuple[Request, Token]]:
         """Pieces of prompts in turns, so that a short one does not wait for a long one; what comes new is first."""
-        found, budget = [], self.prefill_tokens
+        found, budget = [], self.config.prefill_tokens
         new: list[Request] = []
         while self.waiting and len(self.running) + len(self.reading) + len(new) < self.config.slots:
             request = self.waiting.popleft()
@@ -154,7 +148,7 @@ class Batcher:
                 found += self._begin(group, hidden)
                 continue
             request = self.reading.popleft()
-            piece = request.prompt[request.read : request.read + self.piece_tokens]
+            piece = request.prompt[request.read : request.read + self.config.prefill_tokens]
             hidden, request._state = prefill(self.model, piece, request._state)
             request.read += len(piece)
             budget -= len(piece)
@@ -169,13 +163,17 @@ class Batcher:
     def _alike(self, budget: int) -> list[Request]:
         """The next prompt, with those of about its length that can be read in one pass with it."""
         first = self.reading[0]
-        # What is kept for others is read by itself; and bits of a row would depend on how many there are.
-        if self.config.fixed_width or not isinstance(self.model, Decoder):
+        # With a fixed width bits of a row must not depend on how many there are; and on a GPU such passes have not run.
+        if self.config.fixed_width or not isinstance(self.model, Decoder) or self.rows.device.type == "cuda":
             return [first]
         found: list[Request] = []
         for request in self.reading:
             length = len(request.prompt)
-            if request.read or length >= self.piece_tokens or length.bit_length() != len(first.prompt).bit_length():
+            if (
+                request.read
+                or length >= self.config.prefill_tokens
+                or length.bit_length() != len(first.prompt).bit_length()
+            ):
                 if request is first:
                     return [first]
                 continue
