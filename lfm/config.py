@@ -577,9 +577,10 @@ def _one_sentence(root: type[Config], error: ValidationError, source: str) -> st
     if not root.is_of_command_lines:
         path = re.sub(r"\.(\d+)(?![^.])", r"[\1]", path)  # as JSON's readers write it
     value = problem["input"]
-    value = _short(list(value) if isinstance(value, tuple) else value)
-    if not root.is_of_command_lines and problem["type"] != "invalid_key":
-        value = _short_json(problem["input"])
+    if root.is_of_command_lines or problem["type"] == "invalid_key":
+        value = _short(list(value) if isinstance(value, tuple) else value)
+    else:
+        value = _short_json(value)
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
         nested = "".join(f"{part}: {{" for part in key.split("."))[:-1] + value + "}" * key.count(".")
