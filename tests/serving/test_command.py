@@ -67,7 +67,7 @@ def test_it_starts_soon_and_says_what_works_and_term_lets_answers_finish(runs, s
     found, started = {}, threading.Barrier(4)
 
     def ask(number):
-        count, stream = 600 + number, number % 2 == 0
+        count, stream = 1500 + number, number % 2 == 0
         if stream:
             pieces = client.completions.create(
                 model="liquidnet_debug",
@@ -99,7 +99,7 @@ def test_it_starts_soon_and_says_what_works_and_term_lets_answers_finish(runs, s
     for thread in threads:
         thread.join()
     out, error = process.communicate(timeout=30)
-    assert found == {i: 600 + i for i in range(3)}
+    assert found == {i: 1500 + i for i in range(3)}
     assert process.returncode == 0 and error == "" and out == "served; all answers that were begun have ended\n"
 
 
