@@ -57,7 +57,8 @@ def test_openais_client_completes_streams_and_chats(client, served):
     pieces = list(
         client.completions.create(model="liquidnet", prompt="the time", max_tokens=30, temperature=0, stream=True)
     )
-    assert "".join(piece.choices[0].text for piece in pieces) == want.text and len(pieces) > 3
+    assert "".join(piece.choices[0].text for piece in pieces) == want.text
+    # The first token comes at once; how many events the others share depends on how fast the reader is.
     assert [piece.choices[0].finish_reason for piece in pieces][-2:] == [None, "length"]
 
     messages = [
