@@ -106,7 +106,7 @@ def run_seeds(flags: argparse.Namespace, seeds: Sequence[int], parts: Sequence[s
             seed, gpu = waiting.pop(0), free.pop(0)
             words = [sys.executable, __file__, *arguments, "--one-seed", str(seed)]
             words += ["--parts", ",".join(part for part in parts if part not in ("data", "summary"))]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            environment = dict(os.environ)
             if flags.device == "cuda":
                 environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
             running[subprocess.Popen(words, env=environment)] = seed, gpu
