@@ -590,7 +590,7 @@ def serving_table() -> str:
     return "\n".join([*lines, "", f"On {_where(result)}; random weights in bf16. {memory}"])
 
 
-ABLATIONS = ("families", "lfm", "laerc_reservoir", "plasticity")
+ABLATIONS = ("families", "lfm", "norms", "laerc_reservoir", "plasticity")
 """Sets of configs/ablation that docs/ablation.md shows."""
 
 
