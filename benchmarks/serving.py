@@ -210,7 +210,7 @@ def measure_first_token(config: str, device: torch.device, sizes: Sizes) -> Iter
     model = make(config, device, sizes.context)
     row: dict[str, Any] = {"section": "first_token", "config": config, "clients": sizes.clients}
     row |= {"prompts": [sizes.shortest, sizes.longest], "tokens": sizes.tokens}
-    row["prefill_tokens"] = BatcherConfig().prefill_tokens
+    row["prefill_tokens"] = Batcher(model, BatcherConfig()).prefill_tokens
     yield row | {"over": "the batcher"} | of_batcher(model, device, sizes)
     if importlib.util.find_spec("starlette") and importlib.util.find_spec("uvicorn"):
         yield row | {"over": "HTTP"} | over_http(model, sizes)

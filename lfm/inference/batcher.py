@@ -28,8 +28,9 @@ from lfm.models.language_model import LanguageModel
 class BatcherConfig(Config):
     slots: int = Field(default=16, ge=1, le=1024)
     """Sequences that are continued together."""
-    prefill_tokens: int = Field(default=256, ge=16, le=65_536)
-    """Of prompts, that are read between two steps: of a long one a piece of so many, so that others go on."""
+    prefill_tokens: int | None = Field(default=None, ge=16, le=65_536)
+    """Of prompts, that are read between two steps, so that others go on; null: 256, or 8192 on a CUDA device.  Of a
+    long one a piece of so many is read, 1024 at most."""
     reuse_mib: int = Field(default=256, ge=0, le=1 << 20)
     """For states after prompts' pieces, so that a prompt that begins alike is not read again; 0: none."""
     fixed_width: bool = False
@@ -69,6 +70,9 @@ class Request:
     _draws: torch.Generator = field(default_factory=torch.Generator)
 
 
+LONGEST_PIECE = 1024
+
+
 class Batcher:
     """Continues requests of one model.  Of a request that is chosen greedily the ids are those of `generate`, but for
     rounding; draws of others depend on (prompt, sampling) alone.  Not for several threads at once.
@@ -77,7 +81,9 @@ class Batcher:
     def __init__(self, model: LanguageModel, config: BatcherConfig) -> None:
         self.model, self.config = model, config
         self.rows = Rows(model, config.slots, fixed_width=config.fixed_width, cuda_graph=config.cuda_graph)
-        self.prefixes = Prefixes(config.prefill_tokens, config.reuse_mib << 20)
+        self.prefill_tokens = config.prefill_tokens or (8192 if self.rows.device.type == "cuda" else 256)
+        self.piece = min(self.prefill_tokens, LONGEST_PIECE)
+        self.prefixes = Prefixes(self.piece, config.reuse_mib << 20)
         self.waiting: deque[Request] = deque()
         self.reading: deque[Request] = deque()
         self.running: list[Request] = []
@@ -128,7 +134,7 @@ class Batcher:
 
     def _read_prompts(self) -> list[tuple[Request, Token]]:
         """Pieces of prompts in turns, so that a short one does not wait for a long one; what comes new is first."""
-        found, budget = [], self.config.prefill_tokens
+        found, budget = [], self.prefill_tokens
         new: list[Request] = []
         while self.waiting and len(self.running) + len(self.reading) + len(new) < self.config.slots:
             request = self.waiting.popleft()
@@ -148,7 +154,7 @@ class Batcher:
                 found += self._begin(group, hidden)
                 continue
             request = self.reading.popleft()
-            piece = request.prompt[request.read : request.read + self.config.prefill_tokens]
+            piece = request.prompt[request.read : request.read + self.piece]
             hidden, request._state = prefill(self.model, piece, request._state)
             request.read += len(piece)
             budget -= len(piece)
@@ -163,15 +169,15 @@ class Batcher:
     def _alike(self, budget: int) -> list[Request]:
         """The next prompt, with those of about its length that can be read in one pass with it."""
         first = self.reading[0]
-        # With a fixed width bits of a row must not depend on how many there are; and on a GPU such passes have not run.
-        if self.config.fixed_width or not isinstance(self.model, Decoder) or self.rows.device.type == "cuda":
+        # With a fixed width bits of a row must not depend on how many there are.
+        if self.config.fixed_width or not isinstance(self.model, Decoder):
             return [first]
         found: list[Request] = []
         for request in self.reading:
             length = len(request.prompt)
             if (
                 request.read
-                or length >= self.config.prefill_tokens
+                or length >= self.piece
                 or length.bit_length() != len(first.prompt).bit_length()
             ):
                 if request is first:
