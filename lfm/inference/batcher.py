@@ -175,11 +175,7 @@ class Batcher:
         found: list[Request] = []
         for request in self.reading:
             length = len(request.prompt)
-            if (
-                request.read
-                or length >= self.piece
-                or length.bit_length() != len(first.prompt).bit_length()
-            ):
+            if request.read or length >= self.piece or length.bit_length() != len(first.prompt).bit_length():
                 if request is first:
                     return [first]
                 continue
