@@ -228,17 +228,17 @@ def of_seed(flags: argparse.Namespace, seed: int, parts: Sequence[str], budget: 
 def pretrain(
     flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: Mapping[str, float]
 ) -> dict[str, Any]:
-    return train(flags, seed, work, "backbone", flags.data / "corpus", 60 * budget["pretrain"], most_epochs=12)
+    return train(flags, seed, work, "backbone", flags.data / "corpus", 60 * budget["pretrain"], most_epochs=3)
 
 
 def finetune(
     flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: Mapping[str, float]
 ) -> dict[str, Any]:
-    more = [f"checkpoint.init_from={work / 'backbone'}", "validation.every_steps=25"]
+    more = [f"checkpoint.init_from={work / 'backbone'}", "validation.every_steps=10"]
     more += [f"optimizer.lr={FINETUNE_RATE[flags.size]}"]
     more += ["checkpoint.keep_best=true"]
     return train(
-        flags, seed, work, "answers", flags.data / "answers", 60 * budget["finetune"], most_epochs=6, more=more
+        flags, seed, work, "answers", flags.data / "answers", 60 * budget["finetune"], most_epochs=2, more=more
     )
 
 
@@ -360,7 +360,7 @@ def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: M
     settings = ReportConfig(risk=RISK, delta=DELTA, splits=flags.splits, resamples=flags.resamples)
     certificate = Certificate(**calibration.certificate.model_dump())
     start = time.monotonic()
-    measures = report(predictions, {**calibration.temperatures}, certificate, settings)
+    measures = report(predictions, {**calibration.by_head}, certificate, settings)
     times["report"] = time.monotonic() - start
     measures["cost"] = tasks["choice"].cost.model_dump()
     measures["naive_bayes"] = {name: naive_bayes_of(flags.data / name) for name in SETS}
@@ -449,7 +449,7 @@ def shift(found: Any, answered: Mapping[str, Any], own: str, other: str, seed: i
         predictions += rows_of(of, asked, of_own, name)
     certificate = Certificate(**calibration.certificate.model_dump())
     few = dataclasses.replace(settings, resamples=2)  # no interval is kept
-    measures = report(predictions, {**calibration.temperatures}, certificate, few)
+    measures = report(predictions, {**calibration.by_head}, certificate, few)
     keys = ("certificate", "accuracy", "questions", "groups", "at_certified_threshold", "at_safety_threshold")
     keys += ("violations", "shifted")
     in_domain = {key: measures["measures"]["head"][key][:1] for key in ("ece", "auroc", "nll")}

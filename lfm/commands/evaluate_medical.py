@@ -77,7 +77,7 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
         risk=certificate.risk, delta=certificate.delta, splits=config.splits, resamples=config.resamples
     )
     with waiting("measuring"):
-        measures = report(predictions, {**calibration.temperatures}, certificate, of_report)
+        measures = report(predictions, {**calibration.by_head}, certificate, of_report)
     measures["checkpoint"], measures["task"] = str(checkpoint), flags.task
     measures["calibrated_on"] = calibration.data.model_dump()
     measures["fitted_on"] = record.tasks[flags.task].fit.model_dump()

@@ -21,7 +21,16 @@ from lfm.evaluation.calibration import (
     risk_coverage,
     selective_accuracy,
 )
-from lfm.medical.calibration import Certificate, certify, one_of_each, sigmoid, temperature, thresholds_to_test
+from lfm.medical.calibration import (
+    Certificate,
+    Scaling,
+    certify,
+    logistic,
+    one_of_each,
+    scaling,
+    sigmoid,
+    thresholds_to_test,
+)
 from lfm.medical.fitting import halves
 from lfm.medical.selective import NO_DEVICE
 
@@ -78,22 +87,6 @@ class Table:
         return Table.of([self.rows[int(i)] for i in places])
 
 
-def logistic(score: np.ndarray, right: np.ndarray) -> tuple[float, float]:
-    """(slope, offset) of sigmoid(slope x + offset) with the least log loss on standardised x, by Newton's method; a
-    weak pull to 0 keeps it finite where the classes do not overlap."""
-    x = np.stack([(score - score.mean()) / (score.std() or 1.0), np.ones_like(score)], axis=1)
-    w = np.zeros(2)
-    for _ in range(50):
-        p = sigmoid(x @ w)
-        gradient = x.T @ (p - right) + 1e-2 * w
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 1e-2 * np.eye(2), gradient)
-        w -= step
-        if np.abs(step).max() < 1e-10:
-            break
-    slope = float(w[0] / (score.std() or 1.0))
-    return slope, float(w[1] - slope * score.mean())
-
-
 def option_logits(table: Table) -> np.ndarray:
     """Log-probabilities of the options `[n, most]`; -inf where a question has fewer."""
     most = max(len(row["options"]) for row in table.rows)
@@ -121,14 +114,14 @@ def largest_option(table: Table, t: float) -> np.ndarray:
     return np.exp(z.max(axis=1) - np.logaddexp.reduce(z, axis=1))
 
 
-def probabilities(calibration: Table, tested: Table, temperatures: Mapping[str, float]) -> dict[str, np.ndarray]:
+def probabilities(calibration: Table, tested: Table, scalings: Mapping[str, Scaling]) -> dict[str, np.ndarray]:
     """Of each way to tell how sure the model is, on `tested`: each calibrated on `calibration`.
 
-    A head has its one temperature; what is no probability goes through a logistic function with two parameters, the
+    A head has its scaling; what is no probability goes through a logistic function with two parameters too, the
     options through one temperature, and the base rate is the accuracy.
     """
     names = {"correct": HEAD, "correct_without_liquid": WITHOUT_LIQUID, "known": KNOWN}
-    found = {names[head]: sigmoid(tested.logits(head) / t) for head, t in temperatures.items()}
+    found = {names[head]: own.probabilities(tested.logits(head)) for head, own in scalings.items()}
     found["base rate"] = np.full(len(tested), calibration.right.mean())
     if all(row["options"] for row in (*calibration.rows, *tested.rows)):
         found[OPTION] = largest_option(tested, option_temperature(calibration))
@@ -282,33 +275,33 @@ class ReportConfig:
     resamples: int = 300
 
 
-def recalibrated(calibration: Table, heads: Sequence[str]) -> dict[str, float]:
-    """Temperatures as `lfm medical calibrate` finds them, from stored predictions."""
-    places = halves(calibration.groups).temperature
-    return {head: temperature(calibration.logits(head)[places], calibration.right[places]) for head in heads}
+def recalibrated(calibration: Table, heads: Sequence[str]) -> dict[str, Scaling]:
+    """As `lfm medical calibrate` finds them, from stored predictions."""
+    places = halves(calibration.groups).scaling
+    return {head: scaling(calibration.logits(head)[places], calibration.right[places]) for head in heads}
 
 
 def report(
     predictions: Sequence[Prediction],
-    temperatures: Mapping[str, float],
+    scalings: Mapping[str, Scaling],
     certificate: Certificate,
     config: ReportConfig = ReportConfig(),
 ) -> dict[str, Any]:
     """Everything, as JSON values, from predictions of the parts calibration, test and, if any, shifted."""
     parts = {part: Table.of([row for row in predictions if row["part"] == part]) for part in _parts(predictions)}
     calibration, test = parts["calibration"], parts["test"]
-    by_method = probabilities(calibration, test, temperatures)
+    by_method = probabilities(calibration, test, scalings)
     p = by_method[HEAD]
     applied = None if certificate.threshold is None else max(certificate.threshold, config.safety_threshold)
     measures, differences = measured(by_method, test, resamples=config.resamples)
-    thresholds, pool, pool_p, count = _pool(calibration, test, temperatures["correct"], config)
+    thresholds, pool, pool_p, count = _pool(calibration, test, scalings["correct"], config)
     splits = {"risk": config.risk, "delta": config.delta, "splits": config.splits, "calibrate_on": count}
     found: dict[str, Any] = {
         "note": NO_DEVICE,
         "questions": {part: len(table) for part, table in parts.items()},
         "groups": {part: len(set(table.groups)) for part, table in parts.items()},
         "accuracy": {part: float(table.right.mean()) for part, table in parts.items()},
-        "temperatures": dict(temperatures),
+        "scalings": {head: vars(own) for head, own in scalings.items()},
         "certificate": certificate.record(),
         "safety_threshold": config.safety_threshold,
         "applied_threshold": applied,
@@ -331,7 +324,7 @@ def report(
         ),
     }
     if "shifted" in parts:
-        found["shifted"] = shifted(parts["shifted"], temperatures, certificate, applied, config.safety_threshold)
+        found["shifted"] = shifted(parts["shifted"], scalings, certificate, applied, config.safety_threshold)
     return found
 
 
@@ -340,26 +333,26 @@ def _parts(predictions: Sequence[Prediction]) -> list[str]:
 
 
 def _pool(
-    calibration: Table, test: Table, t: float, config: ReportConfig
+    calibration: Table, test: Table, own: Scaling, config: ReportConfig
 ) -> tuple[list[float], Table, np.ndarray, int]:
-    """Thresholds to test, from the half that the temperature came from; and what is split: the other half and test."""
+    """Thresholds to test, from the half that the scaling came from; and what is split: the other half and test."""
     half = halves(calibration.groups)
-    p = sigmoid(calibration.logits("correct") / t)
+    p = own.probabilities(calibration.logits("correct"))
     count = len(half.certificate)
     thresholds = thresholds_to_test(p[half.thresholds], questions=count, risk=config.risk, delta=config.delta)
     pool = Table.of([*(calibration.rows[int(i)] for i in half.all_of_certificate), *test.rows])
-    return thresholds, pool, sigmoid(pool.logits("correct") / t), count
+    return thresholds, pool, own.probabilities(pool.logits("correct")), count
 
 
 def shifted(
     table: Table,
-    temperatures: Mapping[str, float],
+    scalings: Mapping[str, Scaling],
     certificate: Certificate,
     applied: float | None,
     safety_threshold: float,
 ) -> dict[str, Any]:
     """What is left of calibration and guarantee on questions of another kind."""
-    p = sigmoid(table.logits("correct") / temperatures["correct"])
+    p = scalings["correct"].probabilities(table.logits("correct"))
     at = selected(p, table.right, certificate.threshold)
     return {
         "sources": sorted({str(row["source"]) for row in table.rows}),

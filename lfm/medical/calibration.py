@@ -10,26 +10,50 @@ import numpy as np
 from lfm.errors import UserError
 
 
-def temperature(logits: np.ndarray, right: np.ndarray) -> float:
-    """The T > 0 with which sigmoid(logits / T) has the least mean log loss.  Guo et al. 2017 (arXiv 1706.04599).
+@dataclass(frozen=True)
+class Scaling:
+    """From a head's logit to a probability: sigmoid(logit / temperature + offset)."""
 
-    The loss is convex in 1/T, which golden-section search finds between 1/100 and 100.
+    temperature: float
+    offset: float
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """In float64."""
+        return sigmoid(np.asarray(logits, np.float64) / self.temperature + self.offset)
+
+
+def scaling(logits: np.ndarray, right: np.ndarray) -> Scaling:
+    """That with the least mean log loss (Platt 1999).
+
+    A temperature alone (Guo et al. 2017, arXiv 1706.04599) draws what is too sure towards one half, also where four
+    answers in five are right.  Logits that tell nothing, or the contrary, get the highest temperature, 100.
     """
-    signs = np.where(right, -1.0, 1.0) * np.asarray(logits, np.float64)
-
-    def loss(inverse: float) -> float:
-        return float(np.logaddexp(0.0, signs * inverse).mean())
-
-    low, high, ratio = 0.01, 100.0, (math.sqrt(5) - 1) / 2
-    for _ in range(100):
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, b) if loss(a) < loss(b) else (a, high)
-    return 2 / (low + high)
+    slope, offset = logistic(logits, right)
+    if slope < 0.01:
+        slope = 0.01
+        offset = float(np.log(right.mean() / (1 - right.mean())) - slope * np.mean(logits))
+    return Scaling(1 / slope, offset)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """In float64."""
     return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64)))
+
+
+def logistic(score: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """(slope, offset) of sigmoid(slope x + offset) with the least log loss on standardised x, by Newton's method; a
+    weak pull to 0 keeps it finite where the classes do not overlap."""
+    x = np.stack([(score - score.mean()) / (score.std() or 1.0), np.ones_like(score)], axis=1)
+    w = np.zeros(2)
+    for _ in range(50):
+        p = sigmoid(x @ w)
+        gradient = x.T @ (p - right) + 1e-2 * w
+        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 1e-2 * np.eye(2), gradient)
+        w -= step
+        if np.abs(step).max() < 1e-10:
+            break
+    slope = float(w[0] / (score.std() or 1.0))
+    return slope, float(w[1] - slope * score.mean())
 
 
 def binomial_tail(errors: int, answered: int, risk: float) -> float:

@@ -12,14 +12,24 @@ from lfm.medical.calibration import (
     certify,
     check_size,
     one_of_each,
-    sigmoid,
-    temperature,
+    scaling,
     thresholds_to_test,
 )
 from lfm.medical.features import Features
 from lfm.medical.head import UncertaintyHead, config_for, fit
 from lfm.medical.questions import Part, Question, QuestionSet, share_of
-from lfm.medical.stored import HEADS, Calibration, Cost, Data, Form, HeadName, StoredCertificate, TaskHeads, today
+from lfm.medical.stored import (
+    HEADS,
+    Calibration,
+    Cost,
+    Data,
+    Form,
+    HeadName,
+    StoredCertificate,
+    StoredScaling,
+    TaskHeads,
+    today,
+)
 from lfm.models.language_model import FamilyConfig
 
 _CERTIFICATE_SEED = 0
@@ -28,12 +38,12 @@ _MOST_ENDINGS = 8
 
 @dataclass(frozen=True)
 class Halves:
-    """Places in the calibration questions: the temperature and the thresholds to test come from one half of the groups,
+    """Places in the calibration questions: the scaling and the thresholds to test come from one half of the groups,
     the test from the other, one question a group."""
 
-    temperature: np.ndarray
+    scaling: np.ndarray
     thresholds: np.ndarray
-    """Of `temperature` one a group, as those are that are tested: large groups would choose the first thresholds."""
+    """Of `scaling` one a group, as those are that are tested: large groups would choose the first thresholds."""
     certificate: np.ndarray
     """One a group."""
     all_of_certificate: np.ndarray
@@ -109,18 +119,18 @@ def calibrated(
     groups, right = group_names(found.parts["calibration"]), answered.right
     half = halves(groups)
     check_size(len(half.certificate), risk=risk, delta=delta, source="the calibration part")
-    of_temperature = right[half.temperature]
-    if not len(of_temperature) or of_temperature.all() or not of_temperature.any():
-        what = "right" if len(of_temperature) and of_temperature.all() else "wrong"
-        raise UserError(f"all answers of the calibration part are {what}: no temperature fits them; give other data")
+    of_scaling = right[half.scaling]
+    if not len(of_scaling) or of_scaling.all() or not of_scaling.any():
+        what = "right" if len(of_scaling) and of_scaling.all() else "wrong"
+        raise UserError(f"all answers of the calibration part are {what}: no scaling fits them; give other data")
     logits = {name: head.logits(input_of(name, answered)) for name, head in heads.items() if name in HEADS}
-    temperatures = {name: temperature(z[half.temperature], of_temperature) for name, z in logits.items()}
-    probabilities = sigmoid(logits["correct"] / temperatures["correct"])
+    scalings = {name: scaling(z[half.scaling], of_scaling) for name, z in logits.items()}
+    probabilities = scalings["correct"].probabilities(logits["correct"])
     certificate = certificate_of(probabilities, right, half, risk=risk, delta=delta)
     return Calibration(
         data=data_of("calibration", found, right),
         form=form_of(found.parts["calibration"], has_options=bool(len(answered.options[0]))),
-        temperatures=temperatures,  # pyright: ignore[reportArgumentType]
+        scalings={name: StoredScaling(**vars(own)) for name, own in scalings.items()},  # pyright: ignore[reportArgumentType]
         certificate=StoredCertificate(**certificate.record()),
     )
 

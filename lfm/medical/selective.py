@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lfm.errors import NonFiniteError
-from lfm.medical.calibration import Certificate, sigmoid
+from lfm.medical.calibration import Certificate, Scaling
 from lfm.medical.config import MedicalConfig
 from lfm.medical.features import Features
 from lfm.medical.head import UncertaintyHead
@@ -46,10 +46,10 @@ class Calibrated:
     """Heads of one checkpoint and kind of answer, with what they were calibrated on."""
 
     head: UncertaintyHead
-    temperature: float
+    scaling: Scaling
     certificate: Certificate
     known_head: UncertaintyHead | None
-    known_temperature: float
+    known_scaling: Scaling | None
     calibrated_on: str
     """In words: sets, number of questions, date."""
     form: Any
@@ -73,12 +73,12 @@ class Calibrated:
 
     def probabilities(self, answer: Features) -> Any:
         """That each answer is right; float64 `[n]`."""
-        return sigmoid(self.head.logits(answer) / self.temperature)
+        return self.scaling.probabilities(self.head.logits(answer))
 
     def known_probabilities(self, question: Features) -> Any:
-        if self.known_head is None:
+        if self.known_head is None or self.known_scaling is None:
             return [None] * len(question)
-        return sigmoid(self.known_head.logits(question) / self.known_temperature)
+        return self.known_scaling.probabilities(self.known_head.logits(question))
 
     def decide(self, question: Features, answer: Features, medical: MedicalConfig) -> list[Decision]:
         """Raises NonFiniteError where a probability is none: nothing is answered by it."""

@@ -16,12 +16,13 @@ from lfm.checkpoint.manifest import MANIFEST_NAME
 from lfm.errors import UserError
 from lfm.export.packages import require
 from lfm.files import exists, json_checksum, read_file, ready_folder, shown, write_durably
-from lfm.medical.calibration import Certificate
+from lfm.medical.calibration import Certificate, Scaling
 from lfm.medical.head import HeadConfig, UncertaintyHead
 from lfm.medical.questions import Task
 from lfm.medical.selective import Calibrated
 
-FORMAT = 1
+FORMAT = 2
+"""1: heads that read log-probabilities as they are, and have a temperature alone."""
 HeadName = Literal["correct", "known", "correct_without_liquid"]
 """At the end of the answer; at the end of the question; the first without recurrent states, for comparison."""
 HEADS: tuple[HeadName, ...] = ("correct", "known", "correct_without_liquid")
@@ -67,11 +68,20 @@ class Form(_Part):
     """Last lines of the questions, where they are few; none: they are not."""
 
 
+class StoredScaling(_Part):
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    offset: FiniteFloat
+
+
 class Calibration(_Part):
     data: Data
     form: Form
-    temperatures: dict[HeadName, Annotated[FiniteFloat, Field(gt=0)]]
+    scalings: dict[HeadName, StoredScaling]
     certificate: StoredCertificate
+
+    @property
+    def by_head(self) -> dict[HeadName, Scaling]:
+        return {head: Scaling(**stored.model_dump()) for head, stored in self.scalings.items()}
 
 
 class Cost(_Part):
@@ -90,7 +100,7 @@ class TaskHeads(_Part):
 
 
 class Record(_Part):
-    format: Literal[1]
+    format: Literal[2]
     checkpoint: str
     manifest_sha256: Hash
     """Of the checkpoint's manifest.json, which holds the hash of each of its files."""
@@ -159,6 +169,8 @@ def read(checkpoint: Path) -> tuple[Record, dict[str, dict[str, UncertaintyHead]
     try:
         tree = json.loads(read_file(path))
         checksum = json_checksum(tree)
+        if tree.get("format") in range(1, FORMAT):
+            raise UserError(f"{shown(path)} is of an earlier version, whose heads read other numbers; {again}")
         record = Record.model_validate(tree)
     except (ValueError, ValidationError, RecursionError, AttributeError, TypeError) as error:
         if isinstance(error, UserError):
@@ -209,16 +221,16 @@ def open_calibrated(checkpoint: Path, task: Task, dtype: torch.dtype) -> Calibra
             f"{path} was calibrated with a backbone in {record.dtype}, and here it computes in {here}, with other "
             "probabilities; use the same device, or fit and calibrate here"
         )
-    calibration, known = of.calibration, heads[task].get("known")
-    if "correct" not in heads[task] or "correct" not in calibration.temperatures:
+    calibration, scalings = of.calibration, of.calibration.by_head
+    if "correct" not in heads[task] or "correct" not in scalings:
         raise UserError(f"{path} has no head that says whether an answer is correct; fit and calibrate again")
     data = calibration.data
     return Calibrated(
         head=heads[task]["correct"],
-        temperature=calibration.temperatures["correct"],
+        scaling=scalings["correct"],
         certificate=Certificate(**calibration.certificate.model_dump()),
-        known_head=known,
-        known_temperature=calibration.temperatures.get("known", 1.0),
+        known_head=heads[task].get("known") if "known" in scalings else None,
+        known_scaling=scalings.get("known"),
         form=calibration.form,
         calibrated_on=f"{', '.join(data.sources)} ({data.questions:,} questions, {data.date}, {data.sha256[:8]})",
     )

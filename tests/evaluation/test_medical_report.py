@@ -55,17 +55,17 @@ def certificate_of(predictions, risk=0.05, delta=0.05):
     from lfm.evaluation.medical import Table
 
     table = Table.of(rows)
-    temperatures = recalibrated(table, ["correct", "correct_without_liquid"])
-    p = sigmoid(table.logits("correct") / temperatures["correct"])
+    scalings = recalibrated(table, ["correct", "correct_without_liquid"])
+    p = scalings["correct"].probabilities(table.logits("correct"))
     tested = half.certificate
     thresholds = thresholds_to_test(p[half.thresholds], questions=len(tested), risk=risk, delta=delta)
-    return temperatures, certify(p[tested], table.right[tested], thresholds, risk=risk, delta=delta)
+    return scalings, certify(p[tested], table.right[tested], thresholds, risk=risk, delta=delta)
 
 
 @pytest.fixture(scope="module")
 def found(predictions):
-    temperatures, certificate = certificate_of(predictions)
-    return report(predictions, temperatures, certificate, ReportConfig(splits=200, resamples=20))
+    scalings, certificate = certificate_of(predictions)
+    return report(predictions, scalings, certificate, ReportConfig(splits=200, resamples=20))
 
 
 def test_every_number_of_the_head_is_found_again_from_the_file(predictions, found, tmp_path):
@@ -75,8 +75,8 @@ def test_every_number_of_the_head_is_found_again_from_the_file(predictions, foun
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert rows == from_lines(file)
     test = [row for row in rows if row["part"] == "test"]
-    t = found["temperatures"]["correct"]
-    pairs = sorted((1 / (1 + math.exp(-row["logits"]["correct"] / t)), row["right"]) for row in test)
+    t, offset = (found["scalings"]["correct"][key] for key in ("temperature", "offset"))
+    pairs = sorted((1 / (1 + math.exp(-row["logits"]["correct"] / t - offset)), row["right"]) for row in test)
     n, measures = len(pairs), {key: value[0] for key, value in found["measures"]["head"].items()}
     assert measures["brier"] == pytest.approx(sum((p - right) ** 2 for p, right in pairs) / n, abs=1e-9)
     assert measures["nll"] == pytest.approx(-sum(math.log(p if right else 1 - p) for p, right in pairs) / n, abs=1e-9)
@@ -148,9 +148,9 @@ def test_a_logistic_function_is_found_again():
 
 
 def test_no_certificate_answers_nothing(predictions):
-    temperatures, _ = certificate_of(predictions)
+    scalings, _ = certificate_of(predictions)
     none = Certificate(0.05, 0.05, None, 100, 0, 0)
-    found = report(predictions, temperatures, none, ReportConfig(splits=2, resamples=2))
+    found = report(predictions, scalings, none, ReportConfig(splits=2, resamples=2))
     assert found["applied_threshold"] is None and found["at_applied_threshold"]["answered"] == 0
     assert "none: nothing is answered" in page("x", found)
 

@@ -349,6 +349,13 @@ def uncalibrated(path):
     path.write_text(json.dumps(tree | {"checksum": json_checksum(tree)}), encoding="utf-8")
 
 
+def of_an_earlier_version(path):
+    from lfm.files import json_checksum
+
+    tree = json.loads(path.read_bytes()) | {"format": 1}
+    path.write_text(json.dumps(tree | {"checksum": json_checksum(tree)}), encoding="utf-8")
+
+
 DAMAGE = {
     "missing": (lambda path: path.unlink(), "needs a calibrated head, and there is no"),
     "tampered_tensors": (
@@ -360,6 +367,7 @@ DAMAGE = {
     "no_json": (lambda path: path.write_text("x"), "is no record of a head"),
     "another_checkpoint": (of_another, "is of another checkpoint than"),
     "uncalibrated": (uncalibrated, "for answers of kind choice is fitted and not calibrated; lfm medical calibrate"),
+    "earlier_version": (of_an_earlier_version, "is of an earlier version, whose heads read other numbers; fit and"),
     "another_dtype": (in_half, "calibrated with a backbone in bfloat16, and here it computes in float32"),
 }
 

@@ -10,8 +10,8 @@ from lfm.medical.calibration import (
     check_size,
     fewest_needed,
     one_of_each,
+    scaling,
     sigmoid,
-    temperature,
     thresholds_to_test,
 )
 from lfm.medical.fitting import halves
@@ -41,14 +41,29 @@ def test_so_many_are_needed_and_one_less_is_too_few():
         check_size(58, risk=0.05, delta=0.05, source="the calibration part")
 
 
-def test_the_temperature_has_the_least_log_loss():
+def test_the_scaling_has_the_least_log_loss():
     draws = np.random.Generator(np.random.PCG64(0))
     logits = draws.normal(0, 2, 20_000)
-    right = draws.random(20_000) < sigmoid(logits / 3)
-    assert temperature(logits, right) == pytest.approx(3, rel=0.05)
-    grid = np.linspace(2, 4, 81)
-    losses = [np.logaddexp(0, np.where(right, -1, 1) * logits / t).mean() for t in grid]
-    assert abs(grid[int(np.argmin(losses))] - temperature(logits, right)) <= 0.05
+    right = draws.random(20_000) < sigmoid(logits / 3 + 1)
+    found = scaling(logits, right)
+    assert (found.temperature, found.offset) == (pytest.approx(3, rel=0.05), pytest.approx(1, rel=0.05))
+
+    def loss(temperature, offset):
+        return np.logaddexp(0, np.where(right, -1, 1) * (logits / temperature + offset)).mean()
+
+    least = loss(found.temperature, found.offset)
+    for near in (0.97, 1.03):
+        assert loss(near * found.temperature, found.offset) > least < loss(found.temperature, near * found.offset)
+
+
+@pytest.mark.parametrize("sign", [0, -1])
+def test_logits_that_tell_nothing_or_the_contrary_leave_the_base_rate(sign):
+    draws = np.random.Generator(np.random.PCG64(0))
+    logits = draws.normal(0, 2, 2000)
+    right = draws.random(2000) < (0.8 if sign == 0 else sigmoid(-logits))
+    found = scaling(logits if sign else np.ones(2000), right)
+    p = found.probabilities(logits)
+    assert 0 < found.temperature <= 100 and np.abs(p - right.mean()).max() < 0.05
 
 
 def population(draws, n, *, flipped=0.0):
@@ -147,4 +162,4 @@ def test_large_groups_do_not_choose_the_first_thresholds():
     for places in (half.thresholds, half.certificate):
         names = [groups[int(place)] for place in places]
         assert len(set(names)) == len(names)
-    assert {groups[int(i)] for i in half.thresholds} == {groups[int(i)] for i in half.temperature}
+    assert {groups[int(i)] for i in half.thresholds} == {groups[int(i)] for i in half.scaling}

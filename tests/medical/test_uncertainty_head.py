@@ -18,8 +18,9 @@ CONFIG = HeadConfig(hidden_size=8, num_liquid=2, liquid_size=6, projection_size=
 
 def features(n, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((n, 8), (n, 2, 6), (n, 4))
-    return Features(*(torch.randn(shape, generator=generator) for shape in shapes))
+    hidden, liquid, scalars = (torch.randn(shape, generator=generator) for shape in ((n, 8), (n, 2, 6), (n, 4)))
+    # Log-probabilities, and entropies.
+    return Features(hidden, liquid, torch.cat([-scalars[:, :2].exp(), scalars[:, 2:].exp()], dim=1))
 
 
 def groups(n):
@@ -49,9 +50,24 @@ def test_perfect_information_anywhere_in_its_input_is_learnt(place):
     known, unseen = features(n), features(n, seed=1)
     unseen_right = draws.random(n) < 0.6
     for each, answers in ((known, right), (unseen, unseen_right)):
-        getattr(each, place).view(n, -1)[:, 1] = torch.from_numpy(np.where(answers, 3.0, -3.0))
+        low, high = (-3.0, -0.01) if place == "scalars" else (-3.0, 3.0)
+        getattr(each, place).view(n, -1)[:, 1] = torch.from_numpy(np.where(answers, high, low))
     head = fit(known, right, groups(n), CONFIG)
     assert auroc(head.logits(unseen), unseen_right) == 1.0
+
+
+def test_how_sure_a_sure_model_is_can_be_told_apart():
+    """Log-probabilities between -0.1 and -1e-4 are close together as they are."""
+    n, draws = 1000, np.random.Generator(np.random.PCG64(0))
+    of, unseen = features(n), features(n, seed=1)
+    for each in (of, unseen):
+        each.scalars[:, :2] = torch.from_numpy(-(10.0 ** draws.uniform(-4, -1, (n, 1)))).float()
+        each.scalars[: n // 50, :2] = -5.0  # a few of which it is not sure at all
+        each.scalars[:, 2] = 0.0  # and an entropy that rounding made nothing of
+    surer = {id(each): each.scalars[:, 0].numpy() > -(10.0**-2.5) for each in (of, unseen)}
+    head = fit(of, surer[id(of)], groups(n), CONFIG)
+    assert auroc(head.logits(unseen), surer[id(unseen)]) > 0.99
+    assert np.isfinite(head.logits(Features(of.hidden, of.liquid, torch.zeros(n, 4)))).all()
 
 
 def test_without_liquid_states_it_does_not_read_them():
