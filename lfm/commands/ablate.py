@@ -29,7 +29,7 @@ def main() -> None:
     from lfm.experiments.harness import prepared, run_set, visible_gpus
     from lfm.experiments.matching import plan_text, sizes_of
 
-    only, tasks = (flag.split(",") if flag else () for flag in (flags.only, flags.tasks))
+    only, tasks = ([name.strip() for name in flag.split(",")] if flag else () for flag in (flags.only, flags.tasks))
     runs = first_runs(ablation)
     print(plan_text(ablation, runs, sizes_of(runs)), flush=True)
     if flags.minutes is not None and not flags.minutes > 0:

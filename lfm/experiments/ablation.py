@@ -40,7 +40,7 @@ class MatchConfig(Config):
     tolerance: float = Field(default=0.02, ge=0, lt=1)
     """How far an arm may be from the first one, as a share of it; parameters and flops."""
     seconds: float | None = Field(default=None, gt=0, le=10_000_000)
-    """Of training by each run, with by: seconds."""
+    """Of training by each run, with by: seconds; 10 steps at least."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -65,10 +65,17 @@ class ArmConfig(Config):
 class ProbesConfig(Config):
     """Trainings on made-up sequences, where a right answer needs recall or a tracked state."""
 
-    tasks: tuple[Probe, ...] = PROBES
+    tasks: tuple[Probe, ...] = Field(default=PROBES, min_length=1)
     steps: Count = 1000
     global_batch_size: Rows = 64
     """Rows of an optimizer step, of 128 ids each; no row comes twice."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, tasks: tuple[Probe, ...]) -> tuple[Probe, ...]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"tasks={list(tasks)} names one twice; leave it out")
+        return tasks
 
 
 class AblationConfig(Config):

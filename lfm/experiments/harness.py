@@ -56,6 +56,8 @@ _SLOW_IMPORTS = ["lfm.experiments.work", "lfm.training.plots", "torch._dynamo"]
 _LAST_LINES = 8
 _FEWEST_STEPS = 10
 """Of a run with match.by=seconds."""
+_OF_EVERY_RUN = {"common", "tokens", "match", "plasticity_words", "keep_checkpoints"}
+"""Keys of a set by which runs of before a change are not those of after."""
 
 
 @dataclass
@@ -153,8 +155,8 @@ class Harness:
             moved.append(f"data.path={json.dumps(planned.run.data.path)}")
         try:
             found = flat(RunConfig.load(file, moved).model_dump(mode="json"))
-        except UserError as error:
-            raise UserError(f"{error}; {AGAIN}") from None
+        except UserError:
+            raise UserError(f"{shown(file)} is damaged, or of another version; {AGAIN}") from None
         for key in sorted({*wanted, *found}):
             if found.get(key) != wanted.get(key):
                 raise UserError(
@@ -274,8 +276,8 @@ def run_set(harness: Harness, gpus: Sequence[str | None], *, minutes: float | No
         wishes_to_stop(deadline) as why_stop,
     ):
         remove_temporaries(folder)
-        _claim(ablation)
-        _ready_data(harness)
+        _check_folder(ablation)
+        _ready(harness)
         processes = _Processes(harness, list(gpus))
         try:
             cause = _run_all(harness, processes, why_stop, deadline)
@@ -290,17 +292,18 @@ def run_set(harness: Harness, gpus: Sequence[str | None], *, minutes: float | No
     return not harness.failed
 
 
-def _claim(ablation: AblationConfig) -> None:
-    """Keep the set in its folder.  Raises UserError for a folder of another set, or of something else."""
+def _check_folder(ablation: AblationConfig) -> None:
+    """Raises UserError for a folder of another set, or of something else."""
     folder, file = ablation.folder, ablation.folder / SET_NAME
     if exists(file):
         try:
             kept = AblationConfig.load(file)
-        except UserError as error:
-            raise UserError(f"{error}; put it back, or give this set another name=NAME or output=DIR") from None
-        wanted, found = (
-            flat(each.model_dump(mode="json", include={"common", "tokens", "match"})) for each in (ablation, kept)
-        )
+        except UserError:
+            raise UserError(
+                f"{shown(file)} is damaged, or of another version; put it back, or give this set another name=NAME or "
+                "output=DIR"
+            ) from None
+        wanted, found = (flat(each.model_dump(mode="json", include=_OF_EVERY_RUN)) for each in (ablation, kept))
         for key in sorted({*wanted, *found}):
             if wanted.get(key) != found.get(key):
                 raise UserError(
@@ -309,17 +312,20 @@ def _claim(ablation: AblationConfig) -> None:
                 )
     elif [path for path in listed(folder) if path.name != ".lock"]:
         raise UserError(f"{shown(folder)} is not empty and holds no set; give another name=NAME or output=DIR")
-    if not exists(file) or read_file(file) != ablation.to_yaml().encode():
-        write_durably(file, ablation.to_yaml().encode())
 
 
-def _ready_data(harness: Harness) -> None:
-    """Open or make what the runs that are left read.  Raises UserError for data that do not fit."""
+def _ready(harness: Harness) -> None:
+    """Open or make what the runs that are left read, and keep the set in its folder.  Raises UserError for data that do
+    not fit."""
     a, left = harness.ablation, [each for each in harness.look() if harness.is_asked(each)]
     left = [each for each in left if each.folder not in harness.results]
     of_text = [each for each in left if each.task in (TEXT, PILOT)]
     if of_text:
         open_data(of_text[0].run)
+    # Not before: a set whose data are mistyped has no claim to the folder.
+    file, content = a.folder / SET_NAME, a.to_yaml().encode()
+    if not exists(file) or read_file(file) != content:
+        write_durably(file, content)
     for task in sorted({each.task for each in left if each.task in PROBES}):
         assert a.probes is not None
         rows = a.probes.steps * a.probes.global_batch_size
@@ -368,7 +374,7 @@ def _tell(harness: Harness, ended: Planned, planned: Sequence[Planned], at_once:
     eta = f"; {left} left, about {left * statistics.fmean(known) / at_once / 60:.1f} min" if known and left > 0 else ""
     result = harness.results.get(ended.folder)
     if result is None:
-        say(f"failed: {ended.label}: {harness.failed.get(ended.folder, 'no finding')}{eta}")
+        say(f"failed: {ended.label}{eta}: {harness.failed.get(ended.folder, 'no finding')}")
         return
     said = "diverged" if result.diverged else f"held out {result.loss:.4f}"
     if "accuracy" in result.finished:

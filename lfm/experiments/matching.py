@@ -55,7 +55,8 @@ def check_matched(ablation: AblationConfig, sizes: Mapping[str, Size]) -> None:
     beyond = {arm: share for arm, share in apart.items() if abs(share) > tolerance}
     if beyond:
         arm = max(beyond, key=lambda arm: abs(beyond[arm]))
-        more = f" (and {len(beyond) - 1} more arms are too far)" if len(beyond) > 1 else ""
+        others = len(beyond) - 1
+        more = f" (and {others} more {'arm is' if others == 1 else 'arms are'} too far)" if others else ""
         raise UserError(
             f"arm {arm} has {_matched(sizes[arm], by):,.0f} {what} and arm {first} {wanted:,.0f}, which is "
             f"{beyond[arm]:+.1%} where match.tolerance={tolerance:g} allows {tolerance:.1%}{more}; change its size "
@@ -80,7 +81,7 @@ def plan_text(ablation: AblationConfig, runs: Mapping[str, Planned], sizes: Mapp
         rows.append([arm, *(f"{count:,}" for count in counts), apart, rates])
     widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
     if by == "seconds":
-        matched = f"{match.seconds:g} of training a run, steps by a pilot's speed"
+        matched = f"{match.seconds:g} s of training a run, 10 steps at least, by a pilot's speed"
     else:
         matched = f"within {match.tolerance:.1%} of {first}"
     lines = [*(_line(row, widths) for row in (head, *rows)), "", *_totals(ablation, runs, sizes)]

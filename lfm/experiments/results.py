@@ -198,7 +198,7 @@ def _history(planned: Planned, *, diverged: bool) -> tuple[list[dict[str, Any]],
     except (ValueError, RecursionError):
         raise UserError(f"{shown(file)} is damaged; {AGAIN}") from None
     for of, every in ((steps, run.logging.every_steps), (validations, run.validation.every_steps)):
-        wanted = {*range(every, run.training.steps, every), run.training.steps}
+        wanted = {*(range(every, run.training.steps, every) if every else ()), run.training.steps}
         missing = sorted(wanted - {record["step"] for record in of})
         if missing and not diverged:
             what = "training" if of is steps else "a validation"
@@ -440,11 +440,12 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     if edges:
         notes.append(f"At an edge of its learning rates, beyond which a better one may lie: {', '.join(edges)}.")
     if result["missing"]:
-        notes.append(f"Not complete: of what is known to be wanted, {len(result['missing'])} are missing.")
+        count = len(result["missing"])
+        notes.append(f"Not complete: of the runs known to be wanted, {count} {'is' if count == 1 else 'are'} missing.")
     environment = result["environment"]
     if environment:
         where = environment["gpu"] or f"{environment['cpu_threads']} CPU threads"
-        notes.append(f"On {where}, torch {environment['versions']['torch']}, commit {str(environment['commit'])[:12]}.")
+        notes.append(f"On {where}, torch {environment['versions']['torch']}, commit {_short(environment['commit'])}.")
     return [" ".join(notes)]
 
 
@@ -460,3 +461,9 @@ def read_report(path: Path) -> dict[str, Any]:
         return json.loads(read_file(path))
     except ValueError:
         raise UserError(f"{shown(path)} is no result of lfm ablate; give a RESULT.json") from None
+
+
+def _short(commit: object) -> str:
+    """Of a commit's name; that files were changed beside it stays told."""
+    whole, changed, _ = str(commit).partition("-dirty")
+    return whole[:12] + changed
