@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,10 @@ _ROUNDS, _PATIENCE, _LEAST_STEPS = 100, 8, 40
 _LEAST_GAIN = 1e-4
 """Of the held-out loss, in nats: less does not count as better."""
 _HELD_OUT = 0.2
+
+
+PARTS: tuple[str, ...] = ("scalars", "hidden", "liquid")
+"""Of a head's inputs, in the order of its columns and of learning."""
 
 
 class HeadConfig(Config):
@@ -61,7 +65,7 @@ def _spread(scalars: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
 
 
 class UncertaintyHead(nn.Module):
-    """`w2 gelu(W1 [hidden; P_1 liquid_1; ...; P_L liquid_L; scalars] + b1) + b2`, of standardised inputs.
+    """`w2 gelu(W1 [scalars; hidden; P_1 liquid_1; ...; P_L liquid_L] + b1) + b2`, of standardised inputs.
 
     w2 and the columns of W1 that read states begin at 0: what many inputs say by chance has not to be unlearnt.
     """
@@ -75,7 +79,7 @@ class UncertaintyHead(nn.Module):
         self.out = nn.Linear(c.width, 1)
         for parameter in (self.out.weight, self.out.bias, self.hidden.weight):
             nn.init.zeros_(parameter)
-        nn.init.normal_(self.hidden.weight[:, -len(SCALARS) :], std=0.5)
+        nn.init.normal_(self.hidden.weight[:, : len(SCALARS)], std=0.5)
         self.dropout = nn.Dropout(c.dropout)
         shapes = {"hidden": (c.hidden_size,), "liquid": (c.num_liquid, c.liquid_size), "scalars": (len(SCALARS),)}
         for name, shape in shapes.items():
@@ -84,7 +88,7 @@ class UncertaintyHead(nn.Module):
 
     def standardise(self, features: Features) -> None:
         """Take means and standard deviations of the inputs from these."""
-        for name in ("hidden", "liquid", "scalars"):
+        for name in PARTS:
             values = self._values(features, name)
             if self.config.num_liquid or name != "liquid":
                 getattr(self, f"{name}_mean").copy_(values.mean(0))
@@ -99,18 +103,22 @@ class UncertaintyHead(nn.Module):
         # A number that no fitted example came near must not decide alone.
         return ((values - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_scale")).clamp(-8, 8)
 
-    def forward(self, features: Features) -> Float[Tensor, " n"]:
-        """Log-odds that each answer is right, before calibration."""
-        parts = [self.dropout(self._standard(features, "hidden"))]
-        if self.config.num_liquid:
-            states = self.dropout(self._standard(features, "liquid"))
-            parts += [project(states[:, layer]) for layer, project in enumerate(self.projections)]
-        return self.out(F.gelu(self.hidden(torch.cat([*parts, self._standard(features, "scalars")], dim=1))))[:, 0]
-
-    def of_scalars(self, features: Features) -> Float[Tensor, " n"]:
-        """As `forward` while the columns that read states are 0."""
-        columns = self.hidden.weight[:, -len(SCALARS) :]
-        return self.out(F.gelu(F.linear(self._standard(features, "scalars"), columns, self.hidden.bias)))[:, 0]
+    def forward(self, features: Features, parts: Sequence[str] = PARTS) -> Float[Tensor, " n"]:
+        """Log-odds that each answer is right, before calibration; with some `parts`, by those inputs alone."""
+        c = self.config
+        widths = (len(SCALARS), c.hidden_size, c.num_liquid * c.projection_size)
+        columns = dict(zip(PARTS, self.hidden.weight.split(widths, dim=1), strict=True))
+        inner = self.hidden.bias
+        for part in parts:
+            if part == "liquid" and not c.num_liquid:
+                continue
+            values = self._standard(features, part)
+            if part != "scalars":
+                values = self.dropout(values)
+            if part == "liquid":
+                values = torch.cat([project(values[:, i]) for i, project in enumerate(self.projections)], dim=1)
+            inner = inner + F.linear(values, columns[part])
+        return self.out(F.gelu(inner))[:, 0]
 
     @torch.no_grad()
     def logits(self, features: Features) -> np.ndarray:
@@ -155,27 +163,28 @@ def fit(
         torch.manual_seed(seed)
         head = UncertaintyHead(config)
         head.standardise(inside)
-        # First what four numbers say, which say most; then what hundreds add, as far as it holds outside.
-        for forward, rate in ((head.of_scalars, _SCALARS_RATE), (head, _RATE)):
-            _learn(head, forward, inside, labels, outside, outside_labels, rate)
+        # First what four numbers say, which say most; then what hundreds of others add, as far as it holds outside.
+        for count, rate in ((1, _SCALARS_RATE), (2, _RATE), (3, _RATE)):
+            if count < 3 or config.num_liquid:
+                _learn(head, PARTS[:count], rate, inside, labels, outside, outside_labels)
     return head.eval()
 
 
 def _learn(
     head: UncertaintyHead,
-    forward: Callable[[Features], Tensor],
+    parts: Sequence[str],
+    rate: float,
     inside: Features,
     labels: Tensor,
     outside: Features,
     outside_labels: Tensor,
-    rate: float,
 ) -> None:
     """Until the log loss outside is no longer less; the head has the weights of the least then, or those it had."""
 
     def loss_outside() -> float:
         head.eval()
         with torch.no_grad():
-            return float(F.binary_cross_entropy_with_logits(forward(outside), outside_labels))
+            return float(F.binary_cross_entropy_with_logits(head(outside, parts), outside_labels))
 
     optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=_WEIGHT_DECAY)
     best, since, kept = loss_outside(), 0, copy.deepcopy(head.state_dict())
@@ -184,7 +193,7 @@ def _learn(
         head.train()
         for batch in (batch for _ in range(passes) for batch in torch.randperm(len(labels)).split(_BATCH)):
             optimizer.zero_grad()
-            F.binary_cross_entropy_with_logits(forward(inside.rows(batch)), labels[batch]).backward()
+            F.binary_cross_entropy_with_logits(head(inside.rows(batch), parts), labels[batch]).backward()
             optimizer.step()
         found = loss_outside()
         if found < best - _LEAST_GAIN:
