@@ -9,6 +9,8 @@ import numpy as np
 
 from lfm.errors import UserError
 
+_LEAST_SLOPE = 1e-9
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -26,12 +28,11 @@ def scaling(logits: np.ndarray, right: np.ndarray) -> Scaling:
     """That with the least mean log loss (Platt 1999).
 
     A temperature alone (Guo et al. 2017, arXiv 1706.04599) draws what is too sure towards one half, also where four
-    answers in five are right.  Logits that tell nothing, or the contrary, get the highest temperature, 100.
+    answers in five are right.  Of logits that tell nothing, or the contrary, the base rate is left.
     """
     slope, offset = logistic(logits, right)
-    if slope < 0.01:
-        slope = 0.01
-        offset = float(np.log(right.mean() / (1 - right.mean())) - slope * np.mean(logits))
+    if slope < _LEAST_SLOPE:
+        return Scaling(1 / _LEAST_SLOPE, float(np.log(right.mean() / (1 - right.mean()))))
     return Scaling(1 / slope, offset)
 
 
