@@ -235,20 +235,30 @@ def _nudged() -> Iterator[None]:
     """Signals are handled soon though the program waits for a line.
 
     One that comes between Python's last look for signals and the read that waits would be handled with the next line.
-    So each is followed by another, which means nothing and interrupts that read.
+    So each is followed by others, which mean nothing and interrupt that read, until one of them is handled: it may come
+    in that moment too.
     """
     nudge, waiting_thread = signal.SIGURG, threading.get_ident()
+    handled = False  # no Event: its lock could be taken when a handler wants it
     coming, written = os.pipe()
     os.set_blocking(written, False)
 
     def follow() -> None:
         while number := os.read(coming, 1):
             if number[0] != nudge:
-                time.sleep(0.05)
-                signal.pthread_kill(waiting_thread, nudge)
+                nonlocal handled
+                handled = False
+                while not handled:
+                    time.sleep(0.05)
+                    signal.pthread_kill(waiting_thread, nudge)
 
     thread = threading.Thread(target=follow, name="signals are followed", daemon=True)
-    before = signal.signal(nudge, lambda number, frame: None)
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal handled
+        handled = True
+
+    before = signal.signal(nudge, note)
     signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     thread.start()
     try:

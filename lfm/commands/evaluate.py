@@ -96,6 +96,9 @@ def main() -> None:
     parser.add_argument(
         "--shifted", action="append", type=path_flag, metavar="DIR", help="of --medical: a set of another kind"
     )
+    parser.add_argument(
+        "--safety-threshold", type=float, metavar="P", help="of --medical; default: that of the run's configuration"
+    )
     parser.add_argument("--out", type=path_flag, metavar="FILE", help="write everything as JSON")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--int8", action="store_true", help="products of 8-bit integers, on a CPU (docs/export.md)")
@@ -124,10 +127,11 @@ def main() -> None:
 
 
 def _check_flags(flags: argparse.Namespace, config: EvaluateConfig, of_medical: MedicalEvaluationConfig) -> None:
-    if not flags.medical and (flags.shifted or flags.task != "choice" or of_medical != MedicalEvaluationConfig()):
+    of_mode = flags.shifted or flags.task != "choice" or flags.safety_threshold is not None
+    if not flags.medical and (of_mode or of_medical != MedicalEvaluationConfig()):
         raise UserError(
-            "--shifted, --task, --splits, --resamples and --evidence-questions are of --medical, which is not given; "
-            "give it, or leave them out"
+            "--shifted, --task, --safety-threshold, --splits, --resamples and --evidence-questions are of --medical, "
+            "which is not given; give it, or leave them out"
         )
     if not flags.medical and len(flags.data or ()) > 1:
         raise UserError("--data is given twice; several sets are for --medical, else name one")

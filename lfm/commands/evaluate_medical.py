@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from lfm.commands.medical_flags import check_as_calibrated
+from lfm.commands.medical_flags import check_as_calibrated, medical_of
 from lfm.config import Config, Count
 from lfm.errors import UserError
 from lfm.files import ready_folder, refusing, shown, write_durably
@@ -55,6 +55,7 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
         other = open_questions(flags.shifted)
         asked.append(("shifted", other.limited("test", max_rows).parts["test"]))
     model, tokenizer, checkpoint = open_model(flags.checkpoint[0], device=flags.device, int8=flags.int8)
+    safety_threshold = medical_of(flags, checkpoint).safety_threshold
     stored.open_calibrated(checkpoint, flags.task, model.embedding.weight.dtype)  # refuses what does not fit
     record, all_heads = stored.read(checkpoint)
     calibration = record.tasks[flags.task].calibration
@@ -74,7 +75,11 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
             )
     certificate = Certificate(**calibration.certificate.model_dump())
     of_report = ReportConfig(
-        risk=certificate.risk, delta=certificate.delta, splits=config.splits, resamples=config.resamples
+        risk=certificate.risk,
+        delta=certificate.delta,
+        safety_threshold=safety_threshold,
+        splits=config.splits,
+        resamples=config.resamples,
     )
     with waiting("measuring"):
         measures = report(predictions, {**calibration.by_head}, certificate, of_report)

@@ -82,7 +82,11 @@ def open_questions(folders: Sequence[Path]) -> QuestionSet:
     Raises UserError, naming file and line, for what is none of them, and for a set of which no question is left.
     """
     parts: dict[Part, list[Question]] = {part: [] for part in PARTS}
+    known: set[Path] = set()
     for folder in folders:
+        if folder.resolve() in known:
+            raise UserError(f"{shown(folder)} is given twice, and each question would count twice; name it once")
+        known.add(folder.resolve())
         found = _read_folder(folder)
         if not any(found.values()):
             raise UserError(f"{shown(folder)} holds no question; give a folder with some")
@@ -227,6 +231,12 @@ def _medqa(folder: Path) -> dict[Part, list[Question]]:
                 raise UserError(f"{place} has no texts under options, by letter")
             if not isinstance(right, str) or right not in options:
                 raise UserError(f"{place} has answer_idx={right!r}, which is none of its options {', '.join(options)}")
+            answer = row.get("answer")
+            if isinstance(answer, str) and answer.strip() != options[right].strip():
+                raise UserError(
+                    f"{place} has answer={answer!r}, and option {right} of its answer_idx is {options[right]!r}; "
+                    "leave the question out"
+                )
             asked, step = _text(row, "question", place), row.get("meta_info") or "unknown"
             questions.append(
                 _asked(place, "medqa", asked, list(options.values()), list(options).index(right), str(step), "case")

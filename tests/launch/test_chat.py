@@ -92,6 +92,7 @@ def test_a_conversation_is_kept_on_every_way_out(folder, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=ROOT,
+            env=os.environ | {"PYTHONFAULTHANDLER": "1"},
             preexec_fn=lambda way=way: signal.signal(signal.SIGHUP, signal.SIG_IGN) if "ignored" in way else None,
         )
         talks[way].stdin.write(b"import os\n")
@@ -110,7 +111,11 @@ def test_a_conversation_is_kept_on_every_way_out(folder, tmp_path):
             time.sleep(0.5)
             assert talk.poll() is None
             talk.stdin.close()
-        assert talk.wait(60) == 0 or WAYS_OUT[way] is None, talk.stderr.read()
+        try:
+            assert talk.wait(60) == 0 or WAYS_OUT[way] is None, talk.stderr.read()
+        except subprocess.TimeoutExpired:
+            talk.send_signal(signal.SIGABRT)
+            pytest.fail(f"{way}: still there, at {talk.stderr.read().decode()}")
         saved = (tmp_path / f"state{i}").read_bytes().split(b"\n", 2)[2]  # behind the header and the checksum
         kept = torch.load(io.BytesIO(saved), weights_only=True)
         assert kept["num_tokens"] > 0, way

@@ -57,8 +57,9 @@ def medqa(folder: Path) -> Path:
 
     def rows(part: str, count: int) -> list[dict]:
         return [
-            {**row, "question": f"A {part} patient of {i} years?", "answer_idx": "BC"[i % 2], "answer": "Ice"}
+            {**row, "question": f"A {part} patient of {i} years?", "answer_idx": idx, "answer": row["options"][idx]}
             for i in range(count)
+            for idx in "BC"[i % 2]
         ]
 
     lines(folder / "phrases_no_exclude_train.jsonl", rows("young", 40))

@@ -292,10 +292,11 @@ def test_the_report_is_one_page_with_all_baselines(calibrated, trained, said, tm
         out,
         *CPU,
     )
-    fewer = ("--splits", 20, "--resamples", 5, "--evidence-questions", 6)
+    fewer = ("--splits", 20, "--resamples", 5, "--evidence-questions", 6, "--safety-threshold", 0.6)
     code, text, err = said(evaluate, *arguments, *fewer, "--out", out, *CPU)
     assert code == 0, err
     found = json.loads(out.read_bytes())
+    assert found["safety_threshold"] == 0.6 and "threshold: asked for 0.6, certified" in text
     assert set(found["measures"]) == {
         *("head", "head without liquid states", "head at the question", "base rate", "option probability"),
         *("sequence log-probability", "P(True)", "agreement of samples", "semantic entropy"),

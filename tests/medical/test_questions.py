@@ -108,6 +108,14 @@ BAD = {
         lambda f: change(f, "phrases_no_exclude_test.jsonl", '"answer_idx": "B"', '"answer_idx": ["B"]'),
         r"answer_idx=\['B'\], which is none of its options",
     ),
+    "another_answer": (
+        sets.medqa,
+        lambda f: sets.lines(
+            f / "phrases_no_exclude_test.jsonl",
+            [{"question": "q", "options": {"A": "x", "B": "y"}, "answer_idx": "A", "answer": "y"}],
+        ),
+        "line 1 of .* has answer='y', and option A of its answer_idx is 'x'; leave the question out",
+    ),
     "equal_options": (
         sets.medqa,
         lambda f: sets.lines(
@@ -149,6 +157,12 @@ def test_a_damaged_set_is_one_sentence(case, tmp_path):
     with pytest.raises(UserError, match=words) as found:
         open_questions([folder])
     assert "\n" not in str(found.value)
+
+
+def test_a_folder_that_is_given_twice_is_refused(tmp_path):
+    folder = sets.medqa(tmp_path / "set")
+    with pytest.raises(UserError, match="set is given twice, and each question would count twice; name it once"):
+        open_questions([folder, tmp_path / "other/../set"])
 
 
 def test_a_part_without_a_question_is_refused(tmp_path):
