@@ -93,7 +93,10 @@ def test_a_conversation_is_kept_on_every_way_out(folder, tmp_path):
             stderr=subprocess.PIPE,
             cwd=ROOT,
             env=os.environ | {"PYTHONFAULTHANDLER": "1"},
-            preexec_fn=lambda way=way: signal.signal(signal.SIGHUP, signal.SIG_IGN) if "ignored" in way else None,
+            # Whatever the tests were started by: `nohup make test` ignores it.
+            preexec_fn=lambda way=way: signal.signal(
+                signal.SIGHUP, signal.SIG_IGN if "ignored" in way else signal.SIG_DFL
+            ),
         )
         talks[way].stdin.write(b"import os\n")
         talks[way].stdin.flush()
