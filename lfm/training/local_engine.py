@@ -1,6 +1,5 @@
 """The engine of one process, which the parallel one is compared with: plain model, fp32 masters, fp32 accumulation."""
 
-import functools
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -118,7 +117,7 @@ class LocalEngine(Engine):
         self.numbers = _Numbers(device, torch.promote_types(dtype, torch.float32))
         self.cuda_graph: CudaGraph = cuda_graph
         records = cuda_graph == "required" or (cuda_graph == "auto" and device.type == "cuda")
-        self.recorder = Recorder(device) if records else None
+        self.recorder = Recorder(device, careful=cuda_graph == "auto") if records else None
         self._fixed: dict[Hashable, FixedRows] = {}
         self._told = False
         self._usable = torch.ones((), dtype=torch.bool, device=device)
@@ -233,23 +232,9 @@ class LocalEngine(Engine):
         if not self.optimizer_config.waits_for_nothing:
             obstacle = f"the update of optimizer.kind={kind} waits for the device"
         obstacle = obstacle or self.config.needs_host(self.device, self.dtype)
-        if obstacle is None and self.cuda_graph == "auto" and self._fills_device:
-            obstacle = (
-                "weights, gradients and moments fill a quarter of the device's memory, beside which activations of a "
-                "rehearsal and of a recording may not fit; training.cuda_graph=required tries it"
-            )
         if obstacle is not None:
             self._tell(obstacle)
         return obstacle is None
-
-    @functools.cached_property
-    def _fills_device(self) -> bool:
-        if self.device.type != "cuda":
-            return False
-        tensors = (*self.model.parameters(), *self.masters.values(), *(found.total for found in self.sums.values()))
-        tensors += tuple(x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-        return sum(held.values()) > torch.cuda.get_device_properties(self.device).total_memory / 4
 
     def _tell(self, obstacle: str) -> None:
         """Why steps are not replayed, once; raises UserError where they must be."""

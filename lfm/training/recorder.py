@@ -42,8 +42,9 @@ class Recorder:
     Elsewhere than on a CUDA GPU a recording is the function itself, called again: so a CPU computes what a GPU replays.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, careful: bool = False) -> None:
+        """careful: nothing is recorded where what a recording keeps leaves too little for what runs beside it."""
+        self.device, self.careful = device, careful
         self._recordings: OrderedDict[Hashable, _Recording[Any]] = OrderedDict()
         self._pool: Any = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -64,6 +65,8 @@ class Recorder:
             with self._rehearsing(watched=found.calls > 1 and not may_wait):
                 return function()
         if found.replay is None:
+            if self.careful and self._pool is None:
+                self._require_room()
             found.found, found.replay = self.record(function)
         found.replay()
         assert found.found is not None
@@ -90,6 +93,17 @@ class Recorder:
         finally:
             torch.cuda.set_sync_debug_mode(before)
             here.wait_stream(self._stream)
+
+    def _require_room(self) -> None:
+        """Recordings keep the memory that they compute in; rehearsals of further kinds of rows, and evaluation, take as
+        much again."""
+        held, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - held
+        if free < 2 * (most - held):
+            raise CannotRecord(
+                f"a step takes {(most - held) / 2**30:.1f} GiB, a recording as much again, and "
+                f"{free / 2**30:.1f} GiB of the device's memory are left; training.cuda_graph=required tries it"
+            )
 
     def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """What `function` returned, and what replays it."""

@@ -320,6 +320,37 @@ def test_a_graph_on_a_gpu_is_the_step_made_kernel_by_kernel(family):
 
 
 @pytest.mark.gpu
+def test_no_recording_where_it_would_leave_too_little_memory(capsys):
+    model, device = FAMILIES["liquidnet"], torch.device("cuda")
+    recorded, plain = (
+        LocalEngine(
+            model,
+            AdamWConfig(lr=1e-2),
+            seed=7,
+            device=device,
+            dtype=torch.bfloat16,
+            micro_batch_size=2,
+            cuda_graph=mode,
+        )
+        for mode in ("auto", "off")
+    )
+    try:
+        # The most that was held at once stands for what a step takes.
+        held = torch.empty(
+            6 * torch.cuda.get_device_properties(device).total_memory // 10, dtype=torch.uint8, device=device
+        )
+        del held
+        for step in range(REHEARSALS + 2):
+            given = batch(step)
+            assert numbers(recorded, step, given, 1e-2) == numbers(plain, step, given, 1e-2)
+        assert recorded.recorder is None
+        assert "GiB are left; training.cuda_graph=required tries it" in capsys.readouterr().err
+    finally:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+@pytest.mark.gpu
 def test_a_run_on_a_gpu_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, text_data):
     def run(name, *more):
         given = [key for key in TINY if key.partition("=")[0] not in OF_LFM]
