@@ -587,7 +587,8 @@ def serving_table() -> str:
         lines.append(f"| `{row['config']}` | {sizes} | {grows} |")
     row = of["memory"][0]
     memory = f"Memory: {row['conversations']} conversations of {row['tokens']:,} tokens."
-    return "\n".join([*lines, "", f"On {_where(result)}; random weights in bf16. {memory}"])
+    later = f"First tokens: {_where(result['first_token'])}." if "first_token" in result else ""
+    return "\n".join([*lines, "", f"On {_where(result)}; random weights in bf16. {memory} {later}".rstrip()])
 
 
 ABLATIONS = ("families", "lfm", "norms", "laerc_reservoir", "plasticity")
