@@ -41,6 +41,7 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     from lfm.medical import stored
     from lfm.medical.calibration import Certificate
     from lfm.medical.evidence import evidence
+    from lfm.medical.fitting import check_apart
     from lfm.medical.questions import open_questions
 
     if flags.out is not None and flags.out.suffix in (".html", ".jsonl"):
@@ -67,6 +68,8 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
             f"--data has another calibration part than the heads were calibrated on ({calibration.data.sha256[:8]}); "
             "give the same sets, or calibrate on these"
         )
+    of_fit = record.tasks[flags.task].fit
+    check_apart(dict(asked)["test"], "test", ("fit", of_fit), ("calibration", calibration.data))
     predictions: list[dict[str, Any]] = []
     for part, questions in asked:
         with waiting(f"answering {len(questions):,} questions of the {part} part"):
@@ -84,8 +87,8 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     with waiting("measuring"):
         measures = report(predictions, {**calibration.by_head}, certificate, of_report)
     measures["checkpoint"], measures["task"] = str(checkpoint), flags.task
-    measures["calibrated_on"] = calibration.data.model_dump()
-    measures["fitted_on"] = record.tasks[flags.task].fit.model_dump()
+    measures["calibrated_on"] = calibration.data.model_dump(exclude={"group_hashes"})
+    measures["fitted_on"] = of_fit.model_dump(exclude={"group_hashes"})
     measures["cost"] = record.tasks[flags.task].cost.model_dump()
     shown_evidence = ""
     if config.evidence_questions:

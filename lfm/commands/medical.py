@@ -134,7 +134,7 @@ def _calibrate(flags: argparse.Namespace) -> None:
     from lfm.medical import stored
     from lfm.medical.answering import answer
     from lfm.medical.calibration import check_size
-    from lfm.medical.fitting import calibrated, group_names, halves
+    from lfm.medical.fitting import calibrated, check_apart, group_names, halves
     from lfm.medical.questions import open_questions
 
     found = open_questions(flags.data).limited("calibration", config.max_questions)
@@ -153,6 +153,7 @@ def _calibrate(flags: argparse.Namespace) -> None:
         raise UserError(
             f"the heads were fitted in {record.dtype}, and the model computes in {dtype} here; fit them here"
         )
+    check_apart(questions, "calibration", ("fit", record.tasks[flags.task].fit))
     with waiting(f"answering {len(questions):,} questions"):
         answered = answer(model, tokenizer, questions, flags.task, batch_size=config.batch_size)
     of_task = calibrated(heads[flags.task], answered, found, risk=config.risk, delta=config.delta)

@@ -22,8 +22,9 @@ _RECURRENT = ("liquid", "hidden", "reservoirs", "h")
 _LOGITS = 1 << 26
 """So many are held at once: 256 MiB in fp32."""
 
-SCALARS = ("mean_log_probability", "min_log_probability", "entropy", "router_entropy")
-"""Of an answer; the end of a question has the last alone, the others are 0."""
+SCALARS = ("log_probability", "min_log_probability", "entropy", "router_entropy")
+"""Of an answer; the end of a question has the last alone, the others are 0.  The first is the sum over tokens, by which
+options are chosen: their mean forgets how many there are."""
 
 
 @dataclass
@@ -171,7 +172,8 @@ def _read_answers(model: LanguageModel, rows: Sequence[Ids], lengths: Sequence[i
     inside = torch.arange(longest, 0, -1, device=ids.device) <= counts[:, None]  # the last ones
     total, lowest = (of_ids * inside).sum(1), of_ids.masked_fill(~inside, torch.inf).amin(1)
     found = torch.stack([total, total / counts, lowest, (entropy * inside).sum(1) / counts])
-    liquid, scalars = recurrent_states(end.state), torch.stack([*found[1:], end.router_entropy], dim=1)
+    statistics = (total, lowest, found[3], end.router_entropy)
+    liquid, scalars = recurrent_states(end.state), torch.stack(statistics, dim=1)
     states = torch.empty(len(rows), 0, 0) if liquid is None else liquid.float().cpu()
     return found.cpu(), Features(end.hidden.float().cpu(), states, scalars.float().cpu())
 

@@ -1,5 +1,6 @@
 """Fitting and calibrating the heads of a checkpoint: what `lfm medical fit` and `lfm medical calibrate` do."""
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from lfm.medical.stored import (
     StoredCertificate,
     StoredScaling,
     TaskHeads,
+    group_hash,
     today,
 )
 from lfm.models.language_model import FamilyConfig
@@ -102,14 +104,31 @@ def cost_of(head: UncertaintyHead, answered: Answered, model: FamilyConfig) -> C
 
 def data_of(part: Part, found: QuestionSet, right: np.ndarray) -> Data:
     questions = found.parts[part]
+    names = set(group_names(questions))
     return Data(
         sources=sorted({question.source for question in questions}),
         sha256=found.digest(part),
         questions=len(questions),
-        groups=len(set(group_names(questions))),
+        groups=len(names),
         accuracy=float(right.mean()),
         date=today(),
+        group_hashes=base64.b64encode(b"".join(sorted(map(group_hash, names)))).decode(),
     )
+
+
+def check_apart(questions: Sequence[Question], part: Part, *others: tuple[Part, Data]) -> None:
+    """Raises UserError where questions are of groups that something was learnt from, of which it knows the answers.
+
+    One preparation of a set keeps its parts apart; two do not.
+    """
+    names = group_names(questions)
+    for other, data in others:
+        if shared := data.shared_with(names):
+            raise UserError(
+                f"{len(shared):,} of {len(set(names)):,} groups of the {part} part were in the {other} part of "
+                f"{data.date} ({shared[0]!r} first): the sets were prepared or divided in another way then; give "
+                "those, or fit and calibrate on these"
+            )
 
 
 def calibrated(

@@ -1,8 +1,9 @@
 """The uncertainty head: from features of a frozen backbone to the log-odds that its answer is right."""
 
+import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ _ROUNDS, _PATIENCE, _LEAST_STEPS = 100, 8, 40
 _LEAST_GAIN = 1e-4
 """Of the held-out loss, in nats: less does not count as better."""
 _HELD_OUT = 0.2
+_THREADS = 4
+"""Its products are small: more threads wait for each other, and next to other work for minutes."""
 
 
 PARTS: tuple[str, ...] = ("scalars", "hidden", "liquid")
@@ -159,7 +162,7 @@ def fit(
     labels, outside_labels = wanted[places], wanted[torch.from_numpy(held_out)]
     if not all(torch.isfinite(part).all() for part in (features.hidden, features.liquid, features.scalars)):
         raise NonFiniteError("the model's hidden states are not finite, and no head learns from them")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _few_threads():
         torch.manual_seed(seed)
         head = UncertaintyHead(config)
         head.standardise(inside)
@@ -168,6 +171,16 @@ def fit(
             if count < 3 or config.num_liquid:
                 _learn(head, PARTS[:count], rate, inside, labels, outside, outside_labels)
     return head.eval()
+
+
+@contextlib.contextmanager
+def _few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, _THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _learn(

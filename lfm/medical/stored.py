@@ -1,10 +1,11 @@
 """RUN/medical/step_N.json and .safetensors: heads and calibration of one checkpoint, beside it and never inside it."""
 
+import base64
 import datetime
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,13 +22,15 @@ from lfm.medical.head import HeadConfig, UncertaintyHead
 from lfm.medical.questions import Task
 from lfm.medical.selective import Calibrated
 
-FORMAT = 2
-"""1: heads that read log-probabilities as they are, and have a temperature alone."""
+FORMAT = 3
+"""1: heads that read log-probabilities as they are, and have a temperature alone; 2: heads that read their mean, and no
+names of groups."""
 HeadName = Literal["correct", "known", "correct_without_liquid"]
 """At the end of the answer; at the end of the question; the first without recurrent states, for comparison."""
 HEADS: tuple[HeadName, ...] = ("correct", "known", "correct_without_liquid")
 
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Base64 = Annotated[str, StringConstraints(pattern=r"^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Rate = Annotated[FiniteFloat, Field(gt=0, lt=1)]
@@ -46,6 +49,21 @@ class Data(_Part):
     groups: Count
     accuracy: Share
     date: str
+    group_hashes: Base64
+    """Of the groups' names, 8 bytes each, sorted, as base64: other questions are not to be of these groups."""
+
+    def shared_with(self, names: Iterable[str]) -> list[str]:
+        """Those of these groups that are among its own, sorted."""
+        own = base64.b64decode(self.group_hashes)
+        known = {own[i : i + _HASH_BYTES] for i in range(0, len(own), _HASH_BYTES)}
+        return sorted(name for name in set(names) if group_hash(name) in known)
+
+
+_HASH_BYTES = 8
+
+
+def group_hash(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=_HASH_BYTES).digest()
 
 
 class StoredCertificate(_Part):
@@ -100,7 +118,7 @@ class TaskHeads(_Part):
 
 
 class Record(_Part):
-    format: Literal[2]
+    format: Literal[3]
     checkpoint: str
     manifest_sha256: Hash
     """Of the checkpoint's manifest.json, which holds the hash of each of its files."""

@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from lfm.inference.load import open_model
 from lfm.medical.answering import answer
 from lfm.medical.asking import MedicalMode
 from lfm.medical.config import MedicalConfig
+from lfm.medical.fitting import check_apart, data_of
 from lfm.medical.questions import open_questions
 from lfm.medical.selective import NO_DEVICE, REFERRAL
 from lfm.medical.stored import Form, stored_at
@@ -428,6 +430,38 @@ def test_a_report_on_other_questions_than_the_calibration_s_is_refused(calibrate
     assert code == 2 and "another calibration part than the heads were calibrated on" in err
     code, _, err = said(evaluate, "--checkpoint", calibrated, "--shifted", other, *CPU)
     assert code == 2 and "are of --medical, which is not given" in err
+
+
+def test_a_head_reads_how_likely_the_whole_answer_is(trained):
+    model, tokenizer, _ = open_model(trained.run, device="cpu")
+    questions = open_questions([trained.data]).parts["fit"][:20]
+    answered = answer(model, tokenizer, questions, "choice")
+    assert answered.answer.scalars[:, 0].numpy() == pytest.approx(answered.log_probability, rel=1e-5)
+    assert (answered.answer.scalars[:, 1].numpy() >= answered.log_probability - 1e-6).all()
+
+
+def test_a_report_on_groups_that_the_head_learnt_from_is_refused(calibrated, trained, said, tmp_path):
+    """Of a set that was divided anew: its calibration part is the same, its test part has groups of the fit part."""
+    other = tmp_path / "divided_anew"
+    shutil.copytree(trained.data, other)
+    of_fit = {question.group for question in open_questions([trained.data]).parts["fit"]}
+    files = {name: other / f"{name}.jsonl" for name in ("validation", "test")}
+    rows = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
+    moved = [row for row in rows["validation"] if row["group"] in of_fit]
+    sets.lines(files["validation"], [row for row in rows["validation"] if row["group"] not in of_fit])
+    sets.lines(files["test"], rows["test"] + moved)
+    code, _, err = said(evaluate, "--checkpoint", calibrated, "--medical", "--data", other, *CPU)
+    assert code == 2 and err.count("\n") == 1
+    assert f"{len(of_fit)} of" in err and "groups of the test part were in the fit part of" in err
+
+
+def test_a_calibration_on_groups_that_the_head_learnt_from_is_refused(trained):
+    questions = open_questions([trained.data])
+    fit, rest = questions.parts["fit"], questions.parts["calibration"]
+    of_fit = data_of("fit", questions, np.ones(len(fit), bool))
+    check_apart(rest, "calibration", ("fit", of_fit))
+    with pytest.raises(UserError, match=r"^1 of \d+ groups of the calibration part were in the fit part of"):
+        check_apart([*rest, fit[0]], "calibration", ("fit", of_fit))
 
 
 def test_one_answer_is_judged_as_among_others(calibrated, trained):
