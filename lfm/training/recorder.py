@@ -65,8 +65,15 @@ class Recorder:
             self._recordings.popitem(last=False)
         found.calls += 1
         if not self.replays or found.calls <= REHEARSALS:
-            with self._rehearsing(watched=found.calls > 1 and not may_wait):
-                return function()
+            try:
+                with self._rehearsing(watched=found.calls > 1 and not may_wait):
+                    return function()
+            except torch.OutOfMemoryError as error:
+                if not any(each.replay for each in self._recordings.values()):
+                    raise
+                raise CannotRecord(
+                    "a step does not fit into the device's memory beside recordings of others"
+                ) from error
         if found.replay is None:
             if self.careful and self._pool is None:
                 self._require_room()

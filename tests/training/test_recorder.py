@@ -276,6 +276,36 @@ def test_a_backward_pass_that_cannot_be_recorded_leaves_nothing_to_the_step_made
     assert_same_state(recorded, plain)
 
 
+def test_a_step_that_does_not_fit_beside_recordings_is_made_without_them(capsys):
+    recorded, plain = (engine_of(FAMILIES["liquidnet"], recorded=each) for each in (True, False))
+    recorded.cuda_graph, full = "auto", []
+
+    def hook(module, given, made):
+        if full:
+            raise torch.OutOfMemoryError(full.pop())
+
+    recorded.model.final_norm.register_forward_hook(hook)
+    for step in range(REHEARSALS + 1):
+        assert numbers(recorded, step, batch(step), 1e-2) == numbers(plain, step, batch(step), 1e-2)
+    full.append("a test says so")
+    for step in range(REHEARSALS + 1, REHEARSALS + 3):  # of another kind of rows, which is rehearsed
+        given = batch(step, packed=False)
+        assert numbers(recorded, step, given, 1e-2) == numbers(plain, step, given, 1e-2)
+    assert recorded.recorder is None and "beside recordings of others" in capsys.readouterr().err
+    assert_same_state(recorded, plain)
+
+
+def test_memory_that_no_recording_takes_is_an_error_as_ever():
+    engine = engine_of(FAMILIES["liquidnet"], recorded=True)
+
+    def hook(module, given, made):
+        raise torch.OutOfMemoryError("a test says so")
+
+    engine.model.final_norm.register_forward_hook(hook)
+    with pytest.raises(torch.OutOfMemoryError, match="a test says so"):
+        numbers(engine, 0, batch(0), 1e-2)
+
+
 def test_required_needs_a_gpu_and_one_process(tmp_path, text_data):
     with pytest.raises(UserError, match=r"training\.cuda_graph=required needs a CUDA GPU, and this run trains on cpu"):
         train(tiny_run(tmp_path, text_data, "training.cuda_graph=required", "training.device=cpu"))
