@@ -472,8 +472,11 @@ def summary(out: Path, seeds: Sequence[int]) -> None:
     head = measures.get("head")
     auroc_gain = [_difference(r, "option probability") for r in reports]
     liquid_gain = [_difference(r, "head without liquid states") for r in reports]
-    worst = [max((row["ece"] for row in r["by_specialty"]), default=None) for r in reports]
-    worst_by_answer = [max((row["ece"] for row in r["by_answer"]), default=None) for r in reports]
+    worst = {
+        f"worst_{key}_{by}": over([max(r[by], key=lambda row: row["ece"], default={}).get(key) for r in reports])
+        for by in ("by_specialty", "by_answer")
+        for key in ("ece", "ece_by_chance", "questions")
+    }
     found = {
         "seeds": len(reports),
         "measures": measures,
@@ -490,19 +493,21 @@ def summary(out: Path, seeds: Sequence[int]) -> None:
         "violation_rate_of_rows_as_independent": over(
             [r["violations_if_questions_of_a_group_were_independent"]["rate"] for r in reports]
         ),
-        "worst_specialty_ece": over(worst),
-        "worst_ece_by_answer": over(worst_by_answer),
+        **worst,
         "head_share_of_flops": over([r["cost"]["share"] for r in reports]),
         "comprehensiveness_of_drive_less_random": over(
             [r["evidence"].get("comprehensiveness_of_drive_less_that_of", {}).get("random", [None])[0] for r in reports]
         ),
-        "shifts": {name: of_shift([r["shifts"][name] for r in reports]) for name in reports[0]["shifts"]},
+        "shifts": {
+            name: of_shift([r["shifts"].get(name, {}) for r in reports])
+            for name in sorted({name for r in reports for name in r["shifts"]})
+        },
         "bars": {
             "auroc_at_least_0.75": met(head and head["auroc"], lambda x: x >= 0.75),
             "auroc_0.05_above_option_probability": met(over(auroc_gain), lambda x: x >= 0.05),
             "ece_at_most_0.03": met(head and head["ece"], lambda x: x <= 0.03),
-            "ece_at_most_0.06_in_the_worst_specialty": met(over(worst), lambda x: x <= 0.06),
-            "ece_at_most_0.06_by_answer": met(over(worst_by_answer), lambda x: x <= 0.06),
+            "ece_at_most_0.06_in_the_worst_specialty": met(worst["worst_ece_by_specialty"], lambda x: x <= 0.06),
+            "ece_at_most_0.06_by_answer": met(worst["worst_ece_by_answer"], lambda x: x <= 0.06),
             "violations_within_bound": None
             if any(r["violations"]["holds"] is None for r in reports)
             else all(r["violations"]["holds"] for r in reports),

@@ -37,6 +37,13 @@ def equal_mass_error(sureness: np.ndarray, right: np.ndarray, num_bins: int = 15
     return sum(each.answers * abs(each.sureness - each.accuracy) for each in bins) / len(right)
 
 
+def error_by_chance(sureness: np.ndarray, num_bins: int = 15, draws: int = 100) -> float:
+    """What `equal_mass_error` is on average where each answer is right with exactly the probability that is told: few
+    answers in a bin are never right as often as they should be."""
+    chance = np.random.Generator(np.random.PCG64(0)).random((draws, len(sureness)))
+    return float(np.mean([equal_mass_error(sureness, each < sureness, num_bins) for each in chance]))
+
+
 def adaptive_error(sureness: np.ndarray, right: np.ndarray, num_bins: int = 15) -> float:
     """Adaptive calibration error of right and wrong answers: the mean gap over bins of equal mass, each counted alike.
 

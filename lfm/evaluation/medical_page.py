@@ -186,7 +186,8 @@ def _violations(name: str, v: Mapping[str, Any]) -> list[str]:
 def _broken_down(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "<p>None has enough questions.</p>"
-    keys = ("accuracy", "mean_probability", "ece", "auroc", "selective_accuracy_at_0.85", "coverage_at_0.85")
+    keys = ("accuracy", "mean_probability", "ece", "ece_by_chance", "auroc")
+    keys += ("selective_accuracy_at_0.85", "coverage_at_0.85")
     cells = [[row["name"], f"{row['questions']:,}", *(_number(row[key]) for key in keys)] for row in rows]
     return _table(["", "questions", *(key.replace("_", " ") for key in keys)], cells)
 

@@ -9,6 +9,7 @@ from lfm.evaluation.calibration import (
     brier,
     equal_mass_bins,
     equal_mass_error,
+    error_by_chance,
     log_loss,
     risk_coverage,
     selective_accuracy,
@@ -47,6 +48,15 @@ def test_bins_of_equal_mass_are_those_of_scikit_learn():
     )
     assert equal_mass_error(sure, right) == pytest.approx(np.abs(accuracy - mean).mean())
     assert adaptive_error(sure, right) == pytest.approx(np.abs(accuracy - mean).mean())
+
+
+@pytest.mark.parametrize("n", [100, 3000])
+def test_a_perfect_probability_has_the_error_of_chance(n):
+    draws = np.random.Generator(np.random.PCG64(1))
+    sure = draws.beta(3, 1, n)
+    found = [equal_mass_error(sure, draws.random(n) < sure) for _ in range(200)]
+    assert error_by_chance(sure) == pytest.approx(np.mean(found), rel=0.1)
+    assert error_by_chance(sure) < equal_mass_error(sure, draws.random(n) < sure - 0.3)
 
 
 def test_equally_sure_answers_stay_in_one_bin():
