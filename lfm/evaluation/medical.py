@@ -42,7 +42,7 @@ ENOUGH = 100
 _MARKS = {"risk": 0.05, "accuracy_threshold": 0.85}
 
 HEAD, WITHOUT_LIQUID, KNOWN = "head", "head without liquid states", "head at the question"
-OPTION, SEQUENCE = "option probability", "sequence log-probability"
+OPTION = "option probability"
 MEASURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "ece": equal_mass_error,
     "ace": adaptive_error,
@@ -126,13 +126,31 @@ def probabilities(calibration: Table, tested: Table, scalings: Mapping[str, Scal
     found["base rate"] = np.full(len(tested), calibration.right.mean())
     if all(row["options"] for row in (*calibration.rows, *tested.rows)):
         found[OPTION] = largest_option(tested, option_temperature(calibration))
-    scores = {SEQUENCE: "mean_log_probability", "P(True)": "p_true", "agreement of samples": "agreement"}
-    scores["semantic entropy"] = "semantic_entropy"
-    for name, key in scores.items():
+    for name, (key, told) in _SCORES.items():
         if key in tested.rows[0]:
-            slope, offset = logistic(calibration.column(key), calibration.right)
-            found[name] = sigmoid(slope * tested.column(key) + offset)
+            slope, offset = logistic(told(calibration.column(key)), calibration.right)
+            found[name] = sigmoid(slope * told(tested.column(key)) + offset)
     return found
+
+
+def log_odds(log_probability: np.ndarray) -> np.ndarray:
+    """Of probabilities given by their logarithm, 1 - 1e-6 at most."""
+    x = np.minimum(log_probability, -1e-6)
+    return x - np.log(-np.expm1(x))
+
+
+def _as_it_is(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+_SCORES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "sequence log-probability": ("log_probability", log_odds),
+    "mean token log-probability": ("mean_log_probability", log_odds),
+    "P(True)": ("p_true", _as_it_is),
+    "agreement of samples": ("agreement", _as_it_is),
+    "semantic entropy": ("semantic_entropy", _as_it_is),
+}
+"""By the name of a method: its column, and what a logistic function is given of it."""
 
 
 def measured(

@@ -32,8 +32,8 @@ def simulated(part, n, *, draws, shift=0.0, copies=1):
                     **{"specialty": f"specialty {answer}", "kind": "k", "answer": f"option {answer}", "reference": "x"},
                     **{"right": is_right, "options": [round(float(x), 4) for x in options]},
                     "right_option": answer if is_right else (answer + wrong) % OPTIONS,
-                    "log_probability": -1.0,
-                    "mean_log_probability": round(float(draws.normal() + 0.2 * z), 5),
+                    "log_probability": round(-float(np.exp(draws.normal() - 0.2 * z)), 5),
+                    "mean_log_probability": round(-float(np.exp(draws.normal() - 0.1 * z)), 5),
                     "logits": {"correct": 2 * z, "correct_without_liquid": 2 * z + draws.normal()},
                     **{"p_true": float(draws.normal()), "agreement": 0.5, "semantic_entropy": 1.0},
                 }

@@ -301,7 +301,13 @@ def test_the_report_is_one_page_with_all_baselines(calibrated, trained, said, tm
     assert found["safety_threshold"] == 0.6 and "threshold: asked for 0.6, certified" in text
     assert set(found["measures"]) == {
         *("head", "head without liquid states", "head at the question", "base rate", "option probability"),
-        *("sequence log-probability", "P(True)", "agreement of samples", "semantic entropy"),
+        *(
+            "sequence log-probability",
+            "mean token log-probability",
+            "P(True)",
+            "agreement of samples",
+            "semantic entropy",
+        ),
     }
     assert found["measures"]["head"]["auroc"][0] > 0.65 and found["measures"]["head"]["ece"][0] < 0.15
     assert found["evidence"]["questions"] == 6 and found["shifted"]["sources"] == ["gcide"]
