@@ -37,7 +37,7 @@ class EvaluateConfig(Config):
     split: Literal["train", "validation"] = "validation"
     """Which rows of a data set: those that were trained on, or held out."""
     max_rows: int = Field(default=0, ge=0, lt=1 << 31)
-    """Only the first so many rows; 0: all."""
+    """Only so many rows, at equal distances; 0: all."""
     batch_size: int = Field(default=8, gt=0, le=1 << 16)
     """Rows, texts or requests of tasks scored at once; no result depends on it but for rounding."""
     context: int = Field(default=0, ge=0, le=1 << 24)

@@ -92,12 +92,12 @@ def together(parts: Sequence[HeldOut]) -> HeldOut:
 def evaluate(
     score: Score, rows: RowReader, *, max_rows: int | None = None, batch_rows: int = 8, ranks: Ranks | None = None
 ) -> HeldOut:
-    """Score the first `max_rows` rows of a split (all by default), in order."""
-    count, ranks = min(max_rows or len(rows), len(rows)), ranks or Ranks()
+    """Score `max_rows` rows of a split (all by default), which are spread over all of it, in order."""
+    places, ranks = spread(max_rows, len(rows)), ranks or Ranks()
     nats, labels, tokens, masked = 0.0, 0, 0, False
     histogram = np.zeros(rows.index.vocab_size, dtype=np.int64)
-    for first in range(0, count, batch_rows):
-        chosen = range(first, min(first + batch_rows, count))
+    for first in range(0, len(places), batch_rows):
+        chosen = places[first : first + batch_rows]
         batch = ranks.together(lambda chosen=chosen: rows.read(chosen))
         batch_nats, batch_labels = score(batch)
         nats, labels = nats + batch_nats, labels + batch_labels
@@ -108,6 +108,13 @@ def evaluate(
             np.add.at(histogram, text, 1)
     text_bytes = (rows.index.text_bytes or 0) * tokens / max(1, rows.index.num_tokens)
     return HeldOut(nats, labels, tokens, histogram, masked, text_bytes)
+
+
+def spread(max_rows: int | None, num_rows: int) -> list[int]:
+    """Places of so many rows (of all for None), at equal distances: rows lie in the order of their sources, and the
+    first ones are of the first source alone."""
+    count = min(max_rows or num_rows, num_rows)
+    return [i * num_rows // count for i in range(count)]
 
 
 def compressor_bits_per_byte(text: bytes, found: HeldOut) -> dict[str, float]:

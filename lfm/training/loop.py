@@ -12,8 +12,8 @@ from tqdm import tqdm
 from lfm.checkpoint import folder as checkpoint
 from lfm.data.batch import Batch
 from lfm.errors import NonFiniteError
-from lfm.evaluation.held_out import HeldOut, evaluate, together
-from lfm.files import reason, refusing, write_durably
+from lfm.evaluation.held_out import HeldOut, evaluate, spread, together
+from lfm.files import reason, refusing, shown, write_durably
 from lfm.inference.text import continuations
 from lfm.job.process import Process
 from lfm.job.rendezvous import Stopped
@@ -23,6 +23,7 @@ from lfm.talk import complain, say, talking, waiting
 from lfm.training.engine import StepResult
 from lfm.training.local_engine import LocalEngine
 from lfm.training.metrics import show, training_record
+from lfm.training.plan import peak_rate, short_warmup
 from lfm.training.run import RunConfig, owning_folder, write_run_files
 from lfm.training.saves import Saves
 from lfm.training.schedule import lr_factor
@@ -89,6 +90,9 @@ def open_state(run: RunConfig, start: Started) -> TrainState:
         if run.logging.print_config:
             say(run.model_dump_json(indent=1))
         say(run.model.count_parameters().report())
+        say(peak_rate(run))
+        if (short := short_warmup(run)) is not None:
+            complain(short)
 
     watch.phase("building the model", allow_seconds=SAVING_SECONDS)
     return make_state(run, ranks, data, start.make_engine(), found, weights)
@@ -203,7 +207,7 @@ def _log(run: RunConfig, state: TrainState, saves: Saves, update: _Update) -> No
 
 
 def _validate(run: RunConfig, state: TrainState) -> dict[str, Any]:
-    """Mean cross entropy over the first rows of every stream's validation split; keeps count for early stopping."""
+    """Mean cross entropy over rows of every stream's validation split; keeps count for early stopping."""
     engine, progress, ranks = state.engine, state.progress, state.ranks
     batch = engine.rows_a_round
     by_mode: dict[str, HeldOut] = {}
@@ -231,6 +235,9 @@ def _validate(run: RunConfig, state: TrainState) -> dict[str, Any]:
         perplexity = f"perplexity {math.exp(min(loss, 700)):.2f}"
         if bits:
             perplexity += f", {bits['validation_bits_per_byte']:.3f} bits per byte"
+        total = [len(rows) for rows in state.data.held_out.values()]
+        read = sum(len(spread(run.validation.max_rows, each)) for each in total)
+        perplexity += "" if read == sum(total) else f", of {read:,} of {sum(total):,} rows"
         say(f"step {progress.step}: validation loss {loss:.4f} ({'; '.join(filter(None, (perplexity, modes)))})")
     return {
         "step": progress.step,
@@ -285,7 +292,7 @@ def _patience_is_over(run: RunConfig, progress: Progress) -> bool:
 def _sample(run: RunConfig, state: TrainState) -> None:
     """Continue the configured prompts.
 
-    A model in pieces does not generate: launch/generate.py does, from a checkpoint.
+    A model in pieces does not generate: `lfm generate` does, from a checkpoint.
     """
     engine, tokenizer, prompts = state.engine, state.data.tokenizer, state.data.prompts
     if not prompts or not isinstance(engine, LocalEngine):
@@ -321,7 +328,7 @@ def _tell_the_end(run: RunConfig, state: TrainState, cause: str | None) -> None:
     assert state.metrics is not None
     state.metrics.plot()
     if state.data.prompts and not isinstance(state.engine, LocalEngine):
-        say(f"samples: python launch/generate.py --checkpoint {run.folder} --prompt TEXT")
+        say(f"samples: lfm generate --checkpoint {shown(run.folder)} --prompt TEXT")
     if cause is not None:
         how = "the same command" if run.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
         goes_on = step < run.training.steps and not patience_is_over

@@ -5,6 +5,7 @@ from lfm.layers.moe import MoEConfig
 from lfm.layout.layout import Layout
 from lfm.models.lfm import LFMConfig
 from lfm.training.run import RunConfig
+from lfm.training.schedule import highest_factor, warmup_of
 
 _GIB = 2**30
 
@@ -159,15 +160,25 @@ def _worst_routing(run: RunConfig, layout: Layout) -> str:
     return f"under the worst routing, every token to the experts of one process: {more / _GIB:.1f} GiB more"
 
 
-def _rates(run: RunConfig) -> list[str]:
-    """The learning rates that are reached, where they are not `optimizer.lr` alone."""
+def peak_rate(run: RunConfig) -> str:
+    """The highest learning rate, in words: `optimizer.lr` is at another width, or a warm-up ends late."""
     optimizer, depth_rate = run.optimizer, getattr(run.model, "depth_rate", 1.0)
-    if optimizer.lr_at_width is None and depth_rate == 1.0:
-        return []
-    peak = optimizer.peak_lr(run.model.hidden_size)
+    peak = optimizer.peak_lr(run.model.hidden_size) * highest_factor(run.schedule, run.training.steps)
     width = "" if optimizer.lr_at_width is None else f" (lr {optimizer.lr:g} at width {optimizer.lr_at_width})"
     depth = "" if depth_rate == 1.0 else f", {depth_rate * peak:.3g} of the matrices that write to the stream"
-    return [f"peak learning rate: {peak:.3g}{width}{depth}"]
+    return f"peak learning rate: {peak:.3g}{width}{depth}"
+
+
+def short_warmup(run: RunConfig) -> str | None:
+    """What is wrong where a run ends before its warm-up does; None: it does not."""
+    steps = run.training.steps
+    warmup = warmup_of(run.schedule, steps)
+    if warmup <= steps:
+        return None
+    return (
+        f"the warm-up of {warmup:,} steps does not end in training.steps={steps}, and the learning rate reaches "
+        f"{highest_factor(run.schedule, steps):.0%} of its peak; set schedule.warmup_steps"
+    )
 
 
 def plan(run: RunConfig, layout: Layout) -> str:
@@ -187,7 +198,8 @@ def plan(run: RunConfig, layout: Layout) -> str:
         f"FLOPs: {flops / 1e9:.2f} GFLOP per token at {m.seq_length} (forward + backward, causal attention)",
         f"work: {tokens:,} tokens per optimizer step, {tokens * t.steps:,} in {t.steps:,} steps, "
         f"{flops * tokens * t.steps:.3g} FLOP",
-        *_rates(run),
+        peak_rate(run),
+        *filter(None, [short_warmup(run)]),
         f"memory of {where}, weights in {_weights(run)}: "
         + ", ".join(f"{name} {value / _GIB:.1f}" for name, value in device.items()),
         f"memory in all: {sum(device.values()) / _GIB:.1f} GiB{'' if m.kind == 'lfm' else ' and activations'}"

@@ -72,7 +72,7 @@ class ValidationConfig(Config):
     every_steps: CountOrZero = 1000
     """0: only at the end."""
     max_rows: Count = 512
-    """Rows of the validation split that are scored, from its first on."""
+    """So many rows of the validation split are scored, at equal distances."""
     patience: CountOrZero = 0
     """Stop early after this many validations in a row without a better loss; 0: never."""
 

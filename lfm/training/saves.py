@@ -39,6 +39,10 @@ class Saves:
         self.stalls: list[float] = []
         """Seconds that each save since the last record held training."""
         self._best_step = -1
+        self._best = state.progress.best_validation
+        """Held-out loss of the best checkpoint that is whole."""
+        self._begun: float | None = None
+        """That of the save under way, where it is to be the best."""
 
     def __enter__(self) -> "Saves":
         self.saver.__enter__()
@@ -62,8 +66,10 @@ class Saves:
         self.watch.phase("saving", allow_seconds=SAVING_SECONDS)
         start = time.perf_counter()
         state.saved_step, self.lost = state.progress.step, False
+        best = self._best_step == state.progress.step
+        self._begun = state.progress.best_validation if best else None
         try:
-            state.save(self.saver, best=self._best_step == state.progress.step)
+            state.save(self.saver, best=best)
         except UserError as error:
             if last:
                 raise
@@ -81,9 +87,15 @@ class Saves:
             self.saver.wait()
         except UserError as error:
             self._give_up(error)
+        if self._begun is not None:
+            self._best, self._begun = self._begun, None
 
     def _give_up(self, error: UserError) -> None:
         self.state.saved_step, self.lost = -1, True
+        # What was to be the best is not kept: the next state that is better than the best that is kept will be.
+        if self._begun is not None and self.state.progress.best_validation == self._begun:
+            self.state.progress.best_validation = self._best
+        self._begun = None
         if self.state.ranks.is_main:
             complain(f"{error}; the next save tries again")
 
@@ -111,6 +123,7 @@ class Saves:
         self.watch.phase("going back to a checkpoint", allow_seconds=SAVING_SECONDS)
         self.state.rewind(path, skip_rows=skip_rows)
         self.lost, self._best_step, self.saver.spared = False, -1, None
+        self._best, self._begun = self.state.progress.best_validation, None
         if self.state.ranks.is_main:
             with refusing("make the folder writable"):
                 checkpoint.set_newer_aside(self.saver.folder, self.state.progress.step)

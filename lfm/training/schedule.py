@@ -40,10 +40,21 @@ class ScheduleConfig(Config):
         return self
 
 
+def warmup_of(config: ScheduleConfig, total_steps: int) -> int:
+    """Steps of the warm-up."""
+    fraction = config.warmup_fraction
+    return config.warmup_steps if fraction is None else max(1, int(fraction * total_steps))
+
+
+def highest_factor(config: ScheduleConfig, total_steps: int) -> float:
+    """Of `lr_factor` over a run: 1 at the end of the warm-up, if there is one and the run reaches it."""
+    end_of_warmup = min(max(1, warmup_of(config, total_steps)), total_steps)
+    return lr_factor(config, end_of_warmup - 1, total_steps)
+
+
 def lr_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
     """Factor on the peak learning rate for update `step` (0-based) of `total_steps`."""
-    c = config
-    warmup = c.warmup_steps if c.warmup_fraction is None else max(1, int(c.warmup_fraction * total_steps))
+    c, warmup = config, warmup_of(config, total_steps)
     if c.kind == "one_cycle":
         return _one_cycle(step, total_steps, warmup, c.min_lr_ratio)
     if step < warmup:

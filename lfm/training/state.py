@@ -23,7 +23,7 @@ from lfm.export.hub import located
 from lfm.files import expanded, refusing
 from lfm.inference.sampling import check_prompts
 from lfm.job.ranks import Ranks
-from lfm.talk import say
+from lfm.talk import complain, say
 from lfm.training.engine import Engine, Read, StepResult
 from lfm.training.metrics import Metrics, Speed
 from lfm.training.run import RunConfig
@@ -243,6 +243,8 @@ def make_state(
         state.restore(start)
         if ranks.is_main:
             say(f"resuming from {start.path} at step {state.progress.step}")
+            if changes := changed_keys(start.manifest["config"], run.model_dump(mode="json")):
+                complain(f"this run goes on with other keys than before: {', '.join(changes)}")
     elif weights is not None:
         reader = weights.reader(ranks, run.model.model_dump(mode="json"))
         engine.load_state_tensors(reader, kinds=("master", "moving", "frozen"))
@@ -254,6 +256,28 @@ def make_state(
         state.consumed = ConsumedRecord(run.folder, resumed_step=step, chain=chain)
     state.speed.restart()
     return state
+
+
+_NOT_OF_THE_RESULT = ("name", "output", "checkpoint", "logging", "samples", "evaluation")
+"""Sections and keys that what is learnt does not depend on."""
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key before -> now` of those that both have, but for those of no result, the layout and more steps."""
+
+    def of(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> list[str]:
+        found = []
+        for key in new:
+            at = f"{path}{key}"
+            if key not in old or old[key] == new[key] or at in (*_NOT_OF_THE_RESULT, "parallel", "training.steps"):
+                continue
+            if isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
+                found += of(old[key], new[key], f"{at}.")
+            else:
+                found.append(f"{at} {old[key]} -> {new[key]}")
+        return found
+
+    return of(before, now, "")
 
 
 def starting_point(run: RunConfig, rows: RowReader, ranks: Ranks) -> Checkpoint | None:

@@ -8,7 +8,7 @@ from lfm.data.format import RowWriter
 from lfm.data.reader import ShardReader
 from lfm.data.stream import open_split
 from lfm.errors import UserError
-from lfm.evaluation.held_out import compressor_bits_per_byte, evaluate, together
+from lfm.evaluation.held_out import compressor_bits_per_byte, evaluate, spread, together
 from tests.data.corpus import make_data_set
 from tests.training.tiny_run import tiny_run
 
@@ -43,6 +43,15 @@ def test_unigram_entropy_lies_below_uniform_and_compressors_below_eight_bits(tex
     assert all(0 < bits < 8 for bits in compressor_bits_per_byte(text, found).values())
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 60])
+def test_few_rows_are_of_all_of_a_split(count):
+    """Rows lie in the order of their sources."""
+    assert spread(None, 60) == spread(100, 60) == list(range(60))
+    found = spread(count, 60)
+    assert len(set(found)) == count and found == sorted(found) and found[0] == 0
+    assert max(np.diff([*found, 60])) <= math.ceil(60 / count), "no gap is larger than another by more than a row"
+
+
 @pytest.fixture(scope="module")
 def one_document_data(tmp_path_factory):
     return make_data_set(tmp_path_factory.mktemp("one document"), packing="one_document", seq_length=64)
@@ -52,7 +61,7 @@ def one_document_data(tmp_path_factory):
 def test_padding_of_every_row_is_left_out_where_each_holds_one_document(left_out, one_document_data):
     rows = ShardReader(one_document_data / "validation")
     count = len(rows) - left_out
-    documents = [lengths[0] for lengths in rows.read(range(count)).lengths]
+    documents = [lengths[0] for lengths in rows.read(spread(count, len(rows))).lengths]
     assert min(documents) < rows.index.seq_length == max(documents)
     found = evaluate(lambda batch: (0.0, 0), rows, max_rows=count, batch_rows=3)
     assert found.tokens == found.token_counts.sum() == sum(documents)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from lfm.checkpoint import folder as checkpoint
 from lfm.checkpoint.manifest import read_manifest
 from lfm.data.consumed import read_record
 from lfm.errors import NonFiniteError, UserError
+from lfm.evaluation.held_out import HeldOut
 from lfm.inference.load import open_model
 from lfm.training.local_engine import LocalEngine
 from lfm.training.loop import train
@@ -106,6 +108,23 @@ def test_a_failed_save_is_told_within_a_step_and_made_again(background, disk, be
     path = run.folder / "checkpoints/step_00000007"
     checkpoint.verify(path, read_manifest(path))
     assert [entry.step for entry in read_record(run.folder)] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["asynchronous", "synchronous"])
+def test_a_best_state_that_could_not_be_saved_is_not_the_best(background, disk, before_step, text_data, monkeypatch):
+    planned = iter([6.0, 5.0, 3.0, 4.5, 4.4, 4.6])
+    monkeypatch.setattr(
+        "lfm.training.loop.evaluate", lambda *_, **__: HeldOut(10 * next(planned), 10, 10, np.zeros(512), True, 0.0)
+    )
+    before_step[3] = lambda _: disk.fill()
+    before_step[4] = lambda _: disk.free()
+    keys = ["validation.every_steps=1", "checkpoint.keep_best=true", "checkpoint.keep=1", "training.steps=6"]
+    keys += [f"checkpoint.asynchronous={str(background).lower()}", "checkpoint.every_steps=0"]
+    run = tiny_run(disk.folder, text_data, *keys)
+    train(run)
+    best = run.folder / "checkpoints/best"
+    assert best.resolve().name == "step_00000005"
+    assert read_manifest(best)["progress"]["best_validation"] == 4.4
 
 
 def test_a_stop_after_a_failed_save_saves(disk, before_step, text_data):

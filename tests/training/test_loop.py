@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import time
@@ -183,7 +184,7 @@ def test_the_best_checkpoint_stays_whatever_comes_after(tmp_path, text_data):
     run = tiny_run(
         tmp_path,
         text_data,
-        *("optimizer.lr=0.3", "schedule.kind=constant", "training.steps=9", "validation.every_steps=1"),
+        *("optimizer.lr=1.0", "schedule.kind=constant", "training.steps=9", "validation.every_steps=1"),
         *("checkpoint.every_steps=1", "checkpoint.keep=1", "checkpoint.keep_best=true"),
     )
     train(run)
@@ -407,3 +408,31 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(announced, small_disk
     assert left and not list(folder.glob(".writing-*"))
     for path in left:
         checkpoint.verify(path, read_manifest(path))
+
+
+def test_a_run_tells_its_highest_rate_and_a_warmup_that_does_not_end(tmp_path, text_data, capsys):
+    keys = ["training.steps=2", "optimizer.lr=0.004", "optimizer.lr_at_width=null", "schedule.warmup_steps=8"]
+    train(tiny_run(tmp_path, text_data, *keys))
+    out, err = capsys.readouterr()
+    assert "peak learning rate: 0.001" in out
+    assert (
+        err.count("the warm-up of 8 steps does not end in training.steps=2") == 1 and "reaches 25% of its peak" in err
+    )
+
+
+def test_a_run_that_goes_on_with_other_keys_says_which(tmp_path, text_data, capsys):
+    keys = ["training.steps=2", "optimizer.lr=1e-3", "checkpoint.every_steps=0"]
+    train(tiny_run(tmp_path, text_data, *keys))
+    capsys.readouterr()
+    train(tiny_run(tmp_path, text_data, *keys, "training.steps=3", "checkpoint.keep=7"))
+    assert "other keys" not in capsys.readouterr().err, "more steps are what going on is for"
+    train(tiny_run(tmp_path, text_data, *keys, "training.steps=4", "optimizer.lr=2e-3", "optimizer.weight_decay=0.5"))
+    err = capsys.readouterr().err
+    assert "this run goes on with other keys than before: optimizer.lr 0.001 -> 0.002, optimizer.weight_decay" in err
+
+
+def test_a_part_of_the_held_out_rows_is_said_to_be_one(tmp_path, text_data, capsys):
+    train(tiny_run(tmp_path, text_data, "training.steps=1", "validation.max_rows=2"))
+    assert re.search(r"validation loss .*, of 2 of \d+ rows\)", capsys.readouterr().out)
+    train(tiny_run(tmp_path / "all", text_data, "training.steps=1", "validation.max_rows=100000"))
+    assert " rows)" not in capsys.readouterr().out

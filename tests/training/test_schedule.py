@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lfm.errors import UserError
-from lfm.training.schedule import ScheduleConfig, lr_factor
+from lfm.training.schedule import ScheduleConfig, highest_factor, lr_factor
 
 
 def _curve(steps=100, **config):
@@ -30,6 +30,23 @@ def test_wsd_is_stable_and_then_falls_linearly():
 
 def test_a_warmup_longer_than_the_run_is_all_warmup():
     assert _curve(5, kind="cosine", warmup_steps=10) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "highest"),
+    [
+        ({"warmup_steps": 10}, 5, 0.5),
+        ({"warmup_steps": 10}, 10, 1.0),
+        ({"warmup_steps": 0}, 3, 0.775),
+        ({"warmup_fraction": 0.5}, 1, 1.0),
+        ({"kind": "one_cycle", "warmup_steps": 4}, 9, 1.0),
+        ({"kind": "constant", "warmup_steps": 4}, 1, 0.25),
+    ],
+)
+def test_the_highest_rate_is_that_of_the_last_warmup_step(config, steps, highest):
+    config = ScheduleConfig(**config)
+    assert highest_factor(config, steps) == pytest.approx(highest)
+    assert highest_factor(config, steps) == max(lr_factor(config, step, steps) for step in range(steps))
 
 
 def test_linear_falls_to_nothing_after_a_warmup_by_share():
