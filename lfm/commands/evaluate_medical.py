@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from lfm.commands.medical_flags import check_as_calibrated, medical_of
+from lfm.commands.medical_flags import check_as_calibrated, check_out, medical_of
 from lfm.config import Config, Count
 from lfm.errors import UserError
 from lfm.files import ready_folder, refusing, shown, write_durably
 from lfm.talk import waiting
 
 if TYPE_CHECKING:
-    from lfm.medical.questions import Question
+    from lfm.medical.questions import Part, Question
 
 
 class MedicalEvaluationConfig(Config):
@@ -49,13 +49,16 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
             f"--out {shown(flags.out)} is where another file of the report goes; give a name that ends in .json"
         )
     found = open_questions(flags.data)
-    asked: list[tuple[str, Sequence[Question]]] = []
-    for part in ("calibration", "test"):
-        asked.append((part, found.limited(part, max_rows).parts[part]))
+    tests = found.limited("test", max_rows).parts["test"]
+    shifted: Sequence[Question] = []
     if flags.shifted:
         other = open_questions(flags.shifted)
-        asked.append(("shifted", other.limited("test", max_rows).parts["test"]))
+        shifted = other.limited("test", max_rows).parts["test"]
     model, tokenizer, checkpoint = open_model(flags.checkpoint[0], device=flags.device, int8=flags.int8)
+    out = flags.out or stored.stored_at(checkpoint).with_suffix(".report.json")
+    check_out(out, [*flags.data, *(flags.shifted or [])])
+    if out.resolve() == stored.stored_at(checkpoint).resolve():
+        raise UserError(f"--out {shown(out)} is where the heads are; give another file")
     safety_threshold = medical_of(flags, checkpoint).safety_threshold
     stored.open_calibrated(checkpoint, flags.task, model.embedding.weight.dtype)  # refuses what does not fit
     record, all_heads = stored.read(checkpoint)
@@ -63,13 +66,17 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     assert calibration is not None
     # The part may have been limited, by a hash of its groups.
     limited = found.limited("calibration", calibration.data.questions)
-    if calibration.data.sha256 not in (found.digest("calibration"), limited.digest("calibration")):
+    if calibration.data.sha256 != limited.digest("calibration"):
         raise UserError(
             f"--data has another calibration part than the heads were calibrated on ({calibration.data.sha256[:8]}); "
             "give the same sets, or calibrate on these"
         )
     of_fit = record.tasks[flags.task].fit
-    check_apart(dict(asked)["test"], "test", ("fit", of_fit), ("calibration", calibration.data))
+    learnt: tuple[tuple[Part, Any], ...] = (("fit", of_fit), ("calibration", calibration.data))
+    check_apart(tests, "test", *learnt)
+    check_apart(shifted, "shifted", *learnt)
+    asked = [("calibration", limited.parts["calibration"]), ("test", tests)]
+    asked += [("shifted", shifted)] if flags.shifted else []
     predictions: list[dict[str, Any]] = []
     for part, questions in asked:
         with waiting(f"answering {len(questions):,} questions of the {part} part"):
@@ -92,9 +99,9 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     measures["cost"] = record.tasks[flags.task].cost.model_dump()
     shown_evidence = ""
     if config.evidence_questions:
-        tests = [row for row in predictions if row["part"] == "test"]
-        chosen = tests[:: max(1, len(tests) // config.evidence_questions)][: config.evidence_questions]
-        texts = asked[1][1][:: max(1, len(tests) // config.evidence_questions)][: config.evidence_questions]
+        of_tests = [row for row in predictions if row["part"] == "test"]
+        chosen = of_tests[:: max(1, len(tests) // config.evidence_questions)][: config.evidence_questions]
+        texts = tests[:: max(1, len(tests) // config.evidence_questions)][: config.evidence_questions]
         pairs = [(question.text, " " + row["answer"]) for question, row in zip(texts, chosen, strict=True)]
         try:
             with waiting("drawing evidence"):
@@ -105,7 +112,6 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
             shown_evidence = "<h2>Some questions</h2>" + "".join(evidence_html(each) for each in spans[:10])
         except UserError as error:  # a family without driven recurrences
             measures["evidence"] = {"questions": 0, "why": str(error)}
-    out = flags.out or stored.stored_at(checkpoint).with_suffix(".report.json")
     _write(out, measures, page(f"Medical mode: {shown(checkpoint)}", measures, shown_evidence), to_lines(predictions))
     print("\n".join(lines(measures)))
     print(f"{out}\n{out.with_suffix('.html')}\n{out.with_suffix('.predictions.jsonl')}")

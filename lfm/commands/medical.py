@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from lfm.commands.medical_flags import check_out
 from lfm.config import Config, Rows, add_flags, from_flags, path_flag
 from lfm.errors import UserError
 from lfm.exits import command
@@ -88,6 +89,7 @@ def _lines(flags: argparse.Namespace) -> None:
     from lfm.medical.questions import open_questions
 
     questions = open_questions(flags.data).parts["training"]
+    check_out(flags.out, flags.data)
     rows = [{"prompt": question.text, "completion": question.completion} for question in questions]
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with refusing("give another file with --out FILE"):
@@ -98,6 +100,7 @@ def _lines(flags: argparse.Namespace) -> None:
 
 def _fit(flags: argparse.Namespace) -> None:
     config = from_flags(FitConfig, flags)
+    from lfm.export.packages import require
     from lfm.files import exists
     from lfm.inference.load import open_model
     from lfm.medical import stored
@@ -105,8 +108,10 @@ def _fit(flags: argparse.Namespace) -> None:
     from lfm.medical.fitting import fit_heads, fitted
     from lfm.medical.questions import open_questions
 
+    require("safetensors.torch", purpose="storing a head", extra="medical")
     found = open_questions(flags.data).limited("fit", config.max_questions)
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
+    ready_folder(stored.stored_at(checkpoint).parent)
     dtype = stored.dtype_name(model.embedding.weight.dtype)
     questions = found.parts["fit"]
     with waiting(f"answering {len(questions):,} questions"):
@@ -124,6 +129,8 @@ def _fit(flags: argparse.Namespace) -> None:
     path = stored.write(checkpoint, tasks, {**kept, flags.task: heads}, dtype)
     of = tasks[flags.task]
     print(f"{path}: {of.fit.questions:,} questions of {', '.join(of.fit.sources)}, accuracy {of.fit.accuracy:.3f}")
+    if found.straddling:
+        print(f"left out: {found.straddling:,} questions whose group an earlier part has")
     print(f"the head has {heads['correct'].config.num_parameters:,} parameters and {of.cost.share:.2e} of the FLOPs")
     print(f"not calibrated yet: lfm medical calibrate --checkpoint {flags.checkpoint} --task {flags.task} --data DIR")
 
@@ -136,6 +143,7 @@ def _calibrate(flags: argparse.Namespace) -> None:
     from lfm.medical.calibration import check_size
     from lfm.medical.fitting import calibrated, check_apart, group_names, halves
     from lfm.medical.questions import open_questions
+    from lfm.medical.selective import percent
 
     found = open_questions(flags.data).limited("calibration", config.max_questions)
     questions = found.parts["calibration"]
@@ -163,11 +171,11 @@ def _calibrate(flags: argparse.Namespace) -> None:
     c = of_task.certificate
     print(f"{path}: {of_task.data.questions:,} questions, accuracy {of_task.data.accuracy:.3f}")
     if c.threshold is None:
-        print(f"no threshold could be certified for a risk of {c.risk:.0%}: in medical mode nothing is answered")
+        print(f"no threshold could be certified for a risk of {percent(c.risk)}: in medical mode nothing is answered")
     else:
         print(
             f"certified threshold {c.threshold:.4f}: {c.answered:,} of {c.questions:,} questions answered, {c.wrong} "
-            f"wrong; risk at most {c.risk:.0%} with confidence {1 - c.delta:.0%} for questions like these"
+            f"wrong; risk at most {percent(c.risk)} with confidence {percent(1 - c.delta)} for questions like these"
         )
 
 

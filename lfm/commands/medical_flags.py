@@ -1,9 +1,11 @@
 """`--medical` and `--safety-threshold` of commands that answer, over what the run's own configuration says."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from lfm.errors import UserError
+from lfm.files import shown
 from lfm.medical.config import MedicalConfig
 
 
@@ -33,6 +35,13 @@ def medical_of(flags: argparse.Namespace, checkpoint: Path) -> MedicalConfig:
             "it out"
         )
     return found
+
+
+def check_out(out: Path, folders: Sequence[Path]) -> None:
+    """Raise UserError where a file would be written among those that are read."""
+    for folder in folders:
+        if out.resolve().parent == folder.resolve():
+            raise UserError(f"--out {shown(out)} is among the files of {shown(folder)}; give another place")
 
 
 def check_as_calibrated(**flags: bool) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lfm.medical.selective import NO_DEVICE
+from lfm.medical.selective import NO_DEVICE, percent
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -54,7 +54,8 @@ def page(title: str, found: Mapping[str, Any], evidence: str = "") -> str:
                 _selected("applied, the stricter", found["applied_threshold"], found["at_applied_threshold"]),
             ],
         ),
-        f"<p>Certificate: risk at most {certificate['risk']:.0%} with confidence {1 - certificate['delta']:.0%}, from "
+        f"<p>Certificate: risk at most {percent(certificate['risk'])} with confidence "
+        f"{percent(1 - certificate['delta'])}, from "
         f"{certificate['questions']:,} calibration questions, one of a group: {certificate['answered']:,} answered, "
         f"{certificate['wrong']} wrong. It is of a new group's question drawn as those were.</p>",
         "<h2>How often the certificate fails</h2>",
@@ -137,9 +138,10 @@ def plots(found: Mapping[str, Any]) -> list[str]:
     # A percentile interval need not hold the estimate.
     errors = [[0.0 if v[1] is None else max(0.0, v[0] - v[1]) for v in values]]
     errors.append([0.0 if v[2] is None else max(0.0, v[2] - v[0]) for v in values])
+    left = min([0.4, *(v[0] - low for v, low in zip(values, errors[0], strict=True))])
     axes.barh(names, [v[0] for v in values], xerr=errors, color="#5b8fc7")
     axes.axvline(0.5, color="0.6", ls=":", lw=1)
-    axes.set(xlabel="AUROC of being right", xlim=(0.4, 1.0), title="Telling right from wrong")
+    axes.set(xlabel="AUROC of being right", xlim=(left, 1.0), title="Telling right from wrong")
     axes.invert_yaxis()
     figures.append(figure)
     return [_svg(figure) for figure in figures]

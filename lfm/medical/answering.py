@@ -83,11 +83,12 @@ def answer(
         if task == "choice":
             pairs = [(place, option) for place, i in enumerate(batch) for option in questions[i].options]
             ids = [encoded(option) for _, option in pairs]
-            limit, most = model.config.context_limit, len(prompts[batch[0]]) + max(map(len, ids))
+            longest, (place, _) = max(zip(map(len, ids), pairs, strict=True), key=lambda item: item[0])
+            limit, most = model.config.context_limit, len(prompts[batch[0]]) + longest
             if limit is not None and most > limit:
                 raise UserError(
-                    f"question {batch[0] + 1} has {most} tokens with its longest option and the context is {limit}; "
-                    "shorten it"
+                    f"question {batch[place] + 1} has {most} tokens with its longest option and the context is "
+                    f"{limit}; shorten it"
                 )
             sums = score_options(model, end, [place for place, _ in pairs], ids, batch_size=8 * batch_size).numpy()
             at = 0

@@ -11,7 +11,7 @@ from lfm.inference.sampling import SamplingConfig
 from lfm.inference.text import Continuation
 from lfm.medical.answering import FREE_TEXT, Answered, answer
 from lfm.medical.config import MedicalConfig
-from lfm.medical.questions import Question, Task
+from lfm.medical.questions import Question, Task, has_half_a_character
 from lfm.medical.selective import NO_DEVICE, REFERRAL, Calibrated, Decision, said
 from lfm.medical.stored import open_calibrated
 from lfm.models.language_model import LanguageModel
@@ -96,7 +96,7 @@ class MedicalMode:
     def _question(self, prompt: str, options: Sequence[str], calibrated: Calibrated) -> Question:
         check_options(options)
         prompt = calibrated.as_calibrated(prompt) if prompt.strip() else prompt
-        spaced = tuple(option if option[:1].isspace() else f" {option}" for option in options)
+        spaced = tuple(f" {option.strip()}" for option in options)  # as those of the calibration
         # The right one is not known: whether it was right is not looked at.
         return Question(prompt, spaced or ("",), 0, group="", source="", specialty="", kind="")
 
@@ -105,6 +105,8 @@ def check_options(options: Sequence[str]) -> None:
     """Raise UserError for options of which none can be chosen from others."""
     if any(not option.strip() for option in options):
         raise UserError("an option is empty; give each a text")
+    if broken := [option for option in options if has_half_a_character(option)]:
+        raise UserError(f"option {broken[0]!r} has half a character, which is no text; give it another")
     different = {option.strip() for option in options}
     if options and len(different) < 2:
         raise UserError(f"options {', '.join(map(repr, options))} leave nothing to choose; give two or more")

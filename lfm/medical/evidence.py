@@ -155,6 +155,8 @@ def faithful(model: LanguageModel, tokenizer: Tokenizer, found: Sequence[Evidenc
     With p the answer's probability, as its geometric mean over tokens: comprehensiveness is what p loses when the top
     spans are deleted, so more is better; sufficiency what it loses when they alone are kept, so less is better.
     """
+    if not found:
+        return
     texts: list[str] = []
     answers: list[str] = []
     for each in found:

@@ -116,7 +116,7 @@ def data_of(part: Part, found: QuestionSet, right: np.ndarray) -> Data:
     )
 
 
-def check_apart(questions: Sequence[Question], part: Part, *others: tuple[Part, Data]) -> None:
+def check_apart(questions: Sequence[Question], part: str, *others: tuple[Part, Data]) -> None:
     """Raises UserError where questions are of groups that something was learnt from, of which it knows the answers.
 
     One preparation of a set keeps its parts apart; two do not.
@@ -159,10 +159,13 @@ def form_of(questions: Sequence[Question], *, has_options: bool) -> Form:
     for question in questions if has_options else ():
         by_source.setdefault(question.source, set()).add(question.options)
     shared = [sorted(option.strip() for option in next(iter(of))) for of in by_source.values() if len(of) == 1]
+    counts = [len(question.options) if has_options else 0 for question in questions]
     endings = {question.text.rpartition("\n")[2].strip() if "\n" in question.text else "" for question in questions}
     return Form(
         options=shared,
         has_others=not has_options or len(shared) < len(by_source),
+        fewest_options=min(counts),
+        most_options=max(counts),
         endings=sorted(endings) if len(endings) <= _MOST_ENDINGS and "" not in endings else [],
     )
 

@@ -25,6 +25,8 @@ _ROUNDS, _PATIENCE, _LEAST_STEPS = 100, 8, 40
 _LEAST_GAIN = 1e-4
 """Of the held-out loss, in nats: less does not count as better."""
 _HELD_OUT = 0.2
+_MARGIN = 0.1
+"""Beyond the numbers of the fitted answers, of their range: there is always one that is a little less likely."""
 _THREADS = 4
 """Its products are small: more threads wait for each other, and next to other work for minutes."""
 
@@ -88,6 +90,34 @@ class UncertaintyHead(nn.Module):
         for name, shape in shapes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(shape))
             self.register_buffer(f"{name}_scale", torch.ones(shape))
+        bounds = {"least": -torch.inf, "most": torch.inf}
+        for name, bound in bounds.items():
+            self.register_buffer(f"scalars_{name}", torch.full((len(SCALARS),), bound))
+        self.register_buffer("lowest", torch.tensor(torch.inf))
+
+    @torch.no_grad()
+    def bound(self, features: Features) -> None:
+        """Remember what numbers the fitted answers had: of less likely ones nothing was learnt, and a network says of
+        them whatever its slopes come to."""
+        scalars = self._values(features, "scalars")
+        least, most = scalars.amin(0), scalars.amax(0)
+        self.get_buffer("scalars_least").copy_(least - _MARGIN * (most - least))
+        self.get_buffer("scalars_most").copy_(most + _MARGIN * (most - least))
+        self.get_buffer("lowest").copy_(self.eval()(features).amin())
+
+    def reads(self, features: Features) -> bool:
+        """Whether it was made for features of these sizes."""
+        c = self.config
+        of_liquid = features.liquid.shape[1:]
+        return features.hidden.shape[1] == c.hidden_size and (
+            not c.num_liquid or tuple(of_liquid) == (c.num_liquid, c.liquid_size)
+        )
+
+    def outside(self, features: Features) -> Tensor:
+        """Whether an answer is far less likely, or its entropy higher, than of any that was fitted; bool `[n]`."""
+        scalars = self._values(features, "scalars")
+        unlikely = (scalars[:, :2] < self.get_buffer("scalars_least")[:2]).any(1)
+        return unlikely | (scalars[:, 2] > self.get_buffer("scalars_most")[2])
 
     def standardise(self, features: Features) -> None:
         """Take means and standard deviations of the inputs from these."""
@@ -103,6 +133,8 @@ class UncertaintyHead(nn.Module):
 
     def _standard(self, features: Features, name: str) -> Tensor:
         values = self._values(features, name)
+        if name == "scalars":
+            values = values.clamp(self.get_buffer("scalars_least"), self.get_buffer("scalars_most"))
         # A number that no fitted example came near must not decide alone.
         return ((values - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_scale")).clamp(-8, 8)
 
@@ -125,9 +157,10 @@ class UncertaintyHead(nn.Module):
 
     @torch.no_grad()
     def logits(self, features: Features) -> np.ndarray:
-        """float64 `[n]`."""
+        """float64 `[n]`; of answers `outside` none is above the lowest that was fitted."""
         self.eval()
-        return self(features).double().numpy()
+        found = self(features)
+        return torch.where(self.outside(features), found.clamp_max(self.get_buffer("lowest")), found).double().numpy()
 
 
 def config_for(features: Features, *, with_liquid: bool = True) -> HeadConfig:
@@ -170,6 +203,7 @@ def fit(
         for count, rate in ((1, _SCALARS_RATE), (2, _RATE), (3, _RATE)):
             if count < 3 or config.num_liquid:
                 _learn(head, PARTS[:count], rate, inside, labels, outside, outside_labels)
+        head.bound(features)
     return head.eval()
 
 

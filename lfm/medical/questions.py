@@ -82,14 +82,19 @@ def open_questions(folders: Sequence[Path]) -> QuestionSet:
     Raises UserError, naming file and line, for what is none of them, and for a set of which no question is left.
     """
     parts: dict[Part, list[Question]] = {part: [] for part in PARTS}
-    known: set[Path] = set()
-    for folder in folders:
-        if folder.resolve() in known:
+    known: dict[str, Path] = {}
+    for number, folder in enumerate(folders):
+        if folder.resolve() in [other.resolve() for other in folders[:number]]:
             raise UserError(f"{shown(folder)} is given twice, and each question would count twice; name it once")
-        known.add(folder.resolve())
         found = _read_folder(folder)
         if not any(found.values()):
             raise UserError(f"{shown(folder)} holds no question; give a folder with some")
+        of_all = " ".join(QuestionSet(found).digest(part) for part in PARTS)
+        if of_all in known:
+            raise UserError(
+                f"{shown(folder)} has the questions of {shown(known[of_all])}, and each would count twice; name one"
+            )
+        known[of_all] = folder
         for part, questions in found.items():
             parts[part] += questions
     return _without_straddling(parts)
@@ -163,7 +168,7 @@ def _labelled(folder: Path) -> dict[Part, list[Question]]:
         if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
             raise ValueError
         kind = json.loads(read_file(folder / "report.json"))["config"]["source"]["kind"]
-        if not isinstance(kind, str) or not _are_options(labels):
+        if not isinstance(kind, str) or not _are_options(labels) or has_half_a_character("".join([kind, *labels])):
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(
@@ -213,8 +218,9 @@ def _medmcqa(folder: Path) -> dict[Part, list[Question]]:
             if type(right) is not int or not 1 <= right <= 4:
                 raise UserError(f"{place} has cop={right!r}; the right option is 1, 2, 3 or 4")
             options = [_text(row, f"op{letter}", place) for letter in "abcd"]
-            specialty, kind = row.get("subject_name") or "unknown", row.get("choice_type") or "single"
-            questions.append(_asked(place, "medmcqa", asked, options, right - 1, str(specialty), str(kind)))
+            subject = _whole(str(row.get("subject_name") or "unknown"), "subject_name", place)
+            kind = _whole(str(row.get("choice_type") or "single"), "choice_type", place)
+            questions.append(_asked(place, "medmcqa", asked, options, right - 1, subject, kind))
         return questions
 
     return _of_files({folder / "train.json": _TRAINING, folder / "dev.json": _TEST}, read)
@@ -229,6 +235,8 @@ def _medqa(folder: Path) -> dict[Part, list[Question]]:
             options, right = row.get("options"), row.get("answer_idx")
             if not isinstance(options, dict) or not all(isinstance(option, str) for option in options.values()):
                 raise UserError(f"{place} has no texts under options, by letter")
+            for letter, option in options.items():
+                _whole(letter + option, "options", place)
             if not isinstance(right, str) or right not in options:
                 raise UserError(f"{place} has answer_idx={right!r}, which is none of its options {', '.join(options)}")
             answer = row.get("answer")
@@ -237,14 +245,21 @@ def _medqa(folder: Path) -> dict[Part, list[Question]]:
                     f"{place} has answer={answer!r}, and option {right} of its answer_idx is {options[right]!r}; "
                     "leave the question out"
                 )
-            asked, step = _text(row, "question", place), row.get("meta_info") or "unknown"
+            asked = _text(row, "question", place)
+            step = _whole(str(row.get("meta_info") or "unknown"), "meta_info", place)
             questions.append(
-                _asked(place, "medqa", asked, list(options.values()), list(options).index(right), str(step), "case")
+                _asked(place, "medqa", asked, list(options.values()), list(options).index(right), step, "case")
             )
         return questions
 
     files = {"train": _TRAINING, "dev": _HELD_OUT, "test": _TEST}
     paths = {name: sorted(folder.glob(f"*{name}.jsonl")) for name in files}
+    for name, found in paths.items():
+        if len(found) > 1:
+            raise UserError(
+                f"{shown(folder)} has {len(found)} files *{name}.jsonl ({', '.join(path.name for path in found)}); "
+                "leave one"
+            )
     return _of_files({paths[name][0]: bounds for name, bounds in files.items() if paths[name]}, read)
 
 
@@ -259,7 +274,8 @@ def _pubmedqa(folder: Path) -> dict[Part, list[Question]]:
         raise UserError(f"{shown(path)} is no JSON object of abstracts by number; fetch it again") from None
     questions = []
     for number, row in items:
-        place = f"entry {number} of {shown(path)}"
+        place = f"entry {number if number.isprintable() else repr(number)} of {shown(path)}"
+        _whole(number, "its number", place)
         if not isinstance(row, dict) or not isinstance(row.get("CONTEXTS"), list):
             raise UserError(f"{place} has no list under CONTEXTS")
         asked, right = _text(row, "QUESTION", place), row.get("final_decision")
@@ -267,7 +283,7 @@ def _pubmedqa(folder: Path) -> dict[Part, list[Question]]:
             raise UserError(f"{place} has final_decision={right!r}; it is yes, no or maybe")
         if not all(isinstance(part, str) for part in row["CONTEXTS"]):
             raise UserError(f"{place} has something else than texts under CONTEXTS")
-        context = " ".join(row["CONTEXTS"])
+        context = _whole(" ".join(row["CONTEXTS"]), "CONTEXTS", place)
         made = _asked(
             place, "pubmedqa", f"{context}\n{asked}", answers, answers.index(right), "research", "yes/no/maybe"
         )
@@ -308,7 +324,7 @@ def _asked(
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of JSON lines, and what to call each in an error."""
-    for number, line in enumerate(read_file(path).splitlines(), start=1):
+    for number, line in enumerate(read_file(path).rstrip().splitlines(), start=1):
         place = f"line {number} of {shown(path)}"
         try:
             row = json.loads(line)
@@ -323,6 +339,15 @@ def _text(row: Mapping[str, Any], key: str, place: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{place} has no text under {key}; fetch or prepare the set again")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    return _whole(value, key, place).strip()
+
+
+def _whole(value: str, key: str, place: str) -> str:
+    if has_half_a_character(value):
         raise UserError(f"{place} has half a character under {key}, which is no text; fetch or prepare the set again")
-    return value.strip()
+    return value
+
+
+def has_half_a_character(text: str) -> bool:
+    """Which JSON can hold and UTF-8 cannot."""
+    return any("\ud800" <= character <= "\udfff" for character in text)

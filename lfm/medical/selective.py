@@ -1,12 +1,13 @@
 """To answer with a probability, or to abstain with a reason and a referral."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lfm.errors import NonFiniteError
+from lfm.errors import NonFiniteError, UserError
 from lfm.medical.calibration import Certificate, Scaling
 from lfm.medical.config import MedicalConfig
 from lfm.medical.features import Features
@@ -65,6 +66,10 @@ class Calibrated:
         form = self.form
         if options and not form.has_others and sorted(option.strip() for option in options) not in form.options:
             return "its options are none that were calibrated; give all of those"
+        if options and form.most_options and not form.fewest_options <= len(options) <= form.most_options:
+            fewest, most = form.fewest_options, form.most_options
+            calibrated = str(most) if fewest == most else f"{fewest} to {most}"
+            return f"it has {len(options)} options, and questions of the calibration have {calibrated}"
         if form.endings and not _ends(prompt, form.endings):
             return (
                 f"it does not end as questions of the calibration do, in a line {' or '.join(map(repr, form.endings))}"
@@ -85,19 +90,33 @@ class Calibrated:
         for features in (question, answer):
             if not all(torch.isfinite(part).all() for part in (features.hidden, features.liquid, features.scalars)):
                 raise NonFiniteError("the model's hidden states are not finite, and no answer can be judged by them")
-        given = zip(self.probabilities(answer), self.known_probabilities(question), strict=True)
-        return [self._decide(float(p), None if known is None else float(known), medical) for p, known in given]
+        for head, features in ((self.head, answer), (self.known_head, question)):
+            if head is not None and not head.reads(features):
+                raise UserError("the stored head reads states of other sizes than this model has; fit it again")
+        given, known = self.probabilities(answer), self.known_probabilities(question)
+        if not all(math.isfinite(p) for p in given):
+            raise NonFiniteError("the head's probabilities are not finite, and no answer can be judged by them")
+        outside = self.head.outside(answer)
+        return [
+            self._decide(float(p), None if k is None else float(k), medical, is_outside=bool(o))
+            for p, k, o in zip(given, known, outside, strict=True)
+        ]
 
-    def _decide(self, probability: float, known: float | None, medical: MedicalConfig) -> Decision:
+    def _decide(self, probability: float, known: float | None, medical: MedicalConfig, *, is_outside: bool) -> Decision:
         certified, asked = self.certificate.threshold, medical.safety_threshold
         threshold = None if certified is None else max(certified, asked)
-        answered = threshold is not None and probability >= threshold
+        answered = threshold is not None and probability >= threshold and not is_outside
         reason = ""
         if threshold is None:
-            reason = f"no threshold could be certified for a risk of {self.certificate.risk:.0%}"
+            reason = f"no threshold could be certified for a risk of {percent(self.certificate.risk)}"
+        elif is_outside:
+            reason = "the model finds it less likely than all answers that the head was fitted on"
         elif not answered:
             which = "certified" if certified is not None and certified > asked else "safety"
-            reason = f"the probability of being right is {probability:.2f}, below the {which} threshold {threshold:.2f}"
+            reason = (
+                f"the probability of being right is {_at_least(probability)}, below the {which} threshold "
+                f"{_at_most(threshold)}"
+            )
         return Decision(answered, probability, known, threshold, asked, certified, reason)
 
     def words(self, medical: MedicalConfig) -> list[str]:
@@ -106,9 +125,24 @@ class Calibrated:
         certified = "none: nothing is answered" if c.threshold is None else f"{c.threshold:.3f}"
         return [
             f"medical mode: safety threshold {medical.safety_threshold:g}, certified threshold {certified} (risk at "
-            f"most {c.risk:.0%} with confidence {1 - c.delta:.0%}, on {c.questions:,} questions); the stricter applies",
+            f"most {percent(c.risk)} with confidence {percent(1 - c.delta)}, on {c.questions:,} questions); the "
+            "stricter applies",
             f"calibrated on {self.calibrated_on}. {NO_DEVICE}",
         ]
+
+
+def percent(share: float) -> str:
+    """Not rounded to what it is not."""
+    return f"{100 * share:.10g}%"
+
+
+def _at_least(share: float) -> str:
+    """Two digits, rounded down: 1.00 is said of nothing."""
+    return f"{min(99, math.floor(100 * share + 1e-9)) / 100:.2f}"
+
+
+def _at_most(share: float) -> str:
+    return f"{math.ceil(100 * share - 1e-9) / 100:.2f}"
 
 
 def _ends(prompt: str, endings: Sequence[str]) -> bool:
@@ -118,5 +152,5 @@ def _ends(prompt: str, endings: Sequence[str]) -> bool:
 def said(answer: str, decision: Decision) -> str:
     """What is shown for an answer."""
     if decision.answered:
-        return f"{answer} [probability of being right {decision.probability:.2f}]"
+        return f"{answer} [probability of being right {_at_least(decision.probability)}]"
     return f"{REFERRAL} ({decision.reason})"

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationError, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from lfm.checkpoint.manifest import MANIFEST_NAME
 from lfm.errors import UserError
 from lfm.export.packages import require
 from lfm.files import exists, json_checksum, read_file, ready_folder, shown, write_durably
-from lfm.medical.calibration import Certificate, Scaling
+from lfm.medical.calibration import Certificate, Scaling, binomial_tail
 from lfm.medical.head import HeadConfig, UncertaintyHead
 from lfm.medical.questions import Task
 from lfm.medical.selective import Calibrated
@@ -53,7 +54,7 @@ class Data(_Part):
     """Of the groups' names, 8 bytes each, sorted, as base64: other questions are not to be of these groups."""
 
     def shared_with(self, names: Iterable[str]) -> list[str]:
-        """Those of these groups that are among its own, sorted."""
+        """Those of these names that are among its own, sorted."""
         own = base64.b64decode(self.group_hashes)
         known = {own[i : i + _HASH_BYTES] for i in range(0, len(own), _HASH_BYTES)}
         return sorted(name for name in set(names) if group_hash(name) in known)
@@ -74,6 +75,15 @@ class StoredCertificate(_Part):
     answered: Count
     wrong: Count
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """What its counts do not certify is none, whoever wrote it."""
+        if not self.wrong <= self.answered <= self.questions:
+            raise ValueError("its counts contradict each other")
+        if self.threshold is not None and binomial_tail(self.wrong, self.answered, self.risk) > self.delta:
+            raise ValueError("its counts do not certify it")
+        return self
+
 
 class Form(_Part):
     """How the questions of a calibration were asked."""
@@ -84,6 +94,8 @@ class Form(_Part):
     """Whether there are questions with options of their own, or free answers."""
     endings: list[str] = []
     """Last lines of the questions, where they are few; none: they are not."""
+    fewest_options: Count = 0
+    most_options: Count = 0
 
 
 class StoredScaling(_Part):

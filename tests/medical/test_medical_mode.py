@@ -14,15 +14,18 @@ import torch
 from lfm import load
 from lfm.commands import chat, evaluate, generate, medical, serve
 from lfm.errors import UserError
-from lfm.evaluation.medical_predictions import from_lines
+from lfm.evaluation.medical_predictions import faithfulness, from_lines
 from lfm.inference.load import open_model
-from lfm.medical.answering import answer
+from lfm.medical.answering import answer, prompt_ids
 from lfm.medical.asking import MedicalMode
 from lfm.medical.config import MedicalConfig
+from lfm.medical.evidence import evidence
+from lfm.medical.features import read_answers
 from lfm.medical.fitting import check_apart, data_of
 from lfm.medical.questions import open_questions
-from lfm.medical.selective import NO_DEVICE, REFERRAL
-from lfm.medical.stored import Form, stored_at
+from lfm.medical.selective import NO_DEVICE, REFERRAL, Decision
+from lfm.medical.selective import said as shown_answer
+from lfm.medical.stored import Form, open_calibrated, stored_at
 from lfm.serving.served import open_served
 from tests.medical import sets
 from tests.serving.local_server import post, running
@@ -487,3 +490,81 @@ def test_a_question_without_room_for_its_options_is_refused(calibrated, said):
     long = "clot " * 200
     code, _, err = said(generate, "--checkpoint", calibrated, "--medical", "--prompt", long, *OPTIONS, *CPU)
     assert code == 2 and "the context is 64" in err
+
+
+@pytest.mark.parametrize("blank", ["{} ", "  {}", "{}\r", "{}\n", "\t{}", "{}\u3000", "{}\x85"], ids=ascii)
+def test_blanks_around_options_change_nothing(blank, calibrated):
+    """Other texts than those that were calibrated would be other options."""
+    mode = MedicalMode(*open_model(calibrated, device="cpu"), MedicalConfig(mode=True), {"choice"})
+    options = [label.strip() for label in sets.LABELS]
+    plain, blanks = mode.ask([CLEAR] * 2, [options, [blank.format(option) for option in options]])
+    assert (plain.answer, plain.decision) == (blanks.answer, blanks.decision) and plain.answer is not None
+
+
+def test_the_least_likely_answer_is_given_by_no_head(calibrated, trained):
+    """A wrong answer of which the model is sure that it is wrong."""
+    model, tokenizer, checkpoint = open_model(calibrated, device="cpu")
+    questions = open_questions([trained.data]).parts["test"][:60]
+    answered = answer(model, tokenizer, questions, "choice")
+    worst = [q.options[int(o.argmin())] for q, o in zip(questions, answered.options, strict=True)]
+    prompts = prompt_ids(model, tokenizer, [q.text for q in questions])
+    _, of_worst = read_answers(model, prompts, [tokenizer.encode(text) for text in worst], batch_size=32)
+    calibrated_heads = open_calibrated(checkpoint, "choice", model.embedding.weight.dtype)
+    decisions = calibrated_heads.decide(answered.question, of_worst, MedicalConfig(mode=True, safety_threshold=0.5))
+    assert not any(decision.answered for decision in decisions)
+    assert sum("less likely than all" in decision.reason for decision in decisions) > 50
+
+
+def test_as_many_options_as_were_calibrated(calibrated):
+    mode = MedicalMode(*open_model(calibrated, device="cpu"), MedicalConfig(mode=True), {"choice"})
+    form = Form(has_others=True, fewest_options=3, most_options=4)
+    judge = dataclasses.replace(mode.calibrated["choice"], form=form)
+    assert judge.other_form("q", ["a", "b"]) == "it has 2 options, and questions of the calibration have 3 to 4"
+    assert judge.other_form("q", ["a", "b", "c"]) is None
+
+
+@pytest.mark.parametrize(
+    ("risk", "delta", "words"), [(0.2549, 0.0049, "25.49% with confidence 99.51%"), (0.004, 1e-3, "0.4% with")]
+)
+def test_no_number_is_rounded_to_a_safer_one(risk, delta, words, calibrated):
+    mode = MedicalMode(*open_model(calibrated, device="cpu"), MedicalConfig(mode=True), {"choice"})
+    judge = mode.calibrated["choice"]
+    of = dataclasses.replace(judge, certificate=dataclasses.replace(judge.certificate, risk=risk, delta=delta))
+    assert f"risk at most {words}" in of.words(mode.medical)[0]
+    sure = Decision(True, 0.99999, None, 0.85, 0.85, None, "")
+    assert shown_answer("x", sure) == "x [probability of being right 0.99]"
+
+
+def test_one_word_has_no_evidence_and_is_no_error(calibrated, said, tmp_path):
+    code, out, _ = said(medical, "evidence", "--checkpoint", calibrated, "--prompt", "clot", *OPTIONS, *CPU)
+    assert code == 0 and "1 prompts are one word" in out
+    model, tokenizer, _ = open_model(calibrated, device="cpu")
+    assert evidence(model, tokenizer, [("clot", " blood")]) == []
+    assert faithfulness([]) == {"questions": 0}
+
+
+@pytest.mark.parametrize("certificate", [{"answered": 3, "wrong": 4}, {"answered": 0, "wrong": 0}])
+def test_counts_that_do_not_certify_are_no_certificate(certificate, calibrated, said, tmp_path):
+    from lfm.files import json_checksum
+
+    run = run_of(type("T", (), {"run": calibrated}), tmp_path)
+    path = stored_at(run / "checkpoints/step_00000100")
+    tree = json.loads(path.read_bytes())
+    tree["tasks"]["choice"]["calibration"]["certificate"] |= certificate
+    tree["checksum"] = json_checksum(tree)
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    code, out, err = said(generate, "--checkpoint", run, "--medical", "--prompt", CLEAR, *OPTIONS, *CPU)
+    assert (code, out) == (2, "") and "is no record of a head" in err and err.count("\n") == 1
+
+
+def test_nothing_that_is_read_is_written_over(calibrated, trained, said):
+    place = trained.data / "train.jsonl"
+    before = place.read_bytes()
+    code, _, err = said(medical, "lines", "--data", trained.data, "--out", place)
+    assert code == 2 and "is among the files of" in err and place.read_bytes() == before
+    of = ("--checkpoint", calibrated, "--medical", "--data", trained.data, *CPU)
+    heads = stored_at(calibrated / "checkpoints/step_00000100")
+    for out, words in ((trained.data / "labels.json", "is among the files of"), (heads, "is where the heads are")):
+        before = out.read_bytes()
+        code, _, err = said(evaluate, *of, "--out", out)
+        assert code == 2 and words in err and out.read_bytes() == before

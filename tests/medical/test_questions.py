@@ -1,6 +1,7 @@
 """Sets of questions in their published formats, and parts that share no group."""
 
 import json
+import shutil
 
 import pytest
 
@@ -139,6 +140,29 @@ BAD = {
         lambda f: sets.lines(f / "test.jsonl", [{"text": "x", "label": "bone", "group": "\ud800"}]),
         "line 1 of .*test.jsonl has half a character under group",
     ),
+    "half_a_character_in_a_subject": (
+        sets.medmcqa,
+        lambda f: change(f, "dev.json", '"subject_name": "Anatomy"', '"subject_name": "\\ud800"'),
+        "line 1 of .*dev.json has half a character under subject_name",
+    ),
+    "half_a_character_in_an_option": (
+        sets.medqa,
+        lambda f: sets.lines(
+            f / "phrases_no_exclude_test.jsonl",
+            [{"question": "q", "options": {"A": "\ud800", "B": "x"}, "answer_idx": "B"}],
+        ),
+        "line 1 of .* has half a character under options",
+    ),
+    "half_a_character_in_a_context": (
+        sets.pubmedqa,
+        lambda f: change(f, "ori_pqal.json", '"CONTEXTS": ["', '"CONTEXTS": ["\\ud800'),
+        "has half a character under CONTEXTS",
+    ),
+    "two_files_of_a_part": (
+        sets.medqa,
+        lambda f: (f / "another_train.jsonl").write_text("{}\n"),
+        r"has 2 files \*train.jsonl \(another_train.jsonl, phrases_no_exclude_train.jsonl\); leave one",
+    ),
     "contexts_of_others": (
         sets.pubmedqa,
         lambda f: change(f, "ori_pqal.json", '"CONTEXTS": [', '"CONTEXTS": [null, '),
@@ -157,6 +181,21 @@ def test_a_damaged_set_is_one_sentence(case, tmp_path):
     with pytest.raises(UserError, match=words) as found:
         open_questions([folder])
     assert "\n" not in str(found.value)
+
+
+def test_a_copy_of_a_folder_is_refused(tmp_path):
+    one = sets.medmcqa(tmp_path / "one")
+    shutil.copytree(one, tmp_path / "two")
+    with pytest.raises(UserError, match=r"two has the questions of .*one, and each would count twice; name one$"):
+        open_questions([one, tmp_path / "two"])
+
+
+def test_empty_lines_at_the_end_of_a_set_are_none(tmp_path):
+    folder = sets.medmcqa(tmp_path / "set")
+    before = open_questions([folder]).digest("test")
+    with open(folder / "dev.json", "a", encoding="utf-8") as file:
+        file.write("\n \n")
+    assert open_questions([folder]).digest("test") == before
 
 
 def test_a_folder_that_is_given_twice_is_refused(tmp_path):

@@ -120,3 +120,22 @@ def test_recurrent_states_are_found_and_caches_are_none():
     found = recurrent_states(LiquidLMState(torch.ones(2, 4, 5), torch.zeros(2, 4, 5), torch.ones(2).long()))
     assert found is not None and found.shape == (2, 4, 5) and found.eq(1).all(), "cells are left out"
     assert recurrent_states(LFMState(torch.ones(2).long(), [], {})) is None
+
+
+def test_what_is_far_less_likely_than_all_it_was_fitted_on_is_never_surer():
+    """Among likely answers the less likely ones are right here: a slope that must not be followed further."""
+    n, draws = 600, np.random.Generator(np.random.PCG64(0))
+    of = features(n)
+    logs = draws.uniform(-1.0, -0.1, n)
+    of.scalars[:, 0] = of.scalars[:, 1] = torch.from_numpy(logs).float()
+    of.scalars[:, 2] = 0.5
+    head = fit(of, logs < -0.5, groups(n), CONFIG)
+    least = float(head.logits(of).min())
+    far = Features(of.hidden, of.liquid, of.scalars.clone())
+    for value in (-3.0, -10.0, -100.0):
+        far.scalars[:, 0] = far.scalars[:, 1] = value
+        assert head.outside(far).all() and (head.logits(far) <= least).all()
+    wide = Features(of.hidden, of.liquid, of.scalars.clone())
+    wide.scalars[:, 2] = 5.0
+    assert head.outside(wide).all() and (head.logits(wide) <= least).all()
+    assert not head.outside(of).any()
