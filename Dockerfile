@@ -23,7 +23,8 @@ RUN apt-get update \
 WORKDIR /home/lfm/lfm
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 
-# Dependencies alone, of a package without code, in a layer that only other versions make anew.  torch is named so that its exact build is taken;
+# Dependencies alone, of a package without code, in a layer that only other versions make anew.  torch is named so that
+# its exact build is taken.  The package itself goes again: the project's files come by a path, its command by a script.
 ARG CONSTRAINTS=gpu
 ARG GPU_EXTRAS=,cuda,flash-attn
 COPY pyproject.toml ./
@@ -33,13 +34,14 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && torch=$(grep -i '^torch==' "constraints/$CONSTRAINTS.txt") \
     && mkdir lfm data_pipeline configs && echo '__version__ = "0"' >lfm/__init__.py && touch README.md LICENSE \
     && pip install --no-cache-dir --disable-pip-version-check --constraint "constraints/$CONSTRAINTS.txt" \
-        "$torch" ".[parallel,datasets,fast-tokenizer,dedup,wandb,remote$GPU_EXTRAS]" \
+        "$torch" ".[parallel,datasets,fast-tokenizer,dedup,wandb,remote,hf,serve,medical$GPU_EXTRAS]" \
     && pip uninstall --yes lfm-training \
     && rm -rf lfm data_pipeline configs README.md LICENSE
 
 # The project's own files by a path, not a copy: a checkout on PYTHONPATH goes before it.
 COPY --chown=lfm:lfm . .
-RUN pwd >"$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lfm.pth"
+RUN pwd >"$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lfm.pth" \
+    && printf '#!/bin/sh\nexec python -m lfm "$@"\n' >/opt/venv/bin/lfm && chmod +x /opt/venv/bin/lfm
 
 USER 10001
 CMD ["python", "launch/pretrain.py", "--help"]

@@ -135,12 +135,18 @@ def _scaling(four: dict, cpus: dict) -> list[str]:
     best = max(layouts, key=lambda row: row["tokens_per_second_per_gpu"])
     slow, fast = best["range"]
     where = _where(four).replace("one NVIDIA", "four NVIDIA")
+    newer_one, newer = load("model_four_gpus")["layouts"]
+    rate, of_one = newer["tokens_per_second_per_gpu"], newer_one["tokens_per_second_per_gpu"]
     lines = [
-        f"| LFM-3B on four GPUs, best of {len(layouts)} layouts ([scaling](docs/scaling.md)): {best['layout']}, "
+        f"| LFM-3B on four GPUs ([scaling](docs/scaling.md)): {newer['layout']}, {newer['tokens_per_step']:,} tokens a "
+        f"step | {rate:,.0f} tokens/s per GPU ({newer['range'][0]:,.0f} to {newer['range'][1]:,.0f}), "
+        f"{rate / of_one:.1%} of one GPU's {of_one:,.0f} | "
+        f"{_where(load('model_four_gpus')).replace('one NVIDIA', 'four NVIDIA')} |",
+        f"| the same before the kernels, best of {len(layouts)} layouts: {best['layout']}, "
         f"{best['tokens_per_step']:,} tokens a step | {best['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU "
         f"({slow:,.0f} to {fast:,.0f}), {best['tokens_per_second_per_gpu'] / one['tokens_per_second_per_gpu']:.0%} of "
         f"one GPU's {one['tokens_per_second_per_gpu']:,.0f}; MFU {best['mfu_attended']:.1%} attended, peak "
-        f"{max(best['peak_memory_gib']):.1f} GiB | {where} |"
+        f"{max(best['peak_memory_gib']):.1f} GiB | {where} |",
     ]
     moved = four["checkpoint_moved"]["losses"]
     saved, *continued = moved

@@ -79,6 +79,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
                 error = UserError(f"the standard output cannot be written ({lost.strerror}); give it another place")
             told = error and explained(error)
             if told:
+                if os.environ.get("LFM_TRACEBACK") and error is not None:
+                    warn("".join(traceback.format_exception(error)).rstrip())
                 warn(told[0])
                 sys.exit(told[1])
         if error is not None:

@@ -136,3 +136,14 @@ def test_the_help_that_is_shown_is_the_help():
 
 def test_there_are_snippets_to_run():
     assert {page.name for page in WITH_SNIPPETS} >= {"README.md", "library.md"}
+
+
+def test_the_tree_of_the_readme_has_every_package_kernel_and_command():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The tree")[2].partition("```\n")[2]
+    tree = tree.partition("```")[0]
+    packages = [path.parent for path in (ROOT / "lfm").glob("*/__init__.py")]
+    kernels = [path.parent for path in (ROOT / "lfm/kernels").glob("*/__init__.py")]
+    commands = [path for path in (ROOT / "launch").glob("*.py") if path.name != "__init__.py"]
+    assert [path.name for path in packages if path.name != "kernels" and f"lfm/{path.name}/" not in tree] == []
+    assert [path.name for path in kernels if f"{path.name}/" not in tree] == []
+    assert [path.name for path in commands if path.name not in tree] == []

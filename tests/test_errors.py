@@ -36,3 +36,12 @@ def test_a_bug_keeps_its_traceback(capsys):
     with pytest.raises(ZeroDivisionError):
         command(lambda: 1 / 0)()
     assert capsys.readouterr().err == ""
+
+
+def test_where_an_error_comes_from_is_told_to_who_asks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LFM_TRACEBACK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        command(tmp_path.read_bytes)()
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in said and "IsADirectoryError" in said
+    assert said.splitlines()[-1] == f"error: {tmp_path}: Is a directory"

@@ -1,5 +1,8 @@
 """What a run saves, and where it starts from."""
 
+from pydantic import model_validator
+from typing_extensions import Self
+
 from lfm.config import Config, Count, CountOrZero, PathText
 
 
@@ -15,6 +18,17 @@ class CheckpointConfig(Config):
     """Save after each validation with the lowest loss so far, and keep that checkpoint too: checkpoints/best."""
     resume: PathText = "auto"
     """auto: go on from the run's newest checkpoint, if any; never: refuse a run folder that has one; or a path."""
+    skip_rows: CountOrZero = 0
+    """Of resume=PATH: so many of the next rows of the data order are passed over, such as those of a spike."""
     init_from: PathText | None = None
     """Run or checkpoint, or hf://USER/NAME, whose weights alone start this run (continued pre-training); optimizer and
     data start anew."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.skip_rows and self.resume in ("auto", "never"):
+            raise ValueError(
+                f"skip_rows={self.skip_rows} is of the checkpoint that a run goes back to, and resume={self.resume} "
+                "names none; set resume=PATH"
+            )
+        return self

@@ -392,9 +392,5 @@ def _curve(p: np.ndarray, right: np.ndarray, points: int = 200) -> list[tuple[fl
     return [(float(found.coverage[i]), float(found.risk[i])) for i in places]
 
 
-def _bins(p: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
-    return [bin._asdict() for bin in equal_mass_bins(p, right)]
-
-
 def _plain(found: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
     return {name: {key: list(estimate) for key, estimate in of.items()} for name, of in found.items()}

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lfm.kernels.recording import capturing
 from lfm.layers.attention import SlotCache
 from lfm.models.decoder import Decoder
 from lfm.models.language_model import LanguageModel
@@ -197,7 +198,7 @@ class Rows:
 
     def _record(self, compute: Callable[[], Tensor]) -> tuple[Any, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with capturing(graph, pool=self._pool, stream=self._stream):
             logits = compute()
         self._pool = graph.pool()
         return graph, logits

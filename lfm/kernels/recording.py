@@ -4,9 +4,12 @@ An op that must know whether its result is good enough leaves that to whoever re
 is not.
 """
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
 
 # Of the process and not of a thread: a backward pass runs in threads of its own.
@@ -33,6 +36,20 @@ def recording() -> Iterator[list[Tensor]]:
         yield _verdicts
     finally:
         _verdicts = None
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
+    """`torch.cuda.graph`, within which Python collects no garbage: what it would free, tensors of other threads too,
+    does not belong into a recording."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

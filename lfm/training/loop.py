@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lfm.checkpoint import folder as checkpoint
 from lfm.data.batch import Batch
+from lfm.data.reader import RowReader
 from lfm.errors import NonFiniteError
 from lfm.evaluation.held_out import HeldOut, evaluate, spread, together
 from lfm.files import reason, refusing, shown, write_durably
@@ -91,11 +92,26 @@ def open_state(run: RunConfig, start: Started) -> TrainState:
             say(run.model_dump_json(indent=1))
         say(run.model.count_parameters().report())
         say(peak_rate(run))
-        if (short := short_warmup(run)) is not None:
-            complain(short)
+        for wrong in (short_warmup(run), much_padding(data.rows)):
+            if wrong is not None:
+                complain(wrong)
 
     watch.phase("building the model", allow_seconds=SAVING_SECONDS)
     return make_state(run, ranks, data, start.make_engine(), found, weights)
+
+
+_MUCH_PADDING = 0.1
+
+
+def much_padding(rows: RowReader) -> str | None:
+    """What is wrong where many positions hold no text; None: few do."""
+    share = rows.index.num_padding / max(1, len(rows) * rows.index.seq_length)
+    if share < _MUCH_PADDING:
+        return None
+    return (
+        f"{share:.0%} of the positions of the rows are padding, which takes as long as text and counts in tokens and "
+        "tokens/s; prepare with another packing or shorter rows"
+    )
 
 
 def train_steps(run: RunConfig, start: Started, state: TrainState, saves: Saves) -> bool:

@@ -133,6 +133,11 @@ class Metrics:
                 warn(f"warning: plots/loss.png is not drawn: {_cause(error)}")
             self._is_drawn = False
 
+    def sync(self) -> None:
+        """What was written so far is on the disk, before a checkpoint is that goes on after it."""
+        with contextlib.suppress(OSError), open(self.file, "rb") as stream:  # a failing logger never stops training
+            os.fsync(stream.fileno())
+
     def _open_jsonl(self) -> _Writer:
         def truncate(step: int) -> None:
             if exists(self.file):

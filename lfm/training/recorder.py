@@ -4,7 +4,6 @@ A recorded function reads tensors that stay where they are; whoever replays it w
 """
 
 import contextlib
-import gc
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from lfm.kernels.recording import capturing
 from lfm.layers.documents import Documents, NeedsTheHost, Rows
 
 CudaGraph = Literal["auto", "off", "required"]
@@ -118,22 +118,17 @@ class Recorder:
     def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """What `function` returned, and what replays it."""
         graph = torch.cuda.CUDAGraph()
-        options: dict[str, Any] = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        options: dict[str, Any] = {"stream": self._stream}
         if self._pool is not None:
             options["pool"] = self._pool
-        collects = gc.isenabled()
         try:
-            gc.disable()  # what it frees, another thread's tensors too, does not belong into a recording
             # The backward of autograd runs in a thread of its own, on the same stream.
-            with torch.cuda.graph(graph, **options), _told_apart():
+            with capturing(graph, **options), _told_apart():
                 found = function()
         except CannotRecord:
             raise
         except Exception as error:  # of CUDA, of a library or of a kernel's launcher: whatever does not record
             raise CannotRecord(f"its recording fails ({type(error).__name__}: {_first_line(error)})") from error
-        finally:
-            if collects:
-                gc.enable()
         self._pool = graph.pool()
         return found, graph.replay
 

@@ -172,17 +172,25 @@ class TrainState:
         }
         if self.consumed is not None:
             self.consumed.sync()
+        if self.metrics is not None:
+            self.metrics.sync()
         share, owned = self.engine.state_tensors(), self.engine.state_tensors_are_fresh
         check_finite(share, self.run, self.progress.step, self.ranks)
         saver.save(self.progress.step, share, manifest, self.data.tokenizer.definition, owned=owned, best=best)
 
-    def restore(self, found: Checkpoint) -> None:
-        """Engine, progress and place in the data as they were saved.  Raises UserError for a checkpoint of others."""
+    def restore(self, found: Checkpoint, *, skip_rows: int = 0) -> None:
+        """Engine, progress and place in the data as they were saved, but for `skip_rows` rows that are passed over.
+
+        Raises UserError for a checkpoint of others.
+        """
         manifest = found.manifest
         self.engine.load_state_tensors(found.reader(self.ranks, self.run.model.model_dump(mode="json")))
         self.engine.load_state_values(manifest["counters"])
         self.progress = Progress.of(manifest["progress"])
         self.position = resume_row(manifest["data"], self.data.rows, seed=self.run.seed)
+        if skip_rows > 0:
+            self.progress.skips.append(Skip(self.progress.step, skip_rows))
+            self.position += skip_rows
         self.stream.seek(self.position)
         self.saved_step = self.progress.step
 
@@ -194,12 +202,8 @@ class TrainState:
         without.  Raises UserError for a checkpoint that is damaged.
         """
         found = verified(path, self.run, self.ranks)
-        assert found.manifest["step"] <= self.progress.step and skip_rows >= 0, (path, self.progress.step, skip_rows)
-        self.restore(found)
-        if skip_rows > 0:
-            self.progress.skips.append(Skip(self.progress.step, skip_rows))
-            self.position += skip_rows
-            self.stream.seek(self.position)
+        assert found.manifest["step"] <= self.progress.step, (path, self.progress.step)
+        self.restore(found, skip_rows=skip_rows)
         self.losses.clear()
         self.stream.wait_seconds = 0.0
         self.speed.restart()
@@ -240,9 +244,10 @@ def make_state(
     )
     state = TrainState(run, ranks, data, engine, stream, Speed(run.model, engine, ranks.world_size))
     if start is not None:
-        state.restore(start)
+        state.restore(start, skip_rows=run.checkpoint.skip_rows)
         if ranks.is_main:
-            say(f"resuming from {start.path} at step {state.progress.step}")
+            skipped = f", {run.checkpoint.skip_rows:,} rows passed over" if run.checkpoint.skip_rows else ""
+            say(f"resuming from {start.path} at step {state.progress.step}{skipped}")
             if changes := changed_keys(start.manifest["config"], run.model_dump(mode="json")):
                 complain(f"this run goes on with other keys than before: {', '.join(changes)}")
     elif weights is not None:

@@ -14,12 +14,14 @@ import yaml
 
 from lfm.checkpoint import folder as checkpoint
 from lfm.checkpoint.manifest import read_manifest
+from lfm.data.reader import ShardReader
 from lfm.errors import UserError
 from lfm.inference.load import load_model
 from lfm.training import metrics
-from lfm.training.loop import train
+from lfm.training.loop import much_padding, train
 from lfm.training.metrics_file import read_metrics
 from lfm.training.run import owning_folder
+from tests.data.corpus import make_data_set
 from tests.training.tiny_run import (
     assert_same_checkpoint,
     checkpoint_tensors,
@@ -436,3 +438,11 @@ def test_a_part_of_the_held_out_rows_is_said_to_be_one(tmp_path, text_data, caps
     assert re.search(r"validation loss .*, of 2 of \d+ rows\)", capsys.readouterr().out)
     train(tiny_run(tmp_path / "all", text_data, "training.steps=1", "validation.max_rows=100000"))
     assert " rows)" not in capsys.readouterr().out
+
+
+def test_rows_that_are_mostly_padding_are_told(tmp_path, text_data):
+    rows = ShardReader(make_data_set(tmp_path, packing="one_document", seq_length=64) / "train")
+    padding = sum(lengths.count(1) for lengths in rows.read(range(len(rows))).lengths)
+    said = much_padding(rows)
+    assert said is not None and f"{padding / (64 * len(rows)):.0%} of the positions of the rows are padding" in said
+    assert much_padding(ShardReader(text_data / "train")) is None

@@ -111,6 +111,23 @@ def test_a_run_resumed_after_a_skip_reads_on_alike(skipping, tmp_path, text_data
     assert read_record(run.folder) == read_record(skipping)
 
 
+def test_a_run_goes_back_and_passes_rows_over_by_two_keys(skipping, tmp_path, text_data):
+    run = tiny_run(tmp_path, text_data, *OPTIONS, "training.steps=4")
+    train(run)
+    before = run.folder / "checkpoints/step_00000002"
+    train(tiny_run(tmp_path, text_data, *OPTIONS, f"checkpoint.resume={before}", "checkpoint.skip_rows=6"))
+    name = "checkpoints/step_00000006"
+    assert_same_checkpoint(run.folder / name, skipping / name)
+    assert read_record(run.folder) == read_record(skipping)
+    assert (run.folder / "checkpoints/abandoned_step_00000004").exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_rows_are_passed_over_from_a_named_checkpoint_alone(resume, tmp_path, text_data):
+    with pytest.raises(UserError, match=rf"skip_rows=6 is of the checkpoint .* resume={resume} names none; set resume"):
+        tiny_run(tmp_path, text_data, "checkpoint.skip_rows=6", f"checkpoint.resume={resume}")
+
+
 def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path, text_data):
     def damage_and_go_back(saves):
         saves.settle()

@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from lfm.kernels.recording import capturing
+
 _MOST_GRAPHS = 16
 """Kept at once; one of LFM-3B's holds about 150 MB.  Warm-ups move by notches, so few are ever live."""
 
@@ -28,7 +30,7 @@ class _Captured:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # The backward of autograd runs, and captures, in a thread of its own.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with capturing(self.graph):
             self.outputs = run(*self.inputs)
 
     def replay(self, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
