@@ -574,7 +574,7 @@ class Loaded:
         task: Task = "choice" if options else "text"
         mode = MedicalMode(self.model.model, self.tokenizer, self.checkpoint, self.model.medical, {task})
         several = [prompts] if isinstance(prompts, str) else list(prompts)
-        found = mode.ask(several, [tuple(options)] * len(several))
+        found = mode.ask(several, [options if isinstance(options, str) else tuple(options)] * len(several))
         return found[0] if isinstance(prompts, str) else found
 
 

@@ -152,6 +152,10 @@ def question_by_question(mode: "MedicalMode", weights: str, stop: "_Stop", lines
         if line == "/quit":
             return
         try:
+            if line.startswith("/"):
+                raise UserError(
+                    f"{line.split()[0]} is not of medical mode, where /quit is the only command; ask a question"
+                )
             print(mode.ask([line], [()])[0].text, flush=True)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

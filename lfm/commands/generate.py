@@ -118,11 +118,12 @@ def answer_selectively(
     as_json: bool,
 ) -> None:
     """Print an answer with its probability, or the referral, for each; what is withheld is printed nowhere."""
-    from lfm.medical.asking import MedicalMode, check_sampling
+    from lfm.medical.asking import MedicalMode, check_options, check_sampling
 
     for number, request in enumerate(requests):
         try:
             check_sampling(request.sampling, number)
+            check_options(request.options)
         except UserError as error:
             raise UserError(f"{request.place}: {error}") from None
     mode = MedicalMode(

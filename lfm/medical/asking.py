@@ -73,6 +73,13 @@ class MedicalMode:
 
         Raises UserError for an empty prompt, a single option or an empty one.
         """
+        for prompt, given in zip(prompts, options, strict=True):
+            if (
+                not isinstance(prompt, str)
+                or isinstance(given, str)
+                or not all(isinstance(text, str) for text in given)
+            ):
+                raise UserError(f"prompt {prompt!r} with options {given!r}: give a text, and a list of texts")
         replies: dict[int, Reply] = {}
         for task in ("choice", "text"):
             places = [i for i, given in enumerate(options) if bool(given) == (task == "choice")]

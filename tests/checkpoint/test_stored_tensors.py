@@ -289,7 +289,7 @@ def test_what_was_saved_is_read_and_no_flipped_byte_of_metadata_does_harm(saved)
 
 
 def test_no_way_to_a_checkpoint_runs_what_it_holds(tmp_path, text_data, main):  # noqa: F811
-    run = tiny_run(tmp_path, text_data, "training.steps=1")
+    run = tiny_run(tmp_path, text_data, "training.steps=1", "schedule.warmup_steps=1")
     train(run)
     mark = str(tmp_path / "mark")
     planted = run.folder / "checkpoints/step_00000001"

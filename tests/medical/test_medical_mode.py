@@ -169,10 +169,10 @@ def test_batches_of_lines_hold_questions_with_options_and_without(calibrated, sa
 def test_chat_answers_each_line_by_itself_or_refers(calibrated, said, monkeypatch):
     replies = {}
     for threshold in (0.01, 0.9999):
-        typed = io.BytesIO(b"clot plasma Chapter:\n\nclot plasma Chapter:\n/quit\n")
+        typed = io.BytesIO(b"clot plasma Chapter:\n\n/reset\nclot plasma Chapter:\n/quit\n")
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
         code, out, err = said(chat, "--checkpoint", calibrated, "--medical", "--safety-threshold", threshold, *CPU)
-        assert code == 0 and "a prompt is empty" in err
+        assert code == 0 and "a prompt is empty" in err and "/reset is not of medical mode" in err
         replies[threshold] = [line for line in out.splitlines() if "probability of being right" in line]
     low, high = replies.values()
     assert len(low) == len(high) == 2 and low[0] == low[1], "what was said before is not read"
@@ -513,6 +513,21 @@ def test_the_least_likely_answer_is_given_by_no_head(calibrated, trained):
     decisions = calibrated_heads.decide(answered.question, of_worst, MedicalConfig(mode=True, safety_threshold=0.5))
     assert not any(decision.answered for decision in decisions)
     assert sum("less likely than all" in decision.reason for decision in decisions) > 50
+
+
+def test_what_is_no_text_is_no_question(calibrated):
+    asked = load(calibrated, device="cpu", medical_mode=True)
+    for prompts, options in (([5], ["a", "b"]), ("q", "abc"), ("q", [1, 2])):
+        with pytest.raises(UserError, match=r"give a text, and a list of texts$"):
+            asked.ask(prompts, options)
+
+
+def test_a_bad_line_among_prompts_is_named_before_anything_is_answered(calibrated, said, tmp_path):
+    lines = [{"prompt": CLEAR, "options": sets.LABELS}] * 3 + [{"prompt": CLEAR, "options": ["x", "x"]}]
+    sets.lines(tmp_path / "p.jsonl", lines)
+    code, out, err = said(generate, "--checkpoint", calibrated, "--medical", "--prompts", tmp_path / "p.jsonl", *CPU)
+    assert code == 2 and "probability of being right" not in out
+    assert "line 4 of " in err and "leave nothing to choose" in err and err.count("\n") == 1
 
 
 def test_as_many_options_as_were_calibrated(calibrated):
