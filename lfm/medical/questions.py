@@ -313,7 +313,7 @@ def _asked(
         raise UserError(f"{place} has options that are empty, equal or one alone; leave the question out")
     return Question(
         text=f"{asked}\nAnswer:",
-        options=tuple(f" {option}" for option in options),
+        options=tuple(f" {option.strip()}" for option in options),
         answer=answer,
         group=normalized(asked),
         source=source,

@@ -183,6 +183,15 @@ def test_a_damaged_set_is_one_sentence(case, tmp_path):
     assert "\n" not in str(found.value)
 
 
+def test_blanks_around_options_are_none(tmp_path):
+    """As where a user asks: another text would have other probabilities."""
+    folder = sets.medqa(tmp_path / "set")
+    row = {"question": "q", "options": {"A": "x ", "B": "\ty\r"}, "answer_idx": "B"}
+    sets.lines(folder / "phrases_no_exclude_test.jsonl", [row])
+    (question,) = open_questions([folder]).parts["test"]
+    assert question.options == (" x", " y") and question.completion == " y"
+
+
 def test_a_copy_of_a_folder_is_refused(tmp_path):
     one = sets.medmcqa(tmp_path / "one")
     shutil.copytree(one, tmp_path / "two")
