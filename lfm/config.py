@@ -10,7 +10,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -325,6 +325,15 @@ def _short_json(value: Any) -> str:
     except (RecursionError, TypeError, ValueError):
         return _short(value)
     return text if len(text) <= 200 else f"{text[:100]}...{text[-90:]}"
+
+
+def dotted(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf; lists and empty mappings are leaves."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from dotted(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
 
 
 def shipped_configs() -> Path:

@@ -5,9 +5,9 @@ import html
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lfm.config import parse_yaml, path_flag
+from lfm.config import dotted, parse_yaml, path_flag
 from lfm.errors import UserError
 from lfm.exits import command
 from lfm.files import read_file, refusing, shown, write_durably
@@ -143,17 +143,10 @@ def _facts(curves: "list[Curves]") -> list[list[str]]:
 
 def _config(run: Path) -> dict[str, str]:
     """Dotted key -> value of the run's resolved configuration; empty where it is none."""
-    found: dict[str, str] = {}
-
-    def visit(key: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for inner, item in value.items():
-                visit(f"{key}.{inner}" if key else str(inner), item)
-        else:
-            found[_plain(key)] = _plain(value if isinstance(value, str) else json.dumps(value))
-
     try:
-        visit("", parse_yaml(read_file(run / "config.yaml").decode()))
+        return {
+            _plain(key): _plain(value if isinstance(value, str) else json.dumps(value))
+            for key, value in dotted(parse_yaml(read_file(run / "config.yaml").decode()))
+        }
     except (UserError, TypeError, ValueError, RecursionError):
         return {}
-    return found

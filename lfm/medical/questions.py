@@ -82,19 +82,19 @@ def open_questions(folders: Sequence[Path]) -> QuestionSet:
     Raises UserError, naming file and line, for what is none of them, and for a set of which no question is left.
     """
     parts: dict[Part, list[Question]] = {part: [] for part in PARTS}
-    known: dict[str, Path] = {}
+    known: list[dict[Part, list[Question]]] = []
     for number, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:number]]:
             raise UserError(f"{shown(folder)} is given twice, and each question would count twice; name it once")
         found = _read_folder(folder)
         if not any(found.values()):
             raise UserError(f"{shown(folder)} holds no question; give a folder with some")
-        of_all = " ".join(QuestionSet(found).digest(part) for part in PARTS)
-        if of_all in known:
+        if found in known:
+            other = folders[known.index(found)]
             raise UserError(
-                f"{shown(folder)} has the questions of {shown(known[of_all])}, and each would count twice; name one"
+                f"{shown(folder)} has the questions of {shown(other)}, and each would count twice; name one"
             )
-        known[of_all] = folder
+        known.append(found)
         for part, questions in found.items():
             parts[part] += questions
     return _without_straddling(parts)
@@ -350,4 +350,8 @@ def _whole(value: str, key: str, place: str) -> str:
 
 def has_half_a_character(text: str) -> bool:
     """Which JSON can hold and UTF-8 cannot."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

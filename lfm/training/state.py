@@ -13,6 +13,7 @@ from lfm.checkpoint.manifest import read_manifest
 from lfm.checkpoint.matching import check_architecture, check_layers, check_optimizer
 from lfm.checkpoint.saver import Saver
 from lfm.checkpoint.tensors import load_tensors, not_finite
+from lfm.config import dotted
 from lfm.data.consumed import START, Consumed, ConsumedRecord, chained
 from lfm.data.reader import RowReader
 from lfm.data.stream import BatchStream, open_tokenizer, open_training, open_validation, resume_row
@@ -263,26 +264,27 @@ def make_state(
     return state
 
 
-_NOT_OF_THE_RESULT = ("name", "output", "checkpoint", "logging", "samples", "evaluation")
-"""Sections and keys that what is learnt does not depend on."""
+_NOT_OF_THE_RESULT = (
+    "name",
+    "output",
+    "checkpoint.",
+    "logging.",
+    "samples.",
+    "evaluation.",
+    "parallel.",
+    "training.steps",
+)
+"""What begins with these does not change what is learnt, or is more of it."""
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`key before -> now` of those that both have, but for those of no result, the layout and more steps."""
-
-    def of(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> list[str]:
-        found = []
-        for key in new:
-            at = f"{path}{key}"
-            if key not in old or old[key] == new[key] or at in (*_NOT_OF_THE_RESULT, "parallel", "training.steps"):
-                continue
-            if isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
-                found += of(old[key], new[key], f"{at}.")
-            else:
-                found.append(f"{at} {old[key]} -> {new[key]}")
-        return found
-
-    return of(before, now, "")
+    old = dict(dotted(before))
+    return [
+        f"{key} {old[key]} -> {value}"
+        for key, value in dotted(now)
+        if key in old and old[key] != value and not key.startswith(_NOT_OF_THE_RESULT)
+    ]
 
 
 def starting_point(run: RunConfig, rows: RowReader, ranks: Ranks) -> Checkpoint | None:

@@ -9,6 +9,8 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto  # pyright: ignore[r
 from tensorboard.compat.proto.types_pb2 import DT_STRING  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
+from lfm.config import dotted
+
 # Its classes are made when it is imported, which type checkers do not see.
 _HParams: Any = plugin_data_pb2
 
@@ -25,18 +27,13 @@ def as_hparams(run_config: dict[str, Any]) -> Any:
     """A summary of TensorBoard's page "hparams": every number, switch and text of the configuration by dotted key."""
     info = _HParams.SessionStartInfo(start_time_secs=time.time())
 
-    def visit(key: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for inner, item in value.items():
-                visit(f"{key}.{inner}" if key else inner, item)
-        elif isinstance(value, bool):
+    for key, value in dotted(run_config):
+        if isinstance(value, bool):
             info.hparams[key].bool_value = value
         elif isinstance(value, (int, float)):
             info.hparams[key].number_value = value
         elif isinstance(value, str):
             info.hparams[key].string_value = value
-
-    visit("", run_config)
     content = _HParams.HParamsPluginData(
         session_start_info=info, version=metadata.PLUGIN_DATA_VERSION
     ).SerializeToString()
