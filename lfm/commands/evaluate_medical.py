@@ -93,6 +93,7 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     )
     with waiting("measuring"):
         measures = report(predictions, {**calibration.by_head}, certificate, of_report)
+    measures["data_notes"] = found.words()
     measures["checkpoint"], measures["task"] = str(checkpoint), flags.task
     measures["calibrated_on"] = calibration.data.model_dump(exclude={"group_hashes"})
     measures["fitted_on"] = of_fit.model_dump(exclude={"group_hashes"})
@@ -157,4 +158,4 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"shifted to {', '.join(s['sources'])}: the guarantee is void; ECE {s['ece']:.4f}, risk at the certified "
             f"threshold {'- (nothing answered)' if risk is None else format(risk, '.4f')}"
         )
-    return [*said, found["note"]]
+    return [*said, *found.get("data_notes", ()), found["note"]]

@@ -109,7 +109,10 @@ def _fit(flags: argparse.Namespace) -> None:
     from lfm.medical.questions import open_questions
 
     require("safetensors.torch", purpose="storing a head", extra="medical")
-    found = open_questions(flags.data).limited("fit", config.max_questions)
+    everything = open_questions(flags.data)
+    found = everything.limited("fit", config.max_questions)
+    for line in everything.words():
+        print(line)
     model, tokenizer, checkpoint = open_model(flags.checkpoint, device=flags.device)
     ready_folder(stored.stored_at(checkpoint).parent)
     dtype = stored.dtype_name(model.embedding.weight.dtype)
@@ -122,15 +125,14 @@ def _fit(flags: argparse.Namespace) -> None:
         try:
             record, others = stored.read(checkpoint)
             tasks = dict(record.tasks) if record.dtype == dtype else {}
-        except UserError:  # of other weights, or damaged: all of it is made anew
+        except UserError as error:  # of other weights, or damaged
             others = {}
+            print(f"all heads stored here before are dropped: {error}")
     tasks[flags.task] = fitted(heads, answered, found, model.config)
     kept = {task: of for task, of in others.items() if task in tasks}
     path = stored.write(checkpoint, tasks, {**kept, flags.task: heads}, dtype)
     of = tasks[flags.task]
     print(f"{path}: {of.fit.questions:,} questions of {', '.join(of.fit.sources)}, accuracy {of.fit.accuracy:.3f}")
-    if found.straddling:
-        print(f"left out: {found.straddling:,} questions whose group an earlier part has")
     print(f"the head has {heads['correct'].config.num_parameters:,} parameters and {of.cost.share:.2e} of the FLOPs")
     print(f"not calibrated yet: lfm medical calibrate --checkpoint {flags.checkpoint} --task {flags.task} --data DIR")
 

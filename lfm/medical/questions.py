@@ -60,6 +60,24 @@ class QuestionSet:
     straddling: int = 0
     """Questions that were left out because an earlier part has their group."""
 
+    def words(self) -> list[str]:
+        """What its parts have in common, and what was left out because of it."""
+        said = []
+        if self.straddling:
+            said.append(f"left out: {self.straddling:,} questions whose group an earlier part has")
+        seen: set[str] = set()
+        again = 0
+        for part in PARTS:
+            asked = [normalized(question.text) for question in self.parts[part]]
+            again += sum(words in seen for words in asked)
+            seen.update(asked)
+        if again:
+            said.append(
+                f"note: {again:,} questions have the words of one in an earlier part, under another group's name; if "
+                "they are copies and no cases of their own, give both one group, or everything looks safer than it is"
+            )
+        return said
+
     def limited(self, part: Part, count: int) -> "QuestionSet":
         """With the first so many questions of a part, by a hash of their groups; 0: all.  Raises UserError for none."""
         questions = self.parts[part]

@@ -47,6 +47,19 @@ def test_medqa(tmp_path):
     assert not any("old" in question.text for question in found.parts["fit"])
 
 
+def test_equal_questions_of_several_groups_are_told(tmp_path):
+    folder = sets.labelled(tmp_path / "a")
+    for name in ("train", "validation", "test"):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        rows = [{**json.loads(line), "text": f"{name} {number}"} for number, line in enumerate(lines)]
+        sets.lines(folder / f"{name}.jsonl", rows)
+    assert open_questions([folder]).words() == []
+    with (folder / "test.jsonl").open("a") as file:
+        file.write(json.dumps({**rows[0], "text": "Train 0.", "group": "another"}) + "\n")
+    (told,) = open_questions([folder]).words()
+    assert told.startswith("note: 1 questions have the words of one in an earlier part, under another group's name")
+
+
 def test_pubmedqa(tmp_path):
     found = open_questions([sets.pubmedqa(tmp_path / "pubmedqa")])
     questions = [question for part in PARTS for question in found.parts[part]]
