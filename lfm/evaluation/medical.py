@@ -26,13 +26,14 @@ from lfm.medical.calibration import (
     Certificate,
     Scaling,
     certify,
+    log_odds,
     logistic,
     one_of_each,
     scaling,
     sigmoid,
     thresholds_to_test,
 )
-from lfm.medical.fitting import halves
+from lfm.medical.fitting import halves, judges_answers
 from lfm.medical.selective import NO_DEVICE
 
 Prediction = dict[str, Any]
@@ -122,21 +123,20 @@ def probabilities(calibration: Table, tested: Table, scalings: Mapping[str, Scal
     options through one temperature, and the base rate is the accuracy.
     """
     names = {"correct": HEAD, "correct_without_liquid": WITHOUT_LIQUID, "known": KNOWN}
-    found = {names[head]: own.probabilities(tested.logits(head)) for head, own in scalings.items()}
+    found = {names[head]: of_head(own, tested, head) for head, own in scalings.items()}
     found["base rate"] = np.full(len(tested), calibration.right.mean())
     if all(row["options"] for row in (*calibration.rows, *tested.rows)):
         found[OPTION] = largest_option(tested, option_temperature(calibration))
     for name, (key, told) in _SCORES.items():
         if key in tested.rows[0]:
-            slope, offset = logistic(told(calibration.column(key)), calibration.right)
-            found[name] = sigmoid(slope * told(tested.column(key)) + offset)
+            slopes, offset = logistic(told(calibration.column(key))[:, None], calibration.right)
+            found[name] = sigmoid(slopes * told(tested.column(key)) + offset)
     return found
 
 
-def log_odds(log_probability: np.ndarray) -> np.ndarray:
-    """Of probabilities given by their logarithm, 1 - 1e-6 at most."""
-    x = np.minimum(log_probability, -1e-6)
-    return x - np.log(-np.expm1(x))
+def of_head(own: Scaling, table: Table, head: str) -> np.ndarray:
+    """Calibrated probabilities of a head, by its stored name."""
+    return own.probabilities(table.logits(head), table.column("log_probability"))
 
 
 def _as_it_is(x: np.ndarray) -> np.ndarray:
@@ -298,7 +298,15 @@ class ReportConfig:
 def recalibrated(calibration: Table, heads: Sequence[str]) -> dict[str, Scaling]:
     """As `lfm medical calibrate` finds them, from stored predictions."""
     places = halves(calibration.groups).scaling
-    return {head: scaling(calibration.logits(head)[places], calibration.right[places]) for head in heads}
+    log_probability = calibration.column("log_probability")[places]
+    return {
+        head: scaling(
+            calibration.logits(head)[places],
+            calibration.right[places],
+            log_probability if judges_answers(head) else None,
+        )
+        for head in heads
+    }
 
 
 def report(
@@ -357,11 +365,11 @@ def _pool(
 ) -> tuple[list[float], Table, np.ndarray, int]:
     """Thresholds to test, from the half that the scaling came from; and what is split: the other half and test."""
     half = halves(calibration.groups)
-    p = own.probabilities(calibration.logits("correct"))
+    p = of_head(own, calibration, "correct")
     count = len(half.certificate)
     thresholds = thresholds_to_test(p[half.thresholds], questions=count, risk=config.risk, delta=config.delta)
     pool = Table.of([*(calibration.rows[int(i)] for i in half.all_of_certificate), *test.rows])
-    return thresholds, pool, own.probabilities(pool.logits("correct")), count
+    return thresholds, pool, of_head(own, pool, "correct"), count
 
 
 def shifted(
@@ -372,7 +380,7 @@ def shifted(
     safety_threshold: float,
 ) -> dict[str, Any]:
     """What is left of calibration and guarantee on questions of another kind."""
-    p = scalings["correct"].probabilities(table.logits("correct"))
+    p = of_head(scalings["correct"], table, "correct")
     at = selected(p, table.right, certificate.threshold)
     return {
         "sources": sorted({str(row["source"]) for row in table.rows}),

@@ -14,26 +14,45 @@ _LEAST_SLOPE = 1e-9
 
 @dataclass(frozen=True)
 class Scaling:
-    """From a head's logit to a probability: sigmoid(logit / temperature + offset)."""
+    """From a head's logit to a probability: sigmoid(logit / temperature + answer_weight * log-odds + offset), with the
+    log-odds of the answer's probability by the model itself."""
 
     temperature: float
+    answer_weight: float
+    """0 of a head that judges no answer."""
     offset: float
 
-    def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """In float64."""
-        return sigmoid(np.asarray(logits, np.float64) / self.temperature + self.offset)
+    def probabilities(self, logits: np.ndarray, log_probability: np.ndarray) -> np.ndarray:
+        """Of heads' logits and the summed log-probabilities of the answers, all `[n]`; float64."""
+        of_head = np.asarray(logits, np.float64) / self.temperature
+        return sigmoid(of_head + self.answer_weight * log_odds(log_probability) + self.offset)
 
 
-def scaling(logits: np.ndarray, right: np.ndarray) -> Scaling:
+def scaling(logits: np.ndarray, right: np.ndarray, log_probability: np.ndarray | None = None) -> Scaling:
     """That with the least mean log loss (Platt 1999).
 
     A temperature alone (Guo et al. 2017, arXiv 1706.04599) draws what is too sure towards one half, also where four
-    answers in five are right.  Of logits that tell nothing, or the contrary, the base rate is left.
+    answers in five are right.  Of some thousand questions a head learns chance as well, and may end up knowing less
+    than the answer's probability, which it reads: so that is weighed once more, by questions that the head did not see.
+    What tells nothing, or the contrary, has no weight; where neither tells anything the base rate is left.
     """
-    slope, offset = logistic(logits, right)
-    if slope < _LEAST_SLOPE:
-        return Scaling(1 / _LEAST_SLOPE, float(np.log(right.mean() / (1 - right.mean()))))
-    return Scaling(1 / slope, offset)
+    columns = {"logit": np.asarray(logits, np.float64)}
+    if log_probability is not None:
+        columns["answer"] = log_odds(log_probability)
+    while columns:
+        slopes, offset = logistic(np.stack([*columns.values()], axis=1), right)
+        slope = dict(zip(columns, slopes.tolist(), strict=True))
+        useless = [name for name in slope if slope[name] < _LEAST_SLOPE]
+        if not useless:
+            return Scaling(1 / slope.get("logit", _LEAST_SLOPE), slope.get("answer", 0.0), offset)
+        del columns[min(useless, key=lambda name: slope[name])]
+    return Scaling(1 / _LEAST_SLOPE, 0.0, float(np.log(right.mean() / (1 - right.mean()))))
+
+
+def log_odds(log_probability: np.ndarray) -> np.ndarray:
+    """Of probabilities given by their logarithm, of which five digits are kept in files: -1e-5 at most."""
+    x = np.minimum(np.asarray(log_probability, np.float64), -1e-5)
+    return x - np.log(-np.expm1(x))
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -41,20 +60,22 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64)))
 
 
-def logistic(score: np.ndarray, right: np.ndarray) -> tuple[float, float]:
-    """(slope, offset) of sigmoid(slope x + offset) with the least log loss on standardised x, by Newton's method; a
-    weak pull to 0 keeps it finite where the classes do not overlap."""
-    x = np.stack([(score - score.mean()) / (score.std() or 1.0), np.ones_like(score)], axis=1)
-    w = np.zeros(2)
+def logistic(scores: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float]:
+    """(slopes `[k]`, offset) of sigmoid(scores @ slopes + offset), of scores `[n, k]`, with the least log loss on
+    standardised ones, by Newton's method; a weak pull to 0 keeps it finite where the classes do not overlap."""
+    mean, scale = scores.mean(axis=0), scores.std(axis=0)
+    scale = np.where(scale > 0, scale, 1.0)
+    x = np.concatenate([(scores - mean) / scale, np.ones((len(scores), 1))], axis=1)
+    w = np.zeros(x.shape[1])
     for _ in range(50):
         p = sigmoid(x @ w)
         gradient = x.T @ (p - right) + 1e-2 * w
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 1e-2 * np.eye(2), gradient)
+        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 1e-2 * np.eye(len(w)), gradient)
         w -= step
         if np.abs(step).max() < 1e-10:
             break
-    slope = float(w[0] / (score.std() or 1.0))
-    return slope, float(w[1] - slope * score.mean())
+    slopes = w[:-1] / scale
+    return slopes, float(w[-1] - slopes @ mean)
 
 
 def binomial_tail(errors: int, answered: int, risk: float) -> float:

@@ -69,8 +69,13 @@ def group_names(questions: Sequence[Question]) -> list[str]:
     return [f"{question.source}: {question.group}" for question in questions]
 
 
+def judges_answers(name: str) -> bool:
+    """Whether a head reads an answer, not the question alone."""
+    return name != "known"
+
+
 def input_of(name: HeadName, answered: Answered) -> Features:
-    return answered.question if name == "known" else answered.answer
+    return answered.answer if judges_answers(name) else answered.question
 
 
 def fit_heads(answered: Answered, questions: Sequence[Question], *, seed: int = 0) -> dict[str, UncertaintyHead]:
@@ -143,8 +148,12 @@ def calibrated(
         what = "right" if len(of_scaling) and of_scaling.all() else "wrong"
         raise UserError(f"all answers of the calibration part are {what}: no scaling fits them; give other data")
     logits = {name: head.logits(input_of(name, answered)) for name, head in heads.items() if name in HEADS}
-    scalings = {name: scaling(z[half.scaling], of_scaling) for name, z in logits.items()}
-    probabilities = scalings["correct"].probabilities(logits["correct"])
+    sums = answered.log_probability
+    scalings = {
+        name: scaling(z[half.scaling], of_scaling, sums[half.scaling] if judges_answers(name) else None)
+        for name, z in logits.items()
+    }
+    probabilities = scalings["correct"].probabilities(logits["correct"], sums)
     certificate = certificate_of(probabilities, right, half, risk=risk, delta=delta)
     return Calibration(
         data=data_of("calibration", found, right),

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lfm.errors import NonFiniteError, UserError
 from lfm.medical.calibration import Certificate, Scaling
 from lfm.medical.config import MedicalConfig
-from lfm.medical.features import Features
+from lfm.medical.features import SCALARS, Features
 from lfm.medical.head import UncertaintyHead
 
 REFERRAL = "I do not answer this. Please ask a qualified professional."
@@ -78,12 +79,12 @@ class Calibrated:
 
     def probabilities(self, answer: Features) -> Any:
         """That each answer is right; float64 `[n]`."""
-        return self.scaling.probabilities(self.head.logits(answer))
+        return self.scaling.probabilities(self.head.logits(answer), _sums(answer))
 
     def known_probabilities(self, question: Features) -> Any:
         if self.known_head is None or self.known_scaling is None:
             return [None] * len(question)
-        return self.known_scaling.probabilities(self.known_head.logits(question))
+        return self.known_scaling.probabilities(self.known_head.logits(question), _sums(question))
 
     def decide(self, question: Features, answer: Features, medical: MedicalConfig) -> list[Decision]:
         """Raises NonFiniteError where a probability is none: nothing is answered by it."""
@@ -129,6 +130,11 @@ class Calibrated:
             "stricter applies",
             f"calibrated on {self.calibrated_on}. {NO_DEVICE}",
         ]
+
+
+def _sums(features: Features) -> np.ndarray:
+    """Log-probabilities of the answers, summed over tokens; float64 `[n]`."""
+    return features.scalars[:, SCALARS.index("log_probability")].double().numpy()
 
 
 def percent(share: float) -> str:

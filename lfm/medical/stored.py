@@ -23,9 +23,9 @@ from lfm.medical.head import HeadConfig, UncertaintyHead
 from lfm.medical.questions import Task
 from lfm.medical.selective import Calibrated
 
-FORMAT = 3
+FORMAT = 4
 """1: heads that read log-probabilities as they are, and have a temperature alone; 2: heads that read their mean, and no
-names of groups."""
+names of groups; 3: scalings that read the head alone."""
 HeadName = Literal["correct", "known", "correct_without_liquid"]
 """At the end of the answer; at the end of the question; the first without recurrent states, for comparison."""
 HEADS: tuple[HeadName, ...] = ("correct", "known", "correct_without_liquid")
@@ -100,6 +100,7 @@ class Form(_Part):
 
 class StoredScaling(_Part):
     temperature: Annotated[FiniteFloat, Field(gt=0)]
+    answer_weight: Annotated[FiniteFloat, Field(ge=0)]
     offset: FiniteFloat
 
 
@@ -130,7 +131,7 @@ class TaskHeads(_Part):
 
 
 class Record(_Part):
-    format: Literal[3]
+    format: Literal[4]
     checkpoint: str
     manifest_sha256: Hash
     """Of the checkpoint's manifest.json, which holds the hash of each of its files."""

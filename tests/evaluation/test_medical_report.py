@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from lfm.errors import UserError
-from lfm.evaluation.medical import ReportConfig, logistic, recalibrated, report, violations
+from lfm.evaluation.medical import ReportConfig, of_head, recalibrated, report, violations
 from lfm.evaluation.medical_page import page
 from lfm.evaluation.medical_predictions import from_lines, to_lines
-from lfm.medical.calibration import Certificate, certify, sigmoid, thresholds_to_test
+from lfm.medical.calibration import Certificate, certify, logistic, sigmoid, thresholds_to_test
 from lfm.medical.fitting import halves
 
 OPTIONS = 4
@@ -56,7 +56,7 @@ def certificate_of(predictions, risk=0.05, delta=0.05):
 
     table = Table.of(rows)
     scalings = recalibrated(table, ["correct", "correct_without_liquid"])
-    p = scalings["correct"].probabilities(table.logits("correct"))
+    p = of_head(scalings["correct"], table, "correct")
     tested = half.certificate
     thresholds = thresholds_to_test(p[half.thresholds], questions=len(tested), risk=risk, delta=delta)
     return scalings, certify(p[tested], table.right[tested], thresholds, risk=risk, delta=delta)
@@ -75,8 +75,14 @@ def test_every_number_of_the_head_is_found_again_from_the_file(predictions, foun
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert rows == from_lines(file)
     test = [row for row in rows if row["part"] == "test"]
-    t, offset = (found["scalings"]["correct"][key] for key in ("temperature", "offset"))
-    pairs = sorted((1 / (1 + math.exp(-row["logits"]["correct"] / t - offset)), row["right"]) for row in test)
+    t, weight, offset = (found["scalings"]["correct"][key] for key in ("temperature", "answer_weight", "offset"))
+
+    def probability(row):
+        of_answer = math.exp(min(row["log_probability"], -1e-5))
+        z = row["logits"]["correct"] / t + weight * math.log(of_answer / (1 - of_answer)) + offset
+        return 1 / (1 + math.exp(-z))
+
+    pairs = sorted((probability(row), row["right"]) for row in test)
     n, measures = len(pairs), {key: value[0] for key, value in found["measures"]["head"].items()}
     assert measures["brier"] == pytest.approx(sum((p - right) ** 2 for p, right in pairs) / n, abs=1e-9)
     assert measures["nll"] == pytest.approx(-sum(math.log(p if right else 1 - p) for p, right in pairs) / n, abs=1e-9)
@@ -143,8 +149,11 @@ def test_copies_of_a_question_taken_for_independent_break_it_too():
 def test_a_logistic_function_is_found_again():
     draws = np.random.Generator(np.random.PCG64(2))
     x = draws.normal(3, 2, 20_000)
-    slope, offset = logistic(x, draws.random(20_000) < sigmoid(0.7 * x - 2))
-    assert (slope, offset) == (pytest.approx(0.7, abs=0.05), pytest.approx(-2, abs=0.15))
+    y = draws.normal(0, 3, 20_000)
+    slopes, offset = logistic(np.stack([x, y], axis=1), draws.random(20_000) < sigmoid(0.7 * x + 0.3 * y - 2))
+    assert (*slopes, offset) == (
+        *(pytest.approx(0.7, abs=0.05), pytest.approx(0.3, abs=0.02), pytest.approx(-2, abs=0.15)),
+    )
 
 
 def test_no_certificate_answers_nothing(predictions):

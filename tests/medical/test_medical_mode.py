@@ -498,7 +498,10 @@ def test_blanks_around_options_change_nothing(blank, calibrated):
     mode = MedicalMode(*open_model(calibrated, device="cpu"), MedicalConfig(mode=True), {"choice"})
     options = [label.strip() for label in sets.LABELS]
     plain, blanks = mode.ask([CLEAR] * 2, [options, [blank.format(option) for option in options]])
-    assert (plain.answer, plain.decision) == (blanks.answer, blanks.decision) and plain.answer is not None
+    assert plain.answer == blanks.answer is not None
+    # Two rows of one batch may differ in their last digits, by where a kernel's vectors begin.
+    one, other = plain.decision.record(), blanks.decision.record()
+    assert one == pytest.approx(other, abs=1e-6)
 
 
 def test_the_least_likely_answer_is_given_by_no_head(calibrated, trained):

@@ -9,6 +9,7 @@ from lfm.medical.calibration import (
     certify,
     check_size,
     fewest_needed,
+    log_odds,
     one_of_each,
     scaling,
     sigmoid,
@@ -47,6 +48,7 @@ def test_the_scaling_has_the_least_log_loss():
     right = draws.random(20_000) < sigmoid(logits / 3 + 1)
     found = scaling(logits, right)
     assert (found.temperature, found.offset) == (pytest.approx(3, rel=0.05), pytest.approx(1, rel=0.05))
+    assert found.answer_weight == 0, "no answer was given"
 
     def loss(temperature, offset):
         return np.logaddexp(0, np.where(right, -1, 1) * (logits / temperature + offset)).mean()
@@ -56,13 +58,36 @@ def test_the_scaling_has_the_least_log_loss():
         assert loss(near * found.temperature, found.offset) > least < loss(found.temperature, near * found.offset)
 
 
+def test_the_scaling_of_an_answer_keeps_what_its_own_probability_says():
+    draws = np.random.Generator(np.random.PCG64(0))
+    logits, sums = draws.normal(0, 2, 20_000), -draws.exponential(0.5, 20_000)
+    truth = logits / 3 + 0.5 * log_odds(sums) + 1
+    right = draws.random(20_000) < sigmoid(truth)
+    found = scaling(logits, right, sums)
+    assert found.temperature == pytest.approx(3, rel=0.05) and found.answer_weight == pytest.approx(0.5, rel=0.05)
+    assert np.abs(found.probabilities(logits, sums) - sigmoid(truth)).max() < 0.03
+    assert log_odds(np.log([0.2, 0.9])) == pytest.approx([np.log(0.25), np.log(9)])
+
+
+@pytest.mark.parametrize("sure", ["head", "answer"])
+def test_of_head_and_answer_what_tells_the_contrary_has_no_weight(sure):
+    draws = np.random.Generator(np.random.PCG64(0))
+    logits, sums = draws.normal(0, 2, 5000), -draws.exponential(0.5, 5000)
+    z = logits - log_odds(sums) if sure == "head" else log_odds(sums) - logits
+    found = scaling(logits, draws.random(5000) < sigmoid(z), sums)
+    if sure == "head":
+        assert found.answer_weight == 0 and 1 < found.temperature < 5
+    else:
+        assert found.answer_weight > 0 and np.ptp(found.probabilities(logits, np.full(5000, -0.5))) < 1e-6
+
+
 @pytest.mark.parametrize("sign", [0, -1])
 def test_logits_that_tell_nothing_or_the_contrary_leave_the_base_rate(sign):
     draws = np.random.Generator(np.random.PCG64(0))
     logits = 5 * draws.standard_cauchy(2000)
     right = draws.random(2000) < (0.8 if sign == 0 else sigmoid(-logits))
     found = scaling(logits if sign else np.ones(2000), right)
-    p = found.probabilities(logits)
+    p = found.probabilities(logits, np.full(2000, -0.5))
     assert found.temperature > 0 and p == pytest.approx(right.mean(), abs=1e-3)
 
 
