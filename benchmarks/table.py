@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks import ladder, serving, trainings
+from benchmarks import ladder, medical, serving, trainings
 from benchmarks.model import page
 from benchmarks.ops.case import rate
 from lfm.experiments import results as ablation
@@ -627,6 +627,7 @@ PAGES = {
         "ladder": ladder_table,
     },
     "docs/ablation.md": {name: functools.partial(ablation_table, name) for name in ABLATIONS},
+    "docs/medical.md": {"measured": lambda: medical.table(load("medical"))},
     "docs/serving.md": {"serving": serving_table},
     "docs/families/README.md": {
         "families": families_table,
@@ -655,6 +656,7 @@ def main() -> None:
     if "--check" not in sys.argv:
         plot_scaling(ROOT / "docs/scaling.png")
         plot_recipe(ROOT / "docs/recipe.png")
+        medical.picture(load("medical"), ROOT / "docs/medical.png")
         trainings.picture(trainings.recorded(), trainings.IMAGE)
         ladder.report(ladder.recorded(), ROOT / "docs/ladder.png")
 
