@@ -232,7 +232,7 @@ def moved_checkpoint(flags: argparse.Namespace) -> dict[str, Any]:
     """Losses by step: of the run that saved, and of those that went on from its checkpoint under other layouts."""
     saves, continues = MOVES[flags.gpus]
     name = f"scale_out_{flags.gpus}_{saves}"
-    _, layout, _ = _run(flags, saves)
+    names = {each: layout.name for each in (saves, *continues) if (layout := _run(flags, each)[1]) is not None}
     common = [
         *flags.overrides,
         f"training.global_batch_size={flags.rows_per_gpu * flags.gpus}",
@@ -246,12 +246,12 @@ def moved_checkpoint(flags: argparse.Namespace) -> dict[str, Any]:
         f"training.device={flags.device}",
     ]
     first = _pretrain(flags, saves, [*common, f"name={name}", "checkpoint.every_steps=4", "checkpoint.resume=never"])
-    result = {"saved_under": layout.name if layout else "", "after_step": 4, "losses": {saves: first}}
+    result = {"saved_under": names[saves], "after_step": 4, "losses": {names[saves]: first}}
     for other in continues:
         resume = f"checkpoint.resume=runs/{name}"
         losses = _pretrain(flags, other, [*common, f"name={name}_{other}", "checkpoint.every_steps=0", resume])
-        result["losses"][other] = losses
-        print(f"{saves} {first}\n{other} {losses}", flush=True)
+        result["losses"][names[other]] = losses
+        print(f"{names[saves]} {first}\n{names[other]} {losses}", flush=True)
     return result
 
 

@@ -211,6 +211,22 @@ def scaling_table() -> str:
     return "\n".join(lines)
 
 
+def moved_table() -> str:
+    """A checkpoint saved under one layout and continued under others."""
+    whole, small = load("scale_out_4xh200"), load("checkpoint_moved_cpu")
+    on_gpus = f"LFM-3B, bf16, four {whole['environment']['gpu']}"
+    moves = [(on_gpus, 4, whole["checkpoint_moved"])]
+    moves += [(f"`lfm_debug`, fp32, {move['processes']} processes", 6, move) for move in small["moves"]]
+    lines = ["| model, on | saved and continued under | step 5 | step 6 | step 7 |", "| --- " * 5 + "|"]
+    for where, digits, move in moves:
+        for name, losses in move["losses"].items():
+            first = next(iter(move["losses"])) == name
+            layout = f"{name}, not interrupted" if first else name
+            shown = " | ".join(f"{losses[str(step)]:.{digits}f}" for step in (5, 6, 7))
+            lines.append(f"| {where if first else ''} | {layout} | {shown} |")
+    return "\n".join([*lines, "", f"Four GPUs {whole['date']}, processes on CPUs {small['date']}, 1 run each."])
+
+
 def two_gpus_table() -> str:
     """Layouts of two GPUs by two commits, each next to one GPU of the same host, in one session."""
     result = load("model_two_gpus")
@@ -609,7 +625,7 @@ def _where(result: dict) -> str:
 
 PAGES = {
     "README.md": {"results": table},
-    "docs/scaling.md": {"scaling": scaling_table, "two-gpus": two_gpus_table},
+    "docs/scaling.md": {"scaling": scaling_table, "two-gpus": two_gpus_table, "moved": moved_table},
     "docs/performance.md": {
         "runs": runs_table,
         "speeds": lambda: page.speeds(page.recorded(RESULTS, "model")),
