@@ -72,6 +72,8 @@ class Config(BaseModel):
 
     moved: typing.ClassVar[dict[str, str]] = {}
     """Keys that earlier versions had here -> where they are now, dotted; the error that refuses them says so."""
+    alternatives: typing.ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Pairs of keys that say one thing in two ways: a file or override that has one of them ends the other."""
     is_of_command_lines: typing.ClassVar[bool] = True
     """Whether errors may speak of a command line; else they are of JSON."""
 
@@ -429,7 +431,7 @@ def _merge(old: dict[str, Any], new: dict[str, Any], configs: Sequence[type[Conf
     """Mappings merge key by key; anything else, lists included, is replaced.
 
     So is a mapping of another kind, where the fields of `configs`, whose keys these are, have a choice: what the old
-    kind had is none of the new one's.
+    kind had is none of the new one's.  Of `alternatives` the other one is dropped.
     """
     merged = dict(old)
     for key, value in new.items():
@@ -440,6 +442,11 @@ def _merge(old: dict[str, Any], new: dict[str, Any], configs: Sequence[type[Conf
             merged[key] = _merge(before, value, choices)
         else:
             merged[key] = value
+    for pair in (pair for config in configs for pair in config.alternatives):
+        given = [key for key in pair if new.get(key) is not None]
+        for key in pair if len(given) == 1 else ():
+            if key not in new:
+                merged.pop(key, None)
     return merged
 
 

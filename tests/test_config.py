@@ -399,3 +399,20 @@ def test_the_same_kind_keeps_the_keys_of_the_file():
 def test_a_section_that_was_set_to_null_starts_anew():
     run = RunConfig.load(ROOT / "configs/lfm_debug.yaml", ["model.liquid=null", "model.liquid.interval=2"])
     assert run.model.liquid == ReservoirConfig(interval=2)
+
+
+@pytest.mark.parametrize(
+    "overrides, warmup",
+    [
+        ([], (2000, 0.05)),
+        (["schedule.warmup_steps=7"], (7, None)),
+        (["schedule.warmup_steps=7", "schedule.warmup_fraction=0.1"], (2000, 0.1)),
+        (["schedule.warmup_fraction=0.1", "schedule.warmup_steps=7"], (7, None)),
+        (["schedule={warmup_steps: 7, warmup_fraction: 0.1}"], (7, 0.1)),
+        (["schedule.warmup_fraction=null"], (2000, None)),
+        (["schedule.hold_steps=3"], (2000, 0.05)),
+    ],
+)
+def test_of_two_keys_that_say_the_same_the_later_one_counts(overrides, warmup):
+    found = RunConfig.load(ROOT / "configs/liquidlm_debug.yaml", overrides).schedule
+    assert (found.warmup_steps, found.warmup_fraction) == warmup

@@ -14,6 +14,7 @@ ONE_CYCLE_START_RATIO = 1 / 25
 
 
 class ScheduleConfig(Config):
+    alternatives = (("warmup_steps", "warmup_fraction"), ("hold_steps", "hold_fraction"))
     kind: Literal["cosine", "linear", "wsd", "constant", "one_cycle"] = "cosine"
     """After the warm-up: cosine decay; linear decay; stable then linear decay (warm-up, stable, decay); constant.
     one_cycle: cosine up from 1/25 of the peak, cosine down to min_lr_ratio (Smith & Topin 2018, arXiv 1708.07120)."""
