@@ -73,6 +73,7 @@ def table() -> str:
             f"error {row['relative_error']:.1e} | {_where(attention)} |"
         )
     lines += _data(load("prepare"), load("reader"))
+    lines.append(_medical(load("medical")))
     lines += _scaling(load("scale_out_4xh200"), load("certificate_cpu"))
     return "\n".join(lines)
 
@@ -106,6 +107,23 @@ def _float16(result: dict) -> str:
         f"step differ by {apart('fp16', 'bf16'):.4f} (RMS), of the two in bfloat16 by "
         f"{apart('bf16', 'bf16_again'):.4f}; from a scale of 2^40, {skipped} updates are skipped and training goes on "
         f"from there | one {env['gpu']}, torch {env['versions']['torch']}, {result['date']}, 1 run each |"
+    )
+
+
+def _medical(result: dict) -> str:
+    of, option = (result["measures"][name] for name in ("head", "option probability"))
+    accuracy = ", ".join(
+        f"{name} {one['accuracy']['mean']:.3f} (naive Bayes {one['naive_bayes']['naive Bayes']['accuracy']:.3f})"
+        for name, one in result["competence"].items()
+    )
+    splits = [seed["violations"] for seed in result["of_seed"].values()]
+    return (
+        f"| [medical mode](docs/medical.md): 80 M active parameters, {result['test_questions']:,} test questions | "
+        f"accuracy {accuracy}; whether an answer is right: AUROC {of['auroc']['mean']:.3f}, the option's own probability "
+        f"{option['auroc']['mean']:.3f}; ECE {of['ece']['mean']:.3f}; a certified risk of 5 % is exceeded in "
+        f"{sum(one['violated'] for one in splits)} of {sum(one['splits'] for one in splits):,} splits | one "
+        f"{result['environment']['gpu']}, torch {result['environment']['versions']['torch']}, {result['date']}, "
+        f"{result['seeds']} seeds |"
     )
 
 
