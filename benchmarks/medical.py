@@ -6,7 +6,8 @@
 | pretrain | a backbone on the corpus, from its first step, for its share of --minutes | a GPU |
 | finetune | the same on the training part of the sets, of which the answers alone are labels | a GPU |
 | heads | answers to all other parts, heads, certificate, every baseline, evidence, shift, report | a GPU |
-| report | calibration, certificate and report of a seed once more, from the predictions that `heads` left | anywhere |
+| report | calibration, certificate and report of a seed once more, from the predictions that `heads` left; its \
+head.json stays | anywhere |
 | summary | means over the seeds | anywhere |
 
 A part of a seed that has left its result is not done again, so that several calls may share the work; one of another
@@ -31,6 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout need not be installed
 
+from lfm.errors import UserError
+from lfm.exits import command
 from lfm.files import write_durably
 
 PARTS = ("data", "pretrain", "finetune", "heads", "report", "summary")
@@ -64,6 +67,7 @@ VOCABULARY = {"full": 8192, "tiny": 2048}
 FINETUNE_RATE = {"full": 4e-4, "tiny": 2e-3}
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description="Medical mode end to end: backbone, heads, report.")
     parser.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="what the part data makes")
@@ -82,10 +86,19 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=200)
     parser.add_argument("--one-seed", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    parts, seeds = flags.parts.split(","), [int(seed) for seed in flags.seeds.split(",")]
+    parts = flags.parts.split(",")
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        sys.exit(f"error: --parts has {unknown[0]!r}; there are {', '.join(PARTS)}")
+        raise UserError(f"--parts has {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", flags.seeds):
+        raise UserError(f"--seeds {flags.seeds} is no list of numbers, such as 0,1,2")
+    seeds = list(dict.fromkeys(int(seed) for seed in flags.seeds.split(",")))
+    if len(seeds) > max(T_95):
+        raise UserError(f"--seeds has {len(seeds)} seeds, and intervals are known for {max(T_95)}; give fewer")
+    if flags.gpus < 1 or not 0 < flags.minutes < math.inf:
+        raise UserError(
+            f"--gpus {flags.gpus} and --minutes {flags.minutes:g} leave nothing to run with; give more than 0"
+        )
     # A seed's share of the minutes: what is not training takes about two fifths of it.
     minutes = flags.minutes / math.ceil(len(seeds) / flags.gpus)
     budget = {"pretrain": 0.38 * minutes, "finetune": 0.14 * minutes}
@@ -124,7 +137,7 @@ def run_seeds(flags: argparse.Namespace, seeds: Sequence[int], parts: Sequence[s
                 failed.append(seed)
         time.sleep(0.2)
     if failed:
-        sys.exit(f"error: seeds {failed} failed; their words are above")
+        raise UserError(f"seeds {failed} failed; their words are above")
 
 
 def prepare_data(flags: argparse.Namespace) -> None:
@@ -313,7 +326,7 @@ def train(
 def run(keys: Sequence[str]) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "launch/pretrain.py"), *keys], cwd=ROOT)
     if done.returncode:
-        sys.exit(f"error: training ended with {done.returncode}")
+        raise UserError(f"training ended with exit code {done.returncode}")
 
 
 def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: Mapping[str, float]) -> dict[str, Any]:
@@ -334,6 +347,8 @@ def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: M
     from lfm.medical.questions import open_questions
 
     best = work / "answers/checkpoints/best"
+    if not (work / "answers").exists():
+        raise UserError(f"{work} has no trained run; run the parts pretrain and finetune first")
     where = best if best.exists() else work / "answers"
     model, tokenizer, checkpoint = open_model(where, device=flags.device)
     found = open_questions([flags.data / name for name in SETS])
@@ -376,11 +391,10 @@ def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: M
     measures["dtype"], measures["torch"] = dtype, torch.__version__
     measures["device"] = torch.cuda.get_device_name() if flags.device == "cuda" else "cpu"
     write_durably(out / "predictions.jsonl", to_lines(predictions))
-    shown: list[str] = []
 
     def keep() -> None:
         """What there is so far: what follows may fail."""
-        write_report(out, seed, measures, "".join(shown))
+        write_report(out, seed, measures)
 
     keep()
     for own, other in (SETS, SETS[::-1]):
@@ -400,18 +414,20 @@ def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: M
     spans = evidence(model, tokenizer, pairs, batch_size=size)
     times["evidence"] = time.monotonic() - start
     measures["evidence"] = faithfulness(spans)
-    shown += ["<h2>Some questions</h2>", *(evidence_html(each) for each in spans[:10])]
+    shown = "<h2>Some questions</h2>" + "".join(evidence_html(each) for each in spans[:10])
+    write_durably(out / EVIDENCE, shown.encode())
     keep()
     print("\n".join(lines(measures)), flush=True)
     return {"times": times}
 
 
-SHIFTED = "predictions.{own}_alone.jsonl"
+SHIFTED, EVIDENCE = "predictions.{own}_alone.jsonl", "evidence.html"
 
 
-def write_report(out: Path, seed: int, measures: Mapping[str, Any], evidence: str = "") -> None:
+def write_report(out: Path, seed: int, measures: Mapping[str, Any]) -> None:
     from lfm.evaluation.medical_page import page
 
+    evidence = (out / EVIDENCE).read_text(encoding="utf-8") if (out / EVIDENCE).exists() else ""
     title = f"Medical mode: ICD-10-CM chapters and GCIDE fields, seed {seed}"
     write_durably(out / "report.html", page(title, dict(measures), evidence).encode())
     write_durably(out / "report.json", json.dumps(measures, indent=1, allow_nan=False).encode() + b"\n")
@@ -423,7 +439,9 @@ def report_again(flags: argparse.Namespace, seed: int) -> None:
     from lfm.evaluation.medical_predictions import from_lines
 
     out: Path = flags.out / f"seed_{seed}"
-    before = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    before = report_of(out)
+    if before is None or not (out / "predictions.jsonl").exists():
+        raise UserError(f"{out} has no report.json with predictions.jsonl; run the part heads")
     rows = from_lines(out / "predictions.jsonl")
     settings = ReportConfig(risk=RISK, delta=DELTA, splits=flags.splits, resamples=flags.resamples)
     measures = report(rows, *calibration_of(rows), settings)
@@ -433,6 +451,19 @@ def report_again(flags: argparse.Namespace, seed: int) -> None:
             shifted = from_lines(out / SHIFTED.format(own=own))
             measures["shifts"][f"{own} -> {other}"] = measures_of_shift(shifted, settings)
     write_report(out, seed, measures)
+
+
+def report_of(out: Path) -> dict[str, Any] | None:
+    """Of a seed's folder; None where there is none."""
+    try:
+        found = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        if "measures" not in found:
+            raise ValueError
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        raise UserError(f"{out / 'report.json'} is no report; run the part heads again") from None
+    return found
 
 
 def calibration_of(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
@@ -508,10 +539,10 @@ def measures_of_shift(rows: Sequence[dict[str, Any]], settings: Any) -> dict[str
 def summary(out: Path, seeds: Sequence[int]) -> None:
     """summary.json and summary.md: each number's mean over the seeds, with a 95 % t interval; predictions.json.xz: what
     the heads' numbers can be computed from again."""
-    seeds = [seed for seed in seeds if (out / f"seed_{seed}/report.json").exists()]
-    reports = [json.loads((out / f"seed_{seed}/report.json").read_text(encoding="utf-8")) for seed in seeds]
+    by_seed = {seed: found for seed in seeds if (found := report_of(out / f"seed_{seed}")) is not None}
+    seeds, reports = [*by_seed], [*by_seed.values()]
     if not reports:
-        sys.exit(f"error: {out} has no report of a seed yet; run the part heads")
+        raise UserError(f"{out} has no report of a seed yet; run the part heads")
     measures = {
         method: {key: over([r["measures"].get(method, {}).get(key, [None])[0] for r in reports]) for key in of}
         for method, of in reports[0]["measures"].items()
@@ -586,11 +617,21 @@ def summary(out: Path, seeds: Sequence[int]) -> None:
                 if name in CURVES
             },
             "head": {key: value[0] for key, value in r["measures"]["head"].items()},
-            "seconds": {part: seconds_of(out / f"seed_{seed}/{part}.json") for part in PARTS[1:4]},
+            "seconds": {part: recorded(out / f"seed_{seed}/{part}.json", "seconds") for part in PARTS[1:4]},
+            "tokens": recorded(out / f"seed_{seed}/pretrain.json", "tokens"),
+            "active_parameters": recorded(out / f"seed_{seed}/pretrain.json", "active_parameters"),
+            "at_certified_threshold_by": {
+                by: {row["name"]: row["at_certified_threshold"] for row in r[f"by_{by}"]}
+                for by in ("source", "specialty")
+            },
         }
         for seed, r in zip(seeds, reports, strict=True)
     }
-    (out / "predictions.json.xz").write_bytes(compact(out, seeds))
+    kept = [seed for seed in seeds if (out / f"seed_{seed}/predictions.jsonl").exists()]
+    if kept:
+        (out / "predictions.json.xz").write_bytes(compact(out, kept))
+    if kept != seeds:
+        print(f"predictions.json.xz lacks seeds {sorted({*seeds} - {*kept})}: their predictions.jsonl is not there")
     (out / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     rows = [
         "| how sure by | AUROC | ECE | Brier | NLL | coverage at 5 % risk |",
@@ -647,12 +688,14 @@ def table(result: Mapping[str, Any]) -> str:
     def cell(estimate: Mapping[str, Any], digits: int = 3) -> str:
         if estimate["mean"] is None:
             return ""
+        if estimate["low"] is None:
+            return f"{estimate['mean']:.{digits}f}"
         return f"{estimate['mean']:.{digits}f} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
 
     def percent(estimate: Mapping[str, Any]) -> str:
         if estimate["mean"] is None:
             return "nothing is certified"
-        each = ", ".join(f"{value:.1%}" for value in estimate["values"])
+        each = ", ".join("none" if value is None else f"{value:.1%}" for value in estimate["values"])
         return f"{estimate['mean']:.1%} ({each})"
 
     methods = sorted(result["measures"].items(), key=lambda item: -item[1]["auroc"]["mean"])
@@ -680,6 +723,18 @@ def table(result: Mapping[str, Any]) -> str:
         f"{violated[0]['splits']} random splits each; {violated[0]['allowed']:.1%} may be. Largest ECE of those with "
         f"{ENOUGH} questions or more: {', '.join(worst)}.",
     ]
+    lines += [
+        "",
+        "| of the answers given at the certified threshold | questions | given, by seed | wrong, by seed |",
+        "| --- " * 4 + "|",
+    ]
+    for by, most in (("source", 2), ("specialty", 5)):
+        seeds = [of["at_certified_threshold_by"][by] for of in result["of_seed"].values()]
+        for name, each in worst_at_threshold(seeds)[:most]:
+            given = ", ".join(f"{at['answered']:,}" for at in each)
+            questions = round(each[0]["answered"] / each[0]["coverage"]) if each[0]["coverage"] else 0
+            wrong = ", ".join("-" if at["risk"] is None else f"{at['risk']:.0%}" for at in each)
+            lines.append(f"| {name} | {questions:,} | {given} | {wrong} |")
     lines += ["", "| evidence by | comprehensiveness | sufficiency |", "| --- " * 3 + "|"]
     for name, of in result["faithfulness"]["comprehensiveness"].items():
         lines.append(f"| {name} | {cell(of)} | {cell(result['faithfulness']['sufficiency'][name])} |")
@@ -693,7 +748,7 @@ def table(result: Mapping[str, Any]) -> str:
         risks = f"{percent(of['in_domain_risk'])} | {percent(of['shifted_risk'])}"
         eces = " | ".join(cell(of[key]) for key in ("in_domain_ece", "shifted_ece", "shifted_auroc"))
         lines.append(f"| {name} | {risks} | {eces} |")
-    seconds = [sum(of["seconds"].values()) for of in result["of_seed"].values()]
+    seconds = [sum(s or 0.0 for s in of["seconds"].values()) for of in result["of_seed"].values()]
     where = f"{result['environment']['gpu']}, torch {result['environment']['versions']['torch']}, {result['date']}"
     lines += [
         "",
@@ -703,23 +758,32 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def seconds_of(file: Path) -> float | None:
-    return json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.exists() else None
+def worst_at_threshold(seeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Sets or specialties with what was answered by each seed, the largest share of wrong answers first."""
+    found = [(name, [of[name] for of in seeds]) for name in seeds[0] if all(name in of for of in seeds)]
+
+    def share(item: tuple[str, list[Mapping[str, Any]]]) -> float:
+        answered = sum(at["answered"] for at in item[1])
+        return sum(at["wrong"] for at in item[1]) / answered if answered else 0.0
+
+    return sorted(found, key=share, reverse=True)
+
+
+def recorded(file: Path, key: str) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")).get(key) if file.exists() else None
 
 
 def compact(out: Path, seeds: Sequence[int]) -> bytes:
-    """By seed and column, as xz-compressed JSON; groups are numbers, and `half` says which half of the calibration a
-    question is in: 0 gave the scaling, 1 the certificate."""
+    """By seed and column, as xz-compressed JSON.  Groups are numbers, and so are labels, by `labels`; `half` says
+    which half of the calibration a question is in: 0 gave the scaling, 1 the certificate."""
     from lfm.evaluation.medical import Table
     from lfm.evaluation.medical_predictions import from_lines
     from lfm.medical.fitting import halves
 
     found = {}
     for seed in seeds:
-        file = out / f"seed_{seed}/predictions.jsonl"
-        if not file.exists():
-            continue
-        table = Table.of(from_lines(file))
+        table = Table.of(from_lines(out / f"seed_{seed}/predictions.jsonl"))
+        labels = sorted({row[key] for row in table.rows for key in ("answer", "specialty")})
         numbers = {group: number for number, group in enumerate(dict.fromkeys(table.groups))}
         second = set(halves(table.groups).all_of_certificate.tolist())
         found[str(seed)] = {
@@ -727,6 +791,8 @@ def compact(out: Path, seeds: Sequence[int]) -> bytes:
             "source": [row["source"] for row in table.rows],
             "group": [numbers[group] for group in table.groups],
             "half": [int(i in second) for i in range(len(table))],
+            "labels": labels,
+            **{key: [labels.index(row[key]) for row in table.rows] for key in ("answer", "specialty")},
             "right": [int(right) for right in table.right],
             "log_probability": [row["log_probability"] for row in table.rows],
             **{head: [row["logits"][head] for row in table.rows] for head in sorted(table.rows[0]["logits"])},
@@ -753,7 +819,7 @@ def _difference(report: Mapping[str, Any], other: str) -> float | None:
     return of["auroc"][0] if of else None
 
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Of Student's t with n - 1 degrees of freedom, two-sided."""
 
 
@@ -762,7 +828,7 @@ def over(values: Sequence[float | None]) -> dict[str, Any]:
     if not known:
         return {"mean": None, "low": None, "high": None, "values": list(values)}
     mean = statistics.fmean(known)
-    half = T_95.get(len(known), 1.96) * statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
+    half = T_95[len(known)] * statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
     low, high = (None, None) if half is None else (mean - half, mean + half)
     return {"mean": mean, "low": low, "high": high, "values": list(values)}
 

@@ -120,8 +120,8 @@ def _medical(result: dict) -> str:
     return (
         f"| [medical mode](docs/medical.md): 80 M active parameters, {result['test_questions']:,} test questions | "
         f"accuracy {accuracy}; whether an answer is right: AUROC {of['auroc']['mean']:.3f}, the option's own "
-        f"probability {option['auroc']['mean']:.3f}; ECE {of['ece']['mean']:.3f}; a certified risk of 5 % is exceeded in "
-        f"{sum(one['violated'] for one in splits)} of {sum(one['splits'] for one in splits):,} splits | one "
+        f"probability {option['auroc']['mean']:.3f}; ECE {of['ece']['mean']:.3f}; a certified risk of 5 % is exceeded "
+        f"in {sum(one['violated'] for one in splits)} of {sum(one['splits'] for one in splits):,} splits | one "
         f"{result['environment']['gpu']}, torch {result['environment']['versions']['torch']}, {result['date']}, "
         f"{result['seeds']} seeds |"
     )

@@ -51,9 +51,13 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     found = open_questions(flags.data)
     tests = found.limited("test", max_rows).parts["test"]
     shifted: Sequence[Question] = []
+    notes = found.words()
     if flags.shifted:
         other = open_questions(flags.shifted)
         shifted = other.limited("test", max_rows).parts["test"]
+        if other.digest("test") == found.digest("test"):
+            raise UserError("--shifted has the test questions of --data: nothing is shifted; give another set, or none")
+        notes += [f"--shifted: {line}" for line in other.words()]
     model, tokenizer, checkpoint = open_model(flags.checkpoint[0], device=flags.device, int8=flags.int8)
     out = flags.out or stored.stored_at(checkpoint).with_suffix(".report.json")
     check_out(out, [*flags.data, *(flags.shifted or [])])
@@ -93,7 +97,7 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     )
     with waiting("measuring"):
         measures = report(predictions, {**calibration.by_head}, certificate, of_report)
-    measures["data_notes"] = found.words()
+    measures["data_notes"] = notes
     measures["checkpoint"], measures["task"] = str(checkpoint), flags.task
     measures["calibrated_on"] = calibration.data.model_dump(exclude={"group_hashes"})
     measures["fitted_on"] = of_fit.model_dump(exclude={"group_hashes"})

@@ -124,7 +124,10 @@ def _fit(flags: argparse.Namespace) -> None:
     if exists(stored.stored_at(checkpoint)):
         try:
             record, others = stored.read(checkpoint)
-            tasks = dict(record.tasks) if record.dtype == dtype else {}
+            if record.dtype == dtype:
+                tasks = dict(record.tasks)
+            else:
+                print(f"all heads stored here before are dropped: they read {record.dtype}, and this model has {dtype}")
         except UserError as error:  # of other weights, or damaged
             others = {}
             print(f"all heads stored here before are dropped: {error}")
@@ -147,7 +150,10 @@ def _calibrate(flags: argparse.Namespace) -> None:
     from lfm.medical.questions import open_questions
     from lfm.medical.selective import percent
 
-    found = open_questions(flags.data).limited("calibration", config.max_questions)
+    everything = open_questions(flags.data)
+    found = everything.limited("calibration", config.max_questions)
+    for line in everything.words():
+        print(line)
     questions = found.parts["calibration"]
     tested = len(halves(group_names(questions)).certificate)
     check_size(tested, risk=config.risk, delta=config.delta, source="the calibration part")

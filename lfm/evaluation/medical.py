@@ -210,8 +210,9 @@ def selected(p: np.ndarray, right: np.ndarray, threshold: float | None) -> dict[
     }
 
 
-def broken_down(p: np.ndarray, table: Table, key: str) -> list[dict[str, Any]]:
-    """By specialty, type of question, set or answer given: those with enough questions."""
+def broken_down(p: np.ndarray, table: Table, key: str, certified: float | None) -> list[dict[str, Any]]:
+    """By specialty, type of question, set or answer given: those with enough questions.  A certificate of all holds for
+    none of them by itself."""
     names = [str(row[key]) for row in table.rows]
     found = []
     for name, count in sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])):
@@ -230,6 +231,7 @@ def broken_down(p: np.ndarray, table: Table, key: str) -> list[dict[str, Any]]:
                 "auroc": _finite(auroc(sure, right)),
                 "selective_accuracy_at_0.85": _finite(selective_accuracy(sure, right, 0.85)[0]),
                 "coverage_at_0.85": selective_accuracy(sure, right, 0.85)[1],
+                "at_certified_threshold": selected(sure, right, certified),
             }
         )
     return found
@@ -342,10 +344,10 @@ def report(
         "at_safety_threshold": selected(p, test.right, config.safety_threshold),
         "at_certified_threshold": selected(p, test.right, certificate.threshold),
         "at_applied_threshold": selected(p, test.right, applied),
-        "by_specialty": broken_down(p, test, "specialty"),
-        "by_kind": broken_down(p, test, "kind"),
-        "by_answer": broken_down(p, test, "answer"),
-        "by_source": broken_down(p, test, "source"),
+        "by_specialty": broken_down(p, test, "specialty", certificate.threshold),
+        "by_kind": broken_down(p, test, "kind", certificate.threshold),
+        "by_answer": broken_down(p, test, "answer", certificate.threshold),
+        "by_source": broken_down(p, test, "source", certificate.threshold),
         "violations": violations(pool_p, pool.right, pool.groups, thresholds, **splits),
         "violations_if_questions_of_a_group_were_independent": violations(
             pool_p, pool.right, pool.groups, thresholds, by_group=False, **splits

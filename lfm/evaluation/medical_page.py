@@ -20,6 +20,7 @@ td:first-child, th:first-child { text-align: left; }
 .panels svg { width: 100%; height: auto; background: #fff; border-radius: 6px; }
 """
 _SHOWN = ("ece", "ace", "brier", "nll", "auroc", "risk_coverage_area", "coverage_at_5_percent_risk")
+_WEIGHTS = ("head_weight", "answer_weight", "offset")
 _SHOWN += ("selective_accuracy_at_0.85", "coverage_at_0.85")
 
 
@@ -33,9 +34,16 @@ def page(title: str, found: Mapping[str, Any], evidence: str = "") -> str:
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>",
         f"<p class=warn>{html.escape(NO_DEVICE)} Nothing here is clinical evidence.</p>",
+        *(f"<p>{html.escape(line)}</p>" for line in found.get("data_notes", ())),
         _counts(found),
         "<h2>How sure, and how right: test questions, 95 % bootstrap intervals over groups</h2>",
         _table(["", *(key.replace("_", " ") for key in _SHOWN)], rows),
+        "<p>ECE and ACE grow where questions repeat, as in resamples: intervals of small ones may lie above them.</p>",
+        "<h2>Calibration</h2>",
+        _table(
+            ["head", "weight (1 / temperature)", "weight of the answer's log-odds", "offset"],
+            [[head, *(_number(of[key]) for key in _WEIGHTS)] for head, of in found["scalings"].items()],
+        ),
         "<h2>Differences of the head from the others (paired)</h2>",
         _table(
             ["head minus", "auroc", "nll", "brier", "risk coverage area"],
@@ -190,8 +198,17 @@ def _broken_down(rows: Sequence[Mapping[str, Any]]) -> str:
         return "<p>None has enough questions.</p>"
     keys = ("accuracy", "mean_probability", "ece", "ece_by_chance", "auroc")
     keys += ("selective_accuracy_at_0.85", "coverage_at_0.85")
-    cells = [[row["name"], f"{row['questions']:,}", *(_number(row[key]) for key in keys)] for row in rows]
-    return _table(["", "questions", *(key.replace("_", " ") for key in keys)], cells)
+    cells = [
+        [
+            *(row["name"], f"{row['questions']:,}"),
+            *(_number(row[key]) for key in keys),
+            f"{row['at_certified_threshold']['answered']:,}",
+            _number(row["at_certified_threshold"]["risk"]),
+        ]
+        for row in rows
+    ]
+    heads = ["", "questions", *(key.replace("_", " ") for key in keys), "answered, certified", "wrong of these"]
+    return _table(heads, cells)
 
 
 def _faithful(evidence: Mapping[str, Any]) -> str:

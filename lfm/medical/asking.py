@@ -11,6 +11,7 @@ from lfm.inference.sampling import SamplingConfig
 from lfm.inference.text import Continuation
 from lfm.medical.answering import FREE_TEXT, Answered, answer
 from lfm.medical.config import MedicalConfig
+from lfm.medical.grading import graded
 from lfm.medical.questions import Question, Task, has_half_a_character
 from lfm.medical.selective import NO_DEVICE, REFERRAL, Calibrated, Decision, said
 from lfm.medical.stored import open_calibrated
@@ -90,7 +91,7 @@ class MedicalMode:
             answered: Answered = answer(self.model, self.tokenizer, questions, task)
             decisions = calibrated.decide(answered.question, answered.answer, self.medical)
             for place, (i, text, decision) in enumerate(zip(places, answered.answers, decisions, strict=True)):
-                if not text:  # which no grader calls right
+                if not graded(text):  # which no grader calls right
                     decision = replace(decision, answered=False, reason="the model made no answer")
                 other = calibrated.other_form(questions[place].text, options[i])
                 if other is not None:

@@ -9,44 +9,49 @@ import numpy as np
 
 from lfm.errors import UserError
 
-_LEAST_SLOPE = 1e-9
-
 
 @dataclass(frozen=True)
 class Scaling:
-    """From a head's logit to a probability: sigmoid(logit / temperature + answer_weight * log-odds + offset), with the
+    """From a head's logit to a probability: sigmoid(head_weight * logit + answer_weight * log-odds + offset), with the
     log-odds of the answer's probability by the model itself."""
 
-    temperature: float
+    head_weight: float
+    """1 / temperature; 0 of a head that tells nothing."""
     answer_weight: float
     """0 of a head that judges no answer."""
     offset: float
 
     def probabilities(self, logits: np.ndarray, log_probability: np.ndarray) -> np.ndarray:
         """Of heads' logits and the summed log-probabilities of the answers, all `[n]`; float64."""
-        of_head = np.asarray(logits, np.float64) / self.temperature
+        of_head = self.head_weight * np.asarray(logits, np.float64)
         return sigmoid(of_head + self.answer_weight * log_odds(log_probability) + self.offset)
 
 
 def scaling(logits: np.ndarray, right: np.ndarray, log_probability: np.ndarray | None = None) -> Scaling:
-    """That with the least mean log loss (Platt 1999).
+    """That with the least mean log loss (Platt 1999) of those whose weights are not negative.
 
     A temperature alone (Guo et al. 2017, arXiv 1706.04599) draws what is too sure towards one half, also where four
     answers in five are right.  Of some thousand questions a head learns chance as well, and may end up knowing less
     than the answer's probability, which it reads: so that is weighed once more, by questions that the head did not see.
     What tells nothing, or the contrary, has no weight; where neither tells anything the base rate is left.
     """
-    columns = {"logit": np.asarray(logits, np.float64)}
+    columns = {"head_weight": np.asarray(logits, np.float64)}
     if log_probability is not None:
-        columns["answer"] = log_odds(log_probability)
-    while columns:
-        slopes, offset = logistic(np.stack([*columns.values()], axis=1), right)
-        slope = dict(zip(columns, slopes.tolist(), strict=True))
-        useless = [name for name in slope if slope[name] < _LEAST_SLOPE]
-        if not useless:
-            return Scaling(1 / slope.get("logit", _LEAST_SLOPE), slope.get("answer", 0.0), offset)
-        del columns[min(useless, key=lambda name: slope[name])]
-    return Scaling(1 / _LEAST_SLOPE, 0.0, float(np.log(right.mean() / (1 - right.mean()))))
+        columns["answer_weight"] = log_odds(log_probability)
+    neither = {"head_weight": 0.0, "answer_weight": 0.0}
+    found = [Scaling(**neither, offset=float(np.log(right.mean() / (1 - right.mean()))))]
+    for names in ([*columns], *([name] for name in columns)):
+        slopes, offset = logistic(np.stack([columns[name] for name in names], axis=1), right)
+        if (slopes > 0).all():
+            found.append(Scaling(**{**neither, **dict(zip(names, slopes.tolist(), strict=True))}, offset=offset))
+
+    def loss(scaling: Scaling) -> float:
+        z = sum(
+            (getattr(scaling, name) * column for name, column in columns.items()), np.full(len(right), scaling.offset)
+        )
+        return float(np.logaddexp(0, np.where(right, -z, z)).mean())
+
+    return min(found, key=loss)
 
 
 def log_odds(log_probability: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ A group, whose questions are nearly equal, is in one part as a whole.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,20 +62,21 @@ class QuestionSet:
     """Questions that were left out because an earlier part has their group."""
 
     def words(self) -> list[str]:
-        """What its parts have in common, and what was left out because of it."""
+        """What was left out because parts have it in common, and which questions may be copies."""
         said = []
         if self.straddling:
             said.append(f"left out: {self.straddling:,} questions whose group an earlier part has")
-        seen: set[str] = set()
-        again = 0
+        first: dict[tuple[str, frozenset[str]], tuple[str, str]] = {}
+        again: Counter[str] = Counter()
         for part in PARTS:
-            asked = [normalized(question.text) for question in self.parts[part]]
-            again += sum(words in seen for words in asked)
-            seen.update(asked)
-        if again:
+            for question in self.parts[part]:
+                key, group = (normalized(question.text), frozenset(question.options)), (question.source, question.group)
+                again[part] += first.setdefault(key, group) != group
+        if any(again.values()):
+            counts = ", ".join(f"{count:,} of the {part} part" for part, count in again.items() if count)
             said.append(
-                f"note: {again:,} questions have the words of one in an earlier part, under another group's name; if "
-                "they are copies and no cases of their own, give both one group, or everything looks safer than it is"
+                f"note: questions with the words of an earlier one of another group: {counts}; if they are copies "
+                "and no cases of their own, give them one group: else the guarantee is void, and all looks too safe"
             )
         return said
 

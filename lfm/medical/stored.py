@@ -99,7 +99,7 @@ class Form(_Part):
 
 
 class StoredScaling(_Part):
-    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    head_weight: Annotated[FiniteFloat, Field(ge=0)]
     answer_weight: Annotated[FiniteFloat, Field(ge=0)]
     offset: FiniteFloat
 
@@ -109,6 +109,12 @@ class Calibration(_Part):
     form: Form
     scalings: dict[HeadName, StoredScaling]
     certificate: StoredCertificate
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "known" in self.scalings and self.scalings["known"].answer_weight:
+            raise ValueError("at the end of a question there is no answer to weigh")
+        return self
 
     @property
     def by_head(self) -> dict[HeadName, Scaling]:

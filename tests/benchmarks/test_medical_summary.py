@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from lfm.errors import UserError
 from lfm.evaluation.medical import ReportConfig, report
 from tests.evaluation.test_medical_report import certificate_of, simulated
 from tests.training.tiny_run import ROOT
@@ -49,8 +50,33 @@ def test_each_number_is_the_mean_over_the_seeds_and_bars_are_judged_by_it(benchm
 
 
 def test_without_a_report_it_says_what_to_run(benchmark, tmp_path):
-    with pytest.raises(SystemExit, match="has no report of a seed yet; run the part heads"):
+    with pytest.raises(UserError, match="has no report of a seed yet; run the part heads"):
         benchmark.summary(tmp_path, [0])
+    (tmp_path / "seed_0").mkdir()
+    (tmp_path / "seed_0/report.json").write_text("{}")
+    with pytest.raises(UserError, match=r"report\.json is no report; run the part heads again"):
+        benchmark.summary(tmp_path, [0])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--parts", "heads,none"), "--parts has 'none'; there are data, "),
+        (("--seeds", "0,a"), "--seeds 0,a is no list of numbers, such as 0,1,2"),
+        (("--seeds", ",".join(map(str, range(11)))), "--seeds has 11 seeds, and intervals are known for 10"),
+        (("--gpus", "0"), "leave nothing to run with; give more than 0"),
+        (("--minutes", "nan"), "leave nothing to run with; give more than 0"),
+        (("--parts", "report"), "has no report.json with predictions.jsonl; run the part heads"),
+        (("--parts", "heads", "--one-seed", "0"), "has no trained run; run the parts pretrain and finetune first"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_sentence(benchmark, tmp_path, monkeypatch, capsys, flags, words):
+    arguments = ["medical.py", *(f"--{name}={tmp_path / name}" for name in ("data", "out", "work")), *flags]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        benchmark.main()
+    assert end.value.code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "2"])
@@ -64,7 +90,7 @@ def test_the_recorded_numbers_are_those_of_the_recorded_predictions(seed):
     def probability(logit, log_probability):
         log_probability = min(log_probability, -1e-5)
         of_answer = log_probability - math.log(-math.expm1(log_probability))
-        return 1 / (1 + math.exp(-(logit / own["temperature"] + own["answer_weight"] * of_answer + own["offset"])))
+        return 1 / (1 + math.exp(-(own["head_weight"] * logit + own["answer_weight"] * of_answer + own["offset"])))
 
     p = [probability(*pair) for pair in zip(of["correct"], of["log_probability"], strict=True)]
     test = [i for i, part in enumerate(of["part"]) if part == "test"]
@@ -98,7 +124,7 @@ def test_the_certified_risk_is_exceeded_as_seldom_as_is_recorded(seed):
     recorded = json.loads((ROOT / "benchmarks/results/medical.json").read_bytes())["of_seed"][seed]
     own, risk, delta = recorded["scalings"]["correct"], 0.05, 0.05
     sums = np.minimum(np.array(of["log_probability"]), -1e-5)
-    z = np.array(of["correct"]) / own["temperature"] + own["offset"]
+    z = own["head_weight"] * np.array(of["correct"]) + own["offset"]
     z += own["answer_weight"] * (sums - np.log(-np.expm1(sums)))
     right, group, half, part = (np.array(of[key]) for key in ("right", "group", "half", "part"))
     draws = np.random.Generator(np.random.PCG64(int(seed) + 77))

@@ -75,11 +75,11 @@ def test_every_number_of_the_head_is_found_again_from_the_file(predictions, foun
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert rows == from_lines(file)
     test = [row for row in rows if row["part"] == "test"]
-    t, weight, offset = (found["scalings"]["correct"][key] for key in ("temperature", "answer_weight", "offset"))
+    own, weight, offset = (found["scalings"]["correct"][key] for key in ("head_weight", "answer_weight", "offset"))
 
     def probability(row):
         of_answer = math.exp(min(row["log_probability"], -1e-5))
-        z = row["logits"]["correct"] / t + weight * math.log(of_answer / (1 - of_answer)) + offset
+        z = own * row["logits"]["correct"] + weight * math.log(of_answer / (1 - of_answer)) + offset
         return 1 / (1 + math.exp(-z))
 
     pairs = sorted((probability(row), row["right"]) for row in test)

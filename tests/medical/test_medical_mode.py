@@ -319,6 +319,27 @@ def test_the_report_is_one_page_with_all_baselines(calibrated, trained, said, tm
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 3 and "the guarantee is void" in page and "not a medical device" in page
     assert "AUROC" in text and "not a medical device" in text
+    copies = "note: questions with the words of an earlier one of another group: "
+    assert copies in text and copies in page, "the set has few words, and says one thing often"
+    assert all(at["wrong"] <= at["answered"] for row in found["by_specialty"] for at in [row["at_certified_threshold"]])
+    assert (
+        sum(row["at_certified_threshold"]["answered"] for row in found["by_source"])
+        == (found["at_certified_threshold"]["answered"])
+    )
+    code, _, err = said(evaluate, *arguments[:5], "--shifted", trained.data, "--out", out, *CPU)
+    assert code == 2 and "--shifted has the test questions of --data: nothing is shifted" in err
+
+
+def test_heads_that_are_dropped_are_told(calibrated, trained, said, tmp_path):
+    run = run_of(type("T", (), {"run": calibrated}), tmp_path)
+    path = stored_at(run / "checkpoints/step_00000100")
+    fit = ("fit", "--checkpoint", run, "--data", trained.data, "--max-questions", 60, *CPU)
+    for damage, words in ((in_half, "they read bfloat16, and this model has float32"), (edited, "was changed or is")):
+        damage(path)
+        code, out, err = said(medical, *fit)
+        assert code == 0 and "all heads stored here before are dropped: " in out and words in out, err
+        assert set(json.loads(path.read_bytes())["tasks"]) == {"choice"}
+        shutil.copy(stored_at(calibrated / "checkpoints/step_00000100"), path)
 
 
 def test_training_lines_are_of_the_training_part_alone(trained, said, tmp_path):
@@ -561,14 +582,27 @@ def test_one_word_has_no_evidence_and_is_no_error(calibrated, said, tmp_path):
     assert faithfulness([]) == {"questions": 0}
 
 
-@pytest.mark.parametrize("certificate", [{"answered": 3, "wrong": 4}, {"answered": 0, "wrong": 0}])
-def test_counts_that_do_not_certify_are_no_certificate(certificate, calibrated, said, tmp_path):
+@pytest.mark.parametrize(
+    "place, numbers",
+    [
+        (("certificate",), {"answered": 3, "wrong": 4}),
+        (("certificate",), {"answered": 0, "wrong": 0}),
+        (("scalings", "correct"), {"answer_weight": -1.0}),
+        (("scalings", "correct"), {"head_weight": None}),
+        (("scalings", "known"), {"answer_weight": 5.0}),
+    ],
+    ids=str,
+)
+def test_numbers_that_certify_nothing_are_no_calibration(place, numbers, calibrated, said, tmp_path):
     from lfm.files import json_checksum
 
     run = run_of(type("T", (), {"run": calibrated}), tmp_path)
     path = stored_at(run / "checkpoints/step_00000100")
     tree = json.loads(path.read_bytes())
-    tree["tasks"]["choice"]["calibration"]["certificate"] |= certificate
+    edited = tree["tasks"]["choice"]["calibration"]
+    for key in place:
+        edited = edited[key]
+    edited |= numbers
     tree["checksum"] = json_checksum(tree)
     path.write_text(json.dumps(tree), encoding="utf-8")
     code, out, err = said(generate, "--checkpoint", run, "--medical", "--prompt", CLEAR, *OPTIONS, *CPU)

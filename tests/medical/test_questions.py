@@ -1,6 +1,7 @@
 """Sets of questions in their published formats, and parts that share no group."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -56,8 +57,13 @@ def test_equal_questions_of_several_groups_are_told(tmp_path):
     assert open_questions([folder]).words() == []
     with (folder / "test.jsonl").open("a") as file:
         file.write(json.dumps({**rows[0], "text": "Train 0.", "group": "another"}) + "\n")
+        file.write(json.dumps({**rows[0], "text": "Train 0", "group": "a third"}) + "\n")
+    with (folder / "validation.jsonl").open("a") as file:
+        for number in range(3):
+            file.write(json.dumps({**rows[0], "text": "A case", "group": f"case {number}"}) + "\n")
     (told,) = open_questions([folder]).words()
-    assert told.startswith("note: 1 questions have the words of one in an earlier part, under another group's name")
+    assert told.startswith("note: questions with the words of an earlier one of another group: ")
+    assert ", 2 of the test part; if" in told and sum(map(int, re.findall(r"(\d+) of the (?:fit|cal)", told))) == 2
 
 
 def test_pubmedqa(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lfm.errors import UserError
+from lfm.evaluation.calibration import log_loss
 from lfm.medical.calibration import (
     binomial_tail,
     certify,
@@ -47,15 +48,15 @@ def test_the_scaling_has_the_least_log_loss():
     logits = draws.normal(0, 2, 20_000)
     right = draws.random(20_000) < sigmoid(logits / 3 + 1)
     found = scaling(logits, right)
-    assert (found.temperature, found.offset) == (pytest.approx(3, rel=0.05), pytest.approx(1, rel=0.05))
+    assert (found.head_weight, found.offset) == (pytest.approx(1 / 3, rel=0.05), pytest.approx(1, rel=0.05))
     assert found.answer_weight == 0, "no answer was given"
 
-    def loss(temperature, offset):
-        return np.logaddexp(0, np.where(right, -1, 1) * (logits / temperature + offset)).mean()
+    def loss(weight, offset):
+        return np.logaddexp(0, np.where(right, -1, 1) * (weight * logits + offset)).mean()
 
-    least = loss(found.temperature, found.offset)
+    least = loss(found.head_weight, found.offset)
     for near in (0.97, 1.03):
-        assert loss(near * found.temperature, found.offset) > least < loss(found.temperature, near * found.offset)
+        assert loss(near * found.head_weight, found.offset) > least < loss(found.head_weight, near * found.offset)
 
 
 def test_the_scaling_of_an_answer_keeps_what_its_own_probability_says():
@@ -64,7 +65,7 @@ def test_the_scaling_of_an_answer_keeps_what_its_own_probability_says():
     truth = logits / 3 + 0.5 * log_odds(sums) + 1
     right = draws.random(20_000) < sigmoid(truth)
     found = scaling(logits, right, sums)
-    assert found.temperature == pytest.approx(3, rel=0.05) and found.answer_weight == pytest.approx(0.5, rel=0.05)
+    assert found.head_weight == pytest.approx(1 / 3, rel=0.05) and found.answer_weight == pytest.approx(0.5, rel=0.05)
     assert np.abs(found.probabilities(logits, sums) - sigmoid(truth)).max() < 0.03
     assert log_odds(np.log([0.2, 0.9])) == pytest.approx([np.log(0.25), np.log(9)])
 
@@ -76,9 +77,22 @@ def test_of_head_and_answer_what_tells_the_contrary_has_no_weight(sure):
     z = logits - log_odds(sums) if sure == "head" else log_odds(sums) - logits
     found = scaling(logits, draws.random(5000) < sigmoid(z), sums)
     if sure == "head":
-        assert found.answer_weight == 0 and 1 < found.temperature < 5
+        assert found.answer_weight == 0 and 0.2 < found.head_weight < 1
     else:
-        assert found.answer_weight > 0 and np.ptp(found.probabilities(logits, np.full(5000, -0.5))) < 1e-6
+        assert found.head_weight == 0 and found.answer_weight > 0
+
+
+@pytest.mark.parametrize("scale", [1, 100])
+def test_of_two_that_look_useless_together_the_one_that_helps_is_kept(scale):
+    """Both weights may be negative together where one of them alone tells a lot."""
+    draws = np.random.Generator(np.random.PCG64(3))
+    sums = -draws.exponential(0.5, 5000)
+    logits = scale * (draws.normal(0, 0.3, 5000) - log_odds(sums))
+    right = draws.random(5000) < sigmoid(logits / scale)
+    found = scaling(logits, right, sums)
+    p = found.probabilities(logits, sums)
+    alone = scaling(logits, right).probabilities(logits, sums)
+    assert log_loss(p, right) <= log_loss(alone, right) < 0.9 * log_loss(np.full(5000, right.mean()), right)
 
 
 @pytest.mark.parametrize("sign", [0, -1])
@@ -88,7 +102,7 @@ def test_logits_that_tell_nothing_or_the_contrary_leave_the_base_rate(sign):
     right = draws.random(2000) < (0.8 if sign == 0 else sigmoid(-logits))
     found = scaling(logits if sign else np.ones(2000), right)
     p = found.probabilities(logits, np.full(2000, -0.5))
-    assert found.temperature > 0 and p == pytest.approx(right.mean(), abs=1e-3)
+    assert found.answer_weight == 0 and p == pytest.approx(right.mean(), abs=1e-3)
 
 
 def population(draws, n, *, flipped=0.0):
