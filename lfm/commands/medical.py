@@ -19,7 +19,7 @@ from lfm.files import ready_folder, refusing, write_durably
 from lfm.talk import waiting
 
 if TYPE_CHECKING:
-    from lfm.medical.evidence import Evidence
+    from lfm.medical.evidence import Evidence, Method
     from lfm.medical.questions import Task
 
 
@@ -78,6 +78,7 @@ def main() -> None:
     lines.add_argument("--out", required=True, type=path_flag, metavar="FILE", help="JSON lines for labels=completion")
     evidence.add_argument("--prompt", required=True, action="append", metavar="TEXT")
     evidence.add_argument("--option", action="append", metavar="TEXT", help="an answer to choose from")
+    evidence.add_argument("--by", choices=tuple(_BY), default="drive", help="what ranks the spans; all are measured")
     evidence.add_argument("--out", type=path_flag, metavar="FILE", help="an HTML page")
     add_flags(fit, FitConfig)
     add_flags(calibrate, CalibrateConfig)
@@ -202,20 +203,20 @@ def _evidence(flags: argparse.Namespace) -> None:
     asked = [(q.text, f" {text}") for q, text in zip(questions, answered.answers, strict=True)]
     found = evidence(model, tokenizer, asked)
     for each in found:
-        print("\n".join(evidence_lines(each)))
+        print("\n".join(evidence_lines(each, flags.by)))
     if len(found) < len(asked):
         print(f"{len(asked) - len(found)} prompts are one word, of which no part can be the evidence")
     if flags.out is not None:
         with refusing("give another file with --out FILE"):
             ready_folder(flags.out.parent)
-            write_durably(flags.out, evidence_page(found).encode())
+            write_durably(flags.out, evidence_page(found, flags.by).encode())
         print(flags.out)
 
 
-def evidence_lines(each: "Evidence", top: int = 5) -> list[str]:
+def evidence_lines(each: "Evidence", by: "Method" = "drive", top: int = 5) -> list[str]:
     """The spans that moved the answer most, and how faithful that is beside other ways to choose them."""
     lines = [f"{each.text!r} -> {each.answer.strip()!r}, whose probability of being right nothing has judged here"]
-    lines += [f"{score:+9.4f}  {span.text.strip()}" for score, span in each.ranked()[:top]]
+    lines += [f"{score:+9.4f}  {span.text.strip()}" for score, span in each.ranked(by)[:top]]
     lines += [
         f"  {method:<10} comprehensiveness {more:+.4f}  sufficiency {less:+.4f}"
         for method, (more, less) in each.faithfulness.items()
@@ -223,19 +224,22 @@ def evidence_lines(each: "Evidence", top: int = 5) -> list[str]:
     return lines
 
 
-def evidence_page(found: "Sequence[Evidence]") -> str:
+def evidence_page(found: "Sequence[Evidence]", by: "Method" = "drive") -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>evidence</title>"
         "<style>body{font:15px/1.6 system-ui,sans-serif;max-width:900px;margin:2em auto;padding:0 1em}"
         "td,th{padding:.2em .8em;text-align:left}</style><h1>What moved the answers</h1>"
-        "<p>It is what moved the model, no reason and no source. Not a medical device.</p>"
+        f"<p>It is what moved the model, by {_BY[by]}: no reason and no source. Not a medical device.</p>"
     ]
-    return "".join([*parts, *map(evidence_html, found)])
+    return "".join([*parts, *(evidence_html(each, by) for each in found)])
 
 
-def evidence_html(each: "Evidence") -> str:
-    """A question with its spans shaded by the drive's score, and the faithfulness numbers."""
-    scores = each.scores["drive"]
+_BY = {"drive": "gradient times drive", "embedding": "gradient times embedding", "attention": "attention weights"}
+
+
+def evidence_html(each: "Evidence", by: "Method" = "drive") -> str:
+    """A question with its spans shaded by their scores, and the faithfulness numbers."""
+    scores = each.scores_by(by)
     largest = max(1e-12, float(abs(scores).max()))
     shown, at = [], 0
     for span, score in zip(each.spans, scores, strict=True):

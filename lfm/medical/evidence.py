@@ -54,10 +54,16 @@ class Evidence:
     faithfulness: dict[Method, tuple[float, float]]
     """Comprehensiveness and sufficiency; see `faithful`."""
 
-    def ranked(self) -> list[tuple[float, Span]]:
-        """By what the drive says, the most important first."""
-        order = np.argsort(-self.scores["drive"], kind="stable")
-        return [(float(self.scores["drive"][i]), self.spans[i]) for i in order]
+    def ranked(self, by: Method = "drive") -> list[tuple[float, Span]]:
+        """The most important first.  Raises UserError for attention weights of a model that does not attend."""
+        scores = self.scores_by(by)
+        return [(float(scores[i]), self.spans[i]) for i in np.argsort(-scores, kind="stable")]
+
+    def scores_by(self, by: Method) -> np.ndarray:
+        """Of each span.  Raises UserError as `ranked` does."""
+        if by not in self.scores:
+            raise UserError(f"--by {by}: this model has no attention; choose by drive or embedding")
+        return self.scores[by]
 
 
 def spans_of(text: str) -> list[Span]:

@@ -19,7 +19,7 @@ from lfm.inference.load import open_model
 from lfm.medical.answering import answer, prompt_ids
 from lfm.medical.asking import MedicalMode
 from lfm.medical.config import MedicalConfig
-from lfm.medical.evidence import evidence
+from lfm.medical.evidence import Evidence, evidence
 from lfm.medical.features import read_answers
 from lfm.medical.fitting import check_apart, data_of
 from lfm.medical.questions import open_questions
@@ -278,7 +278,18 @@ def test_evidence_ranks_words_and_brings_its_faithfulness(calibrated, said, tmp_
     assert code == 0, err
     for method in ("drive", "embedding", "attention", "random"):
         assert f"{method} " in out and "comprehensiveness" in out and "sufficiency" in out
-    assert "no reason and no source" in page.read_text(encoding="utf-8")
+    assert "by gradient times drive: no reason and no source" in page.read_text(encoding="utf-8")
+    asked = ("evidence", "--checkpoint", calibrated, "--prompt", prompt, *options, "--out", page, *CPU)
+    code, by_attention, err = said(medical, *asked, "--by", "attention")
+    assert code == 0 and "by attention weights: no reason" in page.read_text(encoding="utf-8"), err
+    model, tokenizer, _ = open_model(calibrated, device="cpu")
+    (found,) = evidence(model, tokenizer, [(prompt, " blood")])
+    for by, text in (("drive", out), ("attention", by_attention)):
+        best = max(found.ranked(by), key=lambda item: item[0])
+        assert best == found.ranked(by)[0] and f"{best[0]:+9.4f}  {best[1].text.strip()}" == text.splitlines()[1]
+    without = Evidence(found.text, found.answer, found.spans, {"drive": found.scores["drive"]}, {})
+    with pytest.raises(UserError, match="--by attention: this model has no attention; choose by drive or embedding"):
+        without.ranked("attention")
 
 
 def test_the_report_is_one_page_with_all_baselines(calibrated, trained, said, tmp_path):

@@ -181,7 +181,7 @@ def test_loss_log_csv_has_the_mean_of_its_window_and_the_next_rate(tmp_path, tex
         assert rate == pytest.approx(lr[min(int(step), 5)])
 
 
-def test_the_best_checkpoint_stays_whatever_comes_after(tmp_path, text_data):
+def test_the_best_checkpoint_stays_whatever_comes_after(tmp_path, text_data, capsys):
     # With this learning rate the held-out loss falls first and then grows.
     run = tiny_run(
         tmp_path,
@@ -195,10 +195,11 @@ def test_the_best_checkpoint_stays_whatever_comes_after(tmp_path, text_data):
     best = min(validated, key=lambda step: validated[step])
     assert best < 9, "the run got better to its end: this shows nothing"
     assert (run.folder / "checkpoints/best").resolve().name == f"step_{best:08d}"
-    assert [path.name for path in checkpoint.whole_checkpoints(run.folder / "checkpoints")] == [
-        f"step_{best:08d}",
-        "step_00000009",
-    ]
+    # The loss may still be absurd at the end, by the processor's order of sums; then the one before it was stays too.
+    spared = re.findall(r"; (step_\d+) is kept until it falls", capsys.readouterr().err)
+    is_absurd = validated[9] > 2 * math.log(run.model.vocab_size)
+    kept = {f"step_{best:08d}", "step_00000009", *(spared[-1:] if is_absurd else ())}
+    assert {path.name for path in checkpoint.whole_checkpoints(run.folder / "checkpoints")} == kept
     _, manifest, _ = load_model(run.folder / "checkpoints/best", device=torch.device("cpu"), dtype=torch.float32)
     assert manifest["progress"]["best_validation"] == validated[best]
 
