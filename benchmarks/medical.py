@@ -42,8 +42,6 @@ DICTIONARY_BYTES = 26_000_000
 SETS = ("icd10", "gcide")
 SEQ_LENGTH = 512
 RISK, DELTA = 0.05, 0.05
-ENOUGH = 100
-"""Questions of a specialty, as lfm.evaluation.medical has it, which a table does not import."""
 
 BACKBONES: dict[str, list[str]] = {
     # 80 million active parameters with 8192 ids.
@@ -335,7 +333,6 @@ def heads(flags: argparse.Namespace, seed: int, work: Path, out: Path, budget: M
 
     from lfm.commands.evaluate_medical import lines
     from lfm.commands.medical import evidence_html
-    from lfm.errors import UserError
     from lfm.evaluation.medical import ReportConfig, report
     from lfm.evaluation.medical_predictions import faithfulness, rows_of, to_lines
     from lfm.inference.load import open_model
@@ -539,6 +536,8 @@ def measures_of_shift(rows: Sequence[dict[str, Any]], settings: Any) -> dict[str
 def summary(out: Path, seeds: Sequence[int]) -> None:
     """summary.json and summary.md: each number's mean over the seeds, with a 95 % t interval; predictions.json.xz: what
     the heads' numbers can be computed from again."""
+    from lfm.evaluation.medical import ENOUGH
+
     by_seed = {seed: found for seed in seeds if (found := report_of(out / f"seed_{seed}")) is not None}
     seeds, reports = [*by_seed], [*by_seed.values()]
     if not reports:
@@ -604,6 +603,7 @@ def summary(out: Path, seeds: Sequence[int]) -> None:
             else all(r["violations"]["holds"] for r in reports),
         },
     }
+    found["enough_questions"] = ENOUGH
     found["of_seed"] = {
         str(seed): {
             **{
@@ -721,7 +721,7 @@ def table(result: Mapping[str, Any]) -> str:
         "",
         f"The certified risk of 5 % was exceeded in {', '.join(str(of['violated']) for of in violated)} of "
         f"{violated[0]['splits']} random splits each; {violated[0]['allowed']:.1%} may be. Largest ECE of those with "
-        f"{ENOUGH} questions or more: {', '.join(worst)}.",
+        f"{result['enough_questions']} questions or more: {', '.join(worst)}.",
     ]
     lines += [
         "",

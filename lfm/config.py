@@ -442,11 +442,11 @@ def _merge(old: dict[str, Any], new: dict[str, Any], configs: Sequence[type[Conf
             merged[key] = _merge(before, value, choices)
         else:
             merged[key] = value
-    for pair in (pair for config in configs for pair in config.alternatives):
-        given = [key for key in pair if new.get(key) is not None]
-        for key in pair if len(given) == 1 else ():
-            if key not in new:
-                merged.pop(key, None)
+    for config in configs:
+        for pair in config.alternatives:
+            if sum(new.get(key) is not None for key in pair) == 1:
+                for key in {*pair} - {*new}:
+                    merged.pop(key, None)
     return merged
 
 

@@ -55,7 +55,7 @@ def evaluate(flags: argparse.Namespace, config: MedicalEvaluationConfig, *, batc
     if flags.shifted:
         other = open_questions(flags.shifted)
         shifted = other.limited("test", max_rows).parts["test"]
-        if other.digest("test") == found.digest("test"):
+        if other.parts["test"] == found.parts["test"]:
             raise UserError("--shifted has the test questions of --data: nothing is shifted; give another set, or none")
         notes += [f"--shifted: {line}" for line in other.words()]
     model, tokenizer, checkpoint = open_model(flags.checkpoint[0], device=flags.device, int8=flags.int8)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from lfm.medical.evidence import Evidence, Method
     from lfm.medical.questions import Task
 
+_BY = {"drive": "gradient times drive", "embedding": "gradient times embedding", "attention": "attention weights"}
+"""What can rank the spans of a question."""
+
 
 class FitConfig(Config):
     batch_size: Rows = 32
@@ -232,9 +235,6 @@ def evidence_page(found: "Sequence[Evidence]", by: "Method" = "drive") -> str:
         f"<p>It is what moved the model, by {_BY[by]}: no reason and no source. Not a medical device.</p>"
     ]
     return "".join([*parts, *(evidence_html(each, by) for each in found)])
-
-
-_BY = {"drive": "gradient times drive", "embedding": "gradient times embedding", "attention": "attention weights"}
 
 
 def evidence_html(each: "Evidence", by: "Method" = "drive") -> str:

@@ -29,11 +29,10 @@ from lfm.medical.calibration import (
     log_odds,
     logistic,
     one_of_each,
-    scaling,
     sigmoid,
     thresholds_to_test,
 )
-from lfm.medical.fitting import halves, judges_answers
+from lfm.medical.fitting import halves, scalings_of
 from lfm.medical.selective import NO_DEVICE
 
 Prediction = dict[str, Any]
@@ -299,16 +298,9 @@ class ReportConfig:
 
 def recalibrated(calibration: Table, heads: Sequence[str]) -> dict[str, Scaling]:
     """As `lfm medical calibrate` finds them, from stored predictions."""
-    places = halves(calibration.groups).scaling
-    log_probability = calibration.column("log_probability")[places]
-    return {
-        head: scaling(
-            calibration.logits(head)[places],
-            calibration.right[places],
-            log_probability if judges_answers(head) else None,
-        )
-        for head in heads
-    }
+    logits = {head: calibration.logits(head) for head in heads}
+    log_probability = calibration.column("log_probability")
+    return scalings_of(logits, calibration.right, log_probability, halves(calibration.groups))
 
 
 def report(

@@ -20,8 +20,8 @@ td:first-child, th:first-child { text-align: left; }
 .panels svg { width: 100%; height: auto; background: #fff; border-radius: 6px; }
 """
 _SHOWN = ("ece", "ace", "brier", "nll", "auroc", "risk_coverage_area", "coverage_at_5_percent_risk")
-_WEIGHTS = ("head_weight", "answer_weight", "offset")
 _SHOWN += ("selective_accuracy_at_0.85", "coverage_at_0.85")
+_WEIGHTS = ("head_weight", "answer_weight", "offset")
 
 
 def page(title: str, found: Mapping[str, Any], evidence: str = "") -> str:

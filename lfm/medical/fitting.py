@@ -1,7 +1,7 @@
 """Fitting and calibrating the heads of a checkpoint: what `lfm medical fit` and `lfm medical calibrate` do."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from lfm.errors import UserError
 from lfm.medical.answering import Answered
 from lfm.medical.calibration import (
     Certificate,
+    Scaling,
     certify,
     check_size,
     one_of_each,
@@ -149,10 +150,7 @@ def calibrated(
         raise UserError(f"all answers of the calibration part are {what}: no scaling fits them; give other data")
     logits = {name: head.logits(input_of(name, answered)) for name, head in heads.items() if name in HEADS}
     sums = answered.log_probability
-    scalings = {
-        name: scaling(z[half.scaling], of_scaling, sums[half.scaling] if judges_answers(name) else None)
-        for name, z in logits.items()
-    }
+    scalings = scalings_of(logits, right, sums, half)
     probabilities = scalings["correct"].probabilities(logits["correct"], sums)
     certificate = certificate_of(probabilities, right, half, risk=risk, delta=delta)
     return Calibration(
@@ -161,6 +159,17 @@ def calibrated(
         scalings={name: StoredScaling(**vars(own)) for name, own in scalings.items()},  # pyright: ignore[reportArgumentType]
         certificate=StoredCertificate(**certificate.record()),
     )
+
+
+def scalings_of(
+    logits: Mapping[str, np.ndarray], right: np.ndarray, log_probability: np.ndarray, half: Halves
+) -> dict[str, Scaling]:
+    """By head, of logits `[n]` and answers of the whole calibration part; that at the question weighs no answer."""
+    places = half.scaling
+    return {
+        head: scaling(z[places], right[places], log_probability[places] if judges_answers(head) else None)
+        for head, z in logits.items()
+    }
 
 
 def form_of(questions: Sequence[Question], *, has_options: bool) -> Form:

@@ -4,7 +4,7 @@
 | --- | --- |
 | training | the backbone may have seen it |
 | fit | the uncertainty head learns from the backbone's right and wrong answers |
-| calibration | temperature and threshold |
+| calibration | scaling and threshold |
 | test | the report |
 
 A group, whose questions are nearly equal, is in one part as a whole.
